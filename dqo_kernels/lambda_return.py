@@ -1,0 +1,107 @@
+"""lambda_return: the varlen reverse scan.
+
+    G_t = r_t + gamma * ((1 - lam) * V_{t+1} + lam * G_{t+1}),   V_{T+1} = G_{T+1} = bootstrap of the sequence
+
+Backward, forward in time with g_t the gradient at G_t:  a_t = g_t + gamma*lam*a_{t-1};  dr_t = a_t;
+dV_{t+1} = gamma*(1-lam)*a_t;  dbootstrap = gamma*a_T.  Backends: reference, cpp.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dqo_kernels import checks, dispatch
+from dqo_kernels.packed import compute_dtype, is_last_row, next_row, reverse_scan, sequence_index
+
+
+def lambda_return_reference(
+    rewards: Tensor,  # (N,)
+    values: Tensor,  # (N,)
+    bootstrap: Tensor,  # (B,)
+    sequence: Tensor,  # (N,)
+    gamma: float,
+    lam: float,
+) -> Tensor:
+    """The definition, in differentiable torch."""
+    after_last = is_last_row(sequence)
+    own = rewards + gamma * (1.0 - lam) * next_row(values, sequence, bootstrap)
+    own = torch.where(after_last, own + gamma * lam * bootstrap[sequence], own)
+    return reverse_scan(own, gamma * lam, sequence)
+
+
+class _LambdaReturnCpp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rewards, values, bootstrap, cu_seqlens, gamma, lam):
+        returns = torch.empty_like(rewards)
+        kernel = _kernel("fwd", rewards.dtype)
+        tensors = (rewards, values, bootstrap, cu_seqlens, returns)
+        kernel(*(t.data_ptr() for t in tensors), bootstrap.numel(), gamma, lam)
+        ctx.save_for_backward(cu_seqlens)
+        ctx.gamma, ctx.lam = gamma, lam
+        return returns
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_returns):
+        (cu_seqlens,) = ctx.saved_tensors
+        grad_returns = grad_returns.contiguous()
+        grad_rewards, grad_values = torch.empty_like(grad_returns), torch.empty_like(grad_returns)
+        grad_bootstrap = grad_returns.new_empty(cu_seqlens.numel() - 1)
+        tensors = (grad_returns, cu_seqlens, grad_rewards, grad_values, grad_bootstrap)
+        kernel = _kernel("bwd", grad_returns.dtype)
+        kernel(*(t.data_ptr() for t in tensors), grad_bootstrap.numel(), ctx.gamma, ctx.lam)
+        return grad_rewards, grad_values, grad_bootstrap, None, None, None
+
+
+def _kernel(direction: str, dtype: torch.dtype):
+    return getattr(dispatch._cpu, f"lambda_return_{direction}_{'f64' if dtype == torch.float64 else 'f32'}")
+
+
+def lambda_return(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    bootstrap: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """lambda-returns of packed sequences (arXiv 2410.09302 section 4.2).
+
+    Args:
+        rewards: (N,) floating; `rewards[t]` is paid for the action of row t.
+        values: (N,) floating; `values[t] = V(s_t)`, the state before that action.
+        cu_seqlens: (B+1,) integer boundaries; empty sequences are allowed.
+        gamma, lam: in [0, 1].
+        bootstrap: (B,) floating, V(s_{T+1}) of each sequence; 0 (a terminal state) when None.
+        backend: "reference", "cpp", or None for the best that can run.
+
+    Returns:
+        (N,) float32, or float64 when an input is float64. Differentiable in rewards, values and bootstrap.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, boundaries or numbers that do not fit, each named.
+        RuntimeError: the requested backend cannot run.
+    """
+    checks.floating("rewards", rewards)
+    if rewards.dim() != 1:
+        checks.fail("rewards", "shape (N,)", f"shape {tuple(rewards.shape)}")
+    n = rewards.shape[0]
+    checks.tensor("values", values, (n,), rewards)
+    checks.cu_seqlens(cu_seqlens, n, rewards)
+    checks.unit_interval("gamma", gamma)
+    checks.unit_interval("lam", lam)
+    sequences = cu_seqlens.numel() - 1
+    if bootstrap is not None:
+        checks.tensor("bootstrap", bootstrap, (sequences,), rewards, "(one a sequence)")
+
+    chosen = dispatch.choose("lambda_return", rewards.device.type, backend)
+    dtype = compute_dtype(rewards, values, bootstrap)
+    rewards, values = rewards.to(dtype), values.to(dtype)
+    bootstrap = rewards.new_zeros(sequences) if bootstrap is None else bootstrap.to(dtype)
+    if chosen == "cpp":
+        tensors = (rewards.contiguous(), values.contiguous(), bootstrap.contiguous())
+        return _LambdaReturnCpp.apply(*tensors, cu_seqlens.long().contiguous(), gamma, lam)
+    return lambda_return_reference(rewards, values, bootstrap, sequence_index(cu_seqlens, n), gamma, lam)

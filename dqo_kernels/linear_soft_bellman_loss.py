@@ -1,0 +1,115 @@
+"""linear_soft_bellman_loss: DQO's loss from hidden states and the head; `linear_token_stats` followed by `soft_bellman`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dqo_kernels import checks
+from dqo_kernels.layout import Layout
+from dqo_kernels.linear_token_stats import linear_token_stats
+from dqo_kernels.soft_bellman_loss import SoftBellmanOutput, check_layout_inputs, check_reference, loss_from_stats
+
+
+def linear_soft_bellman_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    values: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    ref_lse: Tensor | None = None,
+    behavior_logprobs: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    target_values: Tensor | None = None,
+    beta: float = 0.1,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    policy_target: str = "return",
+    target: str = "detach",
+    is_level: str = "trajectory",
+    is_cap: float | None = 1.0,
+    is_floor: float | None = None,
+    policy_scale: float = 1.0,
+    value_coef: float = 1.0,
+    kl_coef: float = 0.0,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> SoftBellmanOutput:
+    """`soft_bellman_loss(F.linear(hidden, weight, bias), ...)` without the logits.
+
+    Args:
+        hidden: (N, D) packed with `cu_seqlens`, or (B, T, D) padded with `mask`. Floating.
+        weight, bias: (V, D), (V,): the policy's head.
+        ref_hidden, ref_weight, ref_bias: the reference policy's, in place of ref_logprobs and ref_lse.
+        workspace_bytes: bytes of logits held at once; None is 256 MiB on the CPU, 2 GiB on a GPU.
+        Everything else: as `soft_bellman_loss`.
+
+    Returns:
+        SoftBellmanOutput; `loss` is differentiable in hidden, weight, bias and values.
+
+    Raises:
+        ValueError, RuntimeError: as `soft_bellman_loss`.
+    """
+    layout = Layout(hidden, "hidden", mask, cu_seqlens)
+    checks.integers("actions", actions, layout.shape, hidden)
+    check_reference(ref_hidden, "ref_hidden", ref_logprobs, ref_lse, values, kl_coef)
+    if ref_hidden is not None and tuple(ref_hidden.shape[:-1]) != layout.shape:
+        checks.fail("ref_hidden", f"shape {(*layout.shape, 'D')}", f"shape {tuple(ref_hidden.shape)}")
+    per_row_temperature = isinstance(temperature, Tensor) and temperature.dim() > 0
+    per_token = {
+        "rewards": rewards,
+        "values": values,
+        "ref_logprobs": ref_logprobs,
+        "ref_lse": ref_lse,
+        "behavior_logprobs": behavior_logprobs,
+        "target_values": target_values,
+        "temperature": temperature if per_row_temperature else None,
+    }
+    check_layout_inputs(layout, hidden, per_token)
+    stats = linear_token_stats(
+        layout.pack(hidden),
+        weight,
+        layout.pack(actions),
+        bias=bias,
+        ref_hidden=layout.pack(ref_hidden),
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
+        temperature=layout.pack(temperature) if per_row_temperature else temperature,
+        softcap=softcap,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+    )
+    return loss_from_stats(
+        stats,
+        layout,
+        rewards,
+        values,
+        ref_logprobs,
+        ref_lse,
+        behavior_logprobs,
+        bootstrap,
+        target_values,
+        policy_scale,
+        value_coef,
+        kl_coef,
+        reduction,
+        beta=beta,
+        gamma=gamma,
+        lam=lam,
+        policy_target=policy_target,
+        target=target,
+        is_level=is_level,
+        is_cap=is_cap,
+        is_floor=is_floor,
+        backend=backend,
+    )
