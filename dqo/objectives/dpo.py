@@ -1,0 +1,57 @@
+"""Direct Preference Optimization (arXiv 2305.18290, eq. 7) on pairs made of one prompt's better and worse responses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class DPO:
+    beta: float = 0.1
+    """KL temperature."""
+    max_pairs_per_prompt: int = 4
+    """Pairs made from each prompt; every response is used before one is used again."""
+
+    unit: ClassVar[str] = "pair"
+    needs_reference: ClassVar[bool] = True
+    needs_values: ClassVar[bool] = False
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = []
+        if not self.beta > 0:
+            found.append(("beta", f"must be positive, got {self.beta}"))
+        if self.max_pairs_per_prompt < 1:
+            found.append(("max_pairs_per_prompt", f"must be at least 1, got {self.max_pairs_per_prompt}"))
+        return found
+
+    def prepare(self, episodes: list) -> list:
+        """chosen, rejected, chosen, rejected, ...; prompts whose responses share one reward give no pair."""
+        prompts: dict[int, list] = {}
+        for episode in episodes:
+            prompts.setdefault(episode.prompt_index, []).append(episode)
+        paired = []
+        for members in prompts.values():
+            ranked = sorted(members, key=lambda e: -e.reward)  # stable: the file's order among equals
+            better = [e for e in ranked if e.reward > ranked[-1].reward]
+            worse = [e for e in ranked if e.reward < ranked[0].reward][::-1]
+            for i in range(min(self.max_pairs_per_prompt, max(len(better), len(worse)))):
+                chosen, rejected = better[i % len(better)], worse[i % len(worse)]
+                if chosen.reward > rejected.reward:
+                    paired += [chosen, rejected]
+        return paired
+
+    def __call__(self, stats, rows, cu_seqlens):
+        from torch.nn import functional as F
+
+        from dqo.objectives.sums import implicit_rewards, mean_metric, sequence_sums
+
+        log_ratio = stats.logprobs - rows["ref_logprobs"]  # (N,)
+        reward = self.beta * sequence_sums(log_ratio, cu_seqlens)  # (2 * pairs,)
+        margin = reward[0::2] - reward[1::2]
+        metrics = {
+            "rewards/margins": mean_metric(margin),
+            "rewards/accuracies": mean_metric((margin > 0).to(margin.dtype)),
+        }
+        metrics |= implicit_rewards(log_ratio, rows["label"], cu_seqlens, self.beta)
+        return -F.logsigmoid(margin).sum(), metrics
