@@ -1,0 +1,162 @@
+"""Commands: `dqo-train` trains (or, without options, demonstrates); `dqo <command>` does everything.
+
+torch is imported only by what needs it, so that help and wrong options answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dqo.errors import UserError, did_you_mean
+
+
+def train_main() -> None:
+    """Entry point of `dqo-train`."""
+    _run(lambda: train_command(sys.argv[1:], "dqo-train"))
+
+
+def main() -> None:
+    """Entry point of `dqo`."""
+    _run(lambda: dqo_command(sys.argv[1:]))
+
+
+def _run(command: Callable[[], None]) -> None:
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def train_command(arguments: list[str], prog: str = "dqo train") -> None:
+    """Train on your rollouts; without any option of training, the built-in demonstration."""
+    from dqo.demo import DemoConfig
+
+    flags = {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in arguments if a.startswith("--")}
+    if "-h" not in arguments and flags <= {f.name for f in dataclasses.fields(DemoConfig)}:
+        return demo_command(arguments, prog)
+    from dqo.config import dump_options, load_options
+
+    options = load_options(arguments, prog)
+    if options.train.dry_run:
+        from dqo.prepare import check_options, load_rows
+
+        check_options(options)
+        rows, held_out = load_rows(options)
+        print(dump_options(options), end="")
+        print(f"# {len(rows):,} rows to train on, {len(held_out):,} held out; nothing was loaded or written")
+        return None
+    print(
+        f"dqo-train: {options.train.method} on {options.train.dataset_name} -> {options.train.output_dir}", flush=True
+    )
+    from dqo.run_report import finish, read_tasks
+    from dqo.train import train
+
+    tasks = read_tasks(options.train.eval_tasks)
+    print(finish(options, train(options), tasks))
+
+
+def demo_command(arguments: list[str], prog: str = "dqo demo") -> None:
+    """Compare base, continued SFT, RFT, DPO and DQO on a built-in task, from nothing to report.html."""
+    import tyro
+
+    from dqo.demo import DemoConfig, run_demo
+
+    config = tyro.cli(DemoConfig, args=arguments, prog=prog, use_underscores=True)
+    print(
+        f"dqo: demonstration (seed {config.seed}) -> {config.output_dir}; `dqo-train --help` for your own data",
+        flush=True,
+    )
+    print(f"report: {run_demo(config)}")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Turn a public data format into a rollout file."""
+
+    format: str
+    """Source format: gsm8k-solutions (openai/grade-school-math's graded model solutions)."""
+    source: str
+    """File to read."""
+    destination: str
+    """Rollout file to write (.jsonl)."""
+    step_penalty: float = 0.5
+    """Step reward of a line with a wrong calculator annotation is minus this."""
+
+
+def convert_command(arguments: list[str]) -> None:
+    """Turn a public data format into a rollout file."""
+    import tyro
+
+    from dqo.convert import convert
+
+    config = tyro.cli(tyro.conf.Positional[ConvertConfig], args=arguments, prog="dqo convert", use_underscores=True)
+    summary = convert(config.format, config.source, config.destination, step_penalty=config.step_penalty)
+    for name, value in summary.items():
+        print(f"{name:>28}  {value}")
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Make a small randomly initialised Llama and a byte-level BPE tokenizer trained on a rollout file."""
+
+    dataset_name: str
+    """Rollout file whose prompts and completions the tokenizer is trained on."""
+    output_dir: str
+    """New directory of model and tokenizer."""
+    vocab_size: int = 4096
+    """Tokens of the vocabulary."""
+    hidden_size: int = 256
+    """Width."""
+    layers: int = 4
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads."""
+    max_length: int = 1024
+    """Positions."""
+    seed: int = 0
+    """Of the weights."""
+
+
+def init_command(arguments: list[str]) -> None:
+    """Make a small random model with a tokenizer trained on a rollout file."""
+    import tyro
+
+    config = tyro.cli(InitConfig, args=arguments, prog="dqo init", use_underscores=True)
+    from dqo import new_model
+    from dqo.episodes import completion_text
+    from dqo.rows import read_rows
+
+    rows = read_rows(config.dataset_name)
+    texts = list({row.prompt: None for row in rows if isinstance(row.prompt, str)}) + [completion_text(r) for r in rows]
+    tokenizer = new_model.bpe_tokenizer(texts, config.vocab_size)
+    size = {"hidden_size": config.hidden_size, "layers": config.layers, "heads": config.heads}
+    model = new_model.new_llama(tokenizer, **size, max_length=config.max_length, seed=config.seed)
+    new_model.save(model, tokenizer, Path(config.output_dir))
+    print(f"{config.output_dir}: {model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}")
+
+
+COMMANDS = {
+    "train": train_command,
+    "demo": demo_command,
+    "convert": convert_command,
+    "init": init_command,
+}
+
+
+def dqo_command(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: dqo <command> [options]; `dqo <command> --help` for its options\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<10}{command.__doc__}")
+        return
+    name = arguments[0]
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}; commands are {', '.join(COMMANDS)}.{did_you_mean(name, COMMANDS)}")
+    COMMANDS[name](arguments[1:])

@@ -1,0 +1,262 @@
+"""Options: one flat dataclass plus the fields of the objective; YAML under flags, unknown keys refused.
+
+Imports neither torch nor transformers: `--help` and every check of the options come before those are loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+from dqo.errors import UserError, did_you_mean
+from dqo.objectives import OBJECTIVES
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Offline training on a file of responses and rewards. Without --dataset_name the built-in demonstration runs."""
+
+    method: Literal["dqo", "sft", "rft", "dpo"] = "dqo"
+    """Objective; its own options are shown by `--method NAME --help`."""
+    model_name_or_path: str | None = None
+    """Directory or hub name of the causal language model to train; also the reference policy."""
+    dataset_name: str | None = None
+    """Rollout file (.jsonl or .parquet): prompt, completion, reward."""
+    output_dir: str = "out"
+    """Directory of checkpoints, metrics.jsonl and report.html."""
+
+    eval_dataset_name: str | None = None
+    """Rollout file held out for evaluation; without it eval_fraction of the prompts is held out."""
+    eval_fraction: float = 0.1
+    """Share of the prompts held out of dataset_name."""
+    eval_tasks: str | None = None
+    """Problems to answer after training (.jsonl: prompt, answer)."""
+    verifier: Literal["gsm8k"] | None = None
+    """How answers to eval_tasks are graded."""
+    num_generations: int = 4
+    """Sampled answers a problem, beside the greedy one."""
+    max_completion_length: int = 256
+    """Tokens of a generated answer."""
+
+    max_length: int = 1024
+    """Tokens of prompt and completion."""
+    allow_truncation: bool = False
+    """Cut longer rows at max_length instead of refusing them."""
+    truncation: Literal["terminal", "bootstrap", "drop"] = "terminal"
+    """Responses that did not end: paid as they are, bootstrapped with V of their last state, or dropped."""
+    process_reward: Literal["none", "additive"] | None = None
+    """What step_rewards in the file do; must be chosen when there are any."""
+    reward_scale: float = 1.0
+    """Outcome reward = reward_scale * reward + reward_shift."""
+    reward_shift: float = 0.0
+    """See reward_scale."""
+    reward_threshold: float = 0.5
+    """A response without label counts as correct above this reward."""
+    skip_bad_rows: bool = False
+    """Leave out rows that fail the checks, and say how many."""
+
+    learning_rate: float = 1e-6
+    """Of the policy."""
+    critic_learning_rate: float = 1e-5
+    """Of the value model."""
+    value_warmup_steps: float = 0
+    """First steps that train the value model alone; below 1 a share of all steps."""
+    per_device_train_batch_size: int = 16
+    """Responses (pairs for dpo) in a micro-batch."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches in an optimizer step."""
+    num_train_epochs: float = 1.0
+    """Passes over the data."""
+    max_steps: int = -1
+    """Optimizer steps; above 0 it overrides num_train_epochs."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning-rate schedule after the warm-up."""
+    warmup_steps: float = 0
+    """Steps of linear learning-rate warm-up; below 1 a share of all steps."""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    """Clipping, of policy and value model each."""
+
+    logging_steps: int = 10
+    """Steps between rows of metrics.jsonl."""
+    eval_steps: int = 0
+    """Steps between evaluations on the held-out rows; 0 evaluates before and after training only."""
+    save_steps: int = 500
+    """Steps between checkpoints; one is always written at the end."""
+    save_total_limit: int = 2
+    """Checkpoints kept."""
+    resume_from_checkpoint: Literal["auto", "never"] = "auto"
+    """"auto" goes on from the last checkpoint in output_dir; "never" refuses a used output_dir."""
+    seed: int = 42
+    """Of the data order and of generated answers."""
+    dry_run: bool = False
+    """Check options and data, print them, and stop before a model is loaded."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        """(field, what is wrong) of every value out of range."""
+        found = []
+
+        def need(ok: bool, name: str, expected: str) -> None:
+            if not ok:
+                found.append((name, f"must be {expected}, got {getattr(self, name)}"))
+
+        for name in ("num_generations", "max_completion_length", "max_length", "per_device_train_batch_size"):
+            need(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("gradient_accumulation_steps", "logging_steps", "save_steps", "save_total_limit"):
+            need(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("value_warmup_steps", "warmup_steps", "weight_decay", "eval_steps"):
+            need(getattr(self, name) >= 0, name, "at least 0")
+        for name in ("learning_rate", "critic_learning_rate", "num_train_epochs", "max_grad_norm", "adam_epsilon"):
+            need(getattr(self, name) > 0, name, "positive")
+        for name in ("adam_beta1", "adam_beta2", "eval_fraction"):
+            need(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        need(self.max_steps == -1 or self.max_steps > 0, "max_steps", "positive, or -1 for num_train_epochs")
+        need(self.eval_tasks is None or self.verifier is not None, "verifier", "set when eval_tasks is given")
+        return found
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a command line resolves to, and where each value that is not a default came from."""
+
+    train: TrainConfig
+    objective: Any
+    sources: dict[str, str]
+
+    def flat(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.train) | dataclasses.asdict(self.objective)
+
+
+def _yaml_values(path: str) -> dict[str, tuple[Any, str]]:
+    """{key: (value, "file:line")} of a flat YAML mapping."""
+    try:
+        node = yaml.compose(Path(path).read_text(), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if node is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}:1: expected a mapping of options, one `name: value` a line")
+    values = yaml.safe_load(Path(path).read_text())
+    return {key.value: (values[key.value], f"{path}:{key.start_mark.line + 1}") for key, _ in node.value}
+
+
+def _take_config_files(arguments: list[str]) -> tuple[list[str], dict[str, tuple[Any, str]]]:
+    """Splits `--config a.yaml b.yaml` off; later files win."""
+    if "--config" not in arguments:
+        return arguments, {}
+    start = arguments.index("--config")
+    end = start + 1
+    while end < len(arguments) and not arguments[end].startswith("--"):
+        end += 1
+    if end == start + 1:
+        raise UserError("--config needs a file")
+    values: dict[str, tuple[Any, str]] = {}
+    for path in arguments[start + 1 : end]:
+        values |= _yaml_values(path)
+    return arguments[:start] + arguments[end:], values
+
+
+def _method(arguments: list[str], from_files: dict[str, tuple[Any, str]]) -> str:
+    name, source = from_files.get("method", ("dqo", "default"))
+    for i, argument in enumerate(arguments):
+        if argument == "--method" and i + 1 < len(arguments):
+            name, source = arguments[i + 1], "--method"
+        elif argument.startswith("--method="):
+            name, source = argument.partition("=")[2], "--method"
+    if name not in OBJECTIVES:
+        raise UserError(
+            f"method must be one of {', '.join(OBJECTIVES)}, got {name!r} (from {source}).{did_you_mean(str(name), OBJECTIVES)}"
+        )
+    return name
+
+
+def _checked(cls: type, name: str, value: Any, source: str) -> Any:
+    """A YAML value as the field's type; ints serve as floats, and nothing else is cast."""
+    expected = get_type_hints(cls)[name]
+    options = (expected,) if get_origin(expected) is Literal or not get_args(expected) else get_args(expected)
+    for option in options:
+        if get_origin(option) is Literal and value in get_args(option):
+            return value
+        if option is type(None) and value is None:
+            return None
+        if option is float and type(value) in (int, float):
+            return float(value)
+        if option is float and isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+e[-+]?[0-9]+", value):
+            return float(value)  # YAML 1.1 reads 1e-6 as a string
+        if option in (int, bool, str) and type(value) is option:
+            return value
+    kind = str(expected).replace("typing.", "") if get_args(expected) else expected.__name__
+    raise UserError(f"{source}: {name} must be {kind}, got {value!r}")
+
+
+def load_options(arguments: list[str], prog: str = "dqo-train") -> Options:
+    """Flags over YAML over defaults; raises UserError (or exits 2 with the flag named) for anything that does not fit."""
+    arguments, from_files = _take_config_files(list(arguments))
+    objective_class = OBJECTIVES[_method(arguments, from_files)]
+    train_fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    objective_fields = {f.name for f in dataclasses.fields(objective_class)}
+    train_values, objective_values, sources = {}, {}, {}
+    for key, (value, source) in from_files.items():
+        sources[key] = source
+        if key in train_fields:
+            train_values[key] = _checked(TrainConfig, key, value, source)
+        elif key in objective_fields:
+            objective_values[key] = _checked(objective_class, key, value, source)
+        else:
+            suggestion = did_you_mean(key, train_fields | objective_fields)
+            raise UserError(f"{source}: unknown option {key!r}.{suggestion}")
+    defaults = (TrainConfig(**train_values), objective_class(**objective_values))
+
+    # made here, because tyro resolves the annotations of a class by name and the objective is known only now
+    shape = dataclasses.make_dataclass("Flags", [("train", TrainConfig), ("objective", objective_class)], frozen=True)
+    flags = tyro.cli(
+        tyro.conf.OmitArgPrefixes[shape],
+        args=arguments,
+        default=shape(*defaults),
+        prog=prog,
+        use_underscores=True,
+        description=TrainConfig.__doc__,
+    )
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument[2:].partition("=")[0].replace("-", "_").removeprefix("no_")
+            sources[name] = f"--{name}"
+    options = Options(flags.train, flags.objective, sources)
+    _refuse(options)
+    return options
+
+
+def _refuse(options: Options) -> None:
+    if {"max_steps", "num_train_epochs"} <= options.sources.keys():
+        raise UserError("max_steps and num_train_epochs are both set; remove one")
+    problems = options.train.problems() + options.objective.problems()
+    if problems:
+        raise UserError(
+            "\n".join(f"{name} {what} (from {options.sources.get(name, 'default')})" for name, what in problems)
+        )
+
+
+def dump_options(options: Options) -> str:
+    """YAML of the resolved options; `--config` of it reproduces the run."""
+    values = options.flat()
+    del values["num_train_epochs" if options.train.max_steps > 0 else "max_steps"]  # only one of them may be set
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def command_line() -> str:
+    """The command as typed, for the report."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,43 @@
+"""Log-probabilities and logsumexps of the reference policy, computed once and stored on the episodes."""
+
+from __future__ import annotations
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from dqo.batches import collate
+from dqo.episodes import Episode
+from dqo.errors import UserError
+from dqo.models import policy_stats
+
+
+@torch.no_grad()
+def add_reference(
+    episodes: list[Episode], reference: PreTrainedModel, pad_id: int, batch_size: int, quiet: bool = False
+) -> None:
+    """Fills `ref_logprobs` and `ref_lse`, float32 (T,), of every episode, longest first."""
+    ordered = sorted(episodes, key=lambda e: -e.length)
+    batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+    for members in tqdm(batches, desc="reference", unit="batch", disable=quiet, leave=False):
+        stats = policy_stats(reference, collate(members, pad_id, reference.device))
+        sizes = [len(e.completion_ids) for e in members]
+        for e, logprobs, lse in zip(members, stats.logprobs.cpu().split(sizes), stats.lse.cpu().split(sizes)):
+            e.ref_logprobs, e.ref_lse = logprobs.numpy(), lse.numpy()
+
+
+@torch.no_grad()
+def check_agreement(episodes: list[Episode], policy: PreTrainedModel, pad_id: int, bound: float = 1e-5) -> None:
+    """Recomputes 64 responses in a batch of another shape: the reference was declared equal to the initial policy.
+
+    `bound` is relative to 1 + |logprob|, float32 rounding of a forward pass whose matrix shapes differ.
+    """
+    members = episodes[:: max(1, len(episodes) // 64)][:64]
+    batch = collate(members, pad_id, policy.device)
+    expected = batch.columns["ref_logprobs"]
+    excess = (policy_stats(policy, batch).logprobs - expected).abs() / (1.0 + expected.abs())
+    if not excess.max().item() <= bound:
+        raise UserError(
+            f"the reference's log-probabilities differ from the initial policy's by up to {excess.max().item():.3g} "
+            "(relative to 1 + |logprob|) at step 0; they should agree. The forward pass is not deterministic, or not causal"
+        )

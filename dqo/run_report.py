@@ -1,0 +1,88 @@
+"""The end of a training run: answers to eval_tasks, report.html, and what the terminal shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+
+from dqo import findings
+from dqo.config import Options, TrainConfig, command_line
+from dqo.errors import UserError
+from dqo.evaluate import Problem, evaluate
+from dqo.models import load_policy
+from dqo.report import console_table, write_report
+from dqo.rows_files import read_records
+from dqo.train import Run
+from dqo.verify import gsm8k_correct
+
+VERIFIERS = {"gsm8k": gsm8k_correct}
+
+
+def read_tasks(path: str | None) -> list[dict]:
+    """The rows of eval_tasks, each with the strings prompt and answer; before anything is trained."""
+    if path is None:
+        return []
+    _, records, problems = read_records(path)
+    wrong = [problem.source for problem in problems]
+    wrong += [
+        record.source
+        for record in records
+        if not all(isinstance(record.values.get(name), str) for name in ("prompt", "answer"))
+    ]
+    if wrong:
+        raise UserError(f"{', '.join(wrong[:10])}: a row of eval_tasks is an object with the strings prompt and answer")
+    return [record.values for record in records]
+
+
+def problems_of(rows: list[dict], tokenizer, verifier: str) -> list[Problem]:
+    correct = VERIFIERS[verifier]
+    return [
+        Problem(
+            row["prompt"],
+            list(tokenizer(row["prompt"])["input_ids"]),
+            lambda text, answer=row["answer"]: correct(text, answer),
+        )
+        for row in rows
+    ]
+
+
+def changed_options(options: Options) -> dict:
+    """The options that are not defaults."""
+    defaults = dataclasses.asdict(TrainConfig()) | dataclasses.asdict(type(options.objective)())
+    return {name: value for name, value in options.flat().items() if value != defaults[name]}
+
+
+def finish(options: Options, run: Run, tasks: list[dict]) -> str:
+    """Answers `tasks`, writes the report, and returns the text for the terminal."""
+    config = options.train
+    lines = []
+    methods = []
+    if tasks:
+        problems = problems_of(tasks, run.prepared.tokenizer, config.verifier)
+        settings = {"num_generations": config.num_generations, "max_new_tokens": config.max_completion_length}
+        for name, model in (("base", load_policy(config.model_name_or_path)), (config.method, run.prepared.policy)):
+            found = evaluate(
+                model, run.prepared.tokenizer, problems, seed=config.seed, description=name, batch_size=64, **settings
+            )
+            methods.append({"name": name, "greedy": found.greedy, "sampling": found.sampling})
+        lines.append(console_table(methods, "base"))
+    report = {
+        "title": f"{config.method.upper()} on {config.dataset_name}",
+        "command": command_line(),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "seed": config.seed,
+        "wall_seconds": run.seconds,
+        "options": changed_options(options),
+        "methods": methods,
+        "curves": findings.curves(config.method, run.output_dir / "metrics.jsonl"),
+        "data": findings.data_findings(run.prepared.episodes()),
+        **findings.machine(),
+        **findings.value_findings(run),
+    }
+    if methods:
+        report |= {"baseline": "base", "headline": config.method}
+    path = write_report(run.output_dir, report)
+    lines.append(f"{run.steps} steps, {run.tokens_per_second:,.0f} tokens/s")
+    lines += [f"{name:>36}  {value:.4f}" for name, value in run.held_out.items()]
+    lines.append(f"model: {run.output_dir}    report: {path}")
+    return "\n".join(lines)

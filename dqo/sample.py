@@ -1,0 +1,60 @@
+"""Responses of a policy by transformers' generate: prompts sorted by length, so that equal ones need no padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Response:
+    ids: list[int]  # with the EOS when it ended
+    ended: bool
+
+
+@torch.inference_mode()
+def generate(
+    policy: PreTrainedModel,
+    prompts: list[list[int]],
+    *,
+    eos_id: int,
+    pad_id: int,
+    num_generations: int = 1,
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    batch_size: int = 1024,
+    seed: int = 0,
+    description: str = "sample",
+    quiet: bool = False,
+) -> list[list[Response]]:
+    """`num_generations` responses of every prompt; temperature 0 is greedy. Samples the whole distribution (no top-k, top-p).
+
+    Deterministic given the seed on one machine; the batch composition is part of what the seed fixes.
+    """
+    greedy = temperature == 0.0
+    settings = (
+        {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    )
+    generation = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos_id, pad_token_id=pad_id, **settings)
+    torch.manual_seed(seed)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = [i for i in order for _ in range(num_generations)]
+    responses: list[list[Response]] = [[] for _ in prompts]
+    for start in tqdm(range(0, len(order), batch_size), desc=description, unit="batch", disable=quiet, leave=False):
+        indices = order[start : start + batch_size]
+        longest = max(len(prompts[i]) for i in indices)
+        ids = torch.full((len(indices), longest), pad_id)
+        attention = torch.zeros_like(ids)
+        for row, i in enumerate(indices):
+            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
+            attention[row, longest - len(prompts[i]) :] = 1
+        output = policy.generate(
+            input_ids=ids.to(policy.device), attention_mask=attention.to(policy.device), generation_config=generation
+        )
+        for i, row in zip(indices, output[:, longest:].tolist()):
+            ended = eos_id in row
+            responses[i].append(Response(row[: row.index(eos_id) + 1] if ended else row, ended))
+    return responses
