@@ -1,0 +1,67 @@
+"""Tiny models, tokenizers and episodes that the trainer's tests share."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+from dqo.episodes import Episode
+from dqo.new_model import character_tokenizer, new_llama
+from dqo.tasks.arith import VOCABULARY, ArithTask
+
+TASK = ArithTask(2, 4)
+
+
+def tokenizer():
+    return character_tokenizer(VOCABULARY)
+
+
+def policy(seed: int = 0, hidden_size: int = 16, layers: int = 1):
+    return new_llama(tokenizer(), hidden_size=hidden_size, layers=layers, heads=2, max_length=64, seed=seed)
+
+
+def rollout_rows(prompts: int = 8, samples: int = 4, seed: int = 0) -> list[dict]:
+    """Rows of the arith task: demonstrations, about half of which a wrong digit spoils."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(prompts):
+        prompt = TASK.problem(rng)
+        for _ in range(samples):
+            text = TASK.solution(prompt)
+            if rng.random() < 0.5:
+                text = text[:-1] + str((int(text[-1]) + rng.randint(1, 9)) % 10)
+            rows.append({"prompt": prompt, "completion": text, "reward": float(TASK.grade(prompt, text).correct)})
+    return rows
+
+
+def episodes(count: int = 6, seed: int = 0, reference: bool = True, terminated: bool = True) -> list[Episode]:
+    """Random token ids of uneven lengths, rewards on every token."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(count):
+        length = int(rng.integers(1, 9))
+        ids = rng.integers(3, 19, length).tolist()
+        label = bool(i % 2)
+        found.append(
+            Episode(
+                prompt_ids=rng.integers(3, 19, int(rng.integers(1, 7))).tolist(),
+                completion_ids=ids,
+                rewards=rng.normal(size=length).astype(np.float32),
+                reward=float(label),
+                label=label,
+                terminated=terminated,
+                prompt_index=i // 2,
+                source=f"row {i + 1}",
+                ref_logprobs=-rng.random(length).astype(np.float32) if reference else None,
+                ref_lse=rng.normal(size=length).astype(np.float32) if reference else None,
+            )
+        )
+    return found
+
+
+def gradients(*models) -> torch.Tensor:
+    """All gradients in one vector; zeros where a parameter has none."""
+    flat = [torch.zeros_like(p) if p.grad is None else p.grad for model in models for p in model.parameters()]
+    return torch.cat([g.flatten() for g in flat]).double()

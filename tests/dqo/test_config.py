@@ -1,0 +1,93 @@
+import pytest
+import yaml
+
+from dqo.config import dump_options, load_options
+from dqo.errors import UserError
+
+
+def yaml_file(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_flags_win_over_files_and_later_files_over_earlier_ones(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("beta: 0.3\nlam: 0.5\nlearning_rate: 1e-5\n")
+    second.write_text("lam: 0.7\n")
+    options = load_options(["--config", str(first), str(second), "--beta", "0.2"])
+    assert (options.objective.beta, options.objective.lam, options.train.learning_rate) == (0.2, 0.7, 1e-5)
+
+
+def test_the_resolved_options_reproduce_themselves(tmp_path):
+    options = load_options(["--method", "dqo", "--is_cap", "None", "--lam", "0.9", "--dataset_name", "x.jsonl"])
+    again = load_options(["--config", yaml_file(tmp_path, dump_options(options))])
+    assert again.flat() == options.flat()
+
+
+def test_the_flags_of_the_method_are_offered_and_no_others(capsys):
+    assert load_options(["--method", "dpo", "--max_pairs_per_prompt", "2"]).objective.max_pairs_per_prompt == 2
+    with pytest.raises(SystemExit) as stopped:
+        load_options(["--method", "dpo", "--lam", "0.5"])
+    assert stopped.value.code == 2
+    assert "--lam" in capsys.readouterr().err
+
+
+def test_an_unknown_flag_is_refused_with_a_suggestion(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load_options(["--lerning_rate", "3"])
+    assert stopped.value.code == 2
+    assert "--learning_rate" in capsys.readouterr().err
+
+
+def test_an_unknown_key_is_refused_with_line_and_suggestion(tmp_path):
+    path = yaml_file(tmp_path, "# a comment\nmethod: dpo\nlerning_rate: 3\n")
+    with pytest.raises(UserError, match=r"c\.yaml:3: unknown option 'lerning_rate'. Did you mean 'learning_rate'\?"):
+        load_options(["--config", path])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--lam", "1.5"], r"lam must be in \[0, 1\], got 1.5 \(from --lam\)"),
+        (["--beta", "0"], r"beta must be positive, got 0.0 \(from --beta\)"),
+        (["--method", "dpoo"], r"method must be one of .* got 'dpoo' \(from --method\). Did you mean 'dpo'\?"),
+        (["--max_steps", "3", "--num_train_epochs", "2"], "both set; remove one"),
+        (["--eval_fraction", "1"], r"eval_fraction must be in \[0, 1\)"),
+        (["--eval_tasks", "x.jsonl"], "verifier must be set when eval_tasks is given"),
+        (["--is_cap", "0", "--is_floor", "1"], "is_floor must be at most is_cap"),
+        (["--method", "dpo", "--max_pairs_per_prompt", "0"], "max_pairs_per_prompt must be at least 1"),
+        (["--method", "rft", "--max_per_prompt", "0"], "max_per_prompt must be at least 1"),
+        (["--learning_rate", "-1"], "learning_rate must be positive"),
+    ],
+)
+def test_values_out_of_range_are_named_with_their_source(arguments, message):
+    with pytest.raises(UserError, match=message):
+        load_options(arguments)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("max_steps: 3.5", "c.yaml:1: max_steps must be int, got 3.5"),
+        ("seed: true", "c.yaml:1: seed must be int, got True"),
+        ("beta: high", "c.yaml:1: beta must be float, got 'high'"),
+        ("policy_target: paper", "c.yaml:1: policy_target must be .*one_step.*got 'paper'"),
+        ("lam: 1.5", r"lam must be in \[0, 1\], got 1.5 \(from .*c.yaml:1\)"),
+        ("- lam", "c.yaml:1: expected a mapping"),
+        ("lam: [1", "not valid YAML"),
+    ],
+)
+def test_values_of_files_are_checked_with_their_line(tmp_path, line, message):
+    with pytest.raises(UserError, match=message):
+        load_options(["--config", yaml_file(tmp_path, line + "\n")])
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="absent.yaml: cannot be read"):
+        load_options(["--config", str(tmp_path / "absent.yaml")])
+
+
+def test_every_option_has_a_default_that_the_checks_accept():
+    for method in ("dqo", "sft", "rft", "dpo"):
+        assert yaml.safe_load(dump_options(load_options(["--method", method])))["method"] == method

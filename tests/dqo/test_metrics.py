@@ -1,0 +1,58 @@
+import json
+
+import pytest
+import torch
+
+from dqo import metrics
+from dqo.objectives.sums import moments, sequence_sums
+from dqo_kernels import TokenStats
+
+
+def test_means_of_micro_batches_add_by_their_counts():
+    total = metrics.add({}, {"a": torch.tensor([2.0, 1.0])})
+    total = metrics.add(total, {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([5.0, 5.0])})
+    assert metrics.finish(total) == {"a": 1.0, "b": 1.0}
+
+
+def test_explained_variance_is_one_minus_the_ratio_of_variances():
+    returns, values = torch.randn(2, 50)
+    halves = [
+        metrics.add(moments("returns", r), moments("value_error", r - v))
+        for r, v in zip(returns.chunk(2), values.chunk(2))
+    ]
+    found = metrics.finish(metrics.add(*halves))
+    expected = 1 - (returns - values).var(correction=0) / returns.var(correction=0)
+    assert found["value/explained_variance"] == pytest.approx(expected.item(), rel=1e-4)
+    assert "returns/mean_square" not in found and "value_error/mean" not in found
+
+
+def test_a_metric_nobody_contributed_to_is_left_out():
+    assert metrics.finish({"rewards/chosen": torch.tensor([0.0, 0.0])}) == {}
+
+
+def test_the_logged_kl_is_zero_at_the_reference_and_positive_elsewhere():
+    def kl(logprobs):
+        stats = TokenStats(torch.tensor(logprobs), torch.zeros(2), torch.zeros(2))
+        return metrics.finish(metrics.common(stats, {"ref_logprobs": torch.tensor([-1.0, -2.0])}))["kl"]
+
+    assert kl([-1.0, -2.0]) == 0
+    assert kl([-1.5, -2.0]) > 0 and kl([-0.5, -2.0]) > 0
+
+
+def test_sequence_sums_stay_inside_their_sequence():
+    x = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    assert sequence_sums(x, torch.tensor([0, 1, 1, 4])).tolist() == [1.0, 0.0, 14.0]
+
+
+def test_a_metrics_file_is_cut_back_to_its_position(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = metrics.MetricsFile(path)
+    first.write({"step": 1})
+    position = first.position()
+    first.write({"step": 2})
+    first.close()
+    second = metrics.MetricsFile(path, position)
+    second.write({"step": 3})
+    second.close()
+    assert [row["step"] for row in metrics.read_metrics(path)] == [1, 3]
+    assert json.loads(path.read_text().splitlines()[-1]) == {"step": 3}

@@ -1,0 +1,197 @@
+"""Training end to end on tiny models: losses fall, and a killed run goes on exactly where it was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dqo.checkpoint import checkpoints
+from dqo.config import load_options
+from dqo.errors import UserError
+from dqo.new_model import save
+from dqo.train import train
+from tests.dqo.helpers import policy, rollout_rows, tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def files(tmp_path):
+    save(policy(), tokenizer(), tmp_path / "model")
+    lines = [json.dumps(row) for row in rollout_rows(prompts=12, samples=4)]
+    (tmp_path / "rollouts.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def arguments(files, **changes):
+    settings = {
+        "dataset_name": files / "rollouts.jsonl",
+        "model_name_or_path": files / "model",
+        "output_dir": files / "out",
+        "per_device_train_batch_size": 8,
+        "max_steps": 12,
+        "logging_steps": 4,
+        "learning_rate": 1e-3,
+        "critic_learning_rate": 1e-2,
+        "eval_fraction": 0.2,
+    } | changes
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+def run(files, **changes):
+    return train(load_options(arguments(files, **changes)))
+
+
+def logged(directory, key="loss"):
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows if key in row]
+
+
+def weights(directory):
+    files = ["model.safetensors", *(["critic/model.safetensors"] if (directory / "critic").exists() else [])]
+    return {f"{file}/{name}": tensor for file in files for name, tensor in load_file(directory / file).items()}
+
+
+@pytest.mark.parametrize("method", ["dqo", "sft", "rft", "dpo"])
+def test_the_loss_falls(files, method):
+    finished = run(files, method=method, max_steps=40, eval_fraction=0)
+    losses = logged(files / "out")
+    assert losses[-1] < losses[0]
+    assert finished.steps == 40
+
+
+def test_the_value_model_learns_what_the_reward_depends_on(files):
+    # the reward is readable in the last state (its digit is above 4) and not at half of the response
+    rows = [row | {"reward": float(row["completion"][-1] > "4")} for row in rollout_rows(prompts=300, samples=2)]
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    finished = run(files, per_device_train_batch_size=64, max_steps=100, learning_rate=1e-5)
+    assert finished.held_out["eval_value/auc_end"] > 0.95
+    assert finished.held_out["eval_value/auc_half"] < 0.75
+
+
+def test_at_step_0_the_policy_is_its_reference(files):
+    run(files, max_steps=1)
+    first = json.loads((files / "out" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 0
+    assert abs(first["eval_kl"]) < 1e-9
+    assert first["eval_sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-5)
+    # V = 0, delta = 0, lambda = 1: G_t is the outcome, so both losses are 1/2 E[R^2] over tokens
+    assert first["eval_loss/policy"] == pytest.approx(0.5 * first["eval_returns/mean"], rel=1e-5)
+    assert first["eval_loss/value"] == pytest.approx(first["eval_loss/policy"], rel=1e-5)
+
+
+def test_accumulation_does_not_change_the_run(files):
+    run(files, output_dir=files / "whole", per_device_train_batch_size=8)
+    run(files, output_dir=files / "split", per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert logged(files / "whole") == pytest.approx(logged(files / "split"), rel=1e-4)
+
+
+def test_a_run_stopped_between_checkpoints_goes_on_bit_for_bit(files, monkeypatch):
+    whole = run(files, output_dir=files / "whole", save_steps=5)
+
+    from dqo.train import Trainer
+
+    original = Trainer.train_step
+
+    def stop(self, step, groups):
+        if step == 8:  # after the checkpoint at 5, in the middle of a logging window
+            raise KeyboardInterrupt
+        return original(self, step, groups)
+
+    monkeypatch.setattr(Trainer, "train_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(files, save_steps=5)
+    monkeypatch.undo()
+    resumed = run(files, save_steps=5)
+    before, after = weights(whole.output_dir), weights(resumed.output_dir)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert metrics_without_speed(whole.output_dir) == metrics_without_speed(resumed.output_dir)
+
+
+def metrics_without_speed(directory):
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("perf/")} for row in rows]
+
+
+def test_a_killed_process_goes_on_bit_for_bit(files):
+    whole = run(files, output_dir=files / "whole", save_steps=1, max_steps=30)
+    command = [sys.executable, "-m", "dqo", "train", *arguments(files, save_steps=1, max_steps=30)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(checkpoints(files / "out")) < 2:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (files / "out" / "report.html").exists()
+    resumed = run(files, save_steps=1, max_steps=30)
+    before, after = weights(whole.output_dir), weights(resumed.output_dir)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert metrics_without_speed(whole.output_dir) == metrics_without_speed(resumed.output_dir)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"beta": 0.2}, "option beta: 0.1 then, 0.2 now"), ({"max_steps": 13}, "option max_steps: 12 then, 13 now")],
+)
+def test_other_options_are_not_continued(files, change, message):
+    run(files)
+    with pytest.raises(UserError, match=message):
+        run(files, **change)
+
+
+def test_other_data_is_not_continued(files):
+    run(files)
+    rows = (files / "rollouts.jsonl").read_text().splitlines()
+    (files / "rollouts.jsonl").write_text("\n".join(rows[:-4]))
+    with pytest.raises(UserError, match="data: .* then, .* now"):
+        run(files)
+
+
+def test_another_model_is_not_continued(files):
+    run(files)
+    for path in (files / "model").iterdir():
+        path.unlink()
+    save(policy(seed=1), tokenizer(), files / "model")
+    with pytest.raises(UserError, match="model: .* then, .* now"):
+        run(files)
+
+
+def test_a_used_directory_is_refused(files):
+    (files / "out").mkdir()
+    (files / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        run(files)
+    run(files, output_dir=files / "fresh", max_steps=1)
+    with pytest.raises(UserError, match="is in use"):
+        run(files, output_dir=files / "fresh", max_steps=1, resume_from_checkpoint="never")
+
+
+def test_step_rewards_need_a_decision(files):
+    rows = [row | {"steps": [[0, len(row["completion"])]], "step_rewards": [0.5]} for row in rollout_rows()]
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="has step_rewards; choose .*--process_reward additive"):
+        run(files)
+    run(files, process_reward="additive", max_steps=1)
+
+
+def test_methods_that_find_nothing_to_train_on_say_so(files):
+    rows = [row | {"prompt": f"{i % 10}+{i // 10}="} for i, row in enumerate(rollout_rows(prompts=4, samples=4))]
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="0 pairs"):
+        run(files, method="dpo", eval_fraction=0)
+
+
+def test_the_saved_policy_and_critic_are_plain_transformers_models(files):
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+    finished = run(files)
+    plain = AutoModelForCausalLM.from_pretrained(finished.output_dir)
+    assert torch.equal(plain.lm_head.weight, finished.prepared.policy.lm_head.weight)
+    assert AutoModelForTokenClassification.from_pretrained(finished.output_dir / "critic").config.num_labels == 1

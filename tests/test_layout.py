@@ -1,0 +1,82 @@
+"""The house: imports point one way, files are short, operations and objectives have their files."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from dqo.objectives import OBJECTIVES
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted([*ROOT.glob("dqo/**/*.py"), *ROOT.glob("dqo_kernels/**/*.py")])
+
+# A file imports from lower levels only. Within a level no file imports another.
+LEVELS = [
+    {"errors", "statistics", "tasks.arith", "report_plots", "objectives.sums", "objectives.sft", "objectives.rft"},
+    {"verify", "rows_formats", "report", "objectives.dpo", "objectives.dqo"},
+    {"rows_files", "rows_checks", "objectives"},
+    {"rows"},
+    {"convert", "episodes", "metrics", "new_model"},
+    {"batches", "config"},
+    {"models"},
+    {"reference", "step", "sample", "checkpoint", "optim"},
+    {"held_out", "evaluate", "prepare"},
+    {"train"},
+    {"findings", "demo"},
+    {"run_report", "demo_report"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT / "dqo").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path, top_level_only: bool) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("dqo/**/*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_trainer_imports_from_lower_levels_only(path):
+    module = module_of(path)
+    if module in ("", "tasks"):
+        return
+    assert module in LEVEL, f"{module} has no level; place it in LEVELS"
+    for name in imports_of(path, top_level_only=True):
+        imported = name.removeprefix("dqo.")
+        if name.startswith("dqo.") and imported in LEVEL and imported != module:
+            assert LEVEL[imported] < LEVEL[module], f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("dqo_kernels/**/*.py")), ids=lambda p: p.name)
+def test_the_kernels_do_not_know_the_trainer(path):
+    assert not any(name == "dqo" or name.startswith("dqo.") for name in imports_of(path, top_level_only=False))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_of_readable_size(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_every_objective_is_one_file_and_one_test():
+    for name in OBJECTIVES:
+        assert (ROOT / "dqo" / "objectives" / f"{name}.py").exists()
+        assert any(name in path.stem for path in (ROOT / "tests" / "dqo" / "objectives").glob("test_*.py"))
+
+
+def test_no_file_that_is_read_before_the_options_imports_torch():
+    for name in ("cli", "config", "rows", "verify", "convert", "demo", "errors"):
+        imported = imports_of(ROOT / "dqo" / f"{name}.py", top_level_only=True)
+        assert not imported & {"torch", "transformers", "dqo_kernels"}, name
