@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dqo_kernels import checks
-from dqo_kernels.layout import Layout
 from dqo_kernels.linear_token_stats import linear_token_stats
-from dqo_kernels.soft_bellman_loss import SoftBellmanOutput, check_layout_inputs, check_reference, loss_from_stats
+from dqo_kernels.soft_bellman_loss import SoftBellmanOutput, loss_from_features
 
 
 def linear_soft_bellman_loss(
@@ -60,49 +58,37 @@ def linear_soft_bellman_loss(
     Raises:
         ValueError, RuntimeError: as `soft_bellman_loss`.
     """
-    layout = Layout(hidden, "hidden", mask, cu_seqlens)
-    checks.integers("actions", actions, layout.shape, hidden)
-    check_reference(ref_hidden, "ref_hidden", ref_logprobs, ref_lse, values, kl_coef)
-    if ref_hidden is not None and tuple(ref_hidden.shape[:-1]) != layout.shape:
-        checks.fail("ref_hidden", f"shape {(*layout.shape, 'D')}", f"shape {tuple(ref_hidden.shape)}")
-    per_row_temperature = isinstance(temperature, Tensor) and temperature.dim() > 0
-    per_token = {
-        "rewards": rewards,
-        "values": values,
-        "ref_logprobs": ref_logprobs,
-        "ref_lse": ref_lse,
-        "behavior_logprobs": behavior_logprobs,
-        "target_values": target_values,
-        "temperature": temperature if per_row_temperature else None,
-    }
-    check_layout_inputs(layout, hidden, per_token)
-    stats = linear_token_stats(
-        layout.pack(hidden),
-        weight,
-        layout.pack(actions),
-        bias=bias,
-        ref_hidden=layout.pack(ref_hidden),
-        ref_weight=ref_weight,
-        ref_bias=ref_bias,
-        temperature=layout.pack(temperature) if per_row_temperature else temperature,
-        softcap=softcap,
-        workspace_bytes=workspace_bytes,
-        backend=backend,
-    )
-    return loss_from_stats(
-        stats,
-        layout,
+
+    def statistics(hidden, actions, ref_hidden, temperature):
+        return linear_token_stats(
+            hidden,
+            weight,
+            actions,
+            bias=bias,
+            ref_hidden=ref_hidden,
+            ref_weight=ref_weight,
+            ref_bias=ref_bias,
+            temperature=temperature,
+            softcap=softcap,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+        )
+
+    return loss_from_features(
+        statistics,
+        "hidden",
+        hidden,
+        ref_hidden,
+        actions,
         rewards,
         values,
-        ref_logprobs,
-        ref_lse,
-        behavior_logprobs,
-        bootstrap,
-        target_values,
-        policy_scale,
-        value_coef,
-        kl_coef,
-        reduction,
+        ref_logprobs=ref_logprobs,
+        ref_lse=ref_lse,
+        behavior_logprobs=behavior_logprobs,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        bootstrap=bootstrap,
+        target_values=target_values,
         beta=beta,
         gamma=gamma,
         lam=lam,
@@ -111,5 +97,10 @@ def linear_soft_bellman_loss(
         is_level=is_level,
         is_cap=is_cap,
         is_floor=is_floor,
+        policy_scale=policy_scale,
+        value_coef=value_coef,
+        kl_coef=kl_coef,
+        temperature=temperature,
+        reduction=reduction,
         backend=backend,
     )

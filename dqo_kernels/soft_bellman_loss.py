@@ -5,6 +5,7 @@ loss = policy_scale * policy_loss + value_coef * value_loss + kl_coef * kl_loss 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -32,13 +33,6 @@ class SoftBellmanOutput(NamedTuple):
     weights: Tensor
 
 
-def check_layout_inputs(layout: Layout, like: Tensor, per_token: dict[str, Tensor | None]) -> None:
-    """Per-token inputs have the shape of actions."""
-    for name, value in per_token.items():
-        if value is not None:
-            checks.tensor(name, value, layout.shape, like, "(that of actions)")
-
-
 def check_reference(ref_features, features_name: str, ref_logprobs, ref_lse, values, kl_coef: float) -> None:
     """Exactly one reference input; soft values and the exact KL need more than log-probabilities."""
     if ref_features is None and ref_logprobs is None:
@@ -52,24 +46,58 @@ def check_reference(ref_features, features_name: str, ref_logprobs, ref_lse, val
         checks.fail(features_name, f"a tensor, because the exact KL of kl_coef = {kl_coef} needs it", "None")
 
 
-def loss_from_stats(
-    stats: TokenStats,
-    layout: Layout,
+def loss_from_features(
+    statistics: Callable[[Tensor, Tensor, Tensor | None, float | Tensor], TokenStats],
+    name: str,
+    features: Tensor,
+    ref_features: Tensor | None,
+    actions: Tensor,
     rewards: Tensor,
     values: Tensor | None,
+    *,
     ref_logprobs: Tensor | None,
     ref_lse: Tensor | None,
     behavior_logprobs: Tensor | None,
-    bootstrap: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     target_values: Tensor | None,
     policy_scale: float,
     value_coef: float,
     kl_coef: float,
+    temperature: float | Tensor,
     reduction: str,
     **options,
 ) -> SoftBellmanOutput:
-    """Everything after the statistics; `stats` is packed, the other per-token tensors have the caller's layout."""
+    """What the logits form and the linear form share. `features`, called `name`, are logits or hidden states in the caller's
+    layout; `statistics` turns packed (features, actions, ref_features, temperature) into TokenStats."""
+    layout = Layout(features, name, mask, cu_seqlens)
+    checks.integers("actions", actions, layout.shape, features)
     checks.one_of("reduction", reduction, REDUCTIONS)
+    check_reference(ref_features, f"ref_{name}", ref_logprobs, ref_lse, values, kl_coef)
+    if ref_features is not None and tuple(ref_features.shape[:-1]) != layout.shape:
+        checks.fail(
+            f"ref_{name}", f"shape {(*layout.shape, ref_features.shape[-1])}", f"shape {tuple(ref_features.shape)}"
+        )
+    per_row_temperature = isinstance(temperature, Tensor) and temperature.dim() > 0
+    per_token = {
+        "rewards": rewards,
+        "values": values,
+        "ref_logprobs": ref_logprobs,
+        "ref_lse": ref_lse,
+        "behavior_logprobs": behavior_logprobs,
+        "target_values": target_values,
+        "temperature": temperature if per_row_temperature else None,
+    }
+    for argument, value in per_token.items():
+        if value is not None:
+            checks.tensor(argument, value, layout.shape, features, "(that of actions)")
+
+    stats = statistics(
+        layout.pack(features),
+        layout.pack(actions),
+        layout.pack(ref_features),
+        layout.pack(temperature) if per_row_temperature else temperature,
+    )
     if stats.kl is None:
         stats = stats._replace(ref_logprobs=layout.pack(ref_logprobs).detach(), ref_lse=layout.pack(ref_lse))
     terms = soft_bellman(
@@ -81,7 +109,6 @@ def loss_from_stats(
         behavior_logprobs=layout.pack(behavior_logprobs),
         lse=stats.lse,
         ref_lse=stats.ref_lse,
-        bootstrap=bootstrap,
         target_values=layout.pack(target_values),
         reduction="none",
         **options,
@@ -167,44 +194,25 @@ def soft_bellman_loss(
     Raises:
         ValueError: shapes, dtypes, devices, options or a missing reference, each named. RuntimeError: the backend cannot run.
     """
-    layout = Layout(logits, "logits", mask, cu_seqlens)
-    checks.integers("actions", actions, layout.shape, logits)
-    check_reference(ref_logits, "ref_logits", ref_logprobs, ref_lse, values, kl_coef)
-    if ref_logits is not None:
-        checks.tensor("ref_logits", ref_logits, tuple(logits.shape), logits, "(that of logits)")
-    per_row_temperature = isinstance(temperature, Tensor) and temperature.dim() > 0
-    per_token = {
-        "rewards": rewards,
-        "values": values,
-        "ref_logprobs": ref_logprobs,
-        "ref_lse": ref_lse,
-        "behavior_logprobs": behavior_logprobs,
-        "target_values": target_values,
-        "temperature": temperature if per_row_temperature else None,
-    }
-    check_layout_inputs(layout, logits, per_token)
-    stats = token_stats(
-        layout.pack(logits),
-        layout.pack(actions),
-        layout.pack(ref_logits),
-        temperature=layout.pack(temperature) if per_row_temperature else temperature,
-        softcap=softcap,
-        backend=backend,
-    )
-    return loss_from_stats(
-        stats,
-        layout,
+
+    def statistics(logits, actions, ref_logits, temperature):
+        return token_stats(logits, actions, ref_logits, temperature=temperature, softcap=softcap, backend=backend)
+
+    return loss_from_features(
+        statistics,
+        "logits",
+        logits,
+        ref_logits,
+        actions,
         rewards,
         values,
-        ref_logprobs,
-        ref_lse,
-        behavior_logprobs,
-        bootstrap,
-        target_values,
-        policy_scale,
-        value_coef,
-        kl_coef,
-        reduction,
+        ref_logprobs=ref_logprobs,
+        ref_lse=ref_lse,
+        behavior_logprobs=behavior_logprobs,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        bootstrap=bootstrap,
+        target_values=target_values,
         beta=beta,
         gamma=gamma,
         lam=lam,
@@ -213,5 +221,10 @@ def soft_bellman_loss(
         is_level=is_level,
         is_cap=is_cap,
         is_floor=is_floor,
+        policy_scale=policy_scale,
+        value_coef=value_coef,
+        kl_coef=kl_coef,
+        temperature=temperature,
+        reduction=reduction,
         backend=backend,
     )
