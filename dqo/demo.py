@@ -59,15 +59,22 @@ class Recipe:
     batch: int = 256
     updates: int = 128  # of the policy, by every method, with batches of `batch` responses
     learning_rates: dict[str, float] = field(
-        default_factory=lambda: {"sft": 3e-4, "rft": 3e-4, "dpo": 3e-4, "dqo": 3e-4}
+        default_factory=lambda: {"sft": 1e-3, "rft": 1e-4, "dpo": 1e-5, "dqo": 1e-4}
     )
     critic_learning_rate: float = 1e-3
     value_warmup_updates: int = 64  # of the value model alone
-    beta: float = 0.1
+    betas: dict[str, float] = field(default_factory=lambda: {"dpo": 0.1, "dqo": 0.2})
 
 
 FULL = Recipe(
-    min_steps=8, max_steps=12, hidden_size=96, layers=3, demonstrations=32768, prompts=1536, eval_problems=2000
+    min_steps=8,
+    max_steps=12,
+    hidden_size=96,
+    layers=3,
+    intermediate_size=192,
+    demonstrations=102400,
+    sft_learning_rate=3e-3,
+    eval_problems=2000,
 )
 METHODS = {"sft": "sft-continued", "rft": "rft", "dpo": "dpo", "dqo": "dqo"}
 
@@ -88,7 +95,12 @@ def _distinct_problems(task: ArithTask, rng: random.Random, count: int, taken: s
 
 
 def _train_options(recipe: Recipe, method: str, data: Path, model: Path, output: Path, seed: int, **changes) -> Options:
-    objective = {"sft": SFT(), "rft": RFT(), "dpo": DPO(beta=recipe.beta), "dqo": DQO(beta=recipe.beta)}[method]
+    objective = {
+        "sft": SFT(),
+        "rft": RFT(),
+        "dpo": DPO(beta=recipe.betas["dpo"]),
+        "dqo": DQO(beta=recipe.betas["dqo"]),
+    }[method]
     settings = {
         "method": method,
         "model_name_or_path": str(model),

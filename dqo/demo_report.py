@@ -111,5 +111,5 @@ NOTES = [
     "work, not how much they would gain on another task.",
     "One seed. Every method makes the same number of updates of the policy from batches of the same number of responses (pairs "
     "for DPO); DQO also trains a value model, first alone, which costs time.",
-    "The learning rates come from a search over three values for each method.",
+    "Learning rates and betas come from four settings tried for each method on another seed.",
 ]

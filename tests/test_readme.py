@@ -1,0 +1,82 @@
+"""README.md is run: its Python, its flags, its paths."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
+    return [text for name, text in found if name == language]
+
+
+def test_the_drop_in_runs_and_trains_logits_and_values():
+    torch.manual_seed(0)
+    names = {
+        "logits": torch.randn(2, 5, 11, requires_grad=True),
+        "actions": torch.randint(0, 11, (2, 5)),
+        "rewards": torch.randn(2, 5),
+        "values": torch.randn(2, 5, requires_grad=True),
+        "ref_logprobs": -torch.rand(2, 5),
+        "mask": torch.arange(5) < torch.tensor([[5], [3]]),
+    }
+    (code,) = blocks("python")
+    exec(code, names)
+    assert names["logits"].grad.abs().sum() > 0 and names["values"].grad.abs().sum() > 0
+    assert not names["logits"].grad[1, 3:].any()
+
+
+def commands() -> list[str]:
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [re.sub(r"\s+#.*", "", line) for line in lines]
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("dqo-train --")])
+def test_every_training_command_resolves(command):
+    from dqo.config import load_options
+
+    load_options(command.split()[1:])
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("dqo ")])
+def test_every_other_command_exists_with_its_flags(command, capsys):
+    from dqo.cli import COMMANDS
+
+    _, name, *arguments = command.split()
+    with pytest.raises(SystemExit):
+        COMMANDS[name](["--help"])
+    shown = capsys.readouterr().out
+    assert all(argument in shown for argument in arguments if argument.startswith("--"))
+
+
+def test_the_two_commands_are_what_ci_runs():
+    ci = (ROOT / ".ci" / "run").read_text()
+    first, second = commands()[:2]
+    assert first == "pip install -e . && dqo-train" and second == "pip install -e '.[test]' && pytest"
+    assert "pip install -q -e .\n" in ci and "\ndqo-train " in ci and "\npytest\n" in ci
+
+
+def test_the_row_of_the_data_format_is_one():
+    import json
+
+    from dqo.rows import read_rows
+
+    (row,) = read_rows([json.loads(block) for block in blocks("json")])
+    assert row.label is True
+
+
+def test_the_tree_names_what_is_there():
+    (tree,) = blocks("")
+    folder = ""
+    for line in tree.splitlines():
+        names, indented = re.split(r"\s{3,}", line.strip())[0].split(), line.startswith("  ")
+        for name in names:
+            path = ROOT / (folder if indented else "") / name
+            assert list(path.parent.glob(path.name)), name
+        if not indented and names[0].endswith("/"):
+            folder = names[0]
