@@ -17,7 +17,7 @@ from dqo.episodes import Episode, fingerprint, make_episodes
 from dqo.errors import UserError
 from dqo.models import check_head, load_policy, load_tokenizer, value_model_from, vocabulary_size, weights_hash
 from dqo.objectives import UNIT_EPISODES
-from dqo.reference import add_reference, check_agreement
+from dqo.reference import add_reference, check_agreement, warn_about_behavior
 from dqo.rows import Row, check_contrast, duplicate_count, read_rows, split_by_prompt
 
 logger = logging.getLogger(__name__)
@@ -143,6 +143,7 @@ def prepare(options: Options, train_rows: list[Row], held_rows: list[Row]) -> Pr
         distinct = list({id(e): e for e in episodes + held_out}.values())
         add_reference(distinct, policy, tokenizer.pad_token_id, 4 * config.per_device_train_batch_size)
         check_agreement(distinct, policy, tokenizer.pad_token_id)
+        warn_about_behavior(distinct)
     value_model = value_model_from(policy) if objective.needs_values else None
     groups = groups_of(episodes, UNIT_EPISODES[objective.unit])
     return Prepared(device, tokenizer, policy, value_model, groups, held_out, identity)

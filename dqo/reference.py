@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -10,6 +13,8 @@ from dqo.batches import collate
 from dqo.episodes import Episode
 from dqo.errors import UserError
 from dqo.models import policy_stats
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -24,6 +29,17 @@ def add_reference(
         sizes = [len(e.completion_ids) for e in members]
         for e, logprobs, lse in zip(members, stats.logprobs.cpu().split(sizes), stats.lse.cpu().split(sizes)):
             e.ref_logprobs, e.ref_lse = logprobs.numpy(), lse.numpy()
+
+
+def warn_about_behavior(episodes: list[Episode], bound: float = 0.1) -> None:
+    """Says when the stored log-probabilities are far from the reference's, as they are when the sampler's were tempered."""
+    gaps = [np.abs(e.behavior_logprobs - e.ref_logprobs) for e in episodes if e.behavior_logprobs is not None]
+    if gaps and (mean := float(np.concatenate(gaps).mean())) > bound:
+        logger.warning(
+            "logprobs in the file differ from the reference policy's by %.2f nats a token on average: another sampler, or "
+            "processed (temperature, top-p) rather than raw log-probabilities? Importance weights are made from them",
+            mean,
+        )
 
 
 @torch.no_grad()

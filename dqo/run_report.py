@@ -9,6 +9,7 @@ from dqo import findings
 from dqo.config import Options, TrainConfig, command_line
 from dqo.errors import UserError
 from dqo.evaluate import Problem, evaluate
+from dqo.metrics import peak_memory_gb
 from dqo.models import load_policy
 from dqo.report import console_table, write_report
 from dqo.rows_files import read_records
@@ -82,7 +83,8 @@ def finish(options: Options, run: Run, tasks: list[dict]) -> str:
     if methods:
         report |= {"baseline": "base", "headline": config.method}
     path = write_report(run.output_dir, report)
-    lines.append(f"{run.steps} steps, {run.tokens_per_second:,.0f} tokens/s")
+    peak = peak_memory_gb()
+    lines.append(f"{run.steps} steps, {run.tokens_per_second:,.0f} tokens/s, peak memory {peak:.2f} GB")
     lines += [f"{name:>36}  {value:.4f}" for name, value in run.held_out.items()]
     lines.append(f"model: {run.output_dir}    report: {path}")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ import torch
 from dqo.batches import collate
 from dqo.errors import UserError
 from dqo.models import policy_stats
-from dqo.reference import add_reference, check_agreement
+from dqo.reference import add_reference, check_agreement, warn_about_behavior
 from tests.dqo.helpers import episodes, policy
 
 
@@ -27,3 +27,15 @@ def test_a_policy_that_is_not_its_reference_is_stopped_at_step_0():
         model.lm_head.weight[5] += 0.01
     with pytest.raises(UserError, match="differ from the initial policy's"):
         check_agreement(members, model, 0)
+
+
+def test_stored_log_probabilities_of_another_distribution_are_noticed(caplog):
+    members = episodes(9)
+    for e in members:
+        e.behavior_logprobs = e.ref_logprobs + np.float32(0.01)
+    warn_about_behavior(members)
+    assert not caplog.records
+    for e in members:
+        e.behavior_logprobs = e.ref_logprobs / np.float32(0.5)
+    warn_about_behavior(members)
+    assert "differ from the reference policy's by" in caplog.text
