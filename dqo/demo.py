@@ -1,6 +1,6 @@
 """The built-in demonstration: arithmetic chains, from nothing to report.html.
 
-    dqo-train            (or: dqo demo --full)
+    dqo-train
 
 A small Llama learns from demonstrations that are systematically wrong on a quarter of the table ("hard" entries, right 42 % of
 the time), so it knows the right step but does not prefer it. Its own graded samples are the offline data set on which every
@@ -30,8 +30,6 @@ class DemoConfig:
     """Where data, models and report.html go; a killed demonstration goes on there."""
     seed: int = 0
     """Of problems, model and samples; the task's hard entries stay the same."""
-    full: bool = False
-    """Longer chains, a larger model and more problems: about twenty-five minutes instead of four."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +64,6 @@ class Recipe:
     betas: dict[str, float] = field(default_factory=lambda: {"dpo": 0.1, "dqo": 0.2})
 
 
-FULL = Recipe(
-    min_steps=8,
-    max_steps=12,
-    hidden_size=96,
-    layers=3,
-    intermediate_size=192,
-    demonstrations=102400,
-    sft_learning_rate=3e-3,
-    eval_problems=2000,
-)
 METHODS = {"sft": "sft-continued", "rft": "rft", "dpo": "dpo", "dqo": "dqo"}
 
 
@@ -195,7 +183,7 @@ def max_new_tokens(recipe: Recipe) -> int:
 def run_demo(config: DemoConfig, recipe: Recipe | None = None) -> Path:
     """Runs the whole demonstration and returns the path of report.html."""
     stage = Stage()
-    recipe = recipe or (FULL if config.full else Recipe())
+    recipe = recipe or Recipe()
     task = ArithTask(recipe.min_steps, recipe.max_steps)
     output = Path(config.output_dir)
     _claim(output, config, recipe)
