@@ -69,6 +69,7 @@ def demo_command(arguments: list[str], prog: str = "dqo demo") -> None:
     from dqo.demo import DemoConfig, run_demo
 
     config = tyro.cli(DemoConfig, args=arguments, prog=prog, use_underscores=True)
+    logging.getLogger("dqo").setLevel(logging.ERROR)  # samples of a small model repeat each other: nothing to warn of
     print(
         f"dqo: demonstration (seed {config.seed}) -> {config.output_dir}; `dqo-train --help` for your own data",
         flush=True,

@@ -83,5 +83,9 @@ def new_llama(
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory} is in use; choose a new directory")
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    aside = directory.with_name(f".{directory.name}.partial")  # a directory of that name is whole, whatever happened
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    if directory.exists():
+        directory.rmdir()
+    aside.rename(directory)
