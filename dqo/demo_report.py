@@ -111,5 +111,7 @@ NOTES = [
     "work, not how much they would gain on another task.",
     "One seed. Every method makes the same number of updates of the policy from batches of the same number of responses (pairs "
     "for DPO); DQO also trains a value model, first alone, which costs time.",
+    "The value model estimates what the trained policy will earn, the held-out responses are the base model's: predictions above "
+    "the outcomes are to be expected.",
     "Learning rates and betas come from four settings tried for each method on another seed.",
 ]

@@ -110,7 +110,7 @@ def machine() -> dict:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        device = f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+        device = f"{_processor()}, {torch.get_num_threads()} threads"
     versions = {
         "dqo": dqo.__version__,
         "torch": torch.__version__,
@@ -118,3 +118,10 @@ def machine() -> dict:
         "python": platform.python_version(),
     }
     return {"versions": versions, "device": device}
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty there
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else f"{platform.processor() or platform.machine()} CPU"
