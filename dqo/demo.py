@@ -57,11 +57,11 @@ class Recipe:
     batch: int = 256
     updates: int = 128  # of the policy, by every method, with batches of `batch` responses
     learning_rates: dict[str, float] = field(
-        default_factory=lambda: {"sft": 1e-3, "rft": 1e-4, "dpo": 1e-5, "dqo": 1e-4}
+        default_factory=lambda: {"sft": 1e-3, "rft": 1e-4, "dpo": 6e-5, "dqo": 1e-4}
     )
     critic_learning_rate: float = 1e-3
     value_warmup_updates: int = 64  # of the value model alone
-    betas: dict[str, float] = field(default_factory=lambda: {"dpo": 0.1, "dqo": 0.2})
+    betas: dict[str, float] = field(default_factory=lambda: {"dpo": 0.7, "dqo": 0.2})
 
 
 METHODS = {"sft": "sft-continued", "rft": "rft", "dpo": "dpo", "dqo": "dqo"}

@@ -113,5 +113,5 @@ NOTES = [
     "for DPO); DQO also trains a value model, first alone, which costs time.",
     "The value model estimates what the trained policy will earn, the held-out responses are the base model's: predictions above "
     "the outcomes are to be expected.",
-    "Learning rates and betas come from four settings tried for each method on another seed.",
+    "Learning rates and betas come from settings tried on another seed: sft 4, rft 7, dpo 13, dqo 6.",
 ]
