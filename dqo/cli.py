@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tyro.conf import Positional
+
 from dqo.errors import UserError, did_you_mean
 
 
@@ -81,14 +83,16 @@ def demo_command(arguments: list[str], prog: str = "dqo demo") -> None:
 class ConvertConfig:
     """Turn a public data format into a rollout file."""
 
-    format: str
+    format: Positional[str]
     """Source format: gsm8k-solutions (openai/grade-school-math's graded model solutions)."""
-    source: str
+    source: Positional[str]
     """File to read."""
-    destination: str
+    destination: Positional[str]
     """Rollout file to write (.jsonl)."""
     step_penalty: float = 0.5
     """Step reward of a line with a wrong calculator annotation is minus this."""
+    keep_annotations: bool = True
+    """Leave GSM8K's <<expression=value>> in the completions."""
 
 
 def convert_command(arguments: list[str]) -> None:
@@ -97,8 +101,14 @@ def convert_command(arguments: list[str]) -> None:
 
     from dqo.convert import convert
 
-    config = tyro.cli(tyro.conf.Positional[ConvertConfig], args=arguments, prog="dqo convert", use_underscores=True)
-    summary = convert(config.format, config.source, config.destination, step_penalty=config.step_penalty)
+    config = tyro.cli(ConvertConfig, args=arguments, prog="dqo convert", use_underscores=True)
+    summary = convert(
+        config.format,
+        config.source,
+        config.destination,
+        step_penalty=config.step_penalty,
+        keep_annotations=config.keep_annotations,
+    )
     for name, value in summary.items():
         print(f"{name:>28}  {value}")
 

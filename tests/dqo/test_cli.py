@@ -108,6 +108,18 @@ def test_gsm8k_solutions_go_from_conversion_to_training(tmp_path):
     ]
     (tmp_path / "solutions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert dqo("convert", "gsm8k-solutions", tmp_path / "solutions.jsonl", tmp_path / "rollouts.jsonl").returncode == 0
+    bare = dqo(
+        "convert",
+        "gsm8k-solutions",
+        tmp_path / "solutions.jsonl",
+        tmp_path / "bare.jsonl",
+        "--no_keep_annotations",
+        "--step_penalty",
+        2,
+    )
+    assert bare.returncode == 0 and "<<" not in (tmp_path / "bare.jsonl").read_text()
+    assert "<<" in (tmp_path / "rollouts.jsonl").read_text()
+    assert "-2.0" in (tmp_path / "bare.jsonl").read_text() and "-0.5" in (tmp_path / "rollouts.jsonl").read_text()
     size = ("--vocab_size", 300, "--hidden_size", 16, "--layers", 1, "--heads", 2)
     made = dqo("init", "--dataset_name", tmp_path / "rollouts.jsonl", "--output_dir", tmp_path / "model", *size)
     assert made.returncode == 0, made.stderr
