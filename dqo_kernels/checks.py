@@ -40,14 +40,19 @@ def integers(name: str, value: object, shape: tuple[int, ...], like: Tensor) -> 
 
 
 def reads_values(like: Tensor) -> bool:
-    """Value checks need the values on the host: always on the CPU, on other devices only when asked for."""
+    """Value checks need the values on the host: always on the CPU, on other devices only when asked for. A compiled
+    function has none of them: what would have been refused gives NaN there."""
+    if torch.compiler.is_compiling():
+        return False
     return like.device.type == "cpu" or os.environ.get("DQO_KERNELS_CHECK") == "1"
 
 
-def actions(value: object, shape: tuple[int, ...], vocab: int, like: Tensor) -> None:
+def actions(value: object, shape: tuple[int, ...], vocab: int, like: Tensor, mask: Tensor | None = None) -> None:
+    """Token ids in [0, vocab); those under a False of `mask` (of the same shape) may be anything."""
     integers("actions", value, shape, like)
     if reads_values(like) and value.numel():
-        low, high = int(value.min()), int(value.max())
+        counted = value if mask is None else torch.where(mask, value, 0)
+        low, high = int(counted.min()), int(counted.max())
         if low < 0 or high >= vocab:
             fail("actions", f"token ids in [0, {vocab})", f"ids from {low} to {high}")
 
@@ -83,15 +88,27 @@ def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         fail(name, f"one of {', '.join(allowed)}", repr(value))
 
 
-def temperature(value: float | Tensor, n: int, like: Tensor) -> None:
-    """A positive number, or one a row."""
+def temperature(value: float | Tensor, shape: tuple[int, ...], like: Tensor, mask: Tensor | None = None) -> None:
+    """A positive number, or one a row (of `shape`); those under a False of `mask` may be anything."""
     if isinstance(value, Tensor):
         if value.dim():
-            tensor("temperature", value, (n,), like, "(one a row) or a number")
-        if reads_values(like) and value.numel() and not bool((value > 0).all()):
-            fail("temperature", "positive values", f"a minimum of {float(value.min())}")
+            tensor("temperature", value, shape, like, "(one a row) or a number")
+        if reads_values(like) and value.numel():
+            counted = torch.where(mask, value, 1.0) if mask is not None and value.dim() else value
+            if not bool((counted > 0).all()):
+                fail("temperature", "positive values", f"a minimum of {float(counted.min())}")
     elif not value > 0:
         fail("temperature", "a positive number", value)
+
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def logits(name: str, value: object) -> None:
+    """A tensor of a dtype that the row kernels read."""
+    floating(name, value)
+    if value.dtype not in LOGITS_DTYPES:
+        fail(name, "torch.float32, torch.bfloat16, torch.float16 or torch.float64", str(value.dtype))
 
 
 def softcap(value: float | None) -> None:

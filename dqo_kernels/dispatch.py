@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+
+import torch
 
 try:
     import dqo_kernels._cpu as _cpu  # this form tells a missing module from a broken one, `from ... import` does not
 except ModuleNotFoundError:  # not built; an extension that is there but broken must be heard
     _cpu = None
 
-BACKENDS = ("reference", "cpp")
+BACKENDS = ("reference", "cpp", "triton")
 
-# Per operation and device type, the best first.
+# Per operation and device type, the best first. Triton on the CPU is its interpreter, for tests.
+_NATIVE = {"cpu": ("cpp", "reference", "triton"), "cuda": ("triton", "reference")}
+_REFERENCE = {"cpu": ("reference",), "cuda": ("reference",)}
 TABLE = {
-    "token_stats": {"cpu": ("reference",), "cuda": ("reference",)},
-    "linear_token_stats": {"cpu": ("reference",), "cuda": ("reference",)},
-    "lambda_return": {"cpu": ("cpp", "reference"), "cuda": ("reference",)},
-    "soft_bellman": {"cpu": ("reference",), "cuda": ("reference",)},
-    "linear_row_loss": {"cpu": ("reference",), "cuda": ("reference",)},
+    "token_stats": _NATIVE,
+    "lambda_return": _NATIVE,
+    "soft_bellman": _NATIVE,
+    "linear_token_stats": _REFERENCE,
+    "linear_row_loss": _REFERENCE,
 }
 
 
-def unavailable(backend: str) -> str | None:
-    """Why `backend` cannot run on this machine, or None when it can."""
+def triton_interprets() -> bool:
+    """Whether Triton's kernels run in its interpreter, which needs TRITON_INTERPRET=1 before Triton is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable(backend: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> str | None:
+    """Why `backend` cannot run on tensors of this device and dtype, or None when it can."""
     if backend == "cpp" and _cpu is None:
         return "dqo_kernels._cpu is not built; run `pip install -e .` where a C++17 compiler is"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device_type == "cpu" and not triton_interprets():
+            return "Triton compiles for GPUs; on the CPU set TRITON_INTERPRET=1 before Python starts (slow, for tests)"
+        if dtype == torch.float64:
+            return "its kernels compute in float32; float64 runs in the backend 'reference' (on the CPU in 'cpp' too)"
     return None
 
 
-def choose(op: str, device_type: str, backend: str | None = None) -> str:
-    """The backend that runs `op` on a device.
+def choose(op: str, device_type: str, backend: str | None = None, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that runs `op` on tensors of a device and dtype.
 
     `backend`, else the environment variable DQO_KERNELS_BACKEND, insists; without either the table decides.
     Raises ValueError for an unknown name and RuntimeError when the one insisted on cannot run.
@@ -37,14 +54,14 @@ def choose(op: str, device_type: str, backend: str | None = None) -> str:
     candidates = TABLE[op].get(device_type, ("reference",))
     asked = backend or os.environ.get("DQO_KERNELS_BACKEND")
     if asked is None:
-        return next(name for name in candidates if unavailable(name) is None)
+        return next(name for name in candidates if unavailable(name, device_type, dtype) is None)
     if asked not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {asked!r}")
     if asked not in candidates:
         raise RuntimeError(
             f"backend {asked!r} has no {op} for device {device_type!r}; it can run on: {', '.join(candidates)}"
         )
-    reason = unavailable(asked)
+    reason = unavailable(asked, device_type, dtype)
     if reason is not None:
         raise RuntimeError(f"backend {asked!r} cannot run {op}: {reason}")
     return asked

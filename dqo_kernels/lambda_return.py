@@ -3,7 +3,7 @@
     G_t = r_t + gamma * ((1 - lam) * V_{t+1} + lam * G_{t+1}),   V_{T+1} = G_{T+1} = bootstrap of the sequence
 
 Backward, forward in time with g_t the gradient at G_t:  a_t = g_t + gamma*lam*a_{t-1};  dr_t = a_t;
-dV_{t+1} = gamma*(1-lam)*a_t;  dbootstrap = gamma*a_T.  Backends: reference, cpp.
+dV_{t+1} = gamma*(1-lam)*a_t;  dbootstrap = gamma*a_T.  Backends: reference, cpp, triton.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dqo_kernels import checks, dispatch
+from dqo_kernels import checks, dispatch, library
 from dqo_kernels.packed import compute_dtype, is_last_row, next_row, reverse_scan, sequence_index
 
 
@@ -30,32 +30,38 @@ def lambda_return_reference(
     return reverse_scan(own, gamma * lam, sequence)
 
 
-class _LambdaReturnCpp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rewards, values, bootstrap, cu_seqlens, gamma, lam):
-        returns = torch.empty_like(rewards)
-        kernel = _kernel("fwd", rewards.dtype)
-        tensors = (rewards, values, bootstrap, cu_seqlens, returns)
-        kernel(*(t.data_ptr() for t in tensors), bootstrap.numel(), gamma, lam)
-        ctx.save_for_backward(cu_seqlens)
-        ctx.gamma, ctx.lam = gamma, lam
-        return returns
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_returns):
-        (cu_seqlens,) = ctx.saved_tensors
-        grad_returns = grad_returns.contiguous()
-        grad_rewards, grad_values = torch.empty_like(grad_returns), torch.empty_like(grad_returns)
-        grad_bootstrap = grad_returns.new_empty(cu_seqlens.numel() - 1)
-        tensors = (grad_returns, cu_seqlens, grad_rewards, grad_values, grad_bootstrap)
-        kernel = _kernel("bwd", grad_returns.dtype)
-        kernel(*(t.data_ptr() for t in tensors), grad_bootstrap.numel(), ctx.gamma, ctx.lam)
-        return grad_rewards, grad_values, grad_bootstrap, None, None, None
+_FORWARD = library.Operation(
+    "lambda_return(Tensor rewards, Tensor values, Tensor bootstrap, Tensor cu_seqlens, float gamma, float lam, str backend)"
+    " -> Tensor",
+    lambda *arguments: library.run("lambda_return", "fwd", arguments[-1], *arguments[:-1]),
+    lambda rewards, *_: torch.empty_like(rewards),
+)
+_BACKWARD = library.Operation(
+    "lambda_return_backward(Tensor grad_returns, Tensor cu_seqlens, float gamma, float lam, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda *arguments: library.run("lambda_return", "bwd", arguments[-1], *arguments[:-1]),
+    lambda grad_returns, cu_seqlens, *_: (
+        torch.empty_like(grad_returns),
+        torch.empty_like(grad_returns),
+        grad_returns.new_empty(cu_seqlens.shape[0] - 1),
+    ),
+)
 
 
-def _kernel(direction: str, dtype: torch.dtype):
-    return getattr(dispatch._cpu, f"lambda_return_{direction}_{'f64' if dtype == torch.float64 else 'f32'}")
+def _save(ctx, inputs, output):
+    _, _, _, cu_seqlens, ctx.gamma, ctx.lam, ctx.backend = inputs
+    ctx.save_for_backward(cu_seqlens)
+
+
+def _gradient(ctx, grad_returns):
+    (cu_seqlens,) = ctx.saved_tensors
+    if grad_returns is None:
+        return (None,) * 7
+    return *_BACKWARD(grad_returns.contiguous(), cu_seqlens, ctx.gamma, ctx.lam, ctx.backend), None, None, None, None
+
+
+_FORWARD.differentiable(_save, _gradient)
+_BACKWARD.differentiable_once()
 
 
 def lambda_return(
@@ -76,7 +82,7 @@ def lambda_return(
         cu_seqlens: (B+1,) integer boundaries; empty sequences are allowed.
         gamma, lam: in [0, 1].
         bootstrap: (B,) floating, V(s_{T+1}) of each sequence; 0 (a terminal state) when None.
-        backend: "reference", "cpp", or None for the best that can run.
+        backend: "reference", "cpp", "triton", or None for the best that can run.
 
     Returns:
         (N,) float32, or float64 when an input is float64. Differentiable in rewards, values and bootstrap.
@@ -97,11 +103,11 @@ def lambda_return(
     if bootstrap is not None:
         checks.tensor("bootstrap", bootstrap, (sequences,), rewards, "(one a sequence)")
 
-    chosen = dispatch.choose("lambda_return", rewards.device.type, backend)
     dtype = compute_dtype(rewards, values, bootstrap)
+    chosen = dispatch.choose("lambda_return", rewards.device.type, backend, dtype)
     rewards, values = rewards.to(dtype), values.to(dtype)
     bootstrap = rewards.new_zeros(sequences) if bootstrap is None else bootstrap.to(dtype)
-    if chosen == "cpp":
-        tensors = (rewards.contiguous(), values.contiguous(), bootstrap.contiguous())
-        return _LambdaReturnCpp.apply(*tensors, cu_seqlens.long().contiguous(), gamma, lam)
-    return lambda_return_reference(rewards, values, bootstrap, sequence_index(cu_seqlens, n), gamma, lam)
+    if chosen == "reference":
+        return lambda_return_reference(rewards, values, bootstrap, sequence_index(cu_seqlens, n), gamma, lam)
+    tensors = (x.contiguous() for x in (rewards, values, bootstrap, cu_seqlens.long()))
+    return _FORWARD(*tensors, float(gamma), float(lam), chosen)

@@ -1,7 +1,8 @@
 """The two layouts of the public losses: packed (N, ...) with cu_seqlens, or padded (B, T, ...) with a bool mask.
 
-A padded call is an adapter: rows where the mask is False are selected away (so they may hold NaN), the others are packed.
-A hole in the mask (a tool's tokens) thus passes return, value and discount through unchanged.
+Inside there is one: N rows of B sequences with boundaries, and a mask (N,) of the rows that count. A padded call has
+N = B*T rows; nothing is compacted, so nothing waits for the host. Rows that do not count are passed over by every operation:
+they may hold NaN, and a hole in the mask (a tool's tokens) lets return, value and discount through unchanged.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from dqo_kernels import checks
 
 
 class Layout:
-    """Moves tensors of the caller's layout to packed rows and back.
+    """Views tensors of the caller's layout as rows, and rows as the caller's layout.
 
-    Attributes: `shape`, that of `actions`; `cu_seqlens` (B+1,); `rows`, N.
+    Attributes: `shape`, that of `actions`; `cu_seqlens` (B+1,) int64; `mask` (N,) bool, or None when every row counts.
     """
 
     def __init__(self, features: Tensor, name: str, mask: Tensor | None, cu_seqlens: Tensor | None):
         """`features`, called `name`, is (N, X) with cu_seqlens or (B, T, X) with mask; anything else is refused."""
-        checks.floating(name, features)
+        checks.logits(name, features)
         shape = tuple(features.shape)
         if features.dim() == 2:
             if mask is not None:
@@ -28,7 +29,7 @@ class Layout:
             if cu_seqlens is None:
                 checks.fail("cu_seqlens", f"boundaries (B+1,), because {name} is packed {shape}", "None")
             checks.cu_seqlens(cu_seqlens, shape[0], features)
-            self.mask, self.cu_seqlens = None, cu_seqlens.long()
+            self.mask, self.cu_seqlens = None, cu_seqlens.long().contiguous()
         elif features.dim() == 3:
             if cu_seqlens is not None:
                 checks.fail("cu_seqlens", f"None for padded {name} {shape}", "a tensor")
@@ -39,27 +40,34 @@ class Layout:
                 checks.fail("mask", f"torch.bool {shape[:2]}", got)
             if mask.device != features.device:
                 checks.fail("mask", f"device {features.device}", f"device {mask.device}")
-            self.mask = mask
-            self.cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+            self.mask = mask.reshape(-1)
+            self.cu_seqlens = torch.arange(shape[0] + 1, device=mask.device) * shape[1]
         else:
             checks.fail(name, "2 dimensions with cu_seqlens or 3 with mask", f"shape {shape}")
         self.shape = shape[:-1]
-        self._everything = self.mask is None or bool(self.mask.all())
 
-    @property
-    def sequences(self) -> int:
-        return self.cu_seqlens.numel() - 1
-
-    def pack(self, x: Tensor | None) -> Tensor | None:
+    def rows(self, x: Tensor | None) -> Tensor | None:
         """(N, ...) rows of x, which has the caller's layout."""
-        if x is None or self.mask is None:
-            return x
-        return x.flatten(0, 1) if self._everything else x[self.mask]
+        return x if x is None or self.mask is None else x.flatten(0, 1)
 
-    def unpack(self, rows: Tensor | None) -> Tensor | None:
-        """Back to the caller's layout; 0 where the mask is False."""
+    def unrows(self, rows: Tensor | None) -> Tensor | None:
+        """(N,) rows in the caller's layout."""
+        return rows if rows is None or self.mask is None else rows.reshape(self.shape)
+
+    def counted(self, rows: Tensor | None) -> Tensor | None:
+        """(N,) rows with 0 where they do not count; whatever arrives there in the backward goes no further."""
+        return rows if rows is None or self.mask is None else torch.where(self.mask, rows, 0)
+
+    def count(self) -> Tensor | int:
+        """How many rows count, 1 at least; on the device, unless the shapes tell."""
+        return max(self.shape[0], 1) if self.mask is None else self.mask.sum().clamp(min=1)
+
+    def selected(self, x: Tensor | None) -> Tensor | None:
+        """(n, ...): only the rows of x that count; for what must not touch the others. Waits for the device."""
+        return x if x is None or self.mask is None else self.rows(x)[self.mask]
+
+    def scattered(self, rows: Tensor | None) -> Tensor | None:
+        """(n,) selected rows back at their places among the N; 0 elsewhere."""
         if rows is None or self.mask is None:
             return rows
-        if self._everything:
-            return rows.reshape(self.shape)
-        return rows.new_zeros(self.shape).masked_scatter(self.mask, rows)
+        return rows.new_zeros(self.mask.shape).masked_scatter(self.mask, rows)

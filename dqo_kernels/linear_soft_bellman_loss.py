@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dqo_kernels.linear_token_stats import linear_token_stats
 from dqo_kernels.soft_bellman_loss import SoftBellmanOutput, loss_from_features
+from dqo_kernels.token_stats import TokenStats
 
 
 def linear_soft_bellman_loss(
@@ -59,20 +60,22 @@ def linear_soft_bellman_loss(
         ValueError, RuntimeError: as `soft_bellman_loss`.
     """
 
-    def statistics(hidden, actions, ref_hidden, temperature):
-        return linear_token_stats(
-            hidden,
+    def statistics(layout):
+        per_row = isinstance(temperature, Tensor) and temperature.dim() > 0
+        stats = linear_token_stats(  # only the rows that count are projected
+            layout.selected(hidden),
             weight,
-            actions,
+            layout.selected(actions),
             bias=bias,
-            ref_hidden=ref_hidden,
+            ref_hidden=layout.selected(ref_hidden),
             ref_weight=ref_weight,
             ref_bias=ref_bias,
-            temperature=temperature,
+            temperature=layout.selected(temperature) if per_row else temperature,
             softcap=softcap,
             workspace_bytes=workspace_bytes,
             backend=backend,
         )
+        return TokenStats(*map(layout.scattered, stats))
 
     return loss_from_features(
         statistics,
@@ -82,6 +85,7 @@ def linear_soft_bellman_loss(
         actions,
         rewards,
         values,
+        vocab=weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else 0,
         ref_logprobs=ref_logprobs,
         ref_lse=ref_lse,
         behavior_logprobs=behavior_logprobs,
@@ -101,6 +105,7 @@ def linear_soft_bellman_loss(
         value_coef=value_coef,
         kl_coef=kl_coef,
         temperature=temperature,
+        softcap=softcap,
         reduction=reduction,
         backend=backend,
     )

@@ -53,7 +53,7 @@ def check_linear(
         if ref_hidden is None:
             checks.fail("ref_hidden", "a tensor, because ref_bias is given", "None")
         checks.tensor("ref_bias", ref_bias, (vocab,), hidden)
-    checks.temperature(temperature, n, hidden)
+    checks.temperature(temperature, (n,), hidden)
     checks.softcap(softcap)
     if workspace_bytes is not None and workspace_bytes < 1:
         checks.fail("workspace_bytes", "a positive number of bytes or None", workspace_bytes)

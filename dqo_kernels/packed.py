@@ -41,7 +41,7 @@ def reverse_scan(x: Tensor, decay: float, sequence: Tensor) -> Tensor:
     n, stride = x.shape[0], 1
     while stride < n and decay != 0.0:
         together = sequence[stride:] == sequence[:-stride]
-        if x.device.type == "cpu" and not bool(together.any()):
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(together.any()):
             break
         reached = torch.where(together, decay * x[stride:], torch.zeros((), dtype=x.dtype, device=x.device))
         x = torch.cat([x[:-stride] + reached, x[-stride:]])
@@ -65,3 +65,24 @@ def prefix_sum(x: Tensor, sequence: Tensor) -> Tensor:
 def sequence_total(x: Tensor, sequence: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(N,): sum of x over the whole sequence, on each of its rows."""
     return suffix_sum(x, sequence)[cu_seqlens[:-1][sequence]]
+
+
+class RowsThatCount:
+    """Moves the rows of a mask to the front of their sequence and the others into one sequence after the last: what runs along
+    a sequence then passes over them. The shapes stay, so nothing waits for the device."""
+
+    def __init__(self, mask: Tensor, cu_seqlens: Tensor):
+        sequences = cu_seqlens.numel() - 1
+        destination = torch.where(mask, sequence_index(cu_seqlens, mask.shape[0]), sequences)
+        self.mask = mask
+        self.order = destination.argsort(stable=True)
+        lengths = cu_seqlens.new_zeros(sequences + 1).index_add(0, destination, torch.ones_like(destination))
+        self.cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))  # (B+2,)
+
+    def first(self, x: Tensor) -> Tensor:
+        """(N,) rows of x in that order; 0 in place of those that do not count."""
+        return torch.where(self.mask, x, 0)[self.order]
+
+    def back(self, x: Tensor) -> Tensor:
+        """(N,) rows in their old order; 0 for those that do not count."""
+        return torch.where(self.mask, x[self.order.argsort()], 0)

@@ -8,7 +8,7 @@
     w_t     = exp(clamp(x_t, is_floor, is_cap)), x_t from rho = logprobs - behavior_logprobs, never a gradient
 
 target="residual" detaches nothing but w, r and the reference: the trained term is 1/2 w_t e_t^2,
-e_t = V_t + beta*delta_t - r_t - gamma*Ghat_{t+1}; value_loss is then a metric.  Backends: reference.
+e_t = V_t + beta*delta_t - r_t - gamma*Ghat_{t+1}; value_loss is then a metric.  Backends: reference, cpp, triton.
 """
 
 from __future__ import annotations
@@ -18,9 +18,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dqo_kernels import checks, dispatch
+from dqo_kernels import checks, dispatch, library
 from dqo_kernels.lambda_return import lambda_return_reference
-from dqo_kernels.packed import compute_dtype, next_row, prefix_sum, sequence_index, sequence_total, suffix_sum
+from dqo_kernels.packed import (
+    RowsThatCount,
+    compute_dtype,
+    next_row,
+    prefix_sum,
+    sequence_index,
+    sequence_total,
+    suffix_sum,
+)
 
 POLICY_TARGETS = ("return", "td", "one_step")
 TARGETS = ("detach", "residual")
@@ -66,6 +74,7 @@ def soft_bellman_reference(
     rewards: Tensor,  # (N,), detached
     values: Tensor,  # (N,), live
     cu_seqlens: Tensor,
+    mask: Tensor | None,  # (N,)
     behavior_logprobs: Tensor,  # (N,), detached
     bootstrap: Tensor,  # (B,)
     target_values: Tensor | None,  # (N,), detached
@@ -79,6 +88,18 @@ def soft_bellman_reference(
     is_floor: float | None,
 ) -> SoftBellmanTerms:
     """The definition, in differentiable torch; every term (N,)."""
+    if mask is not None:
+        counted = RowsThatCount(mask, cu_seqlens)
+        terms = soft_bellman_reference(
+            *map(counted.first, (logprobs, ref_logprobs, rewards, values)),
+            counted.cu_seqlens,
+            None,
+            counted.first(behavior_logprobs),
+            torch.cat([bootstrap, bootstrap.new_zeros(1)]),
+            None if target_values is None else counted.first(target_values),
+            beta, gamma, lam, policy_target, target, is_level, is_cap, is_floor,
+        )  # fmt: skip
+        return SoftBellmanTerms(*map(counted.back, terms))
     sequence = sequence_index(cu_seqlens, logprobs.shape[0])
     weights = importance_weights(
         logprobs.detach() - behavior_logprobs, sequence, cu_seqlens, is_level, is_cap, is_floor
@@ -106,14 +127,62 @@ def soft_bellman_reference(
     return SoftBellmanTerms(policy_loss, value_loss, returns.detach(), advantages.detach(), weights)
 
 
-def reduce_rows(x: Tensor, reduction: str) -> Tensor:
-    """Sum, mean (0 for zero rows) or the rows themselves."""
-    if reduction == "none":
-        return x
-    return x.sum() if reduction == "sum" else x.sum() / max(x.numel(), 1)
+_OPTIONS = (
+    "float beta, float gamma, float lam, str policy_target, str target, str is_level, float? is_cap, float? is_floor"
+)
+_FORWARD = library.Operation(
+    "soft_bellman(Tensor logprobs, Tensor ref_logprobs, Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor? mask, "
+    f"Tensor? behavior_logprobs, Tensor? bootstrap, Tensor? target_values, {_OPTIONS}, str backend) -> "
+    "(Tensor policy_loss, Tensor value_loss, Tensor returns, Tensor advantages, Tensor weights, "
+    "Tensor policy_grad, Tensor value_grad)",
+    lambda *arguments: library.run("soft_bellman", "fwd", arguments[-1], *arguments[:-1]),
+    lambda logprobs, *_: tuple(torch.empty_like(logprobs) for _ in range(7)),
+)
+_BACKWARD_RESIDUAL = library.Operation(
+    "soft_bellman_backward_residual(Tensor cotangent, Tensor policy_grad, Tensor cu_seqlens, Tensor? mask, "
+    "float beta, float gamma, float lam, str policy_target, str backend) -> (Tensor, Tensor, Tensor)",
+    lambda *arguments: library.run("soft_bellman", "bwd_residual", arguments[-1], *arguments[:-1]),
+    lambda cotangent, policy_grad, cu_seqlens, *_: (
+        torch.empty_like(cotangent),
+        torch.empty_like(cotangent),
+        cotangent.new_empty(cu_seqlens.shape[0] - 1),
+    ),
+)
 
 
-def check_options(beta, gamma, lam, policy_target, target, is_level, is_cap, is_floor, reduction) -> None:
+def _save(ctx, inputs, output):
+    cu_seqlens, mask = inputs[4:6]
+    ctx.bootstrapped = inputs[7] is not None
+    ctx.options, ctx.residual, ctx.backend = inputs[9:13], inputs[13] == "residual", inputs[-1]
+    policy_grad, value_grad = output[5:]
+    ctx.save_for_backward(cu_seqlens, mask, policy_grad, value_grad)
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _gradient(ctx, c_policy, c_value, *_):
+    cu_seqlens, mask, policy_grad, value_grad = ctx.saved_tensors
+    logprobs = values = bootstrap = None
+    if ctx.residual:
+        if c_policy is not None:
+            logprobs, values, bootstrap = _BACKWARD_RESIDUAL(
+                c_policy.contiguous(), policy_grad, cu_seqlens, mask, *ctx.options, ctx.backend
+            )
+    else:  # only beta*delta_t in the policy loss and V_t in the value loss are trained
+        logprobs = None if c_policy is None else c_policy * policy_grad
+        values = None if c_value is None else c_value * value_grad
+    return logprobs, None, None, values, None, None, None, bootstrap if ctx.bootstrapped else None, *[None] * 10
+
+
+_FORWARD.differentiable(_save, _gradient)
+_BACKWARD_RESIDUAL.differentiable_once()
+
+
+def check_row_options(
+    cu_seqlens, bootstrap, target_values, like, *,
+    beta, gamma, lam, policy_target, target, is_level, is_cap, is_floor, backend,
+) -> None:  # fmt: skip
+    if bootstrap is not None:
+        checks.tensor("bootstrap", bootstrap, (cu_seqlens.numel() - 1,), like, "(one a sequence)")
     if not beta > 0:
         checks.fail("beta", "a positive number", beta)
     checks.unit_interval("gamma", gamma)
@@ -121,9 +190,53 @@ def check_options(beta, gamma, lam, policy_target, target, is_level, is_cap, is_
     checks.one_of("policy_target", policy_target, POLICY_TARGETS)
     checks.one_of("target", target, TARGETS)
     checks.one_of("is_level", is_level, IS_LEVELS)
-    checks.one_of("reduction", reduction, REDUCTIONS)
     if is_cap is not None and is_floor is not None and is_floor > is_cap:
         checks.fail("is_floor", f"at most is_cap = {is_cap} (both in log space)", is_floor)
+    if target == "residual" and target_values is not None:
+        checks.fail("target_values", 'None with target="residual", which trains both ends', "a tensor")
+
+
+def bellman_rows(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Tensor,
+    values: Tensor | None,
+    cu_seqlens: Tensor,  # (B+1,) int64, contiguous
+    mask: Tensor | None,  # (N,) bool: rows that do not count are passed over, and all their terms are 0
+    *,
+    behavior_logprobs: Tensor | None,
+    lse: Tensor | None,
+    ref_lse: Tensor | None,
+    bootstrap: Tensor | None,
+    target_values: Tensor | None,
+    beta, gamma, lam, policy_target, target, is_level, is_cap, is_floor, backend,
+) -> SoftBellmanTerms:  # fmt: skip
+    """The terms of every row, (N,), from arguments that have been checked."""
+    dtype = compute_dtype(logprobs, ref_logprobs, rewards, values, lse)
+    chosen = dispatch.choose("soft_bellman", logprobs.device.type, backend, dtype)
+
+    def row(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(dtype).contiguous()
+
+    def constant(x: Tensor | None) -> Tensor | None:
+        return None if x is None else row(x.detach())
+
+    if values is None:  # soft values; a row that does not count may hold anything
+        values = beta * (row(lse) - constant(ref_lse))
+    inputs = (row(logprobs), constant(ref_logprobs), constant(rewards), row(values), cu_seqlens, mask)
+    optional = (constant(behavior_logprobs), row(bootstrap), constant(target_values))
+    options = (beta, gamma, lam, policy_target, target, is_level, is_cap, is_floor)
+    if chosen != "reference":
+        if target == "detach":
+            optional = (optional[0], constant(bootstrap), optional[2])
+        policy_loss, value_loss, returns, advantages, weights, _, _ = _FORWARD(*inputs, *optional, *options, chosen)
+        if target == "residual":
+            value_loss = value_loss.detach()
+        return SoftBellmanTerms(policy_loss, value_loss, returns, advantages, weights)
+    behavior, ends, targets = optional
+    behavior = inputs[1] if behavior is None else behavior
+    ends = inputs[0].new_zeros(cu_seqlens.numel() - 1) if ends is None else ends
+    return soft_bellman_reference(*inputs, behavior, ends, targets, *options)
 
 
 def soft_bellman(
@@ -163,7 +276,7 @@ def soft_bellman(
         policy_target: "return" (the paper), "td", "one_step". target: "detach" or "residual".
         is_level: "trajectory" (the paper), "suffix", "prefix", "token", "none". is_cap, is_floor: in log space, or None.
         reduction: "sum", "mean" over N, or "none".
-        backend: "reference", or None for the best that can run.
+        backend: "reference", "cpp", "triton", or None for the best that can run.
 
     Returns:
         SoftBellmanTerms; the losses are differentiable in logprobs, values, lse (and bootstrap with "residual").
@@ -189,36 +302,34 @@ def soft_bellman(
     for name, value in optional.items():
         if value is not None:
             checks.tensor(name, value, (n,), logprobs)
-    sequences = cu_seqlens.numel() - 1
-    if bootstrap is not None:
-        checks.tensor("bootstrap", bootstrap, (sequences,), logprobs, "(one a sequence)")
-    check_options(beta, gamma, lam, policy_target, target, is_level, is_cap, is_floor, reduction)
-    if target == "residual" and target_values is not None:
-        checks.fail("target_values", 'None with target="residual", which trains both ends', "a tensor")
-    dispatch.choose("soft_bellman", logprobs.device.type, backend)
-
-    dtype = compute_dtype(logprobs, ref_logprobs, rewards, values, lse)
-    logprobs = logprobs.to(dtype)
-    ref_logprobs = ref_logprobs.detach().to(dtype)
-    values = beta * (lse.to(dtype) - ref_lse.detach().to(dtype)) if values is None else values.to(dtype)
-    terms = soft_bellman_reference(
+    options = {
+        "beta": beta,
+        "gamma": gamma,
+        "lam": lam,
+        "policy_target": policy_target,
+        "target": target,
+        "is_level": is_level,
+        "is_cap": is_cap,
+        "is_floor": is_floor,
+        "backend": backend,
+    }
+    check_row_options(cu_seqlens, bootstrap, target_values, logprobs, **options)
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    terms = bellman_rows(
         logprobs,
         ref_logprobs,
-        rewards.detach().to(dtype),
+        rewards,
         values,
-        cu_seqlens.long(),
-        ref_logprobs if behavior_logprobs is None else behavior_logprobs.detach().to(dtype),
-        logprobs.new_zeros(sequences) if bootstrap is None else bootstrap.to(dtype),
-        None if target_values is None else target_values.to(dtype),
-        beta,
-        gamma,
-        lam,
-        policy_target,
-        target,
-        is_level,
-        is_cap,
-        is_floor,
+        cu_seqlens.long().contiguous(),
+        None,
+        behavior_logprobs=behavior_logprobs,
+        lse=lse,
+        ref_lse=ref_lse,
+        bootstrap=bootstrap,
+        target_values=target_values,
+        **options,
     )
-    return terms._replace(
-        policy_loss=reduce_rows(terms.policy_loss, reduction), value_loss=reduce_rows(terms.value_loss, reduction)
-    )
+    if reduction == "none":
+        return terms
+    count = max(n, 1) if reduction == "mean" else 1
+    return terms._replace(policy_loss=terms.policy_loss.sum() / count, value_loss=terms.value_loss.sum() / count)

@@ -9,18 +9,19 @@ Backward with c_x the gradient that arrives at field x, p = softmax(z), u = z - 
     dz = p * (A + B*u + C*u_ref) + D*onehot(action)
     A = c_lse - c_logprob - c_kl*KL - c_H*H,   B = c_kl - c_H,   C = -c_kl,   D = c_logprob
 
-Backends: reference.
+Backends: reference, cpp, triton. The native ones keep the largest entry and ln(sum) of each row for the backward.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dqo_kernels import checks, dispatch
+from dqo_kernels import checks, dispatch, library
 from dqo_kernels.packed import compute_dtype
 
 # The reference makes full-precision copies of at most this many bytes of logits at a time.
@@ -115,15 +116,125 @@ def in_chunks(rows: int, n: int, per_row: list[Tensor | float | None], function)
     return TokenStats(*(None if field[0] is None else torch.cat(field) for field in zip(*parts)))
 
 
-def token_stats_reference(logits, actions, ref_logits, temperature, softcap) -> TokenStats:
+def token_stats_reference(logits, actions, ref_logits, mask, temperature, softcap) -> TokenStats:
     n, vocab = logits.shape
     dtype = compute_dtype(logits, ref_logits)
     rows = max(1, CHUNK_BYTES // (vocab * dtype.itemsize))
 
-    def chunk(logits, actions, ref_logits, temperature):
-        return row_stats(logits, actions, ref_logits, temperature, softcap, dtype)
+    def chunk(logits, actions, ref_logits, mask, temperature):
+        if mask is None:
+            return row_stats(logits, actions, ref_logits, temperature, softcap, dtype)
+        # Selected away on both sides, so that neither a NaN under the mask nor its gradient passes.
+        logits = torch.where(mask[:, None], logits, 0)
+        ref_logits = None if ref_logits is None else torch.where(mask[:, None], ref_logits, 0)
+        if isinstance(temperature, Tensor) and temperature.dim():
+            temperature = torch.where(mask, temperature, 1)
+        stats = row_stats(logits, torch.where(mask, actions, 0), ref_logits, temperature, softcap, dtype)
+        return TokenStats(*(None if field is None else torch.where(mask, field, 0) for field in stats))
 
-    return in_chunks(rows, n, [logits, actions, ref_logits, temperature], chunk)
+    return in_chunks(rows, n, [logits, actions, ref_logits, mask, temperature], chunk)
+
+
+def _forward(logits, actions, ref_logits, mask, temperatures, temperature, softcap, backend):
+    inputs = (logits, actions, ref_logits, mask, temperatures, temperature, softcap)
+    return library.run("token_stats", "fwd", backend, *inputs)
+
+
+def _fake_forward(logits, actions, ref_logits, mask, temperatures, temperature, softcap, backend):
+    def rows(present):
+        return logits.new_empty(actions.shape[0] if present else 0, dtype=compute_dtype(logits))
+
+    return tuple(rows(True) for _ in range(5)) + tuple(rows(ref_logits is not None) for _ in range(5))
+
+
+def _backward(*arguments):
+    *inputs, backend = arguments
+    return library.run("token_stats", "bwd", backend, *inputs)
+
+
+_INPUTS = (
+    "Tensor logits, Tensor actions, Tensor? ref_logits, Tensor? mask, "
+    "Tensor? temperatures, float temperature, float softcap"
+)
+_FORWARD = library.Operation(
+    f"token_stats({_INPUTS}, str backend) -> "
+    "(Tensor logprobs, Tensor lse, Tensor entropy, Tensor peak, Tensor log_total, "
+    "Tensor ref_logprobs, Tensor ref_lse, Tensor kl, Tensor ref_peak, Tensor ref_log_total)",
+    _forward,
+    _fake_forward,
+)
+_BACKWARD = library.Operation(
+    f"token_stats_backward({_INPUTS}, Tensor peak, Tensor log_total, Tensor ref_peak, Tensor ref_log_total, Tensor entropy, "
+    "Tensor kl, Tensor? c_logprobs, Tensor? c_lse, Tensor? c_entropy, Tensor? c_kl, str backend) -> Tensor",
+    _backward,
+    lambda logits, *_: logits.new_empty(logits.shape),
+)
+
+
+def _save(ctx, inputs, output):
+    logits, actions, ref_logits, mask, temperatures, ctx.temperature, ctx.softcap, ctx.backend = inputs
+    _, _, entropy, peak, log_total, _, _, kl, ref_peak, ref_log_total = output
+    ctx.save_for_backward(
+        logits, actions, ref_logits, mask, temperatures, peak, log_total, ref_peak, ref_log_total, entropy, kl
+    )
+    ctx.mark_non_differentiable(peak, log_total, *output[5:7], ref_peak, ref_log_total)
+
+
+def _gradient(ctx, c_logprobs, c_lse, c_entropy, _peak, _log_total, _ref_logprobs, _ref_lse, c_kl, *_):
+    *inputs, peak, log_total, ref_peak, ref_log_total, entropy, kl = ctx.saved_tensors
+    if inputs[2] is None or c_kl is None:  # the reference is needed for the gradient of the KL alone
+        inputs[2] = c_kl = None
+    upstream = [None if c is None else c.contiguous() for c in (c_logprobs, c_lse, c_entropy, c_kl)]
+    stats = (peak, log_total, ref_peak, ref_log_total, entropy, kl)
+    gradient = None
+    if any(c is not None for c in upstream):
+        gradient = _BACKWARD(*inputs, ctx.temperature, ctx.softcap, *stats, *upstream, ctx.backend)
+    return gradient, None, None, None, None, None, None, None
+
+
+_FORWARD.differentiable(_save, _gradient)
+_BACKWARD.differentiable_once()
+
+
+def _readable(name: str, x: Tensor | None) -> Tensor | None:
+    """x itself unless neighbouring entries of a row are not neighbours in memory: then a copy, and a word about it."""
+    if x is None or x.stride(-1) == 1 or x.shape[-1] == 1:
+        return x
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"{name} has stride {x.stride(-1)} along V and is copied; lay it out with V last", stacklevel=4)
+    return x.contiguous()
+
+
+def statistics(
+    logits: Tensor,  # (N, V), or (B, T, V) with N = B*T
+    actions: Tensor,  # (N,)
+    ref_logits: Tensor | None,  # shape of logits
+    mask: Tensor | None,  # (N,) bool: rows that do not count are not read, and all their statistics are 0
+    temperature: float | Tensor,  # or (N,)
+    softcap: float | None,
+    backend: str | None,
+) -> TokenStats:
+    """TokenStats of arguments that have been checked."""
+    dtype = logits.dtype if ref_logits is None else torch.promote_types(logits.dtype, ref_logits.dtype)
+    chosen = dispatch.choose("token_stats", logits.device.type, backend, dtype)
+    actions = actions.long().contiguous()
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach()
+    if chosen == "reference":
+        rows = logits.flatten(0, -2), actions, None if ref_logits is None else ref_logits.flatten(0, -2)
+        return token_stats_reference(*rows, mask, temperature, softcap)
+    temperatures = None
+    if isinstance(temperature, Tensor):
+        temperatures, temperature = temperature.to(compute_dtype(logits)).expand(actions.shape).contiguous(), 1.0
+    logits = _readable("logits", logits.to(dtype))
+    ref_logits = None if ref_logits is None else _readable("ref_logits", ref_logits.detach().to(dtype))
+    mask = None if mask is None else mask.contiguous()
+    logprobs, lse, entropy, _, _, ref_logprobs, ref_lse, kl, _, _ = _FORWARD(
+        logits, actions, ref_logits, mask, temperatures, float(temperature), float(softcap or 0.0), chosen
+    )
+    if ref_logits is None:
+        return TokenStats(logprobs, lse, entropy)
+    return TokenStats(logprobs, lse, entropy, ref_logprobs, ref_lse, kl)
 
 
 def token_stats(
@@ -138,13 +249,13 @@ def token_stats(
     """Statistics of softcap(logits) / temperature for each row; the same transformation is applied to `ref_logits`.
 
     Args:
-        logits: (N, V) floating, any row stride. -inf entries have probability 0.
+        logits: (N, V) float32, bfloat16, float16 or float64, any row stride. -inf entries have probability 0.
         actions: (N,) integer token ids in [0, V); checked on the CPU, elsewhere an id out of range gives NaN in its row
             (set DQO_KERNELS_CHECK=1 to check there too).
         ref_logits: (N, V) floating, the reference policy's; a constant.
         temperature: a positive number, or (N,) of them; a constant.
         softcap: z becomes softcap * tanh(z / softcap) before the temperature (Gemma 2); None leaves z alone.
-        backend: "reference", or None for the best that can run.
+        backend: "reference", "cpp", "triton", or None for the best that can run.
 
     Returns:
         TokenStats; `logprobs`, `lse`, `entropy` and `kl` are differentiable in `logits`.
@@ -153,16 +264,14 @@ def token_stats(
         ValueError: shapes, dtypes, devices or values that do not fit, each named.
         RuntimeError: the requested backend cannot run.
     """
-    checks.floating("logits", logits)
+    checks.logits("logits", logits)
     if logits.dim() != 2 or logits.shape[1] < 1:
         checks.fail("logits", "shape (N, V)", f"shape {tuple(logits.shape)}")
     n, vocab = logits.shape
     checks.actions(actions, (n,), vocab, logits)
     if ref_logits is not None:
+        checks.logits("ref_logits", ref_logits)
         checks.tensor("ref_logits", ref_logits, (n, vocab), logits, "(that of logits)")
-    checks.temperature(temperature, n, logits)
+    checks.temperature(temperature, (n,), logits)
     checks.softcap(softcap)
-    dispatch.choose("token_stats", logits.device.type, backend)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.detach()
-    return token_stats_reference(logits, actions.long(), ref_logits, temperature, softcap)
+    return statistics(logits, actions, ref_logits, None, temperature, softcap, backend)
