@@ -1,47 +1,112 @@
-"""lambda_return on the CPU: the C++ scan beside the differentiable reference and a Python loop over time.
+"""lambda_return beside a loop over time, vectorised torch, torch.compile and torchrl.
 
-pytest benchmarks/ --benchmark-only
+    pytest benchmarks/bench_lambda_return.py --benchmark-only
+
+Sequences are of one length, which suits the padded peers; ours takes any lengths. At these sizes calls cost more than bytes:
+"launcher" is the kernel's call alone, "registered op" the same through torch.library without the checks of the public function.
 """
 
-import pytest
+from __future__ import annotations
+
+from types import SimpleNamespace
+
 import torch
 
-from dqo_kernels import dispatch, lambda_return
+from benchmarks import peers, sequences
+from benchmarks.harness import Candidate, Case, Operation, Phases, differentiated
+from benchmarks.records import parametrize
+from dqo_kernels import lambda_return
 
-SHAPES = {"32x128": [128] * 32, "32x1024": [1024] * 32, "1x16384": [16384]}
-
-
-def python_loop(rewards, values, cu_seqlens, *, gamma, lam):
-    """What most trainers run: one padded tensor, one torch operation a time step."""
-    lengths = cu_seqlens.diff()
-    shape = (lengths.numel(), int(lengths.max()))
-    r, v = rewards.reshape(shape), values.reshape(shape)
-    returns = torch.empty_like(r)
-    carry = next_value = r.new_zeros(shape[0])
-    for t in range(shape[1] - 1, -1, -1):
-        carry = r[:, t] + gamma * ((1 - lam) * next_value + lam * carry)
-        next_value = v[:, t]
-        returns[:, t] = carry
-    return returns.reshape(-1)
+OPTIONS = {"gamma": 0.99, "lam": 0.95}
 
 
-IMPLEMENTATIONS = {
-    "cpp": lambda *a, **k: lambda_return(*a, backend="cpp", **k),
-    "reference": lambda *a, **k: lambda_return(*a, backend="reference", **k),
-    "python loop": python_loop,
-}
+def inputs(case: Case, device: torch.device) -> SimpleNamespace:
+    n = case.dims[0] * case.dims[1]
+    return SimpleNamespace(
+        shape=case.dims,
+        rewards=torch.randn(n, device=device, requires_grad=True),
+        values=torch.randn(n, device=device, requires_grad=True),
+        cu_seqlens=sequences.boundaries(case, device),
+        cotangents={"returns": torch.randn(n, device=device)},
+    )
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def bench_lambda_return(benchmark, shape, implementation):
-    if implementation == "cpp" and dispatch.unavailable("cpp"):
-        pytest.skip(dispatch.unavailable("cpp"))
-    lengths = torch.tensor(SHAPES[shape])
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    rewards, values = torch.randn(2, int(lengths.sum()))
-    benchmark.group = f"lambda_return {shape}"
-    run = IMPLEMENTATIONS[implementation]
-    expected = python_loop(rewards.double(), values.double(), cu_seqlens, gamma=0.99, lam=0.95)
-    result = benchmark(run, rewards, values, cu_seqlens, gamma=0.99, lam=0.95)
-    assert torch.allclose(result.double(), expected, atol=1e-3)  # a benchmark of a wrong result measures nothing
+def _differentiated(function, x: SimpleNamespace) -> Phases:
+    return differentiated(lambda: {"returns": function()}, {"rewards": x.rewards, "values": x.values}, x.cotangents)
+
+
+def _ours(x: SimpleNamespace, backend: str) -> Phases:
+    return _differentiated(lambda: lambda_return(x.rewards, x.values, x.cu_seqlens, backend=backend, **OPTIONS), x)
+
+
+def _launcher(x: SimpleNamespace) -> Phases:
+    from dqo_kernels import lambda_return_cpp
+
+    inputs = (x.rewards.detach(), x.values.detach(), torch.zeros(x.shape[0]), x.cu_seqlens)
+    return Phases(lambda: {"returns": lambda_return_cpp.fwd(*inputs, *OPTIONS.values())})
+
+
+def _registered(x: SimpleNamespace) -> Phases:
+    operation = torch.ops.dqo_kernels.lambda_return.default
+    inputs = (x.rewards, x.values, torch.zeros(x.shape[0]), x.cu_seqlens)
+    return _differentiated(lambda: operation(*inputs, *OPTIONS.values(), "cpp"), x)
+
+
+def _padded(function, x: SimpleNamespace, **options):
+    """`function` of (B, T) as a function of nothing that gives (N,)."""
+    return lambda: function(x.rewards.view(x.shape), x.values.view(x.shape), **OPTIONS, **options).reshape(-1)
+
+
+def _forward_only(function, **options):
+    def build(x: SimpleNamespace) -> Phases:
+        run = _padded(function, x, **options)
+        return Phases(lambda: {"returns": run()})
+
+    return build
+
+
+CANDIDATES = [
+    *peers.ours(_ours, ("lambda_return",)),
+    Candidate("cpp launcher", "returns; no gradient", _launcher, peers.needs_cpp, devices=("cpu",)),
+    Candidate("cpp registered op", "everything", _registered, peers.needs_cpp, devices=("cpu",)),
+    Candidate("python loop", "returns; no gradient", _forward_only(sequences.returns_by_loop), profiled=False),
+    Candidate(
+        "eager", "everything, by doubling", lambda x: _differentiated(_padded(sequences.returns_by_doubling, x), x)
+    ),
+    Candidate(
+        "torch.compile",
+        "everything, by doubling",
+        lambda x: _differentiated(_padded(peers.compiled(sequences.returns_by_doubling), x), x),
+        peers.compile_reason(),
+    ),
+    Candidate(
+        "torchrl loop",
+        "returns; no gradient",
+        _forward_only(peers.torchrl_returns, vectorised=False),
+        peers.needs("torchrl"),
+        profiled=False,
+    ),
+    Candidate(
+        "torchrl vectorised",
+        "returns; no gradient",
+        _forward_only(peers.torchrl_returns, vectorised=True),
+        peers.needs("torchrl"),
+    ),
+]
+
+OPERATION = Operation(
+    "lambda_return",
+    sequences.cases,
+    inputs,
+    CANDIDATES,
+    {
+        "forward": ("12*N: read r, V, write G", sequences.floats(3)),
+        "backward": ("12*N: read dG, write dr, dV", sequences.floats(3)),
+        "both": ("24*N: forward and backward", sequences.floats(6)),
+    },
+)
+
+
+@parametrize(OPERATION)
+def bench_lambda_return(run, case, mode, implementation):
+    run(OPERATION, case, mode, implementation)

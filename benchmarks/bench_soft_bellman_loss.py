@@ -1,51 +1,153 @@
-"""soft_bellman_loss on the CPU, forward and backward: the reference backend beside plain eager torch.
+"""soft_bellman_loss, from two models' logits to the loss and its gradient, beside eager torch, torch.compile and Liger.
 
-The reference defines the result and bounds its memory; it also computes lse, entropy and exact KL, and is not meant to be fast.
+    pytest benchmarks/bench_soft_bellman_loss.py --benchmark-only
+
+Variants: "policy" is the paper's loss, "kl" adds the exact KL. Ours also returns log-probabilities, logsumexp, entropy and KL of
+every row; the torch compositions compute the loss and nothing else.
 """
 
-import pytest
+from __future__ import annotations
+
+from types import SimpleNamespace
+
 import torch
 
+from benchmarks import peers
+from benchmarks.harness import Candidate, Case, Operation, Phases, differentiated
+from benchmarks.records import parametrize
 from dqo_kernels import soft_bellman_loss
 
-SHAPES = {"256x4096": (256, 4096), "256x32000": (256, 32000)}
+DISPATCHED = ("token_stats", "soft_bellman")
+BETA, CAP, KL_COEF = 0.1, 1.0, 0.05
+SMOKE = ((4, 64, 4096, torch.float32, ("policy",)),)
+DEFAULT = ((4, 64, 4096, torch.float32, ("policy",)), (4, 64, 32000, torch.float32, ("policy", "kl")))
+FULL = (
+    *DEFAULT,
+    (8, 128, 32000, torch.float32, ("policy", "kl")),
+    (4, 64, 151936, torch.bfloat16, ("policy", "kl")),
+)
+GPU = ((32, 256, 151936, torch.bfloat16, ("policy", "kl")), (8, 128, 128256, torch.bfloat16, ("policy",)))
 
 
-def eager(logits, actions, rewards, values, ref_logits, cu_seqlens):
-    """lambda = 1, no importance weights, one pass of log_softmax for each model."""
-    picked = actions[:, None]
-    log_ratio = logits.log_softmax(-1).gather(-1, picked)[:, 0] - ref_logits.log_softmax(-1).gather(-1, picked)[:, 0]
-    kept = (rewards - 0.1 * log_ratio).detach()
-    sums = torch.cat([kept.flip(0).cumsum(0).flip(0), kept.new_zeros(1)])  # one sequence
-    returns, ahead = sums[:-1], sums[1:]
-    policy = 0.5 * (0.1 * log_ratio - (rewards + ahead - values.detach())).square()
-    return (policy + 0.5 * (returns - values).square()).mean()
+def cases(device_type: str, size: str) -> list[Case]:
+    shapes = {"smoke": SMOKE, "default": DEFAULT, "full": FULL}[size]
+    shapes = GPU if device_type == "cuda" and size != "smoke" else shapes
+    return [
+        Case(f"{b}x{t}x{vocab}", (b, t, vocab), dtype, variant)
+        for b, t, vocab, dtype, variants in shapes
+        for variant in variants
+    ]
 
 
-def ours(logits, actions, rewards, values, ref_logits, cu_seqlens):
-    return soft_bellman_loss(
-        logits, actions, rewards, values, ref_logits=ref_logits, cu_seqlens=cu_seqlens, is_level="none"
-    ).loss
+def inputs(case: Case, device: torch.device) -> SimpleNamespace:
+    b, t, vocab = case.dims
+    logits = torch.randn(b * t, vocab, device=device, dtype=case.dtype)
+    return SimpleNamespace(
+        shape=(b, t),
+        ref_logits=(logits + 0.1 * torch.randn_like(logits)),
+        logits=logits.requires_grad_(),
+        actions=torch.randint(0, vocab, (b * t,), device=device),
+        rewards=torch.randn(b * t, device=device),
+        values=torch.randn(b * t, device=device, requires_grad=True),
+        cu_seqlens=torch.arange(0, b * t + 1, t, device=device),
+        kl_coef=KL_COEF if case.variant == "kl" else 0.0,
+        cotangents={"loss": torch.ones((), device=device)},
+    )
 
 
-IMPLEMENTATIONS = {"reference": ours, "eager": eager}
+def _phases(forward, x: SimpleNamespace) -> Phases:
+    return differentiated(forward, {"logits": x.logits, "values": x.values}, x.cotangents)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def bench_soft_bellman_loss(benchmark, shape, implementation):
-    n, vocab = SHAPES[shape]
-    torch.manual_seed(0)
-    logits = torch.randn(n, vocab, requires_grad=True)
-    values = torch.randn(n, requires_grad=True)
-    ref_logits, rewards = torch.randn(n, vocab), torch.randn(n)
-    actions, cu_seqlens = torch.randint(0, vocab, (n,)), torch.tensor([0, n])
-    run = IMPLEMENTATIONS[implementation]
+def _ours(x: SimpleNamespace, backend: str) -> Phases:
+    options = {"ref_logits": x.ref_logits, "cu_seqlens": x.cu_seqlens, "beta": BETA, "is_cap": CAP}
 
-    def forward_and_backward():
-        loss = run(logits, actions, rewards, values, ref_logits, cu_seqlens)
-        return loss, torch.autograd.grad(loss, [logits, values])
+    def forward():
+        output = soft_bellman_loss(
+            x.logits, x.actions, x.rewards, x.values, kl_coef=x.kl_coef, backend=backend, **options
+        )
+        return {name: field for name, field in output._asdict().items() if field is not None}
 
-    benchmark.group = f"soft_bellman_loss {shape}"
-    loss, _ = benchmark(forward_and_backward)
-    assert torch.allclose(loss, eager(logits, actions, rewards, values, ref_logits, cu_seqlens), rtol=1e-4)
+    return _phases(forward, x)
+
+
+def eager(logits, ref_logits, actions, rewards, values, kl_coef: float, shape: tuple[int, int]):
+    """gamma = lambda = 1, so that the return is a sum."""
+    logp, picked = logits.float().log_softmax(-1), actions[:, None]
+    with torch.no_grad():
+        ref_logp = ref_logits.float().log_softmax(-1)
+    delta = (logp.gather(-1, picked) - ref_logp.gather(-1, picked)).view(shape)
+    rewards, values = rewards.view(shape), values.view(shape)
+    returns = (rewards - BETA * delta.detach()).flip(1).cumsum(1).flip(1)
+    advantages = rewards + torch.nn.functional.pad(returns[:, 1:], (0, 1)) - values.detach()
+    weights = delta.detach().sum(1, keepdim=True).clamp(max=CAP).exp()
+    rows = 0.5 * weights * ((BETA * delta - advantages).square() + (returns - values).square())
+    loss = rows.mean()
+    if kl_coef:
+        loss = loss + kl_coef * (logp.exp() * (logp - ref_logp)).sum(-1).mean()
+    return loss
+
+
+def _torch(function, x: SimpleNamespace) -> Phases:
+    tensors = (x.logits, x.ref_logits, x.actions, x.rewards, x.values)
+    return _phases(lambda: {"loss": function(*tensors, x.kl_coef, x.shape)}, x)
+
+
+def _liger_grpo(x: SimpleNamespace) -> Phases:
+    """Another loss: no reference logits are read. It wants T + 1 logits a sequence and overwrites them in its gradient."""
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    b, t = x.shape
+    logits = torch.nn.functional.pad(x.logits.detach().view(b, t, -1), (0, 0, 0, 1)).requires_grad_()
+    actions, advantages = x.actions.view(b, t), x.rewards.view(b, t).mean(1)
+    reference = torch.zeros(b, t, device=logits.device)
+
+    def forward():
+        loss, *_ = triton_grpo_loss(
+            logits, None, reference, actions, advantages, temperature=1.0, loss_type="grpo", reduce=True
+        )
+        return {"grpo_loss": loss}
+
+    def backward(outputs):
+        return {"grad_padded": torch.autograd.grad(outputs["grpo_loss"], logits)[0]}
+
+    return Phases(forward, backward)
+
+
+def _bytes(reads_and_writes: int):
+    return lambda case: reads_and_writes * case.dims[0] * case.dims[1] * case.dims[2] * case.dtype.itemsize
+
+
+CANDIDATES = [
+    *peers.ours(_ours, DISPATCHED),
+    Candidate("eager", "the loss only", lambda x: _torch(eager, x)),
+    Candidate("torch.compile", "the loss only", lambda x: _torch(peers.compiled(eager), x), peers.compile_reason()),
+    Candidate(
+        "liger grpo",
+        "GRPO's loss of one model",
+        _liger_grpo,
+        peers.needs("liger_kernel"),
+        devices=("cuda",),
+        suits=lambda case: case.variant == "policy",
+    ),
+]
+
+OPERATION = Operation(
+    "soft_bellman_loss",
+    cases,
+    inputs,
+    CANDIDATES,
+    {
+        "forward": ("2*N*V*E: read z, z_ref", _bytes(2)),
+        "backward policy": ("2*N*V*E: read z, write dz", _bytes(2)),
+        "backward kl": ("3*N*V*E: read z, z_ref, write dz", _bytes(3)),
+        "both": ("3*N*V*E: read z, z_ref once, write dz", _bytes(3)),
+    },
+    DISPATCHED,
+    tolerance=lambda case: 1e-4 if case.dtype == torch.float32 else 1e-2,
+)
+
+
+@parametrize(OPERATION)
+def bench_soft_bellman_loss(run, case, mode, implementation):
+    run(OPERATION, case, mode, implementation)

@@ -1,0 +1,113 @@
+"""What our operations are measured beside, and why a candidate cannot run where it cannot.
+
+Installed with `pip install -e .[bench]`; none is needed, one that is missing is skipped with a reason. What each computes:
+    trl        selective_log_softmax, entropy_from_logits: log-probability and entropy of one model in the dtype of the logits;
+               torch operations on the CPU, one Triton kernel on a GPU. No exact KL (its trainers estimate it from samples).
+    liger      liger_cross_entropy: log-probability alone; Triton, so GPU only; its gradient overwrites the logits.
+               triton_grpo_loss: another loss of the same inputs, one model's logits, the reference's log-probabilities given.
+    torchrl    td_lambda_return_estimate (a loop over time) and its vectorised form (a convolution): lambda-returns, padded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.environment import size
+from benchmarks.harness import Candidate, Case
+from dqo_kernels import dispatch
+
+DEVICES = {"reference": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",)}
+
+
+def ours(build_with: Callable, operations: tuple[str, ...]) -> list[Candidate]:
+    """One candidate for each of our backends; `build_with(inputs, backend)` gives its phases."""
+
+    def candidate(backend: str) -> Candidate:
+        return Candidate(
+            backend,
+            "everything",
+            lambda inputs: build_with(inputs, backend),
+            lambda case, device_type: backend_reason(operations, device_type, backend),
+            backend,
+            DEVICES[backend],
+        )
+
+    return [candidate(name) for name in DEVICES]
+
+
+def backend_reason(operations: tuple[str, ...], device_type: str, backend: str) -> str | None:
+    for operation in operations:
+        try:
+            dispatch.choose(operation, device_type, backend)
+        except (ValueError, RuntimeError) as error:
+            return str(error)
+    return None
+
+
+def default_backend(operations: tuple[str, ...], device_type: str) -> str:
+    """What a user gets who does not ask."""
+    return dispatch.choose(operations[0], device_type)
+
+
+def needs(package: str) -> Callable:
+    def reason(case: Case, device_type: str) -> str | None:
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed; run `pip install -e .[bench]`"
+        return None
+
+    return reason
+
+
+def needs_cpp(case: Case, device_type: str) -> str | None:
+    return dispatch.unavailable("cpp")
+
+
+def compiled(function: Callable) -> Callable:
+    """Compiled for the exact shapes of a case, without graph breaks."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def compile_reason(in_smoke: bool = False) -> Callable:
+    def reason(case: Case, device_type: str) -> str | None:
+        if size() == "smoke" and not in_smoke:
+            return "DQO_BENCH=smoke compiles one operation only"
+        if device_type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+            return "torch.compile needs a C++ compiler"
+        return None
+
+    return reason
+
+
+def trl_logprobs_entropy(logits, actions):
+    """(logprobs, entropy) as TRL's trainers compute them; the entropy without a gradient."""
+    if logits.is_cuda and importlib.util.find_spec("trl.kernels"):  # since 1.16: what its trainers call there
+        from trl.kernels import selective_log_softmax_and_entropy
+
+        logprobs, entropy = selective_log_softmax_and_entropy(logits, actions)
+        return logprobs, entropy.detach()
+    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+    with torch.no_grad():
+        entropy = entropy_from_logits(logits)
+    return selective_log_softmax(logits, actions), entropy
+
+
+def liger_logprobs(logits, actions):
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return -liger_cross_entropy(logits, actions, reduction="none")
+
+
+def torchrl_returns(rewards, values, gamma: float, lam: float, *, vectorised: bool):
+    """(B, T) -> (B, T); every row ends its episode at T."""
+    from torchrl.objectives.value import functional
+
+    estimate = functional.vec_td_lambda_return_estimate if vectorised else functional.td_lambda_return_estimate
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1))[..., None]
+    done = torch.zeros_like(following, dtype=torch.bool)
+    done[:, -1] = True
+    return estimate(gamma, lam, following, rewards[..., None], done)[..., 0]

@@ -1,0 +1,149 @@
+"""Triton backend of token_stats: launchers on plain tensors, no autograd, no checks (token_stats.py has both).
+
+How many splits a row is cut into depends on V alone: one split is finished by its own program, more go through a workspace and
+a second kernel, whatever N is. So a row's bits do not depend on its batch. Tile sizes and warps are tables, nothing is tuned
+at run time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from dqo_kernels.token_stats_triton_kernels import token_stats_backward, token_stats_forward, token_stats_merge
+
+SPLIT = 32768  # columns of one forward program
+BLOCKS = {"one row": 8192, "two rows": 4096, "backward": 4096}  # columns of a tile, all few enough not to spill
+WARPS = 4
+MERGE_ROWS = 128
+PARTIALS = 6  # m, s, u, m_r, s_r, d
+
+
+def _options(block: int) -> dict:
+    """Fewer warps for a short tile: 16 elements per thread or more. No contraction: see token_stats_triton_kernels.py."""
+    return {"num_warps": max(1, min(WARPS, block // 512)), "enable_fp_fusion": False}
+
+
+def _block(vocab: int, kind: str) -> int:
+    return min(BLOCKS[kind], max(128, triton.next_power_of_2(vocab)))
+
+
+def _layout(logits: Tensor, ref_logits: Tensor | None) -> tuple[int, dict]:
+    """Rows, and the arguments that locate a row."""
+
+    def strides(x):
+        return (x.stride(0), x.stride(1)) if x.dim() == 3 else (0, x.stride(0))
+
+    (outer, inner), (ref_outer, ref_inner) = strides(logits), strides(logits if ref_logits is None else ref_logits)
+    rows = logits.shape[:-1].numel()
+    place = {"inner": logits.shape[-2], "z_outer": outer, "z_inner": inner}
+    return rows, place | {"ref_outer": ref_outer, "ref_inner": ref_inner}
+
+
+def _inputs(logits, actions, ref_logits, mask, temperatures, temperature, softcap) -> dict:
+    return {
+        "z_ptr": logits, "action_ptr": actions, "ref_ptr": ref_logits, "mask_ptr": mask, "temperature_ptr": temperatures,
+        "temperature": float(temperature), "softcap": float(softcap), "vocab": logits.shape[-1], "CAP": softcap != 0.0,
+    }  # fmt: skip
+
+
+_FIELDS = ("logprobs", "lse", "entropy", "peak", "log_total")
+_FIELDS += tuple(f"ref_{name}" for name in ("logprobs", "lse")) + ("kl", "ref_peak", "ref_log_total")
+
+
+def forward_launches(logits, actions, ref_logits, mask, temperatures, temperature, softcap):
+    """The fields, and the launches (kernel, grid, arguments, options) that fill them; also of tensors on "meta"."""
+    rows, place = _layout(logits, ref_logits)
+    vocab = logits.shape[-1]
+    splits = triton.cdiv(vocab, SPLIT)
+
+    def field(count):
+        return torch.empty(count, dtype=torch.float32, device=logits.device)
+
+    fields = [field(rows if ref_logits is not None or i < 5 else 0) for i in range(len(_FIELDS))]
+    given = fields if ref_logits is not None else fields[:5] + [None] * 5
+    common = _inputs(logits, actions, ref_logits, mask, temperatures, temperature, softcap) | place
+    common |= {"rows": rows, "splits": splits, "partial_ptr": field(PARTIALS * rows * splits) if splits > 1 else None}
+    outputs = {f"{name}_ptr": x for name, x in zip(_FIELDS, given, strict=True)}
+    block = _block(vocab, "one row" if ref_logits is None else "two rows")
+    tiles = {"SPLIT": SPLIT, "BLOCK": block}
+    if splits == 1:
+        return fields, [(token_stats_forward, rows, common | outputs | tiles, _options(block))]
+    nothing = dict.fromkeys(outputs)
+    merge_options = {"num_warps": WARPS, "enable_fp_fusion": False}
+    return fields, [
+        (token_stats_forward, rows * splits, common | nothing | tiles, _options(block)),
+        (token_stats_merge, triton.cdiv(rows, MERGE_ROWS), common | outputs | {"ROWS": MERGE_ROWS}, merge_options),
+    ]
+
+
+def backward_launches(
+    logits, actions, ref_logits, mask, temperatures, temperature, softcap,
+    peak, log_total, ref_peak, ref_log_total, entropy, kl, c_logprobs, c_lse, c_entropy, c_kl,
+):  # fmt: skip
+    """The gradient, and the launches that fill it."""
+    truncates = triton.knobs.runtime.interpret and logits.dtype == torch.bfloat16  # the interpreter: no rounding
+    grad = torch.empty(logits.shape, dtype=torch.float32 if truncates else logits.dtype, device=logits.device)
+    if c_kl is None:
+        ref_logits = ref_peak = ref_log_total = kl = None
+    rows, place = _layout(logits, ref_logits)
+    block = _block(logits.shape[-1], "backward")
+    tiles = triton.cdiv(logits.shape[-1], block)
+    arguments = _inputs(logits, actions, ref_logits, mask, temperatures, temperature, softcap) | place
+    arguments |= {
+        "tiles": tiles, "peak_ptr": peak, "log_total_ptr": log_total, "ref_peak_ptr": ref_peak,
+        "ref_log_total_ptr": ref_log_total, "entropy_ptr": None if c_entropy is None else entropy, "kl_ptr": kl,
+        "c_logprobs_ptr": c_logprobs, "c_lse_ptr": c_lse, "c_entropy_ptr": c_entropy, "c_kl_ptr": c_kl,
+        "grad_ptr": grad, "BLOCK": block,
+    }  # fmt: skip
+    return grad, [(token_stats_backward, rows * tiles, arguments, _options(block))]
+
+
+def _run(launches, device_of: Tensor) -> None:
+    with torch.cuda.device_of(device_of):  # Triton launches on the current device
+        for kernel, programs, arguments, options in launches:
+            if programs:
+                kernel[(programs,)](**arguments, **options)
+
+
+def fwd(logits, actions, ref_logits, mask, temperatures, temperature, softcap) -> tuple[Tensor, ...]:
+    """The ten fields, (N,) float32; the last five are empty without ref_logits."""
+    fields, launches = forward_launches(logits, actions, ref_logits, mask, temperatures, temperature, softcap)
+    _run(launches, logits)
+    return tuple(fields)
+
+
+def bwd(logits, *arguments) -> Tensor:
+    """The gradient in logits; arguments as in backward_launches."""
+    grad, launches = backward_launches(logits, *arguments)
+    _run(launches, logits)
+    return grad.to(logits.dtype)
+
+
+def specialisations(dtypes, vocabs, everything: bool):
+    """The launches that calls with these dtypes and vocabularies make, for compiling them ahead of time.
+
+    `everything` adds the rarer arguments: per-row temperatures with a mask, a softcap, and the gradient of one field alone.
+    """
+    rows = 16
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    coefficients = [(0,), (0, 1, 2, 3)]  # of logprobs, lse, entropy, kl: the policy's loss alone, and all
+    variants = [(False, 0.0)]
+    if everything:
+        coefficients += [(1,), (2,), (0, 3)]
+        variants += [(True, 0.0), (False, 30.0), (True, 30.0)]
+    for dtype in dtypes:
+        for vocab in vocabs:
+            logits, row = meta(rows, vocab, dtype=dtype), meta(rows)
+            actions, mask = meta(rows, dtype=torch.int64), meta(rows, dtype=torch.bool)
+            for per_row, softcap in variants:
+                tail = (mask, row, 1.0, softcap) if per_row else (None, None, 1.0, softcap)
+                for ref_logits in (None, logits):
+                    yield from forward_launches(logits, actions, ref_logits, *tail)[1]
+                for given in coefficients:
+                    c = [row if i in given else None for i in range(4)]
+                    yield from backward_launches(logits, actions, logits, *tail, *[row] * 6, *c)[1]

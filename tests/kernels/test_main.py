@@ -1,0 +1,81 @@
+"""python -m dqo_kernels: what it prints, and that its self-check can fail."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dqo_kernels import __main__ as main_module
+from dqo_kernels import dispatch, library, soft_bellman_loss
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def test_it_prints_backends_reasons_and_a_self_check():
+    done = subprocess.run([sys.executable, "-m", "dqo_kernels"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for op in dispatch.TABLE:
+        assert f"  {op} " in done.stdout
+    for name in main_module.CHECKS:
+        assert f"  {name:<20} cpu   reference" in done.stdout
+    assert "FAILED" not in done.stdout
+    if not torch.cuda.is_available():
+        assert "cuda: torch finds no device" in done.stdout
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", main_module.CHECKS)
+def test_every_backend_passes_its_self_check(name, device):
+    op = name if name in dispatch.TABLE else "token_stats"
+    for backend in dispatch.TABLE[op][device]:
+        if dispatch.unavailable(backend, device) is None:
+            good, found = main_module.verdict(name, backend, device)
+            assert good, f"{backend}: {found}"
+
+
+def test_a_wrong_kernel_and_one_that_breaks_are_reported(monkeypatch, capsys):
+    run = library.run
+
+    def off_by_little(op, direction, *arguments):
+        result = run(op, direction, *arguments)
+        return (result[0] * 1.0001, *result[1:]) if (op, direction) == ("token_stats", "fwd") else result
+
+    monkeypatch.setattr(library, "run", off_by_little)
+    assert main_module.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any("token_stats" in line and "cpp" in line and line.endswith("FAILED") for line in lines)
+    assert any("reference" in line and line.endswith("ok") for line in lines)
+
+    def broken(*arguments):
+        raise RuntimeError("illegal instruction")
+
+    monkeypatch.setattr(library, "run", broken)
+    assert main_module.main() == 1
+    assert "RuntimeError: illegal instruction  FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_forward_and_backward_are_captured_in_a_cuda_graph():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 6, 40000, device="cuda", requires_grad=True)
+    ref_logits, rewards = torch.randn(2, 6, 40000, device="cuda"), torch.randn(2, 6, device="cuda")
+    values = torch.randn(2, 6, device="cuda", requires_grad=True)
+    actions, mask = torch.randint(40000, (2, 6), device="cuda"), torch.rand(2, 6, device="cuda") < 0.8
+
+    def step():
+        out = soft_bellman_loss(logits, actions, rewards, values, ref_logits=ref_logits, mask=mask, kl_coef=0.1)
+        return out.loss, *torch.autograd.grad(out.loss, [logits, values])
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # compiles the kernels before the capture
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        logits.mul_(1.5), rewards.add_(1.0)
+    graph.replay()
+    for found, expected in zip(captured, step(), strict=True):
+        assert torch.equal(found, expected)
