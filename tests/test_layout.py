@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dqo.objectives import OBJECTIVES
+from dqo_kernels import dispatch
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("dqo/**/*.py"), *ROOT.glob("dqo_kernels/**/*.py")])
@@ -28,6 +29,17 @@ LEVELS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+KERNEL_LEVELS = [
+    {"checks", "dispatch", "library", "packed", "cpu_threads", "scan_triton", "token_stats_triton_kernels"},
+    {"layout", "lambda_return", "token_stats"},
+    {"lambda_return_cpp", "soft_bellman_cpp", "token_stats_cpp"},
+    {"lambda_return_triton", "soft_bellman_triton", "token_stats_triton"},
+    {"soft_bellman", "linear_token_stats"},
+    {"soft_bellman_loss", "linear_row_loss"},
+    {"linear_soft_bellman_loss"},
+]
+KERNEL_LEVEL = {name: level for level, names in enumerate(KERNEL_LEVELS) for name in names}
 
 
 def module_of(path: Path) -> str:
@@ -63,6 +75,27 @@ def test_the_trainer_imports_from_lower_levels_only(path):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("dqo_kernels/**/*.py")), ids=lambda p: p.name)
 def test_the_kernels_do_not_know_the_trainer(path):
     assert not any(name == "dqo" or name.startswith("dqo.") for name in imports_of(path, top_level_only=False))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("dqo_kernels/[a-z]*.py")), ids=lambda p: p.name)
+def test_the_kernels_import_from_lower_levels_only(path):
+    assert path.stem in KERNEL_LEVEL, f"{path.stem} has no level; place it in KERNEL_LEVELS"
+    for name in imports_of(path, top_level_only=False):
+        imported = name.removeprefix("dqo_kernels.")
+        if name.startswith("dqo_kernels.") and imported in KERNEL_LEVEL:
+            assert KERNEL_LEVEL[imported] < KERNEL_LEVEL[path.stem], f"{path.stem} imports {imported}"
+
+
+def test_a_native_operation_is_one_stem_everywhere():
+    for op, devices in dispatch.TABLE.items():
+        assert (ROOT / "dqo_kernels" / f"{op}.py").exists()
+        if "cpp" in devices["cpu"]:
+            for path in (f"dqo_kernels/{op}_cpp.py", f"csrc/cpu/{op}.cpp", f"csrc/common/{op}.h"):
+                assert (ROOT / path).exists(), path
+            for path in (f"tests/kernels/test_{op}.py", f"benchmarks/bench_{op}.py"):
+                assert (ROOT / path).exists(), path
+        if "triton" in devices["cuda"]:
+            assert (ROOT / "dqo_kernels" / f"{op}_triton.py").exists()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

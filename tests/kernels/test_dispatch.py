@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import dqo_kernels
 from dqo_kernels import dispatch
@@ -35,6 +36,22 @@ def test_the_environment_insists_as_the_argument_does(monkeypatch):
         dqo_kernels.token_stats(**STATS)
     monkeypatch.setenv("DQO_KERNELS_BACKEND", "reference")
     dqo_kernels.lambda_return(**SCAN)
+
+
+def test_triton_says_what_it_cannot_do(monkeypatch):
+    with pytest.raises(RuntimeError, match="triton.*token_stats.*float32.*float64.*reference"):
+        dqo_kernels.token_stats(torch.zeros(1, 2).double(), torch.tensor([0]), backend="triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="triton.*token_stats.*GPU.*TRITON_INTERPRET=1"):
+        dqo_kernels.token_stats(torch.zeros(1, 2), torch.tensor([0]), backend="triton")
+
+
+def test_the_dtype_decides_when_nobody_insists():
+    assert dispatch.choose("token_stats", "cpu", None, torch.float64) in ("cpp", "reference")
+    if not dispatch.unavailable("triton", "cuda"):
+        assert dispatch.choose("token_stats", "cuda", None, torch.bfloat16) == "triton"
+        assert dispatch.choose("token_stats", "cuda", None, torch.float64) == "reference"
+    assert dispatch.choose("token_stats", "mps") == "reference"
 
 
 def test_a_backend_without_the_operation_says_so():

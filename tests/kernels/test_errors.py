@@ -110,6 +110,8 @@ CASES = {
         ({"logits": ONES}, r"logits.*\(N, V\).*\(9,\)"),
         ({"logits": torch.ones(N, V).long()}, r"logits.*floating.*int64"),
         ({"logits": torch.ones(N, 0)}, r"logits.*\(N, V\).*\(9, 0\)"),
+        ({"logits": torch.ones(N, V).to(torch.float8_e5m2)}, r"logits.*bfloat16.*float8_e5m2"),
+        ({"ref_logits": torch.ones(N, V).to(torch.float8_e5m2)}, r"ref_logits.*bfloat16.*float8_e5m2"),
         ({"ref_logits": torch.ones(N, V + 1)}, r"ref_logits.*\(9, 6\).*\(9, 7\)"),
         ({"ref_logits": torch.ones(N, V, device="meta")}, r"ref_logits.*device cpu.*meta"),
     ]),
