@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 # No contraction of multiplications into additions: Triton's default for it has changed between versions, and with it the bits.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 # Rows of a tile. The interpreter combines element by element, in Python and in order: there a tile is a matter of time only.
 BLOCK = 64 if triton.knobs.runtime.interpret else 512
 

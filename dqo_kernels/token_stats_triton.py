@@ -14,7 +14,8 @@ from torch import Tensor
 from dqo_kernels.token_stats_triton_kernels import token_stats_backward, token_stats_forward, token_stats_merge
 
 SPLIT = 32768  # columns of one forward program
-BLOCKS = {"one row": 8192, "two rows": 4096, "backward": 4096}  # columns of a tile, all few enough not to spill
+# Columns of a tile, few enough not to spill. V that is no multiple of 16 is read element by element: that takes more registers.
+BLOCKS = {"one row": 8192, "two rows": 4096, "backward": 4096, "backward, unaligned": 2048}
 WARPS = 4
 MERGE_ROWS = 128
 PARTIALS = 6  # m, s, u, m_r, s_r, d
@@ -88,7 +89,7 @@ def backward_launches(
     if c_kl is None:
         ref_logits = ref_peak = ref_log_total = kl = None
     rows, place = _layout(logits, ref_logits)
-    block = _block(logits.shape[-1], "backward")
+    block = _block(logits.shape[-1], "backward" if logits.shape[-1] % 16 == 0 else "backward, unaligned")
     tiles = triton.cdiv(logits.shape[-1], block)
     arguments = _inputs(logits, actions, ref_logits, mask, temperatures, temperature, softcap) | place
     arguments |= {

@@ -26,11 +26,11 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-LIMITS = {  # bytes of shared memory a program may have; registers of a thread: 65536 (512) shared by 3 programs of 128 threads
+LIMITS = {  # bytes of shared memory of a program; registers of a thread, so that 3 programs of 128 threads share 65536 (512)
     "sm_80": (163 * 1024, 168),
     "sm_90": (227 * 1024, 168),
     "sm_100": (227 * 1024, 168),
-    "gfx942": (64 * 1024, 128),
+    "gfx942": (64 * 1024, 168),
 }
 
 
