@@ -13,8 +13,9 @@ from setuptools import setup
 # A file that is compiled for one instruction set; on other processors it compiles to nothing.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-# GCC's own AVX-512 header is warned about (GCC bug 105593).
-INSTRUCTION_SETS = {"_avx2.cpp": AVX2, "_avx512.cpp": [*AVX2, *AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"]}
+# GCC's own AVX-512 header is warned about (GCC bug 105593); Clang does not know that warning.
+QUIET = ["-Wno-unknown-warning-option", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+INSTRUCTION_SETS = {"_avx2.cpp": AVX2, "_avx512.cpp": [*AVX2, *AVX512, *QUIET]}
 
 
 class BuildExt(build_ext):
@@ -37,7 +38,9 @@ def cpu_extension() -> list[Pybind11Extension]:
     """The extension, or nothing (said in one line) on a machine that cannot build it. A build that breaks is an error."""
     compiler = (sysconfig.get_config_var("CXX") or "c++").split()[0]
     if sys.platform == "win32":
-        print("dqo_kernels: the backend 'cpp' is written for GCC and Clang, so it is left out on Windows", file=sys.stderr)
+        print(
+            "dqo_kernels: the backend 'cpp' is written for GCC and Clang, so it is left out on Windows", file=sys.stderr
+        )
         return []
     if not any(map(shutil.which, (compiler, "c++", "g++", "clang++"))):
         print("dqo_kernels: no C++ compiler found, so the backend 'cpp' is left out", file=sys.stderr)
@@ -52,7 +55,12 @@ def cpu_extension() -> list[Pybind11Extension]:
             cxx_std=17,
             # -Wno-psabi: no vector crosses a function boundary that is not inlined, so how one would be passed is no matter.
             # -ffp-contract=off: products are fused where the source says so (csrc/cpu/simd.h).
-            extra_compile_args=["-O3", "-ffp-contract=off", "-Wno-psabi", *os.environ.get("DQO_KERNELS_CXXFLAGS", "").split()],
+            extra_compile_args=[
+                "-O3",
+                "-ffp-contract=off",
+                "-Wno-psabi",
+                *os.environ.get("DQO_KERNELS_CXXFLAGS", "").split(),
+            ],
             extra_link_args=["-pthread", *os.environ.get("DQO_KERNELS_LDFLAGS", "").split()],
         )
     ]

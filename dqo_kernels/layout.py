@@ -40,7 +40,7 @@ class Layout:
                 checks.fail("mask", f"torch.bool {shape[:2]}", got)
             if mask.device != features.device:
                 checks.fail("mask", f"device {features.device}", f"device {mask.device}")
-            self.mask = mask.reshape(-1)
+            self.mask = mask.reshape(-1).contiguous()  # a reshaped slice of one row may keep its stride
             self.cu_seqlens = torch.arange(shape[0] + 1, device=mask.device) * shape[1]
         else:
             checks.fail(name, "2 dimensions with cu_seqlens or 3 with mask", f"shape {shape}")

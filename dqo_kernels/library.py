@@ -73,11 +73,11 @@ def _traced(arguments: tuple) -> bool:
     )
 
 
-def run(op: str, direction: str, backend: str, *arguments):
+def run(op: str, direction: str, backend: str, *arguments, **options):
     """`direction` (fwd, bwd, ...) of `dqo_kernels/<op>_<backend>.py`, on the device of the first argument."""
     function = getattr(importlib.import_module(f"dqo_kernels.{op}_{backend}"), direction)
     device = arguments[0].device
     if device.type != "cuda":
-        return function(*arguments)
+        return function(*arguments, **options)
     with torch.cuda.device(device):
-        return function(*arguments)
+        return function(*arguments, **options)

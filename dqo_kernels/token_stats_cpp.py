@@ -49,7 +49,7 @@ def bwd(
     peak, log_total, ref_peak, ref_log_total, entropy, kl, c_logprobs, c_lse, c_entropy, c_kl,
     *, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The gradient of logits, in their shape and dtype; `out` is written when given (contiguous)."""
+    """The gradient of logits, in their shape and dtype; into `out` if given (contiguous; the logits will do)."""
     grad = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
     shared, _alive = _arguments(logits, actions, ref_logits, mask, temperatures, temperature, softcap)
     stats = [0, 0, _address(entropy), peak.data_ptr(), log_total.data_ptr(), 0, 0]

@@ -81,11 +81,13 @@ def forward_launches(logits, actions, ref_logits, mask, temperatures, temperatur
 
 def backward_launches(
     logits, actions, ref_logits, mask, temperatures, temperature, softcap,
-    peak, log_total, ref_peak, ref_log_total, entropy, kl, c_logprobs, c_lse, c_entropy, c_kl,
+    peak, log_total, ref_peak, ref_log_total, entropy, kl, c_logprobs, c_lse, c_entropy, c_kl, out=None,
 ):  # fmt: skip
-    """The gradient, and the launches that fill it."""
+    """The gradient, and the launches that fill it. `out` may be the logits: an entry is read before it is written."""
     truncates = triton.knobs.runtime.interpret and logits.dtype == torch.bfloat16  # the interpreter: no rounding
-    grad = torch.empty(logits.shape, dtype=torch.float32 if truncates else logits.dtype, device=logits.device)
+    grad = out
+    if out is None or truncates:
+        grad = torch.empty(logits.shape, dtype=torch.float32 if truncates else logits.dtype, device=logits.device)
     if c_kl is None:
         ref_logits = ref_peak = ref_log_total = kl = None
     rows, place = _layout(logits, ref_logits)
@@ -115,11 +117,11 @@ def fwd(logits, actions, ref_logits, mask, temperatures, temperature, softcap) -
     return tuple(fields)
 
 
-def bwd(logits, *arguments) -> Tensor:
+def bwd(logits, *arguments, out: Tensor | None = None) -> Tensor:
     """The gradient in logits; arguments as in backward_launches."""
-    grad, launches = backward_launches(logits, *arguments)
+    grad, launches = backward_launches(logits, *arguments, out)
     _run(launches, logits)
-    return grad.to(logits.dtype)
+    return grad.to(logits.dtype) if out is None or out is grad else out.copy_(grad)
 
 
 def specialisations(dtypes, vocabs, everything: bool):

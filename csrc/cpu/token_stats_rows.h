@@ -44,7 +44,7 @@ struct Reader {
   private:
     DQO_INLINE V cap(V z, V* slope) const {
         if constexpr (kCap) {
-            V y, derivative;
+            V y{}, derivative{};
             L::tanh(z / softcap, y, derivative);
             if (slope) *slope = derivative;
             return y * softcap;
@@ -239,6 +239,8 @@ void backward_rows(const TokenStatsArgs& a, std::int64_t first, std::int64_t las
         const real ref_gap = kKl ? log_total - F::get(a.ref_log_total, r) : 0.0;
         const real c_a = c.a * scale, c_kl = c.kl * scale, c_entropy = c.entropy * scale;
         const real at_action = c.action * inverse_temperature;
+        // Where p is 0 the ratio is no matter, however infinite; where nobody differentiates the row's KL, nowhere in the row.
+        const real nothing = c.kl == 0.0 ? __builtin_inf() : 0.0;
 
         const auto gradient = [&](std::int64_t i, V z, V z_ref, V slope) DQO_LAMBDA_INLINE {
             const V d = z - max;
@@ -247,7 +249,7 @@ void backward_rows(const TokenStatsArgs& a, std::int64_t first, std::int64_t las
             V inner = V{} + c_a;
             if constexpr (kKl) {
                 const V log_ratio = L::fma(d - (z_ref - ref_max), V{} + inverse, V{} - ref_gap);
-                inner = L::fma(V{} + c_kl, e == 0 ? V{} : log_ratio, inner);
+                inner = L::fma(V{} + c_kl, e <= nothing ? V{} : log_ratio, inner);
             }
             if constexpr (kEntropy) inner = L::fma(V{} - c_entropy, t - origin, inner);
             V dz = e * inner;

@@ -5,11 +5,12 @@ import itertools
 import pytest
 import torch
 
-from dqo_kernels import dispatch, lambda_return
+from dqo_kernels import dispatch, lambda_return, soft_bellman_loss
 from dqo_kernels.soft_bellman import IS_LEVELS, POLICY_TARGETS, bellman_rows
 from tests.kernels.oracle import random_batch
 
-pytestmark = pytest.mark.skipif(dispatch._cpu is None, reason=str(dispatch.unavailable("cpp")))
+pytest.importorskip("dqo_kernels._cpu", reason=dispatch.unavailable("cpp"))
+from dqo_kernels import soft_bellman_cpp
 
 LENGTHS = (3, 1, 0, 9, 2)
 MASK = torch.tensor(
@@ -103,6 +104,50 @@ def test_a_nan_leaves_every_other_sequence_bit_for_bit(dtype, target, is_level):
         for a, b in zip(got[0] + got[1], want[0] + want[1], strict=True):
             rows = others if len(a) == len(others) else torch.tensor([True, True, True, False, True])
             assert torch.equal(a[rows], b[rows]), name
+
+
+@pytest.mark.parametrize("policy_target", POLICY_TARGETS)
+def test_an_infinite_value_stays_out_of_targets_that_do_not_hold_it(policy_target):
+    given, cu_seqlens = tensors(1)
+    given["values"][8] = torch.inf
+    del given["target_values"]
+    options = {
+        "policy_target": policy_target,
+        "lam": 0.3,
+        "target": "detach",
+        "is_level": "none",
+        "is_cap": None,
+        "is_floor": None,
+    }
+    want, got = (run(given, cu_seqlens, backend, **options)[0] for backend in ("reference", "cpp"))
+    assert got[3].isinf().any()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_the_residual_form_trains_no_value_loss():
+    given, cu_seqlens = tensors(2)
+    rows = [given[name] for name in NAMES[:4]]
+    options = 0.4, 0.9, 0.5, "td", "residual", "none", None, None
+    value_loss, *_, value_grad = soft_bellman_cpp.fwd(*rows, cu_seqlens, None, None, None, None, *options)[1:]
+    assert value_loss.all() and not value_grad.any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("shape", [(1, 6), (6, 1)])
+def test_a_mask_may_be_a_strided_view(backend, shape):
+    # With one sequence, or sequences of one row, flattening such a mask copies nothing.
+    rng = torch.Generator().manual_seed(3)
+    logits, ref_logits = torch.randn(2, *shape, 5, generator=rng).unbind()
+    rows, actions = torch.randn(*shape, generator=rng), torch.ones(shape, dtype=torch.long)
+    mask = torch.tensor([1, 1, 0, 1, 0, 1], dtype=torch.bool).view(shape)
+    wide = ~mask.repeat_interleave(2, 1)
+    wide[:, ::2] = mask
+    terms = [
+        soft_bellman_loss(logits, actions, rows, rows, ref_logits=ref_logits, mask=m, reduction="none", backend=backend)
+        for m in (mask, wide[:, ::2])
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*terms, strict=True) if a is not None)
 
 
 def test_the_number_of_threads_changes_no_bit():
