@@ -16,13 +16,12 @@ BACKENDS = ("reference", "cpp", "triton")
 
 # Per operation and device type, the best first. Triton on the CPU is its interpreter, for tests.
 _NATIVE = {"cpu": ("cpp", "reference", "triton"), "cuda": ("triton", "reference")}
-_REFERENCE = {"cpu": ("reference",), "cuda": ("reference",)}
 TABLE = {
     "token_stats": _NATIVE,
     "lambda_return": _NATIVE,
     "soft_bellman": _NATIVE,
-    "linear_token_stats": _REFERENCE,
-    "linear_row_loss": _REFERENCE,
+    "linear_token_stats": _NATIVE,
+    "linear_row_loss": _NATIVE,
 }
 
 

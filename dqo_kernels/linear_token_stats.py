@@ -1,6 +1,7 @@
 """linear_token_stats: the statistics of `F.linear(hidden, weight, bias)` without ever holding (N, V) whole.
 
-Backends: reference (chunks of rows, each recomputed in the backward; matmuls and gradients accumulate in float32).
+Backends: reference (chunks of rows, each recomputed in the backward), and cpp and triton (linear_engine.py). Logits and gradients
+are made in float32 in all of them, whatever the dtype of the hidden states.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dqo_kernels import checks, dispatch
+from dqo_kernels.linear_engine import Engine, Gradients, workspace_rows
 from dqo_kernels.packed import compute_dtype
 from dqo_kernels.token_stats import TokenStats, in_chunks, row_stats
-
-WORKSPACE_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 
 
 def check_linear(
@@ -59,12 +59,6 @@ def check_linear(
         checks.fail("workspace_bytes", "a positive number of bytes or None", workspace_bytes)
 
 
-def workspace_rows(workspace_bytes: int | None, vocab: int, hidden: Tensor, itemsize: int = 4) -> int:
-    """How many rows of logits the workspace holds; at least one."""
-    budget = workspace_bytes or WORKSPACE_BYTES.get(hidden.device.type, WORKSPACE_BYTES["cpu"])
-    return max(1, budget // (vocab * itemsize))
-
-
 def linear_token_stats_reference(
     hidden, weight, actions, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, workspace_bytes
 ) -> TokenStats:
@@ -83,8 +77,30 @@ def linear_token_stats_reference(
             ref_logits = None if ref_hidden is None else F.linear(cast(ref_hidden), ref_weight, ref_bias)
             return row_stats(F.linear(cast(hidden), weight, bias), actions, ref_logits, temperature, softcap, dtype)
 
-    rows = workspace_rows(workspace_bytes, weight.shape[0], hidden, dtype.itemsize)
+    rows = workspace_rows(workspace_bytes, weight.shape[0], hidden.device, dtype.itemsize)
     return in_chunks(rows, hidden.shape[0], [hidden, actions, ref_hidden, temperature], chunk)
+
+
+class _FromEngine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, engine):
+        fields, kept = engine.statistics(0, len(engine.actions))
+        ctx.save_for_backward(hidden, weight, bias)  # only so that a change of theirs before the backward is noticed
+        ctx.engine, ctx.fields, ctx.kept = engine, fields, kept
+        ctx.set_materialize_grads(False)
+        logprobs, lse, entropy, _, _, ref_logprobs, ref_lse, kl, _, _ = fields
+        ctx.mark_non_differentiable(ref_logprobs, ref_lse)
+        return logprobs, lse, entropy, ref_logprobs, ref_lse, kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, c_logprobs, c_lse, c_entropy, _ref_logprobs, _ref_lse, c_kl):
+        tensors, engine = ctx.saved_tensors, ctx.engine
+        gradients = Gradients(engine.head, *ctx.needs_input_grad[:3])
+        kept, ctx.kept = ctx.kept, None  # the gradient is written over the logits: a second backward projects again
+        coefficients = [c_logprobs, c_lse, c_entropy, None if engine.ref is None else c_kl]
+        engine.differentiate(0, len(engine.actions), ctx.fields, kept, coefficients, gradients)
+        return *gradients.of(*tensors), None
 
 
 def linear_token_stats(
@@ -111,7 +127,7 @@ def linear_token_stats(
         ref_hidden, ref_weight, ref_bias: (N, D'), (V, D'), (V,): the reference policy's; constants.
         temperature, softcap: as in `token_stats`.
         workspace_bytes: bytes of logits held at once; None is 256 MiB on the CPU, 2 GiB on a GPU.
-        backend: "reference", or None for the best that can run.
+        backend: "reference", "cpp", "triton", or None for the best that can run.
 
     Returns:
         TokenStats, differentiable in hidden, weight and bias. Results do not depend on `workspace_bytes` beyond rounding.
@@ -121,9 +137,12 @@ def linear_token_stats(
     """
     arguments = (hidden, weight, actions, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, workspace_bytes)
     check_linear(*arguments)
-    dispatch.choose("linear_token_stats", hidden.device.type, backend)
+    dtype = compute_dtype(hidden, weight)
+    chosen = dispatch.choose("linear_token_stats", hidden.device.type, backend, dtype)
     if isinstance(temperature, Tensor):
         temperature = temperature.detach()
-    return linear_token_stats_reference(
-        hidden, weight, actions.long(), bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, workspace_bytes
-    )
+    rest = (bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, workspace_bytes)
+    if chosen == "reference":
+        return linear_token_stats_reference(hidden, weight, actions.long(), *rest)
+    fields = _FromEngine.apply(hidden, weight, bias, Engine(chosen, hidden, weight, actions.long(), *rest))
+    return TokenStats(*fields) if ref_hidden is not None else TokenStats(*fields[:3])

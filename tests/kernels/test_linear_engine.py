@@ -1,0 +1,192 @@
+"""The native linear forms: how many GEMMs they run, what they hold at once, and that the workspace changes no result."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.memory import extra_memory
+from dqo_kernels import dispatch, linear_row_loss, linear_soft_bellman_loss, linear_token_stats
+from tests.kernels.backends import backends
+
+NATIVE = [param for param in backends("linear_row_loss", torch.float32) if param.values[0] != "reference"]
+N, D, V, B = 24, 7, 53, 6
+ROW = 4 * V  # bytes of one row of logits
+
+
+class Gemms(TorchDispatchMode):
+    """Counts matrix products of rows, V and D by the rows that they take."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().startswith(("aten::mm", "aten::addmm")):
+            left, right = args[-2:]
+            sizes = sorted([*left.shape, right.shape[1]])
+            rows = (
+                next(size for size in (left.shape[0], left.shape[1]) if size not in (V, D)) if sizes != [D, V, V] else 0
+            )
+            self.rows += rows
+        return func(*args, **(kwargs or {}))
+
+
+def tensors(seed=0, rows=N, dtype=torch.float32):
+    rng = torch.Generator().manual_seed(seed)
+    made = {
+        "hidden": torch.randn(rows, D, generator=rng), "weight": torch.randn(V, D, generator=rng),
+        "bias": torch.randn(V, generator=rng), "ref_hidden": torch.randn(rows, D, generator=rng),
+        "ref_weight": torch.randn(V, D, generator=rng),
+    }  # fmt: skip
+    made = {name: x.to(dtype) for name, x in made.items()}
+    return made, torch.randint(V, (rows,), generator=rng), torch.arange(B + 1) * (rows // B)
+
+
+def row_loss(kl=0.0, entropy=0.0):
+    """A loss that couples the rows of a sequence."""
+
+    def function(stats, rows, cu_seqlens):
+        sequence = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff())
+        sums = torch.zeros(len(cu_seqlens) - 1).index_add(0, sequence, stats.logprobs.float())
+        loss = (sums[sequence].detach() * stats.logprobs).sum() + sums.square().sum() + (rows["x"] * stats.lse).sum()
+        if kl:
+            loss = loss + kl * stats.kl.sum()
+        if entropy:
+            loss = loss + entropy * stats.entropy.sum()
+        return loss, {"rows": stats.lse.new_tensor(len(stats.lse))}
+
+    return function
+
+
+def run(made, actions, cu_seqlens, backend, workspace, *, live=("hidden", "weight", "bias"), ref=False, **options):
+    inputs = {name: x.clone().requires_grad_(name in live) for name, x in made.items() if ref or "ref" not in name}
+    x = torch.linspace(-1, 1, len(actions)).requires_grad_()
+    hidden, weight = inputs.pop("hidden"), inputs.pop("weight")
+    loss, _ = linear_row_loss(
+        hidden, weight, actions, row_loss(**options), cu_seqlens, rows={"x": x}, workspace_bytes=workspace,
+        backend=backend, **inputs,
+    )  # fmt: skip
+    owners = {"hidden": hidden, "weight": weight, "bias": inputs["bias"], "x": x}
+    return loss, {name: owners[name] for name in (*live, "x")}
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize(
+    "live, ref, options, gemms",
+    [
+        (("hidden", "weight", "bias"), False, {}, 3),
+        (("hidden", "weight"), False, {"entropy": 0.1}, 3),
+        (("hidden",), False, {}, 2),  # a frozen head
+        (("weight",), False, {}, 2),  # frozen hidden states
+        ((), False, {}, 1),
+        (("hidden", "weight", "bias"), True, {"kl": 0.1}, 4),
+    ],
+)
+def test_as_many_gemms_as_there_must_be(backend, live, ref, options, gemms):
+    made, actions, cu_seqlens = tensors()
+    models = 2 if ref else 1
+    for workspace, again in ((models * N * ROW, 0), (models * (N // B) * ROW, 0), (models * ROW, models)):
+        with Gemms() as counted:
+            loss, owners = run(made, actions, cu_seqlens, backend, workspace, live=live, ref=ref, **options)
+            torch.autograd.grad(loss, list(owners.values()))
+        # What fits the workspace, all of it or one sequence at a time, is projected once.
+        again = again if live else 0
+        assert counted.rows == (gemms + again) * N
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("ref", [False, True])
+def test_the_result_does_not_depend_on_the_workspace(backend, ref):
+    made, actions, cu_seqlens = tensors(1)
+    options = {"entropy": 0.2, "kl": 0.3 if ref else 0.0}
+    want, owners = run(made, actions, cu_seqlens, "reference", None, ref=ref, **options)
+    expected = torch.autograd.grad(want, list(owners.values()))
+    for workspace in (1, ROW, 3 * ROW + 1, 8 * ROW, 100 * ROW, None):
+        loss, owners = run(made, actions, cu_seqlens, backend, workspace, ref=ref, **options)
+        torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-5)
+        for got, right in zip(torch.autograd.grad(3.0 * loss, list(owners.values())), expected, strict=True):
+            torch.testing.assert_close(got, 3.0 * right, rtol=2e-5, atol=2e-5 * right.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_heads_get_gradients_of_their_dtype_from_float32_logits(dtype):
+    made, actions, cu_seqlens = tensors(2, dtype=dtype)
+    made["weight"] = made["weight"].float()  # a head in float32 over half-precision hidden states
+    loss, owners = run(made, actions, cu_seqlens, "cpp", None)
+    exact, doubles = run({k: x.double() for k, x in made.items()}, actions, cu_seqlens, "reference", None)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-4, check_dtype=False)
+    gradients = torch.autograd.grad(loss, list(owners.values()))
+    expected = torch.autograd.grad(exact, list(doubles.values()))
+    for name, got, right in zip(owners, gradients, expected, strict=True):
+        assert got.dtype == owners[name].dtype
+        eps = torch.finfo(got.dtype).eps
+        torch.testing.assert_close(
+            got.double(), right.double(), rtol=2 * eps, atol=1e-5 + eps * right.abs().max().item()
+        )
+
+
+def test_autocast_around_the_call_does_not_round_the_logits():
+    made, actions, cu_seqlens = tensors(3)
+    want, _ = run(made, actions, cu_seqlens, "cpp", None)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, owners = run(made, actions, cu_seqlens, "cpp", None)
+        torch.autograd.grad(got, list(owners.values()))
+    assert torch.equal(got, want)
+
+
+def test_statistics_can_be_differentiated_again_and_a_loss_only_once():
+    made, actions, cu_seqlens = tensors(4)
+    hidden, weight = made["hidden"].requires_grad_(), made["weight"].requires_grad_()
+    stats = linear_token_stats(hidden, weight, actions, backend="cpp")
+    first = torch.autograd.grad(stats.logprobs.sum(), [hidden, weight], retain_graph=True)
+    again = torch.autograd.grad(stats.logprobs.sum(), [hidden, weight])
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    loss, owners = run(made, actions, cu_seqlens, "cpp", None)
+    torch.autograd.grad(loss, list(owners.values()), retain_graph=True)
+    with pytest.raises(RuntimeError, match="linear_row_loss.*first backward"):
+        torch.autograd.grad(loss, list(owners.values()))
+
+
+def test_a_weight_that_changed_before_the_backward_is_noticed():
+    made, actions, cu_seqlens = tensors(5)
+    weight = made["weight"].requires_grad_()
+    stats = linear_token_stats(made["hidden"], weight, actions, backend="cpp")
+    with torch.no_grad():
+        weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stats.lse.sum().backward()
+
+
+@pytest.mark.parametrize("form", ["row_loss", "token_stats", "soft_bellman_loss"])
+def test_the_logits_of_all_rows_are_never_there_at_once(form):
+    rows, width, vocab, workspace = 512, 16, 4000, 2**20  # (N, V): 8 MB; the workspace: 1 MiB
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(rows, width).requires_grad_(), torch.randn(vocab, width).requires_grad_()
+    actions, cu_seqlens = torch.randint(vocab, (rows,)), torch.arange(0, rows + 1, 32)
+    options = {"workspace_bytes": workspace, "backend": "cpp"}
+
+    def step():
+        if form == "token_stats":
+            loss = linear_token_stats(hidden, weight, actions, **options).logprobs.sum()
+        elif form == "row_loss":
+            loss, _ = linear_row_loss(
+                hidden,
+                weight,
+                actions,
+                lambda stats, rows, cu: (stats.logprobs.sum(), {}),
+                cu_seqlens,
+                rows={},
+                **options,
+            )
+        else:
+            zeros = torch.zeros(rows)
+            loss = linear_soft_bellman_loss(
+                hidden, weight, actions, zeros, zeros, ref_logprobs=zeros, cu_seqlens=cu_seqlens, **options
+            ).loss
+        return torch.autograd.grad(loss, [hidden, weight])
+
+    if dispatch.unavailable("cpp"):
+        pytest.skip(dispatch.unavailable("cpp"))
+    extra, _ = extra_memory(step, torch.device("cpu"))
+    gradients = (rows * width + vocab * width) * 4
+    assert extra.peak <= workspace + 2 * gradients + 40 * rows * 4 < rows * vocab * 4
