@@ -66,6 +66,12 @@ class Layout:
         """(n, ...): only the rows of x that count; for what must not touch the others. Waits for the device."""
         return x if x is None or self.mask is None else self.rows(x)[self.mask]
 
+    def selected_boundaries(self) -> Tensor:
+        """(B+1,) boundaries of the selected rows."""
+        if self.mask is None:
+            return self.cu_seqlens
+        return torch.nn.functional.pad(self.mask.view(self.shape).sum(1).cumsum(0), (1, 0))
+
     def scattered(self, rows: Tensor | None) -> Tensor | None:
         """(n,) selected rows back at their places among the N; 0 elsewhere."""
         if rows is None or self.mask is None:

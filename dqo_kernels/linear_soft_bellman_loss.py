@@ -2,11 +2,55 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from dqo_kernels.layout import Layout
+from dqo_kernels.linear_row_loss import linear_row_loss
 from dqo_kernels.linear_token_stats import linear_token_stats
-from dqo_kernels.soft_bellman_loss import SoftBellmanOutput, loss_from_features
+from dqo_kernels.packed import sequence_index
+from dqo_kernels.soft_bellman_loss import Call, SoftBellmanOutput, loss_from_statistics
 from dqo_kernels.token_stats import TokenStats
+
+
+def _late_bound(call: Call, layout: Layout, weight: Tensor, head: dict) -> SoftBellmanOutput:
+    """A reduced loss owns its rows' coefficients, so `linear_row_loss` makes the gradient of each run of sequences while its
+    logits are there. Rows that do not count are neither projected nor passed on."""
+    cu_seqlens = layout.selected_boundaries()
+    rows = {name: layout.selected(x) for name, x in call.per_token.items() if x is not None}
+    if call.bootstrap is not None:  # one value a sequence goes on its rows
+        rows["bootstrap"] = call.bootstrap[sequence_index(cu_seqlens, rows["rewards"].shape[0])]
+    absent = dict.fromkeys(call.per_token)
+    shown = []
+
+    def row_loss(stats, rows, cu_seqlens):
+        ends = None
+        if call.bootstrap is not None:  # an empty sequence has no row, and no use for the value it is given here
+            last = (cu_seqlens[1:] - 1).clamp(min=0)
+            ends = rows["bootstrap"][last] if len(rows["bootstrap"]) else rows["bootstrap"].new_zeros(len(last))
+        stats, terms = call.terms(stats, absent | rows, cu_seqlens, None, ends)
+        shown.append([stats.logprobs, stats.ref_logprobs, stats.lse, stats.entropy, stats.kl, *terms[2:]])
+        sums = [terms.policy_loss.sum(), terms.value_loss.sum(), None if stats.kl is None else stats.kl.sum()]
+        named = zip(("policy", "value", "kl"), sums)
+        return call.loss(*sums), {name: x.detach() for name, x in named if x is not None}
+
+    loss, sums = linear_row_loss(
+        layout.selected(call.features),
+        weight,
+        layout.selected(call.actions),
+        row_loss,
+        cu_seqlens,
+        rows=rows,
+        ref_hidden=layout.selected(call.ref_features),
+        temperature=call.temperatures(layout.selected),
+        **head,
+    )
+    count = layout.count() if call.reduction == "mean" else 1
+    zero = loss.detach().new_zeros(())
+    losses = [sums.get(name, zero) / count for name in ("policy", "value")]
+    losses.append(sums.get("kl", zero) / count if call.ref_features is not None else None)
+    fields = [None if parts[0] is None else torch.cat(parts).detach() for parts in zip(*shown)]
+    return SoftBellmanOutput(loss / count, *losses, *(layout.unrows(layout.scattered(field)) for field in fields))
 
 
 def linear_soft_bellman_loss(
@@ -60,52 +104,28 @@ def linear_soft_bellman_loss(
         ValueError, RuntimeError: as `soft_bellman_loss`.
     """
 
-    def statistics(layout):
-        per_row = isinstance(temperature, Tensor) and temperature.dim() > 0
+    call = Call.of("hidden", weight, 0, locals())
+    head = {
+        "bias": bias,
+        "ref_weight": ref_weight,
+        "ref_bias": ref_bias,
+        "softcap": softcap,
+        "workspace_bytes": workspace_bytes,
+        "backend": backend,
+    }
+    layout = call.checked()
+    if reduction != "none" and layout.shape[0] > 0 and layout.cu_seqlens.numel() > 1:
+        return _late_bound(call, layout, weight, head)
+
+    def statistics(call, layout):
         stats = linear_token_stats(  # only the rows that count are projected
-            layout.selected(hidden),
+            layout.selected(call.features),
             weight,
-            layout.selected(actions),
-            bias=bias,
-            ref_hidden=layout.selected(ref_hidden),
-            ref_weight=ref_weight,
-            ref_bias=ref_bias,
-            temperature=layout.selected(temperature) if per_row else temperature,
-            softcap=softcap,
-            workspace_bytes=workspace_bytes,
-            backend=backend,
+            layout.selected(call.actions),
+            ref_hidden=layout.selected(call.ref_features),
+            temperature=call.temperatures(layout.selected),
+            **head,
         )
         return TokenStats(*map(layout.scattered, stats))
 
-    return loss_from_features(
-        statistics,
-        "hidden",
-        hidden,
-        ref_hidden,
-        actions,
-        rewards,
-        values,
-        vocab=weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else 0,
-        ref_logprobs=ref_logprobs,
-        ref_lse=ref_lse,
-        behavior_logprobs=behavior_logprobs,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        bootstrap=bootstrap,
-        target_values=target_values,
-        beta=beta,
-        gamma=gamma,
-        lam=lam,
-        policy_target=policy_target,
-        target=target,
-        is_level=is_level,
-        is_cap=is_cap,
-        is_floor=is_floor,
-        policy_scale=policy_scale,
-        value_coef=value_coef,
-        kl_coef=kl_coef,
-        temperature=temperature,
-        softcap=softcap,
-        reduction=reduction,
-        backend=backend,
-    )
+    return loss_from_statistics(call, layout, statistics)

@@ -6,13 +6,15 @@ loss = policy_scale * policy_loss + value_coef * value_loss + kl_coef * kl_loss 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dqo_kernels import checks
 from dqo_kernels.layout import Layout
-from dqo_kernels.soft_bellman import REDUCTIONS, bellman_rows, check_row_options
+from dqo_kernels.soft_bellman import REDUCTIONS, SoftBellmanTerms, bellman_rows, check_row_options
 from dqo_kernels.token_stats import TokenStats
 from dqo_kernels.token_stats import statistics as token_statistics
 
@@ -47,99 +49,120 @@ def check_reference(ref_features, features_name: str, ref_logprobs, ref_lse, val
         checks.fail(features_name, f"a tensor, because the exact KL of kl_coef = {kl_coef} needs it", "None")
 
 
-def loss_from_features(
-    statistics: Callable[[Layout], TokenStats],
-    name: str,
-    features: Tensor,
-    ref_features: Tensor | None,
-    actions: Tensor,
-    rewards: Tensor,
-    values: Tensor | None,
-    *,
-    vocab: int,
-    ref_logprobs: Tensor | None,
-    ref_lse: Tensor | None,
-    behavior_logprobs: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    bootstrap: Tensor | None,
-    target_values: Tensor | None,
-    policy_scale: float,
-    value_coef: float,
-    kl_coef: float,
-    temperature: float | Tensor,
-    softcap: float | None,
-    reduction: str,
-    **options,
+PER_TOKEN = ("rewards", "values", "ref_logprobs", "ref_lse", "behavior_logprobs", "target_values")
+OPTIONS = ("beta", "gamma", "lam", "policy_target", "target", "is_level", "is_cap", "is_floor", "backend")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments that the logits form and the linear form share, in the caller's layout. `features`, called `name`, are
+    logits or hidden states."""
+
+    name: str
+    features: Tensor
+    ref_features: Tensor | None
+    vocab: int
+    actions: Tensor
+    per_token: dict[str, Tensor | None]  # PER_TOKEN
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    bootstrap: Tensor | None
+    policy_scale: float
+    value_coef: float
+    kl_coef: float
+    temperature: float | Tensor
+    softcap: float | None
+    reduction: str
+    options: dict  # OPTIONS
+
+    @classmethod
+    def of(cls, name: str, vocab_of: Tensor, dimension: int, given: dict) -> Call:
+        """From the arguments of a public function, by name; `vocab_of` has V along a dimension."""
+        own = {field: given[field] for field in cls.__dataclass_fields__ if field in given}
+        return cls(
+            name=name,
+            features=given[name],
+            ref_features=given[f"ref_{name}"],
+            vocab=vocab_of.shape[dimension] if isinstance(vocab_of, Tensor) and vocab_of.dim() else 0,
+            per_token={argument: given[argument] for argument in PER_TOKEN},
+            options={argument: given[argument] for argument in OPTIONS},
+            **own,
+        )
+
+    def checked(self) -> Layout:
+        """The layout of arguments that fit together; ValueError names the one that does not."""
+        features, ref_features, given = self.features, self.ref_features, self.per_token
+        layout = Layout(features, self.name, self.mask, self.cu_seqlens)
+        checks.actions(self.actions, layout.shape, self.vocab, features, self.mask)
+        checks.one_of("reduction", self.reduction, REDUCTIONS)
+        reference = (given["ref_logprobs"], given["ref_lse"], given["values"], self.kl_coef)
+        check_reference(ref_features, f"ref_{self.name}", *reference)
+        if ref_features is not None:
+            checks.logits(f"ref_{self.name}", ref_features)
+            width = ref_features.shape[-1] if self.name == "hidden" else features.shape[-1]
+            checks.tensor(f"ref_{self.name}", ref_features, (*layout.shape, width), features)
+        checks.temperature(self.temperature, layout.shape, features, self.mask)
+        checks.softcap(self.softcap)
+        for argument, value in given.items():
+            if value is not None:
+                checks.tensor(argument, value, layout.shape, features, "(that of actions)")
+        check_row_options(layout.cu_seqlens, self.bootstrap, given["target_values"], features, **self.options)
+        return layout
+
+    def temperatures(self, of_rows: Callable[[Tensor], Tensor]) -> float | Tensor:
+        """The temperature, through `of_rows` where each row has its own."""
+        per_row = isinstance(self.temperature, Tensor) and self.temperature.dim() > 0
+        return of_rows(self.temperature) if per_row else self.temperature
+
+    def terms(
+        self,
+        stats: TokenStats,
+        rows: dict[str, Tensor | None],
+        cu_seqlens: Tensor,
+        mask: Tensor | None,
+        bootstrap: Tensor | None,
+    ) -> tuple[TokenStats, SoftBellmanTerms]:
+        """The terms of (N,) rows, and their statistics with the reference's part filled in."""
+        if stats.kl is None:
+            given = rows["ref_logprobs"].detach()
+            stats = stats._replace(ref_logprobs=given if mask is None else torch.where(mask, given, 0))
+            stats = stats._replace(ref_lse=rows["ref_lse"])
+        terms = bellman_rows(
+            stats.logprobs, stats.ref_logprobs, rows["rewards"], rows["values"], cu_seqlens, mask,
+            behavior_logprobs=rows["behavior_logprobs"], lse=stats.lse, ref_lse=stats.ref_lse, bootstrap=bootstrap,
+            target_values=rows["target_values"], **self.options,
+        )  # fmt: skip
+        return stats, terms
+
+    def loss(self, policy_loss: Tensor, value_loss: Tensor, kl_loss: Tensor | None) -> Tensor:
+        loss = self.policy_scale * policy_loss
+        if self.options["target"] == "detach":
+            loss = loss + self.value_coef * value_loss
+        return loss if self.kl_coef == 0.0 else loss + self.kl_coef * kl_loss
+
+
+def loss_from_statistics(
+    call: Call, layout: Layout, statistics: Callable[[Call, Layout], TokenStats]
 ) -> SoftBellmanOutput:
-    """What the logits form and the linear form share. `features`, called `name`, are logits or hidden states in the caller's
-    layout; `statistics` gives the TokenStats of that layout's rows."""
-    layout = Layout(features, name, mask, cu_seqlens)
-    checks.actions(actions, layout.shape, vocab, features, mask)
-    checks.one_of("reduction", reduction, REDUCTIONS)
-    check_reference(ref_features, f"ref_{name}", ref_logprobs, ref_lse, values, kl_coef)
-    if ref_features is not None:
-        checks.logits(f"ref_{name}", ref_features)
-        expected = (*layout.shape, ref_features.shape[-1] if name == "hidden" else features.shape[-1])
-        checks.tensor(f"ref_{name}", ref_features, expected, features)
-    checks.temperature(temperature, layout.shape, features, mask)
-    checks.softcap(softcap)
-    per_token = {
-        "rewards": rewards,
-        "values": values,
-        "ref_logprobs": ref_logprobs,
-        "ref_lse": ref_lse,
-        "behavior_logprobs": behavior_logprobs,
-        "target_values": target_values,
-    }
-    for argument, value in per_token.items():
-        if value is not None:
-            checks.tensor(argument, value, layout.shape, features, "(that of actions)")
-    check_row_options(layout.cu_seqlens, bootstrap, target_values, features, **options)
+    """The whole from `statistics` of the layout's rows."""
+    rows = {name: layout.rows(x) for name, x in call.per_token.items()}
+    stats, terms = call.terms(statistics(call, layout), rows, layout.cu_seqlens, layout.mask, call.bootstrap)
+    count = layout.count() if call.reduction == "mean" else 1
 
-    stats = statistics(layout)
-    if stats.kl is None:
-        given = layout.counted(layout.rows(ref_logprobs)).detach()
-        stats = stats._replace(ref_logprobs=given, ref_lse=layout.rows(ref_lse))
-    terms = bellman_rows(
-        stats.logprobs,
-        stats.ref_logprobs,
-        layout.rows(rewards),
-        layout.rows(values),
-        layout.cu_seqlens,
-        layout.mask,
-        behavior_logprobs=layout.rows(behavior_logprobs),
-        lse=stats.lse,
-        ref_lse=stats.ref_lse,
-        bootstrap=bootstrap,
-        target_values=layout.rows(target_values),
-        **options,
-    )
-    count = layout.count() if reduction == "mean" else 1
-
-    def reduced(rows: Tensor) -> Tensor:
-        return layout.unrows(layout.counted(rows)) if reduction == "none" else rows.sum() / count
+    def reduced(x: Tensor) -> Tensor:
+        return layout.unrows(layout.counted(x)) if call.reduction == "none" else x.sum() / count
 
     # Reduced first and added up as scalars: three passes over the rows instead of four, and no products of rows.
-    policy_loss, value_loss = reduced(terms.policy_loss), reduced(terms.value_loss)
-    kl_loss = None if stats.kl is None else reduced(stats.kl)
-    loss = policy_scale * policy_loss
-    if options["target"] == "detach":
-        loss = loss + value_coef * value_loss
-    if kl_coef != 0.0:
-        loss = loss + kl_coef * kl_loss
+    losses = [reduced(terms.policy_loss), reduced(terms.value_loss), None if stats.kl is None else reduced(stats.kl)]
+    per_row = (stats.logprobs, stats.ref_logprobs, stats.lse, stats.entropy, stats.kl, *terms[2:])
+    shown = (None if x is None else layout.unrows(x.detach()) for x in per_row)
+    return SoftBellmanOutput(call.loss(*losses), *(None if x is None else x.detach() for x in losses), *shown)
 
-    def shown(rows: Tensor | None) -> Tensor | None:
-        return None if rows is None else layout.unrows(rows.detach())
 
-    return SoftBellmanOutput(
-        loss,
-        policy_loss.detach(),
-        value_loss.detach(),
-        None if kl_loss is None else kl_loss.detach(),
-        *map(shown, (stats.logprobs, stats.ref_logprobs, stats.lse, stats.entropy, stats.kl)),
-        *map(shown, (terms.returns, terms.advantages, terms.weights)),
-    )
+def _statistics(call: Call, layout: Layout) -> TokenStats:
+    # The logits go in the caller's own layout: a view of their rows may not exist.
+    rows = (call.features, layout.rows(call.actions), call.ref_features, layout.mask)
+    return token_statistics(*rows, call.temperatures(layout.rows), call.softcap, call.options["backend"])
 
 
 def soft_bellman_loss(
@@ -200,42 +223,5 @@ def soft_bellman_loss(
         ValueError: shapes, dtypes, devices, options or a missing reference, each named. RuntimeError: the backend cannot run.
     """
 
-    def statistics(layout):
-        per_row = isinstance(temperature, Tensor) and temperature.dim() > 0
-        temperatures = layout.rows(temperature) if per_row else temperature
-        # The logits go in the caller's own layout: a view of their rows may not exist.
-        rows = (logits, layout.rows(actions), ref_logits, layout.mask)
-        return token_statistics(*rows, temperatures, softcap, backend)
-
-    return loss_from_features(
-        statistics,
-        "logits",
-        logits,
-        ref_logits,
-        actions,
-        rewards,
-        values,
-        vocab=logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 0,
-        ref_logprobs=ref_logprobs,
-        ref_lse=ref_lse,
-        behavior_logprobs=behavior_logprobs,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        bootstrap=bootstrap,
-        target_values=target_values,
-        beta=beta,
-        gamma=gamma,
-        lam=lam,
-        policy_target=policy_target,
-        target=target,
-        is_level=is_level,
-        is_cap=is_cap,
-        is_floor=is_floor,
-        policy_scale=policy_scale,
-        value_coef=value_coef,
-        kl_coef=kl_coef,
-        temperature=temperature,
-        softcap=softcap,
-        reduction=reduction,
-        backend=backend,
-    )
+    call = Call.of("logits", logits, -1, locals())
+    return loss_from_statistics(call, call.checked(), _statistics)

@@ -190,3 +190,18 @@ def test_the_logits_of_all_rows_are_never_there_at_once(form):
     extra, _ = extra_memory(step, torch.device("cpu"))
     gradients = (rows * width + vocab * width) * 4
     assert extra.peak <= workspace + 2 * gradients + 40 * rows * 4 < rows * vocab * 4
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_the_reduced_loss_projects_once_whatever_fits(backend):
+    made, actions, cu_seqlens = tensors(6)
+    hidden, weight = made["hidden"].requires_grad_(), made["weight"].requires_grad_()
+    values, zeros = torch.zeros(N, requires_grad=True), torch.zeros(N)
+    for reduction, workspace, gemms in (("mean", N // B, 3), ("sum", 1, 4), ("none", N, 3), ("none", N // B, 4)):
+        with Gemms() as counted:
+            out = linear_soft_bellman_loss(
+                hidden, weight, actions, zeros, values, ref_logprobs=zeros, cu_seqlens=cu_seqlens,
+                reduction=reduction, workspace_bytes=workspace * ROW, backend=backend,
+            )  # fmt: skip
+            torch.autograd.grad(out.loss.sum(), [hidden, weight, values])
+        assert counted.rows == gemms * N, (reduction, workspace)
