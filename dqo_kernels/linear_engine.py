@@ -55,7 +55,7 @@ class Gradients:
 
     def __init__(self, head: Head, hidden: bool, weight: bool, bias: bool):
         self.head = head
-        self.hidden = torch.empty_like(head.hidden) if hidden else None
+        self.hidden = torch.zeros_like(head.hidden) if hidden else None  # zero where a loss does not look
         self.weight = torch.zeros_like(head.weight) if weight else None
         self.bias = torch.zeros_like(head.bias) if bias else None
 
@@ -126,8 +126,6 @@ class Engine:
     ) -> None:
         """Adds the gradient of sum(coefficient * statistic) over rows [first, last)."""
         if all(c is None for c in coefficients):
-            if gradients.hidden is not None:
-                gradients.hidden[first:last] = 0
             return
         _, _, entropy, peak, log_total, _, _, kl, ref_peak, ref_log_total = fields
         for begin, end in [(first, last)] if kept is not None else self.chunks(first, last):

@@ -1,4 +1,7 @@
-"""linear_soft_bellman_loss: DQO's loss from hidden states and the head; `linear_token_stats` followed by `soft_bellman`."""
+"""linear_soft_bellman_loss: DQO's loss from hidden states and the head, without the logits.
+
+A reduced loss is a row loss of `linear_row_loss`; unreduced rows are `linear_token_stats` followed by `soft_bellman`.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +106,6 @@ def linear_soft_bellman_loss(
     Raises:
         ValueError, RuntimeError: as `soft_bellman_loss`.
     """
-
     call = Call.of("hidden", weight, 0, locals())
     head = {
         "bias": bias,

@@ -37,7 +37,6 @@ struct FloatLanes {
     using real = float;
     static constexpr int count = DQO_LANES;
     typedef float V __attribute__((vector_size(DQO_LANES * 4)));
-    typedef std::int32_t M __attribute__((vector_size(DQO_LANES * 4)));
     typedef std::uint32_t U __attribute__((vector_size(DQO_LANES * 4)));
     typedef std::uint16_t H __attribute__((vector_size(DQO_LANES * 2)));
 
@@ -214,7 +213,6 @@ struct DoubleLanes {
     using real = double;
     static constexpr int count = DQO_LANES / 2;
     typedef double V __attribute__((vector_size(DQO_LANES * 4)));
-    typedef std::int64_t M __attribute__((vector_size(DQO_LANES * 4)));
 
     static DQO_INLINE V exp_nonpositive(V& x) {
         x = max(V{} - 800.0, x);

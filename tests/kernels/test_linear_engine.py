@@ -205,3 +205,23 @@ def test_the_reduced_loss_projects_once_whatever_fits(backend):
             )  # fmt: skip
             torch.autograd.grad(out.loss.sum(), [hidden, weight, values])
         assert counted.rows == gemms * N, (reduction, workspace)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_rows_that_no_loss_looks_at_have_no_gradient(backend):
+    made, actions, cu_seqlens = tensors(7)
+    hidden = made["hidden"].requires_grad_()
+
+    def row_loss(stats, rows, cu_seqlens):  # of the second run, nothing
+        loss = stats.logprobs.sum() if rows["first"][0] else torch.zeros(())
+        return loss, {}
+
+    first = torch.arange(N) < N // 2
+    for workspace in (N // 2 * ROW, ROW):
+        torch.full((N, D), torch.nan)  # what an uninitialised gradient would be made of
+        loss, _ = linear_row_loss(
+            hidden, made["weight"], actions, row_loss, cu_seqlens, rows={"first": first},
+            workspace_bytes=workspace, backend=backend,
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        assert gradient[: N // 2].any(1).all() and not gradient[N // 2 :].any()
