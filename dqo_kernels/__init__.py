@@ -1,5 +1,6 @@
 """Differentiable operations of Direct Q-function Optimization (arXiv 2410.09302) on packed response tokens."""
 
+from dqo_kernels.gather_weight import gather_weight
 from dqo_kernels.lambda_return import lambda_return
 from dqo_kernels.linear_row_loss import linear_row_loss
 from dqo_kernels.linear_soft_bellman_loss import linear_soft_bellman_loss
@@ -12,6 +13,7 @@ __all__ = [
     "SoftBellmanOutput",
     "SoftBellmanTerms",
     "TokenStats",
+    "gather_weight",
     "lambda_return",
     "linear_row_loss",
     "linear_soft_bellman_loss",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,16 +23,24 @@ def tensor(name: str, value: object, shape: tuple[int, ...], like: Tensor, meani
         fail(name, f"device {like.device}", f"device {value.device}")
 
 
-def floating(name: str, value: object) -> None:
+def whole(name: str, value: object) -> None:
+    """A tensor that is all here: a sharded one would be used as if its shard were everything."""
     if not isinstance(value, Tensor):
         fail(name, "a tensor", type(value).__name__)
+    sharding = sys.modules.get("torch.distributed.tensor")  # without it nobody can have made one
+    if sharding is not None and isinstance(value, sharding.DTensor):
+        cure = "give dqo_kernels.gather_weight(it), gathered once a step; or its .to_local() rows of V, with group="
+        fail(name, "a plain tensor", f"a DTensor placed as {value.placements}; {cure}")
+
+
+def floating(name: str, value: object) -> None:
+    whole(name, value)
     if not value.dtype.is_floating_point:
         fail(name, "a floating dtype", str(value.dtype))
 
 
 def integers(name: str, value: object, shape: tuple[int, ...], like: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        fail(name, "a tensor", type(value).__name__)
+    whole(name, value)
     if value.dtype.is_floating_point or value.dtype == torch.bool:
         fail(name, "an integer dtype", str(value.dtype))
     if tuple(value.shape) != tuple(shape):
@@ -76,6 +86,16 @@ def boundaries(name: str, value: object, shape: str, end: int, end_name: str, re
         fail(name, f"to start at 0 and end at {end_name} = {end}", f"{int(value[0])} and {int(value[-1])}")
     if bool((value[1:] < value[:-1]).any()):
         fail(name, "values that never decrease", value.tolist())
+
+
+def seqlens(value: Sequence[int], cu_seqlens: Tensor, n: int) -> None:
+    """The lengths of the sequences on the host."""
+    if isinstance(value, Tensor) or not all(isinstance(length, int) for length in value):
+        fail("seqlens", "B host integers", type(value).__name__)
+    if len(value) != cu_seqlens.numel() - 1 or sum(value) != n or min(value, default=0) < 0:
+        fail("seqlens", f"{cu_seqlens.numel() - 1} lengths that add up to N = {n}", f"{len(value)}, sum {sum(value)}")
+    if reads_values(cu_seqlens) and cu_seqlens.diff().tolist() != list(value):
+        fail("seqlens", "the differences of cu_seqlens", list(value))
 
 
 def unit_interval(name: str, value: float) -> None:

@@ -1,13 +1,13 @@
 """What the linear operations are made of in the native backends: GEMMs into a workspace, and row kernels that work there.
 
-    z = hidden @ weight^T + bias            GEMM 1 into the workspace (GEMM 1' of the reference policy into a second one)
-    statistics of the rows of z             one read
-    the caller's coefficients of them       (n,) tensors
-    z <- d loss / d z                       one read and one write, in place
-    dX = dz @ weight,  dW += dz^T @ hidden  GEMMs 2 and 3, each only where somebody wants its result
+    z = hidden @ weight^T + ...         GEMM 1 into the workspace (GEMM 1' of the reference policy into a second one)
+    statistics of the rows of z         one read
+    the caller's coefficients of them   (n,) tensors
+    dz = d loss / d z                   one read and one write, in place; beside z where bfloat16 is multiplied (gemm.py)
+    dX = dz @ weight,  dW += dz^T @ hidden      GEMMs 2 and 3, each only where somebody wants its result
 
 As many rows as fit the workspace go through these steps at once: three GEMMs, four with the exact KL. What does not fit is
-projected a second time for its gradient.
+projected a second time for its gradient, all but the last workspace of it.
 """
 
 from __future__ import annotations
@@ -15,89 +15,108 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dqo_kernels import library
-from dqo_kernels.packed import compute_dtype
-
-WORKSPACE_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
-
-
-def workspace_rows(
-    workspace_bytes: int | None, vocab: int, device: torch.device, itemsize: int, models: int = 1
-) -> int:
-    """How many rows of V logits of so many models fit the workspace; one at the least."""
-    budget = workspace_bytes or WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cpu"])
-    return max(1, budget // (models * vocab * itemsize))
-
-
-def _no_autocast(device: torch.device):
-    """A caller's autocast would round the logits to bfloat16."""
-    return torch.autocast(device.type, enabled=False)
+from dqo_kernels import gemm, library
+from dqo_kernels.linear_inputs import Differentiable, Linear, no_autocast
 
 
 class Head:
-    """hidden (N, D), weight (V, D) and bias (V,) or None, in the dtype of their GEMM."""
+    """Projects hidden states to logits."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        self.hidden, self.weight = hidden.detach().to(dtype), weight.detach().to(dtype)
-        self.bias = None if bias is None else bias.detach().to(dtype)
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, low=None, lora_b=None):
+        parts = (hidden, weight, bias, low, lora_b)
+        self.hidden, self.weight, self.bias, self.low, self.lora_b = (None if x is None else x.detach() for x in parts)
 
     def logits(self, first: int, last: int, out: Tensor) -> Tensor:
         """(last - first, V) written into the workspace `out`."""
-        rows, out = self.hidden[first:last], out[: last - first]
-        with _no_autocast(rows.device):
-            if self.bias is None:
-                return torch.mm(rows, self.weight.t(), out=out)
-            return torch.addmm(self.bias, rows, self.weight.t(), out=out)
+        out = out[: last - first]
+        with no_autocast(out.device):
+            gemm.project(self.hidden[first:last], self.weight, out)
+            if self.low is not None:
+                gemm.add_projection(self.low[first:last], self.lora_b, out)
+            return out if self.bias is None else out.add_(self.bias)
 
 
 class Gradients:
-    """dX (N, D), dW (V, D) and db (V,), each only if wanted, in the dtype of the GEMMs: sums over workspaces are not rounded."""
+    """Those of a Differentiable, each only if wanted. Sums over several workspaces are kept in the dtype of the logits."""
 
-    def __init__(self, head: Head, hidden: bool, weight: bool, bias: bool):
-        self.head = head
-        self.hidden = torch.zeros_like(head.hidden) if hidden else None  # zero where a loss does not look
-        self.weight = torch.zeros_like(head.weight) if weight else None
-        self.bias = torch.zeros_like(head.bias) if bias else None
+    def __init__(self, head: Head, wanted: tuple[bool, ...], dz_dtype: torch.dtype, sum_dtype: torch.dtype):
+        def make(x, want, dtype, zero):
+            return (torch.zeros_like if zero else torch.empty_like)(x, dtype=dtype) if want else None
+
+        hidden, weight, bias, low, lora_b = wanted
+        self.head, self.untouched = head, True
+        self.hidden = make(head.hidden, hidden, dz_dtype, True)  # zero where a loss does not look
+        self.low = make(head.low, low, dz_dtype, True)
+        self.weight = make(head.weight, weight, sum_dtype, False)  # written by the first rows, added to by the others
+        self.lora_b = make(head.lora_b, lora_b, sum_dtype, False)
+        self.bias = make(head.bias, bias, torch.promote_types(sum_dtype, torch.float32), True)
 
     def add(self, first: int, last: int, dz: Tensor) -> None:
         """The rows' share, from the gradient of their logits (last - first, V)."""
-        with _no_autocast(dz.device):
+        head, untouched = self.head, self.untouched
+        self.untouched = False
+        with no_autocast(dz.device):
             if self.hidden is not None:
-                torch.mm(dz, self.head.weight, out=self.hidden[first:last])
+                gemm.back(dz, head.weight, self.hidden[first:last])
+            if self.low is not None:
+                gemm.back(dz, head.lora_b, self.low[first:last])
             if self.weight is not None:
-                self.weight.addmm_(dz.t(), self.head.hidden[first:last])
+                gemm.accumulate(dz, head.hidden[first:last], self.weight, untouched)
+            if self.lora_b is not None:
+                gemm.accumulate(dz, head.low[first:last], self.lora_b, untouched)
             if self.bias is not None:
-                self.bias += dz.sum(0)
+                self.bias += dz.sum(0, dtype=self.bias.dtype)
 
-    def of(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
+    def of(self, inputs: Differentiable) -> list[Tensor | None]:
         """In the dtypes of the tensors they belong to."""
-        pairs = ((self.hidden, hidden), (self.weight, weight), (self.bias, bias))
-        return [None if gradient is None else gradient.to(x.dtype) for gradient, x in pairs]
+        if self.untouched:
+            for x in (self.weight, self.lora_b):
+                if x is not None:
+                    x.zero_()
+        made = (self.hidden, self.weight, self.bias, self.low, self.lora_b)
+        return [None if x is None else x.to(of.dtype) for x, of in zip(made, inputs.tensors())]
+
+
+Kept = tuple[int, int, tuple]  # rows [begin, end) and their row kernel's inputs, which the workspace still holds
 
 
 class Engine:
     """Statistics and gradients of rows of one call, a workspace at a time."""
 
-    def __init__(
-        self, backend, hidden, weight, actions, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, workspace_bytes
-    ):  # fmt: skip
-        # Half-precision models are projected in float32: logits rounded to bfloat16 put log-probabilities off by hundredths.
-        dtype = compute_dtype(hidden, weight, ref_hidden, ref_weight)
-        self.backend, self.head = backend, Head(hidden, weight, bias, dtype)
-        self.ref = None if ref_hidden is None else Head(ref_hidden, ref_weight, ref_bias, dtype)
-        self.actions = actions.contiguous()
-        self.temperatures, self.temperature = None, temperature
-        if isinstance(temperature, Tensor):
-            temperatures = temperature.detach().to(compute_dtype(self.head.weight))
-            self.temperatures, self.temperature = temperatures.expand(actions.shape).contiguous(), 1.0
-        self.softcap = float(softcap or 0.0)
-        vocab, models = weight.shape[0], 1 if ref_hidden is None else 2
-        rows = workspace_rows(workspace_bytes, vocab, hidden.device, dtype.itemsize, models)
-        self.rows = min(rows, max(len(actions), 1))
-        self.workspaces = [self.head.weight.new_empty(self.rows, vocab) for _ in range(models)]
+    def __init__(self, backend: str, call: Linear, inputs: Differentiable):
+        self.backend, self.slices = backend, call.slices
+        self.wanted, dtype = inputs.wanted(), call.dtype
+        self.head = Head(*inputs.tensors())
+        self.ref = None if call.ref_hidden is None else Head(call.ref_hidden, call.ref_weight, call.ref_bias)
+        self.actions, self.here = call.actions.long().contiguous(), None
+        if self.slices is not None:
+            self.here, self.actions = self.slices.local(self.actions)
+        self.temperatures, self.temperature = None, call.temperature
+        if isinstance(call.temperature, Tensor):
+            self.temperatures = call.temperature.detach().to(dtype).expand(self.actions.shape).contiguous()
+            self.temperature = 1.0
+        self.softcap = float(call.softcap or 0.0)
+        self.models = 1 if self.ref is None else 2
+        self.dtype, self.dz_dtype = dtype, gemm.gradient_dtype(call.hidden, call.weight, dtype)
+        beside = self.dz_dtype.itemsize if any(self.wanted) and self.dz_dtype != dtype else 0
+        rows = call.rows_in_workspace(self.models * dtype.itemsize + beside)
+        self.rows = min(rows, max(len(self.actions), 1))
+        vocab, device = len(call.weight), call.hidden.device
+
+        def workspace(dtype):
+            return torch.empty(self.rows, vocab, dtype=dtype, device=device)
+
+        self.workspaces = [workspace(dtype) for _ in range(self.models)]
+        self.dz = workspace(self.dz_dtype) if beside else None
+
+    def gradients(self) -> Gradients:
+        once = self.rows >= len(self.actions)  # a sum of one term is rounded once
+        return Gradients(self.head, self.wanted, self.dz_dtype, self.dz_dtype if once else self.dtype)
 
     def chunks(self, first: int, last: int) -> list[tuple[int, int]]:
-        return [(at, min(at + self.rows, last)) for at in range(first, max(last, first + 1), self.rows)]
+        """What fits the workspace at once; the last is full, because it is the one that is kept."""
+        ends = list(range(last, first, -self.rows))[::-1] or [last]
+        return list(zip([first, *ends], ends))
 
     def _inputs(self, first: int, last: int) -> tuple:
         z = self.head.logits(first, last, self.workspaces[0])
@@ -105,34 +124,42 @@ class Engine:
         temperatures = None if self.temperatures is None else self.temperatures[first:last]
         return z, self.actions[first:last], z_ref, None, temperatures, float(self.temperature), self.softcap
 
-    def statistics(self, first: int, last: int) -> tuple[list[Tensor], tuple | None]:
-        """The row kernel's fields of rows [first, last), and its inputs if they are still in the workspace."""
-        parts, kept = [], None
-        for chunk in self.chunks(first, last):
-            kept = self._inputs(*chunk)
-            parts.append(library.run("token_stats", "fwd", self.backend, *kept))
-        if len(parts) == 1:
-            return list(parts[0]), kept
-        return [torch.cat(field) for field in zip(*parts)], None
+    def statistics(self, first: int, last: int) -> tuple[list[Tensor], Kept]:
+        """The row kernel's fields of rows [first, last), and what of them is still in the workspace."""
+        parts = []
+        for begin, end in self.chunks(first, last):
+            inputs = self._inputs(begin, end)
+            fields = library.run("token_stats", "fwd", self.backend, *inputs)
+            if self.slices is not None:
+                temperature = self.temperature if self.temperatures is None else self.temperatures[begin:end]
+                fields = self.slices.merged(fields, self.here[begin:end], temperature)
+            parts.append(fields)
+        fields = parts[0] if len(parts) == 1 else [torch.cat(field) for field in zip(*parts)]
+        return list(fields), (begin, end, inputs)
 
     def differentiate(
         self,
         first: int,
         last: int,
         fields: list[Tensor],
-        kept: tuple | None,
+        kept: Kept | None,  # overwritten; None projects everything again
         coefficients: list[Tensor | None],  # of logprobs, lse, entropy, kl: (last - first,) or None
         gradients: Gradients,
     ) -> None:
         """Adds the gradient of sum(coefficient * statistic) over rows [first, last)."""
         if all(c is None for c in coefficients):
             return
+        if self.slices is not None:
+            own = slice(first, last)
+            coefficients = self.slices.coefficients(self.here[own], self.actions[own], coefficients)
         _, _, entropy, peak, log_total, _, _, kl, ref_peak, ref_log_total = fields
-        for begin, end in [(first, last)] if kept is not None else self.chunks(first, last):
-            z, actions, z_ref, *rest = kept if kept is not None else self._inputs(begin, end)
+        for begin, end in reversed(self.chunks(first, last)):
+            held = kept is not None and kept[:2] == (begin, end)
+            z, actions, z_ref, *rest = kept[2] if held else self._inputs(begin, end)
             own = slice(begin - first, end - first)
             c = [None if x is None else x[own].contiguous() for x in coefficients]
             saved = [x[own] for x in (peak, log_total, ref_peak, ref_log_total, entropy, kl)]
             z_ref = None if c[3] is None else z_ref
-            dz = library.run("token_stats", "bwd", self.backend, z, actions, z_ref, *rest, *saved, *c, out=z)
+            out = z if self.dz is None else self.dz[: end - begin]
+            dz = library.run("token_stats", "bwd", self.backend, z, actions, z_ref, *rest, *saved, *c, out=out)
             gradients.add(begin, end, dz)

@@ -9,15 +9,16 @@ triton (linear_engine.py: a run's gradient is made while its logits are still in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from dqo_kernels import checks, dispatch
-from dqo_kernels.linear_engine import Engine, Gradients, workspace_rows
-from dqo_kernels.linear_token_stats import check_linear, linear_token_stats_reference
-from dqo_kernels.packed import compute_dtype
+from dqo_kernels.linear_engine import Engine
+from dqo_kernels.linear_inputs import Differentiable, Linear
+from dqo_kernels.linear_token_stats import linear_token_stats_reference
 from dqo_kernels.token_stats import TokenStats
 
 RowLoss = Callable[[TokenStats, dict[str, Tensor], Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -43,14 +44,14 @@ def _add(metrics: dict[str, Tensor], more: dict[str, Tensor]) -> None:
         metrics[name] = metrics.get(name, 0) + value.detach()
 
 
-def _of_statistics(stats: TokenStats, row_loss: RowLoss, rows: dict[str, Tensor], pieces: Pieces):
+def _of_statistics(stats: TokenStats, row_loss: RowLoss, rows: dict[str, Tensor], pieces: Pieces, loss_scale):
     total, metrics = stats.logprobs[:0].sum(), {}  # a zero that can be differentiated, also without any sequence
     for run, cu_seqlens in pieces:
         run_stats = TokenStats(*(None if field is None else field[run] for field in stats))
         loss_sum, metric_sums = row_loss(run_stats, {name: value[run] for name, value in rows.items()}, cu_seqlens)
         total = total + loss_sum
         _add(metrics, metric_sums)
-    return total, metrics
+    return total * loss_scale, metrics
 
 
 class _Carried(torch.autograd.Function):
@@ -67,29 +68,34 @@ class _Carried(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("linear_row_loss: its gradients were handed over by the first backward; call it again")
         gradients, ctx.gradients = ctx.gradients, None
+        if scale.device.type == "cpu" and scale == 1:  # saves a pass over dW; elsewhere it would cost a wait
+            return None, None, *gradients
         return None, None, *(None if g is None else g.mul_(scale) for g in gradients)
 
 
-def _late_bound(engine: Engine, row_loss: RowLoss, rows: dict[str, Tensor], pieces: Pieces, tensors: tuple):
+def _late_bound(
+    engine: Engine, inputs: Differentiable, row_loss: RowLoss, rows: dict[str, Tensor], pieces: Pieces, loss_scale
+):
     """Each run's coefficients are known before its logits leave the workspace: its gradient is made at once, without a second
-    projection. A run that does not fit the workspace is projected twice."""
+    projection. Of a run that does not fit the workspace all but the last workspace is projected twice."""
+    wants, gradients = engine.wanted, engine.gradients()
     live = torch.is_grad_enabled()
-    wants = [live and x is not None and x.requires_grad for x in tensors]
-    gradients = Gradients(engine.head, *wants)
     row_gradients = {name: torch.zeros_like(x) for name, x in rows.items() if live and x.requires_grad}
-    total, metrics = engine.head.weight.new_zeros((), dtype=compute_dtype(engine.head.weight)), {}
+    total, metrics = torch.zeros((), dtype=engine.dtype, device=engine.actions.device), {}
     for run, cu_seqlens in pieces:
         fields, kept = engine.statistics(run.start, run.stop)
         leaves = [fields[i].requires_grad_(any(wants)) for i in ((0, 1, 2) if engine.ref is None else (0, 1, 2, 7))]
         own = {name: x[run].detach().requires_grad_(name in row_gradients) for name, x in rows.items()}
         stats = TokenStats(*fields[:3]) if engine.ref is None else TokenStats(*fields[:3], *fields[5:8])
         loss_sum, metric_sums = row_loss(stats, own, cu_seqlens)
+        loss_sum = loss_sum * loss_scale
         total = total + loss_sum.detach()
         _add(metrics, metric_sums)
         if not loss_sum.requires_grad:
             continue
-        inputs = [x for x in (*leaves, *own.values()) if x.requires_grad]
-        arrived = dict(zip(map(id, inputs), torch.autograd.grad(loss_sum, inputs, allow_unused=True)))
+        differentiated = [x for x in (*leaves, *own.values()) if x.requires_grad]
+        arriving = torch.autograd.grad(loss_sum, differentiated, allow_unused=True)
+        arrived = dict(zip(map(id, differentiated), arriving))
         for name, gradient in row_gradients.items():
             if (found := arrived.get(id(own[name]))) is not None:
                 gradient[run] = found
@@ -98,8 +104,8 @@ def _late_bound(engine: Engine, row_loss: RowLoss, rows: dict[str, Tensor], piec
             engine.differentiate(run.start, run.stop, [x.detach() for x in fields], kept, coefficients, gradients)
     if not any(wants) and not row_gradients:
         return total, metrics
-    owners = [*tensors, *rows.values()]
-    made = [*gradients.of(*tensors), *(row_gradients.get(name) for name in rows)]
+    owners = [*inputs.tensors(), *rows.values()]
+    made = [*gradients.of(inputs), *(row_gradients.get(name) for name in rows)]
     return _Carried.apply(total, made, *owners), metrics
 
 
@@ -113,7 +119,12 @@ def linear_row_loss(
     rows: dict[str, Tensor],
     cu_groups: Tensor | None = None,
     coupling: str = "group",
+    seqlens: Sequence[int] | None = None,
+    loss_scale: float | Tensor = 1.0,
     bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_scale: float = 1.0,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
@@ -121,28 +132,32 @@ def linear_row_loss(
     softcap: float | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of `row_loss` over packed responses.
 
     Args:
-        hidden, weight, actions, bias, ref_*, temperature, softcap, workspace_bytes: as `linear_token_stats`.
+        hidden, weight, actions, bias, lora_*, ref_*, temperature, softcap, workspace_bytes, group: as `linear_token_stats`.
         row_loss: plain torch `(stats, rows, cu_seqlens) -> (loss_sum, metric_sums)`. It sees whole groups, must be a sum over
             them, and may read only tensors in `rows` (those receive gradients; closures do not, whichever backend runs).
         cu_seqlens: (B+1,) integer boundaries of the rows.
         rows: tensors (N, ...), sliced along with the statistics; one value a sequence goes on its rows.
         cu_groups: (M+1,) integer boundaries over the sequences: pairs or lists that a loss couples; None is one sequence each.
         coupling: "group", or "batch" for a loss that couples everything: it is then called once.
+        seqlens: the B lengths as host integers. Without them a call on a GPU whose rows do not all fit the workspace waits for
+            the device once, to read cu_seqlens.
+        loss_scale: multiplies the loss, not the metrics. A factor given here is free, one that arrives in the backward is a pass
+            over the gradient of the weight: give 1 / (number of tokens of the step) here.
         backend: "reference", "cpp", "triton", or None for the best that can run.
 
     Returns:
-        (loss_sum, metric_sums): a scalar, differentiable in hidden, weight, bias and `rows`, and detached scalars.
-        Reading the boundaries costs one synchronisation with a GPU.
+        (loss_sum, metric_sums): a scalar, differentiable once in hidden, weight, bias, lora_a, lora_b and `rows`, and detached
+        scalars. The native backends make the gradients here, in the forward; the backward hands them over.
 
     Raises:
         ValueError, RuntimeError: as `linear_token_stats`, and for boundaries, `rows` or `coupling` that do not fit.
     """
-    arguments = (hidden, weight, actions, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, workspace_bytes)
-    check_linear(*arguments)
+    call = Linear.of(locals())
     n = hidden.shape[0]
     checks.cu_seqlens(cu_seqlens, n, hidden)
     checks.one_of("coupling", coupling, COUPLINGS)
@@ -151,23 +166,29 @@ def linear_row_loss(
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             checks.fail(f"rows[{name!r}]", f"a tensor of shape ({n}, ...)", got)
     sequences = cu_seqlens.numel() - 1
-    if cu_groups is None:
-        groups = list(range(sequences + 1))
-    else:
-        checks.boundaries("cu_groups", cu_groups, "(M+1,)", sequences, "B")
-        groups = cu_groups.tolist()
-    dtype = compute_dtype(hidden, weight)
-    chosen = dispatch.choose("linear_row_loss", hidden.device.type, backend, dtype)
-    offsets = cu_seqlens.tolist()
-    rest = (bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, workspace_bytes)
+    if cu_groups is not None:
+        checks.boundaries("cu_groups", cu_groups, "(M+1,)", sequences, "B", checks.reads_values(cu_groups))
+    if seqlens is not None:
+        checks.seqlens(seqlens, cu_seqlens, n)
+    if isinstance(loss_scale, Tensor):
+        checks.tensor("loss_scale", loss_scale, (), hidden)
+        loss_scale = loss_scale.detach().to(call.dtype)
+    chosen = dispatch.choose("linear_row_loss", hidden.device.type, backend, call.dtype)
+    inputs = call.differentiable()
     if chosen == "reference":
-        stats = linear_token_stats_reference(hidden, weight, actions.long(), *rest)
-        max_rows = workspace_rows(workspace_bytes, weight.shape[0], hidden.device, dtype.itemsize)
+        stats = linear_token_stats_reference(call, inputs)
+        max_rows = call.rows_in_workspace(call.dtype.itemsize)
     else:
-        engine = Engine(chosen, hidden, weight, actions.long(), *rest)
+        engine = Engine(chosen, call, inputs)
         max_rows = engine.rows
-    runs = [(0, sequences)] if coupling == "batch" else group_runs(offsets, groups, max_rows)
-    pieces = [(slice(offsets[a], offsets[b]), cu_seqlens[a : b + 1] - offsets[a]) for a, b in runs]
+    pieces = [(slice(0, n), cu_seqlens)]
+    if coupling == "group" and n > max_rows:
+        offsets = cu_seqlens.tolist() if seqlens is None else [0, *itertools.accumulate(seqlens)]
+        groups = list(range(sequences + 1)) if cu_groups is None else cu_groups.tolist()
+        runs = group_runs(offsets, groups, max_rows)
+        pieces = [(slice(offsets[a], offsets[b]), cu_seqlens[a : b + 1] - offsets[a]) for a, b in runs]
+    elif sequences == 0:
+        pieces = []
     if chosen == "reference":
-        return _of_statistics(stats, row_loss, rows, pieces)
-    return _late_bound(engine, row_loss, rows, pieces, (hidden, weight, bias))
+        return _of_statistics(stats, row_loss, rows, pieces, loss_scale)
+    return _late_bound(engine, inputs, row_loss, rows, pieces, loss_scale)

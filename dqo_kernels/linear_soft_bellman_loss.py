@@ -5,9 +5,12 @@ A reduced loss is a row loss of `linear_row_loss`; unreduced rows are `linear_to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from dqo_kernels import checks
 from dqo_kernels.layout import Layout
 from dqo_kernels.linear_row_loss import linear_row_loss
 from dqo_kernels.linear_token_stats import linear_token_stats
@@ -16,7 +19,9 @@ from dqo_kernels.soft_bellman_loss import Call, SoftBellmanOutput, loss_from_sta
 from dqo_kernels.token_stats import TokenStats
 
 
-def _late_bound(call: Call, layout: Layout, weight: Tensor, head: dict) -> SoftBellmanOutput:
+def _late_bound(
+    call: Call, layout: Layout, weight: Tensor, head: dict, seqlens: Sequence[int] | None
+) -> SoftBellmanOutput:
     """A reduced loss owns its rows' coefficients, so `linear_row_loss` makes the gradient of each run of sequences while its
     logits are there. Rows that do not count are neither projected nor passed on."""
     cu_seqlens = layout.selected_boundaries()
@@ -24,6 +29,7 @@ def _late_bound(call: Call, layout: Layout, weight: Tensor, head: dict) -> SoftB
     if call.bootstrap is not None:  # one value a sequence goes on its rows
         rows["bootstrap"] = call.bootstrap[sequence_index(cu_seqlens, rows["rewards"].shape[0])]
     absent = dict.fromkeys(call.per_token)
+    count = layout.count() if call.reduction == "mean" else 1
     shown = []
 
     def row_loss(stats, rows, cu_seqlens):
@@ -44,16 +50,17 @@ def _late_bound(call: Call, layout: Layout, weight: Tensor, head: dict) -> SoftB
         row_loss,
         cu_seqlens,
         rows=rows,
+        seqlens=seqlens,
+        loss_scale=1 / count if isinstance(count, int) else count.double().reciprocal(),
         ref_hidden=layout.selected(call.ref_features),
         temperature=call.temperatures(layout.selected),
         **head,
     )
-    count = layout.count() if call.reduction == "mean" else 1
     zero = loss.detach().new_zeros(())
     losses = [sums.get(name, zero) / count for name in ("policy", "value")]
     losses.append(sums.get("kl", zero) / count if call.ref_features is not None else None)
     fields = [None if parts[0] is None else torch.cat(parts).detach() for parts in zip(*shown)]
-    return SoftBellmanOutput(loss / count, *losses, *(layout.unrows(layout.scattered(field)) for field in fields))
+    return SoftBellmanOutput(loss, *losses, *(layout.unrows(layout.scattered(field)) for field in fields))
 
 
 def linear_soft_bellman_loss(
@@ -64,6 +71,9 @@ def linear_soft_bellman_loss(
     values: Tensor | None = None,
     *,
     bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_scale: float = 1.0,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
@@ -72,6 +82,7 @@ def linear_soft_bellman_loss(
     behavior_logprobs: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    seqlens: Sequence[int] | None = None,
     bootstrap: Tensor | None = None,
     target_values: Tensor | None = None,
     beta: float = 0.1,
@@ -90,18 +101,23 @@ def linear_soft_bellman_loss(
     reduction: str = "mean",
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> SoftBellmanOutput:
     """`soft_bellman_loss(F.linear(hidden, weight, bias), ...)` without the logits.
 
     Args:
         hidden: (N, D) packed with `cu_seqlens`, or (B, T, D) padded with `mask`. Floating.
-        weight, bias: (V, D), (V,): the policy's head.
+        weight, bias: (V, D), (V,): the policy's head. lora_a, lora_b, lora_scale: see `linear_token_stats`.
         ref_hidden, ref_weight, ref_bias: the reference policy's, in place of ref_logprobs and ref_lse.
+        seqlens: of a packed call, the B lengths as host integers: see `linear_row_loss`. A padded call on a GPU waits for the
+            device to select the rows of its mask.
         workspace_bytes: bytes of logits held at once; None is 256 MiB on the CPU, 2 GiB on a GPU.
+        group: the processes that hold V together; see `linear_token_stats`.
         Everything else: as `soft_bellman_loss`.
 
     Returns:
-        SoftBellmanOutput; `loss` is differentiable in hidden, weight, bias and values.
+        SoftBellmanOutput; `loss` is differentiable in hidden, weight, bias, lora_a, lora_b and values. Unless reduction is
+        "none" its gradients are made in the forward, and it can be differentiated once.
 
     Raises:
         ValueError, RuntimeError: as `soft_bellman_loss`.
@@ -109,15 +125,21 @@ def linear_soft_bellman_loss(
     call = Call.of("hidden", weight, 0, locals())
     head = {
         "bias": bias,
+        "lora_a": lora_a,
+        "lora_b": lora_b,
+        "lora_scale": lora_scale,
         "ref_weight": ref_weight,
         "ref_bias": ref_bias,
         "softcap": softcap,
         "workspace_bytes": workspace_bytes,
         "backend": backend,
+        "group": group,
     }
-    layout = call.checked()
+    layout, _ = call.checked()
+    if seqlens is not None and layout.mask is not None:
+        checks.fail("seqlens", "None for padded hidden states; their mask has the lengths", "lengths")
     if reduction != "none" and layout.shape[0] > 0 and layout.cu_seqlens.numel() > 1:
-        return _late_bound(call, layout, weight, head)
+        return _late_bound(call, layout, weight, head, seqlens)
 
     def statistics(call, layout):
         stats = linear_token_stats(  # only the rows that count are projected

@@ -1,7 +1,7 @@
 """linear_token_stats: the statistics of `F.linear(hidden, weight, bias)` without ever holding (N, V) whole.
 
-Backends: reference (chunks of rows, each recomputed in the backward), and cpp and triton (linear_engine.py). Logits and gradients
-are made in float32 in all of them, whatever the dtype of the hidden states.
+Backends: reference (chunks of rows, each recomputed in the backward), and cpp and triton (linear_engine.py). Logits are made in
+float32 in all of them, whatever the dtype of the hidden states.
 """
 
 from __future__ import annotations
@@ -10,82 +10,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqo_kernels import checks, dispatch
-from dqo_kernels.linear_engine import Engine, Gradients, workspace_rows
-from dqo_kernels.packed import compute_dtype
+from dqo_kernels import dispatch
+from dqo_kernels.linear_engine import Engine
+from dqo_kernels.linear_inputs import Differentiable, Linear, no_autocast
 from dqo_kernels.token_stats import TokenStats, in_chunks, row_stats
 
 
-def check_linear(
-    hidden: Tensor,
-    weight: Tensor,
-    actions: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    workspace_bytes: int | None,
-) -> None:
-    """The checks that every linear_* function shares."""
-    checks.floating("hidden", hidden)
-    if hidden.dim() != 2:
-        checks.fail("hidden", "shape (N, D)", f"shape {tuple(hidden.shape)}")
-    n, width = hidden.shape
-    checks.floating("weight", weight)
-    if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] < 1:
-        checks.fail("weight", f"shape (V, {width}) to fit hidden", f"shape {tuple(weight.shape)}")
-    vocab = weight.shape[0]
-    checks.tensor("weight", weight, (vocab, width), hidden)
-    checks.actions(actions, (n,), vocab, hidden)
-    if bias is not None:
-        checks.tensor("bias", bias, (vocab,), hidden)
-    if (ref_hidden is None) != (ref_weight is None):
-        given, missing = ("ref_hidden", "ref_weight") if ref_weight is None else ("ref_weight", "ref_hidden")
-        checks.fail(missing, f"a tensor, because {given} is given", "None")
-    if ref_hidden is not None:
-        checks.floating("ref_hidden", ref_hidden)
-        ref_width = ref_hidden.shape[-1]
-        checks.tensor("ref_hidden", ref_hidden, (n, ref_width), hidden)
-        checks.tensor("ref_weight", ref_weight, (vocab, ref_width), hidden, "(V of weight, width of ref_hidden)")
-    if ref_bias is not None:
-        if ref_hidden is None:
-            checks.fail("ref_hidden", "a tensor, because ref_bias is given", "None")
-        checks.tensor("ref_bias", ref_bias, (vocab,), hidden)
-    checks.temperature(temperature, (n,), hidden)
-    checks.softcap(softcap)
-    if workspace_bytes is not None and workspace_bytes < 1:
-        checks.fail("workspace_bytes", "a positive number of bytes or None", workspace_bytes)
-
-
-def linear_token_stats_reference(
-    hidden, weight, actions, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, workspace_bytes
-) -> TokenStats:
-    dtype = compute_dtype(hidden, weight)
+def linear_token_stats_reference(call: Linear, inputs: Differentiable) -> TokenStats:
+    dtype = call.dtype
 
     def cast(x):
         return None if x is None else x.to(dtype)
 
     # Cast once outside the chunks: the gradients of all chunks then meet in this dtype, not in bfloat16.
-    weight, bias, ref_weight, ref_bias = map(cast, (weight, bias, ref_weight, ref_bias))
+    weight, bias, lora_b = cast(inputs.weight), cast(inputs.bias), cast(inputs.lora_b)
+    ref_weight, ref_bias = cast(call.ref_weight), cast(call.ref_bias)
 
-    def chunk(hidden, actions, ref_hidden, temperature):
-        with torch.autocast(
-            hidden.device.type, enabled=False
-        ):  # a caller's autocast would round the logits to bfloat16
+    def chunk(hidden, low, actions, ref_hidden, temperature):
+        with no_autocast(hidden.device):
             ref_logits = None if ref_hidden is None else F.linear(cast(ref_hidden), ref_weight, ref_bias)
-            return row_stats(F.linear(cast(hidden), weight, bias), actions, ref_logits, temperature, softcap, dtype)
+            logits = F.linear(cast(hidden), weight, bias)
+            if low is not None:
+                logits = logits + F.linear(cast(low), lora_b)
+            return row_stats(logits, actions, ref_logits, temperature, call.softcap, dtype, call.slices)
 
-    rows = workspace_rows(workspace_bytes, weight.shape[0], hidden.device, dtype.itemsize)
-    return in_chunks(rows, hidden.shape[0], [hidden, actions, ref_hidden, temperature], chunk)
+    temperature = call.temperature.detach() if isinstance(call.temperature, Tensor) else call.temperature
+    per_row = [inputs.hidden, inputs.low, call.actions.long(), call.ref_hidden, temperature]
+    return in_chunks(call.rows_in_workspace(dtype.itemsize), len(call.hidden), per_row, chunk)
 
 
 class _FromEngine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, engine):
+    def forward(ctx, hidden, weight, bias, low, lora_b, engine):
         fields, kept = engine.statistics(0, len(engine.actions))
-        ctx.save_for_backward(hidden, weight, bias)  # only so that a change of theirs before the backward is noticed
+        ctx.save_for_backward(
+            hidden, weight, bias, low, lora_b
+        )  # so that a change of theirs before the backward is noticed
         ctx.engine, ctx.fields, ctx.kept = engine, fields, kept
         ctx.set_materialize_grads(False)
         logprobs, lse, entropy, _, _, ref_logprobs, ref_lse, kl, _, _ = fields
@@ -95,12 +55,12 @@ class _FromEngine(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, c_logprobs, c_lse, c_entropy, _ref_logprobs, _ref_lse, c_kl):
-        tensors, engine = ctx.saved_tensors, ctx.engine
-        gradients = Gradients(engine.head, *ctx.needs_input_grad[:3])
+        inputs, engine = Differentiable(*ctx.saved_tensors), ctx.engine
+        gradients = engine.gradients()
         kept, ctx.kept = ctx.kept, None  # the gradient is written over the logits: a second backward projects again
         coefficients = [c_logprobs, c_lse, c_entropy, None if engine.ref is None else c_kl]
         engine.differentiate(0, len(engine.actions), ctx.fields, kept, coefficients, gradients)
-        return *gradients.of(*tensors), None
+        return *gradients.of(inputs), None
 
 
 def linear_token_stats(
@@ -109,6 +69,9 @@ def linear_token_stats(
     actions: Tensor,
     *,
     bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_scale: float = 1.0,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
@@ -116,6 +79,7 @@ def linear_token_stats(
     softcap: float | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> TokenStats:
     """`token_stats(F.linear(hidden, weight, bias), actions, F.linear(ref_hidden, ref_weight, ref_bias))`, in chunks.
 
@@ -124,25 +88,26 @@ def linear_token_stats(
         weight: (V, D) floating, the policy's head; its dtype may differ from that of `hidden`.
         actions: (N,) integer token ids in [0, V).
         bias: (V,) or None.
+        lora_a, lora_b, lora_scale: (R, D), (V, R): a low-rank update of the head, weight + lora_scale * lora_b @ lora_a, which is
+            never formed. With a frozen `weight` the update costs two thin products beside the two GEMMs that are left.
         ref_hidden, ref_weight, ref_bias: (N, D'), (V, D'), (V,): the reference policy's; constants.
         temperature, softcap: as in `token_stats`.
         workspace_bytes: bytes of logits held at once; None is 256 MiB on the CPU, 2 GiB on a GPU.
         backend: "reference", "cpp", "triton", or None for the best that can run.
+        group: the processes that hold V together: weight, bias, lora_b, ref_weight and ref_bias are then this process's
+            consecutive rows, in the order of ranks; everything else is the same in all of them. See `token_stats`.
 
     Returns:
-        TokenStats, differentiable in hidden, weight and bias. Results do not depend on `workspace_bytes` beyond rounding.
+        TokenStats, differentiable in hidden, weight, bias, lora_a and lora_b. Results do not depend on `workspace_bytes`
+        beyond rounding.
 
     Raises:
         ValueError, RuntimeError: as `token_stats`.
     """
-    arguments = (hidden, weight, actions, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, workspace_bytes)
-    check_linear(*arguments)
-    dtype = compute_dtype(hidden, weight)
-    chosen = dispatch.choose("linear_token_stats", hidden.device.type, backend, dtype)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.detach()
-    rest = (bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, workspace_bytes)
+    call = Linear.of(locals())
+    chosen = dispatch.choose("linear_token_stats", hidden.device.type, backend, call.dtype)
+    inputs = call.differentiable()
     if chosen == "reference":
-        return linear_token_stats_reference(hidden, weight, actions.long(), *rest)
-    fields = _FromEngine.apply(hidden, weight, bias, Engine(chosen, hidden, weight, actions.long(), *rest))
+        return linear_token_stats_reference(call, inputs)
+    fields = _FromEngine.apply(*inputs.tensors(), Engine(chosen, call, inputs))
     return TokenStats(*fields) if ref_hidden is not None else TokenStats(*fields[:3])

@@ -5,6 +5,7 @@ loss = policy_scale * policy_loss + value_coef * value_loss + kl_coef * kl_loss 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from dqo_kernels.layout import Layout
 from dqo_kernels.soft_bellman import REDUCTIONS, SoftBellmanTerms, bellman_rows, check_row_options
 from dqo_kernels.token_stats import TokenStats
 from dqo_kernels.token_stats import statistics as token_statistics
+from dqo_kernels.vocab_parallel import VocabSlices
 
 
 class SoftBellmanOutput(NamedTuple):
@@ -73,6 +75,7 @@ class Call:
     temperature: float | Tensor
     softcap: float | None
     reduction: str
+    group: torch.distributed.ProcessGroup | None
     options: dict  # OPTIONS
 
     @classmethod
@@ -89,11 +92,12 @@ class Call:
             **own,
         )
 
-    def checked(self) -> Layout:
-        """The layout of arguments that fit together; ValueError names the one that does not."""
+    def checked(self) -> tuple[Layout, VocabSlices | None]:
+        """The layout of arguments that fit together, and who holds V; ValueError names the argument that does not fit."""
         features, ref_features, given = self.features, self.ref_features, self.per_token
         layout = Layout(features, self.name, self.mask, self.cu_seqlens)
-        checks.actions(self.actions, layout.shape, self.vocab, features, self.mask)
+        slices = VocabSlices.of(self.group, self.vocab, features.shape[:-1].numel(), features)
+        checks.actions(self.actions, layout.shape, slices.vocab if slices else self.vocab, features, self.mask)
         checks.one_of("reduction", self.reduction, REDUCTIONS)
         reference = (given["ref_logprobs"], given["ref_lse"], given["values"], self.kl_coef)
         check_reference(ref_features, f"ref_{self.name}", *reference)
@@ -107,7 +111,7 @@ class Call:
             if value is not None:
                 checks.tensor(argument, value, layout.shape, features, "(that of actions)")
         check_row_options(layout.cu_seqlens, self.bootstrap, given["target_values"], features, **self.options)
-        return layout
+        return layout, slices
 
     def temperatures(self, of_rows: Callable[[Tensor], Tensor]) -> float | Tensor:
         """The temperature, through `of_rows` where each row has its own."""
@@ -159,10 +163,10 @@ def loss_from_statistics(
     return SoftBellmanOutput(call.loss(*losses), *(None if x is None else x.detach() for x in losses), *shown)
 
 
-def _statistics(call: Call, layout: Layout) -> TokenStats:
+def _statistics(slices: VocabSlices | None, call: Call, layout: Layout) -> TokenStats:
     # The logits go in the caller's own layout: a view of their rows may not exist.
     rows = (call.features, layout.rows(call.actions), call.ref_features, layout.mask)
-    return token_statistics(*rows, call.temperatures(layout.rows), call.softcap, call.options["backend"])
+    return token_statistics(*rows, call.temperatures(layout.rows), call.softcap, call.options["backend"], slices)
 
 
 def soft_bellman_loss(
@@ -194,6 +198,7 @@ def soft_bellman_loss(
     softcap: float | None = None,
     reduction: str = "mean",
     backend: str | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> SoftBellmanOutput:
     """The loss of Direct Q-function Optimization (arXiv 2410.09302, eqs. 4.6 and 4.7) from logits.
 
@@ -215,6 +220,7 @@ def soft_bellman_loss(
         temperature: a number, or one a row in the shape of actions. softcap: see `token_stats`.
         reduction: "mean" over unmasked rows, "sum", or "none" (rows in the shape of actions).
         backend: "reference", "cpp", "triton", or None for the best that can run.
+        group: the processes that hold V together, each a slice of the logits; see `token_stats`.
 
     Returns:
         SoftBellmanOutput.
@@ -224,4 +230,5 @@ def soft_bellman_loss(
     """
 
     call = Call.of("logits", logits, -1, locals())
-    return loss_from_statistics(call, call.checked(), _statistics)
+    layout, slices = call.checked()
+    return loss_from_statistics(call, layout, functools.partial(_statistics, slices))

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dqo_kernels import checks, dispatch, library
 from dqo_kernels.packed import compute_dtype
+from dqo_kernels.vocab_parallel import VocabSlices, sliced_rows
 
 # The reference makes full-precision copies of at most this many bytes of logits at a time.
 CHUNK_BYTES = 64 * 2**20
@@ -40,6 +41,8 @@ class TokenStats(NamedTuple):
 
 
 class _Row(NamedTuple):
+    """A row of logits, or this process's columns of it: what is (n,) is of the whole row."""
+
     centred: Tensor  # (n, V) z - max
     weights: Tensor  # (n, V) exp(z - max)
     total: Tensor  # (n,) their sum, at least 1
@@ -47,34 +50,46 @@ class _Row(NamedTuple):
     lse: Tensor  # (n,)
 
 
-def _row(logits: Tensor, temperature: float | Tensor, softcap: float | None, dtype: torch.dtype) -> _Row:
+def _over_vocab(x: Tensor, slices: VocabSlices | None) -> Tensor:
+    """(n,) sum of x (n, V)."""
+    return x.sum(-1) if slices is None else slices.total(x.sum(-1))
+
+
+def _row(logits: Tensor, temperature: float | Tensor, softcap: float | None, dtype: torch.dtype, slices) -> _Row:
     z = logits.to(dtype)
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     if isinstance(temperature, Tensor) and temperature.dim():
         temperature = temperature.to(dtype).reshape(-1, 1)
     peak = z.detach().amax(-1, keepdim=True)  # a constant: every statistic is invariant to it
+    peak = peak if slices is None else slices.peak(peak)
     centred = (
         z - peak
     ) / temperature  # the difference first: at large offsets z / temperature has already been rounded
     weights = centred.exp()
-    total = weights.sum(-1)
+    total = _over_vocab(weights, slices)
     log_total = total.log()
     return _Row(centred, weights, total, log_total, log_total + (peak / temperature)[:, 0])
 
 
-def _expectation(row: _Row, x: Tensor) -> Tensor:
+def _expectation(row: _Row, x: Tensor, slices: VocabSlices | None) -> Tensor:
     """(n,) sum_v p_v x_v, where p_v = 0 contributes 0 even if x_v is infinite."""
     impossible = row.weights == 0
-    return (row.weights * x.masked_fill(impossible, 0.0)).sum(-1) / row.total
+    return _over_vocab(row.weights * x.masked_fill(impossible, 0.0), slices) / row.total
 
 
-def _taken(row: _Row, actions: Tensor) -> Tensor:
+def _taken(row: _Row, actions: Tensor, slices: VocabSlices | None) -> Tensor:
     """(n,) log-probability of the actions; NaN where an action is out of range (the CPU has refused those before)."""
-    vocab = row.centred.shape[-1]
-    valid = (actions >= 0) & (actions < vocab)
-    taken = row.centred.gather(-1, actions.clamp(0, vocab - 1)[:, None])[:, 0] - row.log_total
-    return torch.where(valid, taken, torch.nan)
+    width = row.centred.shape[-1]
+    if slices is None:
+        here, column = (actions >= 0) & (actions < width), actions
+    else:
+        here, column = slices.local(actions)
+    taken = row.centred.gather(-1, column.clamp(0, width - 1)[:, None])[:, 0]
+    if slices is not None:
+        taken = slices.total(torch.where(here, taken, 0))
+        here = (actions >= 0) & (actions < slices.vocab)
+    return torch.where(here, taken - row.log_total, torch.nan)
 
 
 def row_stats(
@@ -84,16 +99,18 @@ def row_stats(
     temperature: float | Tensor,
     softcap: float | None,
     dtype: torch.dtype,
+    slices: VocabSlices | None = None,
 ) -> TokenStats:
     """The definition, in differentiable torch, of as many rows as it is given at once."""
-    row = _row(logits, temperature, softcap, dtype)
-    stats = TokenStats(_taken(row, actions), row.lse, row.log_total - _expectation(row, row.centred))
+    row = _row(logits, temperature, softcap, dtype, slices)
+    entropy = row.log_total - _expectation(row, row.centred, slices)
+    stats = TokenStats(_taken(row, actions, slices), row.lse, entropy)
     if ref_logits is None:
         return stats
     with torch.no_grad():  # the reference policy is a constant
-        ref = _row(ref_logits, temperature, softcap, dtype)
-        ref_logprobs = _taken(ref, actions)
-    kl = _expectation(row, row.centred - ref.centred) - (row.log_total - ref.log_total)
+        ref = _row(ref_logits, temperature, softcap, dtype, slices)
+        ref_logprobs = _taken(ref, actions, slices)
+    kl = _expectation(row, row.centred - ref.centred, slices) - (row.log_total - ref.log_total)
     return stats._replace(ref_logprobs=ref_logprobs, ref_lse=ref.lse, kl=kl)
 
 
@@ -116,20 +133,20 @@ def in_chunks(rows: int, n: int, per_row: list[Tensor | float | None], function)
     return TokenStats(*(None if field[0] is None else torch.cat(field) for field in zip(*parts)))
 
 
-def token_stats_reference(logits, actions, ref_logits, mask, temperature, softcap) -> TokenStats:
+def token_stats_reference(logits, actions, ref_logits, mask, temperature, softcap, slices=None) -> TokenStats:
     n, vocab = logits.shape
     dtype = compute_dtype(logits, ref_logits)
-    rows = max(1, CHUNK_BYTES // (vocab * dtype.itemsize))
+    rows = max(1, CHUNK_BYTES // ((vocab if slices is None else slices.widest) * dtype.itemsize))
 
     def chunk(logits, actions, ref_logits, mask, temperature):
         if mask is None:
-            return row_stats(logits, actions, ref_logits, temperature, softcap, dtype)
+            return row_stats(logits, actions, ref_logits, temperature, softcap, dtype, slices)
         # Selected away on both sides, so that neither a NaN under the mask nor its gradient passes.
         logits = torch.where(mask[:, None], logits, 0)
         ref_logits = None if ref_logits is None else torch.where(mask[:, None], ref_logits, 0)
         if isinstance(temperature, Tensor) and temperature.dim():
             temperature = torch.where(mask, temperature, 1)
-        stats = row_stats(logits, torch.where(mask, actions, 0), ref_logits, temperature, softcap, dtype)
+        stats = row_stats(logits, torch.where(mask, actions, 0), ref_logits, temperature, softcap, dtype, slices)
         return TokenStats(*(None if field is None else torch.where(mask, field, 0) for field in stats))
 
     return in_chunks(rows, n, [logits, actions, ref_logits, mask, temperature], chunk)
@@ -213,6 +230,7 @@ def statistics(
     temperature: float | Tensor,  # or (N,)
     softcap: float | None,
     backend: str | None,
+    slices: VocabSlices | None = None,
 ) -> TokenStats:
     """TokenStats of arguments that have been checked."""
     dtype = logits.dtype if ref_logits is None else torch.promote_types(logits.dtype, ref_logits.dtype)
@@ -222,16 +240,18 @@ def statistics(
         temperature = temperature.detach()
     if chosen == "reference":
         rows = logits.flatten(0, -2), actions, None if ref_logits is None else ref_logits.flatten(0, -2)
-        return token_stats_reference(*rows, mask, temperature, softcap)
+        return token_stats_reference(*rows, mask, temperature, softcap, slices)
     temperatures = None
     if isinstance(temperature, Tensor):
         temperatures, temperature = temperature.to(compute_dtype(logits)).expand(actions.shape).contiguous(), 1.0
     logits = _readable("logits", logits.to(dtype))
     ref_logits = None if ref_logits is None else _readable("ref_logits", ref_logits.detach().to(dtype))
     mask = None if mask is None else mask.contiguous()
-    logprobs, lse, entropy, _, _, ref_logprobs, ref_lse, kl, _, _ = _FORWARD(
-        logits, actions, ref_logits, mask, temperatures, float(temperature), float(softcap or 0.0), chosen
-    )
+    arguments = (logits, actions, ref_logits, mask, temperatures, float(temperature), float(softcap or 0.0), chosen)
+    if slices is None:
+        logprobs, lse, entropy, _, _, ref_logprobs, ref_lse, kl, _, _ = _FORWARD(*arguments)
+    else:
+        logprobs, lse, entropy, ref_logprobs, ref_lse, kl = sliced_rows(*arguments, slices)
     if ref_logits is None:
         return TokenStats(logprobs, lse, entropy)
     return TokenStats(logprobs, lse, entropy, ref_logprobs, ref_lse, kl)
@@ -245,6 +265,7 @@ def token_stats(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     backend: str | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> TokenStats:
     """Statistics of softcap(logits) / temperature for each row; the same transformation is applied to `ref_logits`.
 
@@ -256,6 +277,9 @@ def token_stats(
         temperature: a positive number, or (N,) of them; a constant.
         softcap: z becomes softcap * tanh(z / softcap) before the temperature (Gemma 2); None leaves z alone.
         backend: "reference", "cpp", "triton", or None for the best that can run.
+        group: the processes that hold V together: `logits` (and `ref_logits`) are then this process's consecutive columns, in
+            the order of ranks, while `actions` are ids of the whole V. Every process gets the statistics of whole rows, and the
+            gradient of its own columns. Gathers eight numbers a row, and waits for the device once.
 
     Returns:
         TokenStats; `logprobs`, `lse`, `entropy` and `kl` are differentiable in `logits`.
@@ -268,10 +292,11 @@ def token_stats(
     if logits.dim() != 2 or logits.shape[1] < 1:
         checks.fail("logits", "shape (N, V)", f"shape {tuple(logits.shape)}")
     n, vocab = logits.shape
-    checks.actions(actions, (n,), vocab, logits)
+    slices = VocabSlices.of(group, vocab, n, logits)
+    checks.actions(actions, (n,), vocab if slices is None else slices.vocab, logits)
     if ref_logits is not None:
         checks.logits("ref_logits", ref_logits)
         checks.tensor("ref_logits", ref_logits, (n, vocab), logits, "(that of logits)")
     checks.temperature(temperature, (n,), logits)
     checks.softcap(softcap)
-    return statistics(logits, actions, ref_logits, None, temperature, softcap, backend)
+    return statistics(logits, actions, ref_logits, None, temperature, softcap, backend, slices)

@@ -49,11 +49,12 @@ def bwd(
     peak, log_total, ref_peak, ref_log_total, entropy, kl, c_logprobs, c_lse, c_entropy, c_kl,
     *, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The gradient of logits, in their shape and dtype; into `out` if given (contiguous; the logits will do)."""
+    """The gradient of logits, in their shape and dtype; into `out` if given: contiguous, the logits themselves will do, and it
+    may be bfloat16 where they are float32."""
     grad = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
     shared, _alive = _arguments(logits, actions, ref_logits, mask, temperatures, temperature, softcap)
     stats = [0, 0, _address(entropy), peak.data_ptr(), log_total.data_ptr(), 0, 0]
     stats += [_address(kl), _address(ref_peak), _address(ref_log_total)]
     upstream = [_address(c) for c in (c_logprobs, c_lse, c_entropy, c_kl)]
-    _cpu.token_stats_bwd(*shared, stats, upstream, grad.data_ptr())
+    _cpu.token_stats_bwd(*shared, stats, upstream, grad.data_ptr(), grad.dtype != logits.dtype)
     return grad

@@ -83,11 +83,13 @@ def backward_launches(
     logits, actions, ref_logits, mask, temperatures, temperature, softcap,
     peak, log_total, ref_peak, ref_log_total, entropy, kl, c_logprobs, c_lse, c_entropy, c_kl, out=None,
 ):  # fmt: skip
-    """The gradient, and the launches that fill it. `out` may be the logits: an entry is read before it is written."""
-    truncates = triton.knobs.runtime.interpret and logits.dtype == torch.bfloat16  # the interpreter: no rounding
+    """The gradient, and the launches that fill it. `out` may be the logits: an entry is read before it is written. It may also be
+    bfloat16 where they are float32."""
+    dtype = logits.dtype if out is None else out.dtype
+    truncates = triton.knobs.runtime.interpret and dtype == torch.bfloat16  # the interpreter: no rounding
     grad = out
     if out is None or truncates:
-        grad = torch.empty(logits.shape, dtype=torch.float32 if truncates else logits.dtype, device=logits.device)
+        grad = torch.empty(logits.shape, dtype=torch.float32 if truncates else dtype, device=logits.device)
     if c_kl is None:
         ref_logits = ref_peak = ref_log_total = kl = None
     rows, place = _layout(logits, ref_logits)

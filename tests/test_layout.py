@@ -31,9 +31,20 @@ LEVELS = [
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 KERNEL_LEVELS = [
-    {"checks", "dispatch", "library", "packed", "cpu_threads", "scan_triton", "token_stats_triton_kernels"},
-    {"layout", "lambda_return", "token_stats", "linear_engine"},
-    {"lambda_return_cpp", "soft_bellman_cpp", "token_stats_cpp"},
+    {
+        "checks",
+        "dispatch",
+        "library",
+        "packed",
+        "gemm",
+        "gather_weight",
+        "cpu_threads",
+        "scan_triton",
+        "token_stats_triton_kernels",
+    },
+    {"vocab_parallel"},
+    {"layout", "lambda_return", "token_stats", "linear_inputs"},
+    {"lambda_return_cpp", "soft_bellman_cpp", "token_stats_cpp", "linear_engine"},
     {"lambda_return_triton", "soft_bellman_triton", "token_stats_triton"},
     {"soft_bellman", "linear_token_stats"},
     {"soft_bellman_loss", "linear_row_loss"},

@@ -57,13 +57,15 @@ static void token_stats_fwd(RowsTuple logits, RowsTuple ref_logits, Address acti
 
 static void token_stats_bwd(RowsTuple logits, RowsTuple ref_logits, Address actions, Address mask, Address temperatures,
                             double temperature, double softcap, std::int64_t rows, std::int64_t vocab, int dtype,
-                            int threads, std::array<Address, 10> stats, std::array<Address, 4> upstream, Address grad) {
+                            int threads, std::array<Address, 10> stats, std::array<Address, 4> upstream, Address grad,
+                            bool bfloat16_grad) {
     auto args = token_stats_args(logits, ref_logits, actions, mask, temperatures, temperature, softcap, rows, vocab, stats);
     args.c_logprobs = at<const void>(upstream[0]);
     args.c_lse = at<const void>(upstream[1]);
     args.c_entropy = at<const void>(upstream[2]);
     args.c_kl = at<const void>(upstream[3]);
     args.grad = at<void>(grad);
+    args.bfloat16_grad = bfloat16_grad;
     token_stats_backward(args, static_cast<Dtype>(dtype), threads);
 }
 

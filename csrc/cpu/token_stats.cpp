@@ -47,12 +47,12 @@ void token_stats_forward(const TokenStatsArgs& args, Dtype dtype, int threads) {
 }
 
 void token_stats_backward(TokenStatsArgs args, Dtype dtype, int threads) {
-    const std::int64_t bytes = args.rows * args.vocab * size_of(dtype);
+    const std::int64_t bytes = args.rows * args.vocab * size_of(args.bfloat16_grad ? kBfloat16 : dtype);
     // A gradient that no cache will hold until it is read is written past them: one pass over memory instead of two.
     constexpr std::int64_t kBeyondCaches = 8 << 20;
     args.stream = bytes >= kBeyondCaches;
     if (bytes >= kOwnMapping) advise_huge_pages(args.grad, bytes);
-    const auto function = rows().backward[dtype];
+    const auto function = args.bfloat16_grad ? rows().backward_to_bfloat16 : rows().backward[dtype];
     parallel_for(args.rows, args.vocab * (args.c_kl ? 2 : 1), threads,
                  [&](std::int64_t begin, std::int64_t end) { function(args, begin, end); });
 }

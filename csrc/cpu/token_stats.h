@@ -24,14 +24,15 @@ struct TokenStatsArgs {
     void *logprobs, *lse, *entropy, *peak, *log_total;
     void *ref_logprobs, *ref_lse, *kl, *ref_peak, *ref_log_total;
     const void *c_logprobs, *c_lse, *c_entropy, *c_kl;
-    void* grad;  // (rows, V) contiguous
+    void* grad;  // (rows, V) contiguous, in the dtype of the logits, or bfloat16 of float logits
+    bool bfloat16_grad;
     bool stream;  // write grad past the caches
 };
 
 // What one instruction set offers: functions of rows [begin, end), by dtype.
 struct TokenStatsRows {
     using Function = void (*)(const TokenStatsArgs&, std::int64_t begin, std::int64_t end);
-    Function forward[kDtypes], backward[kDtypes];
+    Function forward[kDtypes], backward[kDtypes], backward_to_bfloat16;
     double (*sum_of)(const float*, std::int64_t);  // a bare read loop, the yardstick of benchmarks
 };
 

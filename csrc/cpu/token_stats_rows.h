@@ -196,14 +196,14 @@ void forward_rows(const TokenStatsArgs& a, std::int64_t first, std::int64_t last
         const std::int64_t action = a.actions[r];
         const bool valid = action >= 0 && action < a.vocab;
         const double log_total = all.s > 0.0 ? __builtin_log(all.s) : nan;  // s = 0: every entry is -inf
-        F::put(a.peak, r, all.max);
+        F::put(a.peak, r, all.s == all.s ? all.max : nan);
         F::put(a.log_total, r, log_total);
         F::put(a.lse, r, all.max * inverse + log_total);
         F::put(a.logprobs, r, valid ? (row.one(action) - all.max) * inverse - log_total : nan);
         F::put(a.entropy, r, log_total - all.u / all.s);
         if constexpr (kRef) {
             const double ref_log_total = all.ref_s > 0.0 ? __builtin_log(all.ref_s) : nan;
-            F::put(a.ref_peak, r, all.ref_max);
+            F::put(a.ref_peak, r, all.ref_s == all.ref_s ? all.ref_max : nan);
             F::put(a.ref_log_total, r, ref_log_total);
             F::put(a.ref_lse, r, all.ref_max * inverse + ref_log_total);
             F::put(a.ref_logprobs, r, valid ? (ref.one(action) - all.ref_max) * inverse - ref_log_total : nan);
@@ -212,7 +212,8 @@ void forward_rows(const TokenStatsArgs& a, std::int64_t first, std::int64_t last
     }
 }
 
-template <class T, bool kCap, bool kKl, bool kEntropy>
+// Reads T, writes a gradient of G.
+template <class T, class G, bool kCap, bool kKl, bool kEntropy>
 void backward_rows(const TokenStatsArgs& a, std::int64_t first, std::int64_t last) {
     using F = Fields<T>;
     using R = Reader<T, kCap>;
@@ -220,9 +221,9 @@ void backward_rows(const TokenStatsArgs& a, std::int64_t first, std::int64_t las
     using V = typename R::V;
     using real = typename L::real;
     for (std::int64_t r = first; r < last; ++r) {
-        T* grad = static_cast<T*>(a.grad) + r * a.vocab;
+        G* grad = static_cast<G*>(a.grad) + r * a.vocab;
         if (a.mask && !a.mask[r]) {
-            std::memset(static_cast<void*>(grad), 0, a.vocab * sizeof(T));
+            std::memset(static_cast<void*>(grad), 0, a.vocab * sizeof(G));
             continue;
         }
         const R row(a.logits, r, a.softcap), ref(kKl ? a.ref_logits : a.logits, r, a.softcap);
@@ -265,7 +266,7 @@ void backward_rows(const TokenStatsArgs& a, std::int64_t first, std::int64_t las
         std::int64_t i = 0;
         if (a.stream) {  // needs aligned stores: what comes before the first cache line goes the ordinary way
             const auto misaligned = reinterpret_cast<std::uintptr_t>(grad) % kCacheLine;
-            const std::int64_t head = misaligned ? (kCacheLine - misaligned) / sizeof(T) : 0;
+            const std::int64_t head = misaligned ? (kCacheLine - misaligned) / sizeof(G) : 0;
             for (; i < head && i < a.vocab; i += L::count) {
                 const std::int64_t stop = head < a.vocab ? head : a.vocab;
                 partial(i, stop - i < L::count ? stop - i : L::count);
@@ -296,17 +297,17 @@ void forward(const TokenStatsArgs& a, std::int64_t first, std::int64_t last) {
     (a.softcap > 0.0 ? forward_of<T, true> : forward_of<T, false>)(a, first, last);
 }
 
-template <class T, bool kCap>
+template <class T, class G, bool kCap>
 void backward_of(const TokenStatsArgs& a, std::int64_t first, std::int64_t last) {
     if (a.c_kl)
-        (a.c_entropy ? backward_rows<T, kCap, true, true> : backward_rows<T, kCap, true, false>)(a, first, last);
+        (a.c_entropy ? backward_rows<T, G, kCap, true, true> : backward_rows<T, G, kCap, true, false>)(a, first, last);
     else
-        (a.c_entropy ? backward_rows<T, kCap, false, true> : backward_rows<T, kCap, false, false>)(a, first, last);
+        (a.c_entropy ? backward_rows<T, G, kCap, false, true> : backward_rows<T, G, kCap, false, false>)(a, first, last);
 }
 
-template <class T>
+template <class T, class G>
 void backward(const TokenStatsArgs& a, std::int64_t first, std::int64_t last) {
-    (a.softcap > 0.0 ? backward_of<T, true> : backward_of<T, false>)(a, first, last);
+    (a.softcap > 0.0 ? backward_of<T, G, true> : backward_of<T, G, false>)(a, first, last);
 }
 
 double sum_of(const float* data, std::int64_t count) {
@@ -325,4 +326,5 @@ double sum_of(const float* data, std::int64_t count) {
 #define DQO_TOKEN_STATS_ROWS(name)                                                    \
     const dqo::cpu::TokenStatsRows dqo::cpu::name = {                                 \
         {forward<float>, forward<bf16>, forward<f16>, forward<double>},               \
-        {backward<float>, backward<bf16>, backward<f16>, backward<double>}, sum_of};
+        {backward<float, float>, backward<bf16, bf16>, backward<f16, f16>, backward<double, double>}, \
+        backward<float, bf16>, sum_of};

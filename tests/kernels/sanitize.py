@@ -147,7 +147,9 @@ class Fuzz:
         upstream = [self.pick(0, self.array(n, real)) for _ in range(4)]
         if not ref[0]:
             upstream[3] = 0
-        self.cpu.token_stats_bwd(*shared, stats, upstream, *self.outputs(1, n * vocab, storage))
+        halved = dtype == 0 and self.pick(True, False)  # a bfloat16 gradient of float logits
+        gradient = self.outputs(1, n * vocab, np.uint16 if halved else storage)
+        self.cpu.token_stats_bwd(*shared, stats, upstream, *gradient, halved)
         self.written(1)
 
     def sequences(self):
@@ -215,7 +217,7 @@ def main(mode, path, *arguments):
     rows = (logits, 2, 0, 35), (0, 1, 0, 0), actions.ctypes.data + (mode == "misaligned"), 0, 0, 1.0, 0.0, 2, 35, 0, 1
     cpu.token_stats_fwd(*rows, stats)
     gradient = fuzz.array(69, np.float32, 0)  # one too few
-    cpu.token_stats_bwd(*rows, stats, [0, 0, stats[0], 0], gradient)
+    cpu.token_stats_bwd(*rows, stats, [0, 0, stats[0], 0], gradient, False)
     print("unnoticed")
 
 

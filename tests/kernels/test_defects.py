@@ -198,7 +198,7 @@ def test_every_option_changes_some_output():
         "behavior_logprobs": batch.ref_logprobs,
         "ref_logits": batch.ref_logits.flip(1), "cu_seqlens": torch.tensor([0, 4, 9]),
     }  # fmt: skip
-    other_tests = {"logits", "actions", "rewards", "values", "ref_logprobs", "ref_lse", "mask", "backend"}
+    other_tests = {"logits", "actions", "rewards", "values", "ref_logprobs", "ref_lse", "mask", "backend", "group"}
     assert set(inspect.signature(soft_bellman_loss).parameters) == set(changes) | other_tests
 
     def outcome(**options):

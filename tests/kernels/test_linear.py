@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dqo_kernels import linear_soft_bellman_loss, linear_token_stats, soft_bellman_loss, token_stats
+from dqo_kernels.gemm import gradient_dtype
 from tests.kernels.backends import backends
 from tests.kernels.oracle import random_batch
 
@@ -136,14 +137,17 @@ def test_low_precision_is_accumulated_in_float32(backend, dtype, workspace):
     weighted(want).backward()
     for name in policy:
         assert live[name].grad.dtype == dtype
-        size = truth[name].grad.abs().max().item()
+        found, exact = live[name].grad.double(), truth[name].grad
+        if (
+            gradient_dtype(policy["hidden"], policy["weight"], torch.float32) != torch.float32
+            and backend != "reference"
+        ):
+            # The gradient of the logits is rounded to dtype (half an eps), and so is the result.
+            assert (found - exact).norm() <= torch.finfo(dtype).eps * exact.norm()
+            continue
         # Stored once in dtype, after sums over rows or vocabulary in float32.
-        torch.testing.assert_close(
-            live[name].grad.double(),
-            truth[name].grad,
-            rtol=torch.finfo(dtype).eps / 2,
-            atol=size * 100 * 2**-24,
-        )
+        size = exact.abs().max().item()
+        torch.testing.assert_close(found, exact, rtol=torch.finfo(dtype).eps / 2, atol=size * 100 * 2**-24)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -85,13 +85,14 @@ def run(made, actions, cu_seqlens, backend, workspace, *, live=("hidden", "weigh
 def test_as_many_gemms_as_there_must_be(backend, live, ref, options, gemms):
     made, actions, cu_seqlens = tensors()
     models = 2 if ref else 1
-    for workspace, again in ((models * N * ROW, 0), (models * (N // B) * ROW, 0), (models * ROW, models)):
+    for rows in (N, N // B, 3, 1):
         with Gemms() as counted:
-            loss, owners = run(made, actions, cu_seqlens, backend, workspace, live=live, ref=ref, **options)
+            loss, owners = run(made, actions, cu_seqlens, backend, models * rows * ROW, live=live, ref=ref, **options)
             torch.autograd.grad(loss, list(owners.values()))
-        # What fits the workspace, all of it or one sequence at a time, is projected once.
-        again = again if live else 0
-        assert counted.rows == (gemms + again) * N
+        # What fits the workspace, all of it or one sequence at a time, is projected once. Of a sequence that does not, all but
+        # one workspace is projected again.
+        again = models * B * (N // B - rows) if live and rows < N // B else 0
+        assert counted.rows == gemms * N + again
 
 
 @pytest.mark.parametrize("backend", NATIVE)
@@ -106,6 +107,51 @@ def test_the_result_does_not_depend_on_the_workspace(backend, ref):
         torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-5)
         for got, right in zip(torch.autograd.grad(3.0 * loss, list(owners.values())), expected, strict=True):
             torch.testing.assert_close(got, 3.0 * right, rtol=2e-5, atol=2e-5 * right.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("scale", [0.25, torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64)])
+def test_a_loss_scale_multiplies_the_loss_and_not_the_metrics(backend, scale):
+    made, actions, cu_seqlens = tensors(9)
+    hidden, weight = made["hidden"].requires_grad_(), made["weight"].requires_grad_()
+
+    def call(**options):
+        loss, sums = linear_row_loss(
+            hidden, weight, actions, lambda stats, rows, cu: (stats.lse.sum(), {"lse": stats.lse.sum()}), cu_seqlens,
+            rows={}, backend=backend, **options,
+        )  # fmt: skip
+        return loss, sums["lse"], *torch.autograd.grad(loss, [hidden, weight])
+
+    plain, scaled = call(), call(loss_scale=scale)
+    for got, want, factor in zip(scaled, plain, (0.25, 1.0, 0.25, 0.25), strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, factor * want)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_lengths_on_the_host_change_nothing_and_are_checked(backend):
+    made, actions, cu_seqlens = tensors(10)
+    seen = []
+
+    def call(**options):
+        def row_loss(stats, rows, cu_seqlens):
+            seen.append(cu_seqlens.tolist())
+            return stats.lse.sum(), {}
+
+        return linear_row_loss(
+            made["hidden"], made["weight"], actions, row_loss, cu_seqlens, rows={}, workspace_bytes=9 * ROW,
+            backend=backend, **options,
+        )[0]  # fmt: skip
+
+    assert torch.equal(call(), call(seqlens=[N // B] * B))
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :] and len(seen) > 2
+    for wrong, message in (
+        ([N // B] * (B - 1), "6 lengths that add up to N = 24"),
+        ([3, 5, *[4] * 4], "the differences of cu_seqlens"),
+        (cu_seqlens.diff(), "B host integers"),
+    ):
+        with pytest.raises(ValueError, match=f"seqlens: expected {message}"):
+            call(seqlens=wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -197,14 +243,28 @@ def test_the_reduced_loss_projects_once_whatever_fits(backend):
     made, actions, cu_seqlens = tensors(6)
     hidden, weight = made["hidden"].requires_grad_(), made["weight"].requires_grad_()
     values, zeros = torch.zeros(N, requires_grad=True), torch.zeros(N)
-    for reduction, workspace, gemms in (("mean", N // B, 3), ("sum", 1, 4), ("none", N, 3), ("none", N // B, 4)):
+    for reduction, workspace, again in (("mean", N // B, 0), ("sum", 1, N - B), ("none", N, 0), ("none", 9, N - 9)):
         with Gemms() as counted:
             out = linear_soft_bellman_loss(
                 hidden, weight, actions, zeros, values, ref_logprobs=zeros, cu_seqlens=cu_seqlens,
                 reduction=reduction, workspace_bytes=workspace * ROW, backend=backend,
             )  # fmt: skip
             torch.autograd.grad(out.loss.sum(), [hidden, weight, values])
-        assert counted.rows == gemms * N, (reduction, workspace)
+        assert counted.rows == 3 * N + again, (reduction, workspace)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_a_loss_that_couples_the_batch_keeps_the_workspace_that_it_has(backend):
+    made, actions, cu_seqlens = tensors(8)
+    hidden, weight = made["hidden"].requires_grad_(), made["weight"].requires_grad_()
+    for rows in (N, 10, 1):
+        with Gemms() as counted:
+            loss, _ = linear_row_loss(
+                hidden, weight, actions, lambda stats, rows, cu: (stats.logprobs.mean() ** 2 * len(cu), {}), cu_seqlens,
+                rows={}, coupling="batch", workspace_bytes=rows * ROW, backend=backend,
+            )  # fmt: skip
+            torch.autograd.grad(loss, [hidden, weight])
+        assert counted.rows == 3 * N + (N - rows)
 
 
 @pytest.mark.parametrize("backend", NATIVE)

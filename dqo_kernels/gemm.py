@@ -1,0 +1,75 @@
+"""The matrix products of the linear forms, in the dtypes that keep their accuracy:
+
+    z = x @ w^T                       float32 (float64 from float64), whatever x and w are: logits rounded to bfloat16 put
+                                      log-probabilities off by hundredths
+    out = dz @ w,  sum += dz^T @ x    in the dtype of dz
+
+dz has the dtype that `gradient_dtype` names. bfloat16, when x and w are and the device multiplies bfloat16 fast: sums run in
+float32 inside the product, and rounding dz costs no more than rounding the result to bfloat16 does. Else float32, and a factor of
+another dtype is cast a block of rows of w at a time, so that no second w exists.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 16 * 2**20  # of w cast at a time
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products have instructions of their own; emulated ones are slower than float32."""
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return True
+
+
+def gradient_dtype(x: Tensor, w: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Of dz, where logits are computed in `dtype`."""
+    halves = x.dtype == w.dtype == torch.bfloat16 and dtype == torch.float32
+    return torch.bfloat16 if halves and fast_bfloat16(x.device) else dtype
+
+
+def _blocks(w: Tensor, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """Row ranges of w to be cast together; all of it where nothing needs a cast."""
+    rows = len(w) if w.dtype == dtype else max(64, BLOCK_BYTES // (dtype.itemsize * max(w.shape[1], 1)))
+    return [(at, min(at + rows, len(w))) for at in range(0, len(w), max(rows, 1))]
+
+
+def project(x: Tensor, w: Tensor, out: Tensor) -> Tensor:
+    """out (n, V) = x (n, D) @ w (V, D)^T."""
+    if x.is_cuda and x.dtype == w.dtype and x.dtype in (torch.bfloat16, torch.float16) and out.dtype == torch.float32:
+        return torch.mm(x, w.t(), out_dtype=torch.float32, out=out)
+    x = x.to(out.dtype)
+    for first, last in _blocks(w, out.dtype):
+        torch.mm(x, w[first:last].to(out.dtype).t(), out=out[:, first:last])
+    return out
+
+
+def add_projection(x: Tensor, w: Tensor, out: Tensor) -> Tensor:
+    """out (n, V) += x (n, R) @ w (V, R)^T, of a small R."""
+    return out.addmm_(x.to(out.dtype), w.to(out.dtype).t())
+
+
+def back(dz: Tensor, w: Tensor, out: Tensor) -> None:
+    """out (n, D) = dz (n, V) @ w (V, D), in the dtype of dz."""
+    for first, last in _blocks(w, dz.dtype):
+        block = w[first:last].to(dz.dtype)
+        if first == 0:
+            torch.mm(dz[:, first:last], block, out=out)
+        else:
+            out.addmm_(dz[:, first:last], block)
+
+
+def accumulate(dz: Tensor, x: Tensor, out: Tensor, first: bool) -> None:
+    """out (V, D) = dz (n, V)^T @ x (n, D), or += after the first time; `out` in the dtype of dz, or float32 for more accuracy."""
+    x = x.to(dz.dtype)
+    if out.dtype == dz.dtype:
+        torch.mm(dz.t(), x, out=out) if first else out.addmm_(dz.t(), x)
+    elif dz.is_cuda:
+        torch.addmm(out, dz.t(), x, out_dtype=out.dtype, beta=0 if first else 1, out=out)
+    else:  # the CPU's products give the dtype of their factors: a block of V at a time is added up in float32
+        rows = max(64, BLOCK_BYTES // (out.itemsize * max(out.shape[1], 1)))
+        for begin in range(0, len(out), rows):
+            part = torch.mm(dz[:, begin : begin + rows].t(), x)
+            out[begin : begin + rows].copy_(part) if first else out[begin : begin + rows].add_(part)
