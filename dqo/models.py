@@ -81,19 +81,24 @@ def hidden_rows(model: PreTrainedModel, batch: Batch) -> Tensor:
     return hidden.flatten(0, 1)[batch.states]
 
 
-def policy_stats(policy: PreTrainedModel, batch: Batch) -> TokenStats:
+def _head_stats(policy: PreTrainedModel, hidden: Tensor, actions: Tensor) -> TokenStats:
     head = policy.get_output_embeddings()
-    return linear_token_stats(
-        hidden_rows(policy, batch), head.weight, batch.actions, bias=head.bias, softcap=final_softcap(policy)
-    )
+    return linear_token_stats(hidden, head.weight, actions, bias=head.bias, softcap=final_softcap(policy))
+
+
+def policy_stats(policy: PreTrainedModel, batch: Batch) -> TokenStats:
+    return _head_stats(policy, hidden_rows(policy, batch), batch.actions)
 
 
 @torch.no_grad()
-def check_head(policy: PreTrainedModel, batch: Batch) -> None:
-    """Refuses a model whose logits are not softcap(head(hidden)): its statistics would be silently wrong."""
-    logits = policy(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.states].float()
-    expected = logits.log_softmax(-1).gather(-1, batch.actions[:, None])[:, 0]
-    difference = (policy_stats(policy, batch).logprobs - expected).abs().max().item()
+def check_head(policy: PreTrainedModel, ids: list[int]) -> None:
+    """Refuses a model whose logits are not softcap(head(hidden)): its statistics would be silently wrong. `ids` are a few tokens,
+    two at least: the logits of all of them are made, which nothing else does."""
+    inputs = torch.tensor([ids], device=policy.device)
+    logits, actions = policy(input_ids=inputs, use_cache=False).logits[0, :-1].float(), inputs[0, 1:]
+    expected = logits.log_softmax(-1).gather(-1, actions[:, None])[:, 0]
+    hidden = policy.base_model(input_ids=inputs, use_cache=False).last_hidden_state[0, :-1]
+    difference = (_head_stats(policy, hidden, actions).logprobs - expected).abs().max().item()
     if not difference < 1e-3:
         raise UserError(
             f"{type(policy).__name__} does more to its logits than a linear head and a softcap (log-probabilities differ by "

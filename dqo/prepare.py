@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dqo.batches import collate, groups_of
+from dqo.batches import groups_of
 from dqo.config import Options
 from dqo.episodes import Episode, fingerprint, make_episodes
 from dqo.errors import UserError
@@ -138,7 +138,7 @@ def prepare(options: Options, train_rows: list[Row], held_rows: list[Row]) -> Pr
     options_that_bind = {name: value for name, value in options.flat().items() if name not in FREE_OPTIONS}
     identity = {"data": fingerprint(episodes), "model": weights_hash(policy), "options": options_that_bind}
 
-    check_head(policy, collate(episodes[:2], tokenizer.pad_token_id, device))
+    check_head(policy, (episodes[0].prompt_ids + episodes[0].completion_ids)[-64:])
     if objective.needs_reference:
         distinct = list({id(e): e for e in episodes + held_out}.values())
         add_reference(distinct, policy, tokenizer.pad_token_id, 4 * config.per_device_train_batch_size)

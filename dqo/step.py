@@ -21,8 +21,9 @@ def objective_sums(
     objective,
     batch: Batch,
     train_policy: bool = True,
+    loss_scale: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective's loss summed over a micro-batch, and its [sum, count] metrics."""
+    """The objective's loss summed over a micro-batch, times `loss_scale`, and its [sum, count] metrics."""
     columns = dict(batch.columns)
     if value_model is not None:
         columns["values"], end_values = value_rows(value_model, batch)
@@ -51,6 +52,8 @@ def objective_sums(
         batch.cu_seqlens,
         rows=columns,
         cu_groups=torch.arange(0, len(batch.episodes) + 1, size),
+        seqlens=[len(e.completion_ids) for e in batch.episodes],
+        loss_scale=loss_scale,
         bias=bias,
         softcap=final_softcap(policy),
     )
@@ -72,16 +75,16 @@ def accumulate(
     tokens = 0
     for episodes in micro_batches(groups, per_micro_batch):
         batch = collate(episodes, pad_id, policy.device)
-        loss, more = objective_sums(policy, value_model, objective, batch, train_policy)
+        loss, more = objective_sums(policy, value_model, objective, batch, train_policy, 1.0 / units)
         if not torch.isfinite(loss):
             rows = ", ".join(e.source for e in episodes[:5])
             raise UserError(
                 f"the loss is {loss.item()} on a batch with rows {rows} ...; lower the learning rate or raise beta"
             )
         if loss.requires_grad:
-            (loss / units).backward()
+            loss.backward()
         share = torch.stack(
-            [loss.detach(), loss.new_tensor(float(unit_count(groups_of(episodes, size), objective.unit)))]
+            [units * loss.detach(), loss.new_tensor(float(unit_count(groups_of(episodes, size), objective.unit)))]
         )
         sums = metrics.add(sums, more | {"loss": share})
         tokens += batch.tokens

@@ -1,13 +1,18 @@
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.memory import extra_memory
 from dqo.batches import collate, groups_of
 from dqo.errors import UserError
 from dqo.models import value_model_from
 from dqo.objectives import DPO, DQO, SFT, UNIT_EPISODES
 from dqo.step import accumulate, objective_sums
+from dqo_kernels import dispatch
+from dqo_kernels.linear_inputs import WORKSPACE_BYTES
 from tests.dqo.helpers import episodes, gradients, policy
 
 OBJECTIVES = [DQO(), DQO(lam=0.9, is_level="suffix"), DQO(value_model="none"), DQO(target="residual"), SFT(), DPO()]
@@ -110,3 +115,32 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows():
     members[2].rewards[0] = float("nan")
     with pytest.raises(UserError, match="the loss is nan .*row"):
         accumulate(model, critic, DQO(), [[e] for e in members], 12, 0)
+
+
+@pytest.mark.skipif(
+    dispatch.unavailable("cpp") is not None, reason="its reference backend recomputes; see the kernels' tests"
+)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
+def test_a_step_with_a_large_vocabulary_never_holds_the_logits_of_all_rows(objective):
+    vocab, width, length = 151_936, 16, 200
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=width, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    critic = value_model_from(model) if objective.needs_values else None
+    rng = np.random.default_rng(0)
+    members = [
+        dataclasses.replace(
+            e, completion_ids=rng.integers(vocab, size=length).tolist(), rewards=np.zeros(length, np.float32),
+            ref_logprobs=np.full(length, -11.9, np.float32), ref_lse=np.full(length, 11.9, np.float32),
+        )
+        for e in episodes(4)
+    ]  # fmt: skip
+    groups = groups_of(members, UNIT_EPISODES[objective.unit])
+    extra, _ = extra_memory(lambda: accumulate(model, critic, objective, groups, len(groups), 0), torch.device("cpu"))
+    weights = vocab * width * 4
+    # The workspace, the gradients of head, embedding and the critic's embedding, and what the little model needs.
+    assert extra.peak < WORKSPACE_BYTES["cpu"] + 5 * weights < 4 * length * vocab * 4
+    assert model.lm_head.weight.grad.abs().max() > 0
