@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 16 * 2**20  # of w cast at a time
+BLOCK_BYTES = 4 * 2**20  # of a weight cast at a time, into memory that is used again: fresh memory costs page faults
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -30,46 +30,69 @@ def gradient_dtype(x: Tensor, w: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if halves and fast_bfloat16(x.device) else dtype
 
 
-def _blocks(w: Tensor, dtype: torch.dtype) -> list[tuple[int, int]]:
-    """Row ranges of w to be cast together; all of it where nothing needs a cast."""
-    rows = len(w) if w.dtype == dtype else max(64, BLOCK_BYTES // (dtype.itemsize * max(w.shape[1], 1)))
-    return [(at, min(at + rows, len(w))) for at in range(0, len(w), max(rows, 1))]
+class Products:
+    """The products of one call; holds the block that it casts into."""
+
+    def __init__(self):
+        self.block: Tensor | None = None
+
+    def _room(self, rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """(rows, D) of scratch memory, D that of `like`."""
+        count = rows * like.shape[1]
+        if self.block is None or self.block.dtype != dtype or len(self.block) < count:
+            self.block = torch.empty(count, dtype=dtype, device=like.device)
+        return self.block[:count].view(rows, like.shape[1])
+
+    def _cast(self, w: Tensor, dtype: torch.dtype):
+        """(first, last, w[first:last] in dtype) for all of w: at once where nothing needs a cast."""
+        if w.dtype == dtype:
+            yield 0, len(w), w
+            return
+        rows = _block_rows(w, dtype)
+        for first in range(0, len(w), rows):
+            last = min(first + rows, len(w))
+            yield first, last, self._room(last - first, w, dtype).copy_(w[first:last])
+
+    def project(self, x: Tensor, w: Tensor, out: Tensor) -> Tensor:
+        """out (n, V) = x (n, D) @ w (V, D)^T."""
+        if (
+            x.is_cuda
+            and x.dtype == w.dtype
+            and x.dtype in (torch.bfloat16, torch.float16)
+            and out.dtype == torch.float32
+        ):
+            return torch.mm(x, w.t(), out_dtype=torch.float32, out=out)
+        x = x.to(out.dtype)
+        for first, last, block in self._cast(w, out.dtype):
+            torch.mm(x, block.t(), out=out[:, first:last])
+        return out
+
+    def add_projection(self, x: Tensor, w: Tensor, out: Tensor) -> Tensor:
+        """out (n, V) += x (n, R) @ w (V, R)^T, of a small R."""
+        return out.addmm_(x.to(out.dtype), w.to(out.dtype).t())
+
+    def back(self, dz: Tensor, w: Tensor, out: Tensor) -> None:
+        """out (n, D) = dz (n, V) @ w (V, D), in the dtype of dz."""
+        for first, last, block in self._cast(w, dz.dtype):
+            if first == 0:
+                torch.mm(dz[:, first:last], block, out=out)
+            else:
+                out.addmm_(dz[:, first:last], block)
+
+    def accumulate(self, dz: Tensor, x: Tensor, out: Tensor, first: bool) -> None:
+        """out (V, D) = dz (n, V)^T @ x (n, D), or += after the first time; `out` in the dtype of dz, or float32."""
+        x = x.to(dz.dtype)
+        if out.dtype == dz.dtype:
+            torch.mm(dz.t(), x, out=out) if first else out.addmm_(dz.t(), x)
+        elif dz.is_cuda:
+            torch.addmm(out, dz.t(), x, out_dtype=out.dtype, beta=0 if first else 1, out=out)
+        else:  # the CPU's products have the dtype of their factors: a block of V at a time is added up in float32
+            rows = _block_rows(out, dz.dtype)
+            for begin in range(0, len(out), rows):
+                total = out[begin : begin + rows]
+                part = torch.mm(dz[:, begin : begin + rows].t(), x, out=self._room(len(total), out, dz.dtype))
+                total.copy_(part) if first else total.add_(part)
 
 
-def project(x: Tensor, w: Tensor, out: Tensor) -> Tensor:
-    """out (n, V) = x (n, D) @ w (V, D)^T."""
-    if x.is_cuda and x.dtype == w.dtype and x.dtype in (torch.bfloat16, torch.float16) and out.dtype == torch.float32:
-        return torch.mm(x, w.t(), out_dtype=torch.float32, out=out)
-    x = x.to(out.dtype)
-    for first, last in _blocks(w, out.dtype):
-        torch.mm(x, w[first:last].to(out.dtype).t(), out=out[:, first:last])
-    return out
-
-
-def add_projection(x: Tensor, w: Tensor, out: Tensor) -> Tensor:
-    """out (n, V) += x (n, R) @ w (V, R)^T, of a small R."""
-    return out.addmm_(x.to(out.dtype), w.to(out.dtype).t())
-
-
-def back(dz: Tensor, w: Tensor, out: Tensor) -> None:
-    """out (n, D) = dz (n, V) @ w (V, D), in the dtype of dz."""
-    for first, last in _blocks(w, dz.dtype):
-        block = w[first:last].to(dz.dtype)
-        if first == 0:
-            torch.mm(dz[:, first:last], block, out=out)
-        else:
-            out.addmm_(dz[:, first:last], block)
-
-
-def accumulate(dz: Tensor, x: Tensor, out: Tensor, first: bool) -> None:
-    """out (V, D) = dz (n, V)^T @ x (n, D), or += after the first time; `out` in the dtype of dz, or float32 for more accuracy."""
-    x = x.to(dz.dtype)
-    if out.dtype == dz.dtype:
-        torch.mm(dz.t(), x, out=out) if first else out.addmm_(dz.t(), x)
-    elif dz.is_cuda:
-        torch.addmm(out, dz.t(), x, out_dtype=out.dtype, beta=0 if first else 1, out=out)
-    else:  # the CPU's products give the dtype of their factors: a block of V at a time is added up in float32
-        rows = max(64, BLOCK_BYTES // (out.itemsize * max(out.shape[1], 1)))
-        for begin in range(0, len(out), rows):
-            part = torch.mm(dz[:, begin : begin + rows].t(), x)
-            out[begin : begin + rows].copy_(part) if first else out[begin : begin + rows].add_(part)
+def _block_rows(matrix: Tensor, dtype: torch.dtype) -> int:
+    return max(64, BLOCK_BYTES // (dtype.itemsize * max(matrix.shape[1], 1)))

@@ -15,14 +15,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dqo_kernels import gemm, library
+from dqo_kernels import library
+from dqo_kernels.dispatch import _cpu
+from dqo_kernels.gemm import Products, gradient_dtype
 from dqo_kernels.linear_inputs import Differentiable, Linear, no_autocast
+
+
+def _large(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised, on huge pages where the C++ extension can ask for them."""
+    x = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and _cpu is not None:
+        _cpu.advise_huge_pages(x.data_ptr(), x.nbytes)
+    return x
 
 
 class Head:
     """Projects hidden states to logits."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, low=None, lora_b=None):
+    def __init__(self, products: Products, hidden: Tensor, weight: Tensor, bias: Tensor | None, low=None, lora_b=None):
+        self.products = products
         parts = (hidden, weight, bias, low, lora_b)
         self.hidden, self.weight, self.bias, self.low, self.lora_b = (None if x is None else x.detach() for x in parts)
 
@@ -30,9 +41,9 @@ class Head:
         """(last - first, V) written into the workspace `out`."""
         out = out[: last - first]
         with no_autocast(out.device):
-            gemm.project(self.hidden[first:last], self.weight, out)
+            self.products.project(self.hidden[first:last], self.weight, out)
             if self.low is not None:
-                gemm.add_projection(self.low[first:last], self.lora_b, out)
+                self.products.add_projection(self.low[first:last], self.lora_b, out)
             return out if self.bias is None else out.add_(self.bias)
 
 
@@ -40,30 +51,32 @@ class Gradients:
     """Those of a Differentiable, each only if wanted. Sums over several workspaces are kept in the dtype of the logits."""
 
     def __init__(self, head: Head, wanted: tuple[bool, ...], dz_dtype: torch.dtype, sum_dtype: torch.dtype):
-        def make(x, want, dtype, zero):
-            return (torch.zeros_like if zero else torch.empty_like)(x, dtype=dtype) if want else None
+        def zeros(x, want, dtype):
+            return torch.zeros(x.shape, dtype=dtype, device=x.device) if want else None
+
+        def room(x, want):  # written by the first rows, added to by the others
+            return _large(*x.shape, dtype=sum_dtype, device=x.device) if want else None
 
         hidden, weight, bias, low, lora_b = wanted
         self.head, self.untouched = head, True
-        self.hidden = make(head.hidden, hidden, dz_dtype, True)  # zero where a loss does not look
-        self.low = make(head.low, low, dz_dtype, True)
-        self.weight = make(head.weight, weight, sum_dtype, False)  # written by the first rows, added to by the others
-        self.lora_b = make(head.lora_b, lora_b, sum_dtype, False)
-        self.bias = make(head.bias, bias, torch.promote_types(sum_dtype, torch.float32), True)
+        self.hidden = zeros(head.hidden, hidden, dz_dtype)  # zero where a loss does not look
+        self.low = zeros(head.low, low, dz_dtype)
+        self.weight, self.lora_b = room(head.weight, weight), room(head.lora_b, lora_b)
+        self.bias = zeros(head.bias, bias, torch.promote_types(sum_dtype, torch.float32))
 
     def add(self, first: int, last: int, dz: Tensor) -> None:
         """The rows' share, from the gradient of their logits (last - first, V)."""
-        head, untouched = self.head, self.untouched
+        head, products, untouched = self.head, self.head.products, self.untouched
         self.untouched = False
         with no_autocast(dz.device):
             if self.hidden is not None:
-                gemm.back(dz, head.weight, self.hidden[first:last])
+                products.back(dz, head.weight, self.hidden[first:last])
             if self.low is not None:
-                gemm.back(dz, head.lora_b, self.low[first:last])
+                products.back(dz, head.lora_b, self.low[first:last])
             if self.weight is not None:
-                gemm.accumulate(dz, head.hidden[first:last], self.weight, untouched)
+                products.accumulate(dz, head.hidden[first:last], self.weight, untouched)
             if self.lora_b is not None:
-                gemm.accumulate(dz, head.low[first:last], self.lora_b, untouched)
+                products.accumulate(dz, head.low[first:last], self.lora_b, untouched)
             if self.bias is not None:
                 self.bias += dz.sum(0, dtype=self.bias.dtype)
 
@@ -86,8 +99,10 @@ class Engine:
     def __init__(self, backend: str, call: Linear, inputs: Differentiable):
         self.backend, self.slices = backend, call.slices
         self.wanted, dtype = inputs.wanted(), call.dtype
-        self.head = Head(*inputs.tensors())
-        self.ref = None if call.ref_hidden is None else Head(call.ref_hidden, call.ref_weight, call.ref_bias)
+        products = Products()
+        self.head, self.ref = Head(products, *inputs.tensors()), None
+        if call.ref_hidden is not None:
+            self.ref = Head(products, call.ref_hidden, call.ref_weight, call.ref_bias)
         self.actions, self.here = call.actions.long().contiguous(), None
         if self.slices is not None:
             self.here, self.actions = self.slices.local(self.actions)
@@ -97,17 +112,14 @@ class Engine:
             self.temperature = 1.0
         self.softcap = float(call.softcap or 0.0)
         self.models = 1 if self.ref is None else 2
-        self.dtype, self.dz_dtype = dtype, gemm.gradient_dtype(call.hidden, call.weight, dtype)
+        self.dtype, self.dz_dtype = dtype, gradient_dtype(call.hidden, call.weight, dtype)
         beside = self.dz_dtype.itemsize if any(self.wanted) and self.dz_dtype != dtype else 0
         rows = call.rows_in_workspace(self.models * dtype.itemsize + beside)
         self.rows = min(rows, max(len(self.actions), 1))
         vocab, device = len(call.weight), call.hidden.device
 
-        def workspace(dtype):
-            return torch.empty(self.rows, vocab, dtype=dtype, device=device)
-
-        self.workspaces = [workspace(dtype) for _ in range(self.models)]
-        self.dz = workspace(self.dz_dtype) if beside else None
+        self.workspaces = [_large(self.rows, vocab, dtype=dtype, device=device) for _ in range(self.models)]
+        self.dz = _large(self.rows, vocab, dtype=self.dz_dtype, device=device) if beside else None
 
     def gradients(self) -> Gradients:
         once = self.rows >= len(self.actions)  # a sum of one term is rounded once

@@ -149,6 +149,8 @@ def specialisations(dtypes, vocabs, everything: bool):
                 tail = (mask, row, 1.0, softcap) if per_row else (None, None, 1.0, softcap)
                 for ref_logits in (None, logits):
                     yield from forward_launches(logits, actions, ref_logits, *tail)[1]
-                for given in coefficients:
-                    c = [row if i in given else None for i in range(4)]
-                    yield from backward_launches(logits, actions, logits, *tail, *[row] * 6, *c)[1]
+                # The linear forms take a bfloat16 gradient of float32 logits.
+                for out in (None, meta(rows, vocab, dtype=torch.bfloat16)) if dtype == torch.float32 else (None,):
+                    for given in coefficients:
+                        c = [row if i in given else None for i in range(4)]
+                        yield from backward_launches(logits, actions, logits, *tail, *[row] * 6, *c, out)[1]

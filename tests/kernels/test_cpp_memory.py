@@ -128,3 +128,26 @@ def test_the_gradient_may_take_the_place_of_the_logits(isa, dtype, rows):
     arguments = (z, actions, z_ref, None, None, 1.0, 0.0, *stats, *upstream.float().unbind())
     got = token_stats_cpp.bwd(*arguments, out=z)
     assert got.data_ptr() == z.data_ptr() and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("rows", [5, 1050, 2100], ids=["ordinary", "streamed in float32", "streamed in both"])
+def test_the_gradient_of_floats_may_be_bfloat16(isa, rows):
+    z, z_ref, actions, upstream = make(11, 5, 4099, torch.float32)
+    copies = (rows // 5, 1), (rows // 5, 1), (rows // 5,), (1, rows // 5)
+    z, z_ref, actions, upstream = (x.repeat(*n) for x, n in zip((z, z_ref, actions, upstream), copies, strict=True))
+    mask = torch.arange(rows) % 7 != 3
+    *out, want = directly(z, actions, z_ref, mask, upstream)
+    stats = (out[3], out[4], out[8], out[9], out[2], out[7])
+    arguments = (z, actions, z_ref, mask, None, 1.0, 0.0, *stats, *upstream.float().unbind())
+    room = torch.full((rows * 4099 + 1,), torch.nan, dtype=torch.bfloat16)
+    for odd in (0, 1):  # an address that is no multiple of a vector
+        got = token_stats_cpp.bwd(*arguments, out=room[odd : odd + rows * 4099].view(rows, 4099))
+        assert torch.equal(got, want.bfloat16())
+
+
+@pytest.mark.parametrize("count", [0, 1, 2**25, 2**25 + 2**20 + 1])
+def test_advice_about_memory_changes_nothing_in_it(count):
+    x = torch.ones(count, dtype=torch.uint8)
+    for odd in (0, 1, 4097):
+        _cpu.advise_huge_pages(x.data_ptr() + min(odd, count), max(count - odd, 0))
+    assert x.all()
