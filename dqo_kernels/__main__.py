@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from dqo_kernels import dispatch, lambda_return, soft_bellman, soft_bellman_loss, token_stats
+from dqo_kernels import dispatch, lambda_return, linear_row_loss, soft_bellman, soft_bellman_loss, token_stats
 
 VALUE_BOUND = 2e-6  # |error| <= VALUE_BOUND * (1 + |value|); README
 GRADIENT_BOUND = 2e-5  # of the largest entry of the gradient
@@ -55,6 +55,8 @@ def _inputs(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     made = {
         "logits": 4 * torch.randn(n, vocab, generator=rng),
         "ref_logits": 4 * torch.randn(n, vocab, generator=rng),
+        "hidden": torch.randn(n, 8, generator=rng),
+        "weight": torch.randn(vocab, 8, generator=rng),
         "logprobs": -torch.rand(n, generator=rng),
         "ref_logprobs": -torch.rand(n, generator=rng),
         "rewards": torch.randn(n, generator=rng),
@@ -90,11 +92,23 @@ def _soft_bellman_loss(x, backend):
     return [y for y in out if y is not None], out.loss, [x["logits"], x["values"]]
 
 
+def _linear_row_loss(x, backend):
+    def row_loss(stats, rows, cu_seqlens):
+        loss = (stats.logprobs * rows["rewards"]).sum() + 0.3 * stats.lse.sum() - 0.2 * stats.entropy.sum()
+        return loss, {name: getattr(stats, name).mean() for name in ("logprobs", "lse", "entropy")}
+
+    inputs, rows = (x["hidden"], x["weight"], x["actions"]), {"rewards": x["rewards"]}
+    options = {"workspace_bytes": 2**19, "backend": backend}  # a few sequences at a time
+    loss, sums = linear_row_loss(*inputs, row_loss, x["cu_seqlens"], rows=rows, **options)
+    return list(sums.values()), loss, [x["hidden"], x["weight"]]
+
+
 CHECKS = {
     "token_stats": _token_stats,
     "lambda_return": _lambda_return,
     "soft_bellman": _soft_bellman,
     "soft_bellman_loss": _soft_bellman_loss,
+    "linear_row_loss": _linear_row_loss,
 }
 
 
