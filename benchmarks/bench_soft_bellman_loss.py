@@ -71,18 +71,21 @@ def _ours(x: SimpleNamespace, backend: str) -> Phases:
     return _phases(forward, x)
 
 
-def eager(logits, ref_logits, actions, rewards, values, kl_coef: float, shape: tuple[int, int]):
-    """gamma = lambda = 1, so that the return is a sum."""
-    logp, picked = logits.float().log_softmax(-1), actions[:, None]
-    with torch.no_grad():
-        ref_logp = ref_logits.float().log_softmax(-1)
-    delta = (logp.gather(-1, picked) - ref_logp.gather(-1, picked)).view(shape)
-    rewards, values = rewards.view(shape), values.view(shape)
+def bellman_loss(delta, rewards, values):
+    """(B, T) each, delta = log(pi / pi_ref); gamma = lambda = 1, so that the return is a sum."""
     returns = (rewards - BETA * delta.detach()).flip(1).cumsum(1).flip(1)
     advantages = rewards + torch.nn.functional.pad(returns[:, 1:], (0, 1)) - values.detach()
     weights = delta.detach().sum(1, keepdim=True).clamp(max=CAP).exp()
     rows = 0.5 * weights * ((BETA * delta - advantages).square() + (returns - values).square())
-    loss = rows.mean()
+    return rows.mean()
+
+
+def eager(logits, ref_logits, actions, rewards, values, kl_coef: float, shape: tuple[int, int]):
+    logp, picked = logits.float().log_softmax(-1), actions[:, None]
+    with torch.no_grad():
+        ref_logp = ref_logits.float().log_softmax(-1)
+    delta = (logp.gather(-1, picked) - ref_logp.gather(-1, picked)).view(shape)
+    loss = bellman_loss(delta, rewards.view(shape), values.view(shape))
     if kl_coef:
         loss = loss + kl_coef * (logp.exp() * (logp - ref_logp)).sum(-1).mean()
     return loss

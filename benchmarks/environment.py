@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 SIZES = ("smoke", "default", "full")
-PACKAGES = ("torch", "triton", "liger-kernel", "trl", "torchrl")
+PACKAGES = ("torch", "triton", "liger-kernel", "trl", "torchrl", "cut-cross-entropy")
 
 
 def size() -> str:
@@ -63,7 +63,7 @@ def commit() -> str:
 def sources() -> str:
     """A hash of what a measurement depends on, for results of an interrupted run; a commit does not tell edits apart."""
     root, digest = Path(__file__).parent.parent, hashlib.sha256()
-    for folder, pattern in (("dqo_kernels", "*.py"), ("csrc", "**/*.*"), ("benchmarks", "*.py")):
+    for folder, pattern in (("dqo_kernels", "*.py"), ("dqo", "**/*.py"), ("csrc", "**/*.*"), ("benchmarks", "*.py")):
         for path in sorted((root / folder).glob(pattern)):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -18,13 +18,29 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bench_lambda_return, bench_soft_bellman, bench_soft_bellman_loss, bench_token_stats, environment
+from benchmarks import (
+    bench_lambda_return,
+    bench_linear_soft_bellman_loss,
+    bench_soft_bellman,
+    bench_soft_bellman_loss,
+    bench_token_stats,
+    bench_train_step,
+    environment,
+)
 from benchmarks.harness import FAILED, Budget, Case, Operation, measure
 from benchmarks.records import entry, names
 
 ROOT = Path(__file__).parent.parent
 OPERATIONS = [
-    module.OPERATION for module in (bench_token_stats, bench_soft_bellman, bench_lambda_return, bench_soft_bellman_loss)
+    module.OPERATION
+    for module in (
+        bench_token_stats,
+        bench_soft_bellman,
+        bench_lambda_return,
+        bench_soft_bellman_loss,
+        bench_linear_soft_bellman_loss,
+        bench_train_step,
+    )
 ]
 BUDGET = Budget(min_rounds=5, max_time=0.25)
 NO_TESTS_COLLECTED = 5

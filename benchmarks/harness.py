@@ -2,11 +2,12 @@
 
 A case is an operation at one shape. Its candidates (our backends, eager torch, torch.compile, peers) are run in turn, one
 round each, so that a machine that slows down slows all of them; medians are reported. Nothing waits in between, as in training:
-threads of our own meet those of torch while they still spin after their last loop. In every case a plain copy as large as
-the largest input (64 MiB at least, 1 GiB on a GPU) into a buffer written to before runs along: its bandwidth, bytes read
-plus bytes written, is the ceiling that the others are given a share of.
+threads of our own meet those of torch while they still spin after their last loop. A ceiling that the others are given a
+share of runs along (units.py). Where bytes are counted that is a plain copy as large as the largest input (64 MiB at least,
+1 GiB on a GPU) into a buffer written to before, at the bytes it reads plus those it writes; where FLOPs are, a candidate.
 
-Modes: "forward" without autograd; "backward" the gradient alone; "both" a forward that records and its gradient.
+Modes: "forward" without autograd; "backward" the gradient alone; "both" a forward that records and its gradient. An operation
+leaves out "backward" where some make the gradient in the forward.
 On a GPU also "forward, graph" and "both, graph": replays of a captured CUDA graph, the device time without Python.
 """
 
@@ -25,8 +26,8 @@ from torch import Tensor
 
 from benchmarks import gpu_clock
 from benchmarks.memory import extra_memory
+from benchmarks.units import BYTES, COPY, Unit
 
-COPY = "copy"
 COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}  # at least: far more than any cache
 MAX_ROUNDS = 500
 FAILED = "failed"  # how the reason begins that is a defect: a wrong result, an error
@@ -74,15 +75,17 @@ class Operation:
     candidates: list[Candidate]  # one is "reference"
     formulas: dict[
         str, tuple[str, Callable[[Case], int]]
-    ]  # "mode" or "mode variant": what must move, as text and in bytes
+    ]  # "mode" or "mode variant": the work of one call, as text and as a number of `unit`
     dispatched: tuple[str, ...] = ()  # the entries of dispatch.TABLE that it uses; its own name when empty
     tolerance: Callable[[Case], float] = lambda case: 1e-4  # of the relative error (norms)
-    rough: dict[str, float] = field(default_factory=dict)  # candidate: a tolerance of its own
+    rough: dict[str, float] = field(default_factory=dict)  # candidate: a tolerance of its own in 16 bits
+    unit: Unit = BYTES
+    modes: tuple[str, ...] = ("forward", "backward", "both")
 
     def __post_init__(self):
         self.dispatched = self.dispatched or (self.name,)
 
-    def must_move(self, case: Case, mode: str) -> tuple[str, int]:
+    def work(self, case: Case, mode: str) -> tuple[str, int]:
         mode = mode.removesuffix(gpu_clock.GRAPH)
         text, count = self.formulas.get(f"{mode} {case.variant}") or self.formulas[mode]
         return text, count(case)
@@ -105,9 +108,9 @@ class Budget(NamedTuple):
         return rounds < 3 or spent < self.max_time or (rounds < self.min_rounds and spent < 3 * self.max_time)
 
 
-def modes(case: Case, device_type: str) -> list[str]:
+def modes(operation: Operation, case: Case, device_type: str) -> list[str]:
     graphs = [mode + gpu_clock.GRAPH for mode in ("forward", "both")] if case.graph and device_type == "cuda" else []
-    return ["forward", "backward", "both", *graphs]
+    return [*operation.modes, *graphs]
 
 
 def differentiated(forward: Callable, wrt: dict[str, Tensor], cotangents: dict[str, Tensor]) -> Phases:
@@ -129,23 +132,24 @@ def measure(
     torch.manual_seed(0)
     torch._dynamo.reset()  # a case is compiled afresh: the many shapes would run into the limit on recompilations
     inputs = operation.inputs(case, device)
-    copy_bytes = max(COPY_BYTES[device.type], *(t.nbytes for t in vars(inputs).values() if isinstance(t, Tensor)))
-    running = {COPY: (_copy(copy_bytes, device), {"computes": f"copies {copy_bytes / 2**20:.0f} MiB"})}
-    prepared, results = _prepared(operation, case, inputs, wanted, device)
+    unit, running = operation.unit, {}
+    if unit.ceiling == COPY:
+        copied = max(COPY_BYTES[device.type], *(t.nbytes for t in vars(inputs).values() if isinstance(t, Tensor)))
+        running[COPY] = (_copy(copied, device), {"computes": f"copies {copied / 2**20:.0f} MiB"})
+    prepared, results = _prepared(operation, case, inputs, {*wanted, unit.ceiling}, device)
     running |= prepared
     seconds = _interleaved({name: phases for name, (phases, _) in running.items()}, device, budget)
     if case.graph and device.type == "cuda":
         for name, (phases, facts) in running.items():
             if "memory" in facts:  # not the copy, and no loop: its graph would have a node a step
                 gpu_clock.add_graph_times(phases, seconds[name], facts)
-    bandwidth = 2 * copy_bytes / statistics.median(seconds[COPY]["forward"])
     for name, (_, facts) in running.items():
         results[name] = {}
-        for mode, times in seconds[name].items():
-            formula, count = operation.must_move(case, mode)
-            if name == COPY:
-                formula, count = "read and write of the copy", 2 * copy_bytes
-            results[name][mode] = _record(mode, times, formula, count, bandwidth, facts)
+        for mode in modes(operation, case, device.type):
+            if mode in seconds[name]:
+                work = ("read and write of the copy", 2 * copied) if name == COPY else operation.work(case, mode)
+                results[name][mode] = _record(unit, mode, seconds[name][mode], *work, facts)
+    _add_shares(unit, results)
     return results
 
 
@@ -159,7 +163,9 @@ def _prepared(operation: Operation, case: Case, inputs, wanted: Collection[str],
         if reason := candidate.unavailable(case, device.type):
             reasons[candidate.name] = reason
             continue
-        tolerance = operation.rough.get(candidate.name, operation.tolerance(case))
+        tolerance = operation.tolerance(case)
+        if case.dtype.itemsize == 2:
+            tolerance = operation.rough.get(candidate.name, tolerance)
         try:
             running[candidate.name] = _prepare(candidate, inputs, expected, tolerance, device)
         except (torch.OutOfMemoryError, NotImplementedError) as error:
@@ -265,19 +271,27 @@ def _timed_round(phases: Phases) -> dict[str, float]:
     return {"forward": forward, "backward": end - middle, "both": end - start}
 
 
-def _record(mode: str, times: list[float], formula: str, count: int, bandwidth: float, facts: dict) -> dict:
-    rate = count / statistics.median(times)
+def _record(unit: Unit, mode: str, times: list[float], formula: str, count: int, facts: dict) -> dict:
     return {
         "mode": mode,
         "computes": facts["computes"],
         "backend": facts.get("backend"),
         "first_runs_seconds": facts.get("first_runs_seconds"),
-        "bytes": count,
-        "bytes_formula": formula,
-        "gb_per_s": rate / 1e9,
-        "copy_gb_per_s": bandwidth / 1e9,
-        "share_of_copy": rate / bandwidth,
+        unit.count: count,
+        f"{unit.count}_formula": formula,
+        unit.rate: count / statistics.median(times) / unit.scale,
         "peak_extra_bytes": facts.get("memory", {}).get(mode),
         "note": facts.get("note"),
         "seconds": times,
     }
+
+
+def _add_shares(unit: Unit, results: dict[str, dict[str, dict] | str]) -> None:
+    """Each mode's share of the ceiling's rate in that mode; a copy has one mode, for all."""
+    ceiling = results.get(unit.ceiling)
+    if not isinstance(ceiling, dict):  # there is none, or it could not run
+        return
+    for found in results.values():
+        for mode, record in found.items() if isinstance(found, dict) else ():
+            record[unit.ceiling_rate] = ceiling.get(mode, ceiling["forward"])[unit.rate]
+            record[unit.share] = record[unit.rate] / record[unit.ceiling_rate]

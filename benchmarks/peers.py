@@ -3,8 +3,14 @@
 Installed with `pip install -e .[bench]`; none is needed, one that is missing is skipped with a reason. What each computes:
     trl        selective_log_softmax, entropy_from_logits: log-probability and entropy of one model in the dtype of the logits;
                torch operations on the CPU, one Triton kernel on a GPU. No exact KL (its trainers estimate it from samples).
+               ChunkedLogProbFunction: log-probabilities from hidden states and the head, in tiles of the vocabulary, projected
+               again in the backward; DPOTrainer's loss, which calls it.
     liger      liger_cross_entropy: log-probability alone; Triton, so GPU only; its gradient overwrites the logits.
                triton_grpo_loss: another loss of the same inputs, one model's logits, the reference's log-probabilities given.
+               liger_fused_linear_cross_entropy, LigerFusedLinearGRPOLoss: from hidden states and the head, the gradient made in
+               the forward; the first is Triton, the second torch operations.
+    torch      F.linear_cross_entropy (2.13): cross-entropy from hidden states and the head, in chunks of rows.
+    cut-cross-entropy   the same; its Triton kernels need a GPU, its other form is torch.compile of all logits.
     torchrl    td_lambda_return_estimate (a loop over time) and its vectorised form (a convolution): lambda-returns, padded.
 """
 
@@ -23,13 +29,13 @@ from dqo_kernels import dispatch
 DEVICES = {"reference": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",)}
 
 
-def ours(build_with: Callable, operations: tuple[str, ...]) -> list[Candidate]:
+def ours(build_with: Callable, operations: tuple[str, ...], computes: str = "everything") -> list[Candidate]:
     """One candidate for each of our backends; `build_with(inputs, backend)` gives its phases."""
 
     def candidate(backend: str) -> Candidate:
         return Candidate(
             backend,
-            "everything",
+            computes,
             lambda inputs: build_with(inputs, backend),
             lambda case, device_type: backend_reason(operations, device_type, backend),
             backend,
@@ -94,6 +100,94 @@ def trl_logprobs_entropy(logits, actions):
     with torch.no_grad():
         entropy = entropy_from_logits(logits)
     return selective_log_softmax(logits, actions), entropy
+
+
+def trl_chunked_reason(case: Case, device_type: str) -> str | None:
+    if reason := needs("trl")(case, device_type):
+        return reason
+    if not importlib.util.find_spec("trl.kernels"):
+        return "this trl has no trl.kernels.ChunkedLogProbFunction; 1.16 does"
+    return None
+
+
+def trl_chunked_logprobs(hidden, weight, actions):
+    """As its trainers call it, without the statistics that they log."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    options = (
+        1.0,
+        _CHUNKED_LOGPROB_CHUNK_SIZE,
+        None,
+        1.0,
+        (),
+    )  # temperature, columns a tile, softcap, scale, statistics
+    logprobs, *_ = ChunkedLogProbFunction.apply(hidden, weight, None, actions, *options)
+    return logprobs
+
+
+def trl_dpo_loss(model, beta: float) -> Callable:
+    """compute_loss of a DPOTrainer for `model`, which it changes: loss = f(batch), with precomputed reference log-probabilities.
+
+    A trainer needs a tokenizer and a dataset at its construction: here two words, and one row that is never trained on."""
+    import tempfile
+
+    import datasets
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    with tempfile.TemporaryDirectory() as directory:
+        options = DPOConfig(
+            directory,
+            beta=beta,
+            precompute_ref_log_probs=True,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=model.device.type == "cpu",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        row = datasets.Dataset.from_dict({"prompt": ["<pad>"], "chosen": ["<pad>"], "rejected": ["<pad>"]})
+        trainer = DPOTrainer(model, args=options, train_dataset=row, processing_class=tokenizer)
+    trainer.model.train()
+    return lambda batch: trainer.compute_loss(trainer.model, batch)
+
+
+def linear_cross_entropy_reason(case: Case, device_type: str) -> str | None:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return f"torch {torch.__version__} has no chunked torch.nn.functional.linear_cross_entropy; 2.13 does"
+    return None
+
+
+def cut_cross_entropy_reason(case: Case, device_type: str) -> str | None:
+    if reason := needs("cut_cross_entropy")(case, device_type):
+        return reason
+    if device_type == "cpu":
+        return compile_reason()(case, device_type)
+    return "its Triton kernels differentiate 16-bit inputs only" if case.dtype.itemsize > 2 else None
+
+
+def cut_cross_entropy(hidden, weight, actions):
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(hidden, weight, actions, impl="cce" if hidden.is_cuda else "torch_compile")
+
+
+def liger_linear_cross_entropy(hidden, weight, actions):
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(hidden, weight, actions)
+
+
+def liger_chunked_grpo(device_type: str, sequences: int) -> Callable:
+    """Of (hidden (B, T, D), weight, actions (B, T), mask, advantages (B,)); compiled on a GPU as it is by default. Each of its
+    chunks has a gradient of the head of its own, so one is best; inside it the vocabulary is tiled."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    return LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, compiled=device_type == "cuda", chunk_size=sequences)
 
 
 def liger_logprobs(logits, actions):

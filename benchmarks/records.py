@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from benchmarks import environment
-from benchmarks.harness import COPY, Case, Operation, modes
+from benchmarks.harness import Case, Operation, modes
 from benchmarks.peers import default_backend
+from benchmarks.units import COPY
 
 
 def names(operation: Operation, case: Case, device_type: str) -> list[str]:
-    """The copy and the operation's candidates that this case is for."""
-    return [COPY, *(c.name for c in operation.candidates if device_type in c.devices and c.suits(case))]
+    """The copy, where it is the ceiling, and the operation's candidates that this case is for."""
+    copy = [COPY] if operation.unit.ceiling == COPY else []
+    return copy + [c.name for c in operation.candidates if device_type in c.devices and c.suits(case)]
 
 
 def parametrize(operation: Operation):
@@ -23,7 +25,7 @@ def parametrize(operation: Operation):
     parameters = [
         pytest.param(case, mode, name, id=f"{case}-{mode}-{name}".replace(", ", "_").replace(" ", "_"))
         for case in operation.cases(device_type, size)
-        for mode in modes(case, device_type)
+        for mode in modes(operation, case, device_type)
         for name in names(operation, case, device_type)
         if not (name == COPY and mode != "forward")
     ]
