@@ -159,8 +159,9 @@ def _liger_grpo(x: SimpleNamespace) -> Phases:
     return _other_loss("grpo", lambda: loss(x.hidden.view(*x.shape, -1), x.weight, actions, mask, advantages)[0], x)
 
 
-def _gemms(x: SimpleNamespace) -> Phases:
-    """The matrix products that any of these must do. Their results are left in the buffers: there is nothing to check."""
+def _gemms(x: SimpleNamespace, fresh: bool = False) -> Phases:
+    """The matrix products that any of these must do. Their results are left in the buffers: there is nothing to check. `fresh`
+    gradients cost page faults on a CPU, as everybody's do who returns them."""
     hidden, weight = x.hidden.detach(), x.weight.detach()
     second = x.reference if x.kl_coef else None
     z, grad_hidden, grad_weight = hidden @ weight.t(), torch.empty_like(hidden), torch.empty_like(weight)
@@ -173,6 +174,8 @@ def _gemms(x: SimpleNamespace) -> Phases:
         return {}
 
     def backward(_):
+        if fresh:
+            return {"product_hidden": z @ weight, "product_weight": z.t() @ hidden}
         torch.mm(z, weight, out=grad_hidden)
         torch.mm(z.t(), hidden, out=grad_weight)
         return {}
@@ -193,6 +196,7 @@ def _liger_grpo_reason(case: Case, device_type: str) -> str | None:
 WORKSPACES = ", ".join(f"{count >> 20} MiB ({device})" for device, count in WORKSPACE_BYTES.items())
 CANDIDATES = [
     Candidate(GEMMS, "the matrix products alone", _gemms),
+    Candidate(f"{GEMMS}, fresh", "the same, their gradients in fresh memory", lambda x: _gemms(x, fresh=True)),
     *peers.ours(_ours, DISPATCHED, f"everything; logits in a workspace of {WORKSPACES}"),
     Candidate("eager", "the loss only; all logits, rounded to the inputs' dtype", _torch),
     Candidate("torch.compile", "as eager", lambda x: _torch(x, peers.compiled), peers.compile_reason()),

@@ -25,10 +25,24 @@ def test_the_drop_in_runs_and_trains_logits_and_values():
         "ref_logprobs": -torch.rand(2, 5),
         "mask": torch.arange(5) < torch.tensor([[5], [3]]),
     }
-    (code,) = blocks("python")
-    exec(code, names)
+    exec(blocks("python")[0], names)
     assert names["logits"].grad.abs().sum() > 0 and names["values"].grad.abs().sum() > 0
     assert not names["logits"].grad[1, 3:].any()
+
+
+def test_a_loss_of_ones_own_runs_without_logits():
+    torch.manual_seed(0)
+    names = {
+        "hidden": torch.randn(9, 4, requires_grad=True),
+        "weight": torch.randn(11, 4, requires_grad=True),
+        "actions": torch.randint(0, 11, (9,)),
+        "cu_seqlens": torch.tensor([0, 5, 9]),
+        "advantages": torch.randn(9),
+    }
+    first, second = blocks("python")
+    exec(second, names)
+    assert names["hidden"].grad.abs().sum() > 0 and names["weight"].grad.abs().sum() > 0
+    assert names["metrics"]["entropy"] > 0
 
 
 def commands() -> list[str]:
