@@ -38,10 +38,10 @@ class Products:
 
     def _room(self, rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
         """(rows, D) of scratch memory, D that of `like`."""
-        count = rows * like.shape[1]
-        if self.block is None or self.block.dtype != dtype or len(self.block) < count:
-            self.block = torch.empty(count, dtype=dtype, device=like.device)
-        return self.block[:count].view(rows, like.shape[1])
+        count = rows * like.shape[1] * dtype.itemsize
+        if self.block is None or len(self.block) < count:
+            self.block = torch.empty(count, dtype=torch.uint8, device=like.device)
+        return self.block[:count].view(dtype).view(rows, like.shape[1])
 
     def _cast(self, w: Tensor, dtype: torch.dtype):
         """(first, last, w[first:last] in dtype) for all of w: at once where nothing needs a cast."""

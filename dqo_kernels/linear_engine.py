@@ -118,8 +118,12 @@ class Engine:
         self.rows = min(rows, max(len(self.actions), 1))
         vocab, device = len(call.weight), call.hidden.device
 
-        self.workspaces = [_large(self.rows, vocab, dtype=dtype, device=device) for _ in range(self.models)]
-        self.dz = _large(self.rows, vocab, dtype=self.dz_dtype, device=device) if beside else None
+        self.shape, self.device, self.beside = (self.rows, vocab), device, beside > 0
+        self.workspaces: list[Tensor] = []  # of each model, and of dz if it is beside them
+
+    def release(self) -> None:
+        """Gives the workspaces back; whatever comes next allocates them again."""
+        self.workspaces = []
 
     def gradients(self) -> Gradients:
         once = self.rows >= len(self.actions)  # a sum of one term is rounded once
@@ -131,6 +135,9 @@ class Engine:
         return list(zip([first, *ends], ends))
 
     def _inputs(self, first: int, last: int) -> tuple:
+        if not self.workspaces:
+            dtypes = [self.dtype] * self.models + [self.dz_dtype] * self.beside
+            self.workspaces = [_large(*self.shape, dtype=dtype, device=self.device) for dtype in dtypes]
         z = self.head.logits(first, last, self.workspaces[0])
         z_ref = None if self.ref is None else self.ref.logits(first, last, self.workspaces[1])
         temperatures = None if self.temperatures is None else self.temperatures[first:last]
@@ -172,6 +179,6 @@ class Engine:
             c = [None if x is None else x[own].contiguous() for x in coefficients]
             saved = [x[own] for x in (peak, log_total, ref_peak, ref_log_total, entropy, kl)]
             z_ref = None if c[3] is None else z_ref
-            out = z if self.dz is None else self.dz[: end - begin]
+            out = self.workspaces[-1][: end - begin] if self.beside else z
             dz = library.run("token_stats", "bwd", self.backend, z, actions, z_ref, *rest, *saved, *c, out=out)
             gradients.add(begin, end, dz)

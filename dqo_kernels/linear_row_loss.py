@@ -104,6 +104,8 @@ def _late_bound(
             engine.differentiate(run.start, run.stop, [x.detach() for x in fields], kept, coefficients, gradients)
     if not any(wants) and not row_gradients:
         return total, metrics
+    kept = None
+    engine.release()  # makes room for casts of the gradients
     owners = [*inputs.tensors(), *rows.values()]
     made = [*gradients.of(inputs), *(row_gradients.get(name) for name in rows)]
     return _Carried.apply(total, made, *owners), metrics

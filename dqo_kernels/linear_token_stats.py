@@ -60,6 +60,8 @@ class _FromEngine(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None  # the gradient is written over the logits: a second backward projects again
         coefficients = [c_logprobs, c_lse, c_entropy, None if engine.ref is None else c_kl]
         engine.differentiate(0, len(engine.actions), ctx.fields, kept, coefficients, gradients)
+        del kept
+        engine.release()  # whoever holds on to a statistic does not hold on to logits
         return *gradients.of(inputs), None
 
 
@@ -99,7 +101,7 @@ def linear_token_stats(
 
     Returns:
         TokenStats, differentiable in hidden, weight, bias, lora_a and lora_b. Results do not depend on `workspace_bytes`
-        beyond rounding.
+        beyond rounding. The workspace is held until the backward, for what of it need not be projected again.
 
     Raises:
         ValueError, RuntimeError: as `token_stats`.
