@@ -31,17 +31,17 @@ def gradient_dtype(x: Tensor, w: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 class Products:
-    """The products of one call; holds the block that it casts into."""
+    """The products of one call; holds the blocks that it casts into."""
 
     def __init__(self):
-        self.block: Tensor | None = None
+        self.blocks: dict[torch.dtype, Tensor] = {}
 
     def _room(self, rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
         """(rows, D) of scratch memory, D that of `like`."""
-        count = rows * like.shape[1] * dtype.itemsize
-        if self.block is None or len(self.block) < count:
-            self.block = torch.empty(count, dtype=torch.uint8, device=like.device)
-        return self.block[:count].view(dtype).view(rows, like.shape[1])
+        count = rows * like.shape[1]
+        if dtype not in self.blocks or len(self.blocks[dtype]) < count:
+            self.blocks[dtype] = torch.empty(count, dtype=dtype, device=like.device)
+        return self.blocks[dtype][:count].view(rows, like.shape[1])
 
     def _cast(self, w: Tensor, dtype: torch.dtype):
         """(first, last, w[first:last] in dtype) for all of w: at once where nothing needs a cast."""
@@ -87,11 +87,12 @@ class Products:
         elif dz.is_cuda:
             torch.addmm(out, dz.t(), x, out_dtype=out.dtype, beta=0 if first else 1, out=out)
         else:  # the CPU's products have the dtype of their factors: a block of V at a time is added up in float32
-            rows = _block_rows(out, dz.dtype)
+            rows = _block_rows(out, out.dtype)
             for begin in range(0, len(out), rows):
                 total = out[begin : begin + rows]
                 part = torch.mm(dz[:, begin : begin + rows].t(), x, out=self._room(len(total), out, dz.dtype))
-                total.copy_(part) if first else total.add_(part)
+                # add_ of another dtype would cast into fresh memory
+                total.copy_(part) if first else total.add_(self._room(len(total), out, out.dtype).copy_(part))
 
 
 def _block_rows(matrix: Tensor, dtype: torch.dtype) -> int:
