@@ -102,10 +102,10 @@ def _late_bound(
         coefficients = [arrived.get(id(leaf)) for leaf in leaves] + [None] * (4 - len(leaves))
         if any(wants):
             engine.differentiate(run.start, run.stop, [x.detach() for x in fields], kept, coefficients, gradients)
-    if not any(wants) and not row_gradients:
-        return total, metrics
     kept = None
     engine.release()  # makes room for casts of the gradients
+    if not any(wants) and not row_gradients:
+        return total, metrics
     owners = [*inputs.tensors(), *rows.values()]
     made = [*gradients.of(inputs), *(row_gradients.get(name) for name in rows)]
     return _Carried.apply(total, made, *owners), metrics

@@ -43,6 +43,9 @@ class _FromEngine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, low, lora_b, engine):
         fields, kept = engine.statistics(0, len(engine.actions))
+        if not any(engine.wanted):
+            kept = None
+            engine.release()
         ctx.save_for_backward(
             hidden, weight, bias, low, lora_b
         )  # so that a change of theirs before the backward is noticed
@@ -94,7 +97,8 @@ def linear_token_stats(
             never formed. With a frozen `weight` the update costs two thin products beside the two GEMMs that are left.
         ref_hidden, ref_weight, ref_bias: (N, D'), (V, D'), (V,): the reference policy's; constants.
         temperature, softcap: as in `token_stats`.
-        workspace_bytes: bytes of logits held at once; None is 256 MiB on the CPU, 2 GiB on a GPU.
+        workspace_bytes: bytes of logits held at once; None is 256 MiB on the CPU, 2 GiB on a GPU. On the CPU that much stays
+            for the next call.
         backend: "reference", "cpp", "triton", or None for the best that can run.
         group: the processes that hold V together: weight, bias, lora_b, ref_weight and ref_bias are then this process's
             consecutive rows, in the order of ranks; everything else is the same in all of them. See `token_stats`.
