@@ -5,8 +5,8 @@
     out = dz @ w,  sum += dz^T @ x    in the dtype of dz
 
 dz has the dtype that `gradient_dtype` names. bfloat16, when x and w are and the device multiplies bfloat16 fast: sums run in
-float32 inside the product, and rounding dz costs no more than rounding the result to bfloat16 does. Else float32, and a factor of
-another dtype is cast a block of rows of w at a time, so that no second w exists.
+float32 inside the product, and what is rounded is dz, as in eager bfloat16; a float32 bias or lora_b gets no more digits than
+that. Else float32, and a factor of another dtype is cast a block of rows of w at a time, so that no second w exists.
 """
 
 from __future__ import annotations

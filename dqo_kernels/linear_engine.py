@@ -109,14 +109,15 @@ class Gradients:
             if self.bias is not None:
                 self.bias += dz.sum(0, dtype=self.bias.dtype)
 
-    def of(self, inputs: Differentiable) -> list[Tensor | None]:
-        """In the dtypes of the tensors they belong to."""
+    def of(self, inputs: Differentiable, scaled_later: bool = False) -> list[Tensor | None]:
+        """In the dtypes of the tensors they belong to; not yet in float16, whose range is small, if they are `scaled_later`."""
         if self.untouched:
             for x in (self.weight, self.lora_b):
                 if x is not None:
                     x.zero_()
         made = (self.hidden, self.weight, self.bias, self.low, self.lora_b)
-        return [None if x is None else x.to(of.dtype) for x, of in zip(made, inputs.tensors())]
+        pairs = zip(made, inputs.tensors())
+        return [x if x is None or (scaled_later and of.dtype == torch.float16) else x.to(of.dtype) for x, of in pairs]
 
 
 Kept = tuple[int, int, tuple]  # rows [begin, end) and their row kernel's inputs, which the workspace still holds

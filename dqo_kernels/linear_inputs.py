@@ -75,7 +75,7 @@ class Linear:
         _check_both("ref_hidden", self.ref_hidden, "ref_weight", self.ref_weight)
         if self.ref_hidden is not None:
             checks.floating("ref_hidden", self.ref_hidden)
-            ref_width = self.ref_hidden.shape[-1]
+            ref_width = self.ref_hidden.shape[-1] if self.ref_hidden.dim() else 0
             checks.tensor("ref_hidden", self.ref_hidden, (n, ref_width), hidden)
             meaning = "(V of weight, width of ref_hidden)"
             checks.tensor("ref_weight", self.ref_weight, (columns, ref_width), hidden, meaning)

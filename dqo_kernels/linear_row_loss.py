@@ -55,7 +55,8 @@ def _of_statistics(stats: TokenStats, row_loss: RowLoss, rows: dict[str, Tensor]
 
 
 class _Carried(torch.autograd.Function):
-    """A loss whose gradients are there already; the backward scales them, on their device, by what arrives."""
+    """A loss whose gradients are there already; the backward scales them, on their device, by what arrives. Autograd casts those
+    that do not have the dtype of their tensor."""
 
     @staticmethod
     def forward(ctx, total, gradients, *inputs):
@@ -91,9 +92,9 @@ def _late_bound(
         loss_sum = loss_sum * loss_scale
         total = total + loss_sum.detach()
         _add(metrics, metric_sums)
-        if not loss_sum.requires_grad:
-            continue
         differentiated = [x for x in (*leaves, *own.values()) if x.requires_grad]
+        if not loss_sum.requires_grad or not differentiated:
+            continue
         arriving = torch.autograd.grad(loss_sum, differentiated, allow_unused=True)
         arrived = dict(zip(map(id, differentiated), arriving))
         for name, gradient in row_gradients.items():
@@ -102,12 +103,12 @@ def _late_bound(
         coefficients = [arrived.get(id(leaf)) for leaf in leaves] + [None] * (4 - len(leaves))
         if any(wants):
             engine.differentiate(run.start, run.stop, [x.detach() for x in fields], kept, coefficients, gradients)
-    kept = None
+    fields = kept = None
     engine.release()  # makes room for casts of the gradients
     if not any(wants) and not row_gradients:
         return total, metrics
     owners = [*inputs.tensors(), *rows.values()]
-    made = [*gradients.of(inputs), *(row_gradients.get(name) for name in rows)]
+    made = [*gradients.of(inputs, scaled_later=True), *(row_gradients.get(name) for name in rows)]
     return _Carried.apply(total, made, *owners), metrics
 
 
@@ -141,7 +142,8 @@ def linear_row_loss(
     Args:
         hidden, weight, actions, bias, lora_*, ref_*, temperature, softcap, workspace_bytes, group: as `linear_token_stats`.
         row_loss: plain torch `(stats, rows, cu_seqlens) -> (loss_sum, metric_sums)`. It sees whole groups, must be a sum over
-            them, and may read only tensors in `rows` (those receive gradients; closures do not, whichever backend runs).
+            them, and may read only tensors in `rows`: those receive gradients; what it closes over receives none from the native
+            backends.
         cu_seqlens: (B+1,) integer boundaries of the rows.
         rows: tensors (N, ...), sliced along with the statistics; one value a sequence goes on its rows.
         cu_groups: (M+1,) integer boundaries over the sequences: pairs or lists that a loss couples; None is one sequence each.

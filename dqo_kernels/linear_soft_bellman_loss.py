@@ -122,6 +122,7 @@ def linear_soft_bellman_loss(
     Raises:
         ValueError, RuntimeError: as `soft_bellman_loss`.
     """
+    checks.floating("weight", weight)
     call = Call.of("hidden", weight, 0, locals())
     head = {
         "bias": bias,

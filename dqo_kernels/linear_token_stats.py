@@ -46,10 +46,9 @@ class _FromEngine(torch.autograd.Function):
         if not any(engine.wanted):
             kept = None
             engine.release()
-        ctx.save_for_backward(
-            hidden, weight, bias, low, lora_b
-        )  # so that a change of theirs before the backward is noticed
-        ctx.engine, ctx.fields, ctx.kept = engine, fields, kept
+        # Saved, the inputs are watched for changes; the outputs would hold themselves, and the engine, for ever as attributes.
+        ctx.save_for_backward(hidden, weight, bias, low, lora_b, *fields[2:5], *fields[7:])
+        ctx.engine, ctx.kept = engine, kept
         ctx.set_materialize_grads(False)
         logprobs, lse, entropy, _, _, ref_logprobs, ref_lse, kl, _, _ = fields
         ctx.mark_non_differentiable(ref_logprobs, ref_lse)
@@ -58,11 +57,12 @@ class _FromEngine(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, c_logprobs, c_lse, c_entropy, _ref_logprobs, _ref_lse, c_kl):
-        inputs, engine = Differentiable(*ctx.saved_tensors), ctx.engine
+        saved, engine = ctx.saved_tensors, ctx.engine
+        inputs, fields = Differentiable(*saved[:5]), [None, None, *saved[5:8], None, None, *saved[8:]]
         gradients = engine.gradients()
         kept, ctx.kept = ctx.kept, None  # the gradient is written over the logits: a second backward projects again
         coefficients = [c_logprobs, c_lse, c_entropy, None if engine.ref is None else c_kl]
-        engine.differentiate(0, len(engine.actions), ctx.fields, kept, coefficients, gradients)
+        engine.differentiate(0, len(engine.actions), fields, kept, coefficients, gradients)
         del kept
         engine.release()  # whoever holds on to a statistic does not hold on to logits
         return *gradients.of(inputs), None

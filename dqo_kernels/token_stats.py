@@ -279,7 +279,7 @@ def token_stats(
         backend: "reference", "cpp", "triton", or None for the best that can run.
         group: the processes that hold V together: `logits` (and `ref_logits`) are then this process's consecutive columns, in
             the order of ranks, while `actions` are ids of the whole V. Every process gets the statistics of whole rows, and the
-            gradient of its own columns. Gathers eight numbers a row, and waits for the device once.
+            gradient of its own columns. Gathers nine numbers a row at most, and waits for the device once.
 
     Returns:
         TokenStats; `logprobs`, `lse`, `entropy` and `kl` are differentiable in `logits`.

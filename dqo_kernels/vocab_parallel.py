@@ -1,8 +1,8 @@
 """Rows of logits cut over the processes of a group: each holds consecutive columns of V, in the order of its rank.
 
-A process computes the statistics of its own columns as if they were a whole distribution; eight numbers a row are gathered, and
-every process merges them to the same result. With P_k the mass of slice k (ln P_k from peak and ln sum, so that no large lse is
-subtracted), H_k, KL_k the statistics within it:
+A process computes the statistics of its own columns as if they were a whole distribution; five numbers a row are gathered, nine
+with a reference, and every process merges them to the same result. With P_k the mass of slice k (ln P_k from peak and ln sum, so
+that no large lse is subtracted), H_k, KL_k the statistics within it:
     logprob = logprob_k + ln P_k of the slice that holds the action
     entropy = sum_k P_k*(H_k - ln P_k),   KL = sum_k P_k*(KL_k + ln P_k - ln P_ref,k)
 The backward is local: the row kernel runs on its own columns with the merged statistics (token_stats.py has the equation).

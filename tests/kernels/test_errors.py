@@ -139,6 +139,8 @@ CASES = {
         ({"ref_weight": None}, r"ref_weight.*ref_hidden.*None"),
         ({"ref_hidden": None}, r"ref_hidden.*ref_weight.*None"),
         ({"ref_hidden": None, "ref_weight": None, "ref_bias": ONES[:V]}, r"ref_hidden.*ref_bias.*None"),
+        ({"ref_hidden": torch.ones(())}, r"ref_hidden.*shape.*got shape \(\)"),
+        ({"weight": None}, r"weight: expected a tensor, got NoneType"),
         ({"ref_hidden": torch.ones(N - 1, D)}, r"ref_hidden.*\(9, 3\).*\(8, 3\)"),
         ({"ref_weight": torch.ones(V + 1, D)}, r"ref_weight.*\(6, 3\).*\(7, 3\)"),
         ({"workspace_bytes": 0}, r"workspace_bytes.*positive.*0"),
@@ -149,6 +151,8 @@ CASES = {
         ({"ref_hidden": None, "ref_weight": None, "ref_logprobs": ONES, "kl_coef": 0.1},
         r"ref_hidden.*kl_coef.*None"),
         ({"hidden": torch.ones(N, 1, D)}, r"(cu_seqlens|mask).*padded"),
+        ({"weight": None}, r"weight: expected a tensor, got NoneType"),
+        ({"seqlens": [4, 5]}, r"seqlens.*4 lengths.*N = 9.*2, sum 9"),
         ({"workspace_bytes": -1}, r"workspace_bytes.*positive.*-1"),
     ]),
     "linear_row_loss": (ROW_LOSS, BOUNDARIES + ACTIONS + STATISTICS + [

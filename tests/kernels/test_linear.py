@@ -78,6 +78,38 @@ def test_statistics_and_gradients_equal_those_of_the_logits(backend, workspace, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("workspace", WORKSPACES)
+def test_every_row_has_its_own_temperature_in_every_workspace(backend, workspace):
+    policy, ref, actions = make(10)
+    temperature = torch.linspace(0.5, 2.0, ROWS, dtype=torch.float64)
+    a, b = leaves(policy), leaves(policy)
+    ref_logits = F.linear(ref["ref_hidden"], ref["ref_weight"], ref["ref_bias"])
+    logits = F.linear(a["hidden"], a["weight"], a["bias"])
+    want = token_stats(logits, actions, ref_logits, temperature=temperature)
+    got = linear_token_stats(
+        **b, actions=actions, temperature=temperature, workspace_bytes=workspace, backend=backend, **ref
+    )
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, **CLOSE)
+    weighted(want).backward()
+    weighted(got).backward()
+    for name in policy:
+        torch.testing.assert_close(b[name].grad, a[name].grad, **CLOSE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_reference_in_float64_makes_everything_float64(backend):
+    policy, ref, actions = make(11)
+    policy = {name: x.float() for name, x in policy.items()}
+    stats = linear_token_stats(**policy, actions=actions, backend=backend, **ref)
+    want = linear_token_stats(
+        **{name: x.double() for name, x in policy.items()}, actions=actions, backend=backend, **ref
+    )
+    for x, y in zip(stats, want, strict=True):
+        torch.testing.assert_close(x, y, **CLOSE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("workspace", [None, ROW_BYTES])
 @pytest.mark.parametrize("frozen", [("weight", "bias"), ("hidden",), ("bias",)])
 def test_what_is_frozen_gets_no_gradient_and_changes_no_other(backend, workspace, frozen):

@@ -1,5 +1,7 @@
 """The native linear forms: how many GEMMs they run, what they hold at once, and that the workspace changes no result."""
 
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,7 +111,7 @@ def test_the_result_does_not_depend_on_the_workspace(backend, ref):
             torch.testing.assert_close(got, 3.0 * right, rtol=2e-5, atol=2e-5 * right.abs().max().item())
 
 
-@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("backend", backends("linear_row_loss", torch.float32))
 @pytest.mark.parametrize("scale", [0.25, torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64)])
 def test_a_loss_scale_multiplies_the_loss_and_not_the_metrics(backend, scale):
     made, actions, cu_seqlens = tensors(9)
@@ -201,6 +203,52 @@ def test_a_weight_that_changed_before_the_backward_is_noticed():
         weight.mul_(2.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         stats.lse.sum().backward()
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("ref", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_no_workspace_outlives_the_backward_or_the_statistics(backend, ref, backward):
+    made, actions, _ = tensors(11)
+    weight = made["weight"].requires_grad_()
+    reference = {name: made[name] for name in ("ref_hidden", "ref_weight")} if ref else {}
+    stats = linear_token_stats(made["hidden"], weight, actions, backend=backend, **reference)
+    engine = weakref.ref(stats.lse.grad_fn.engine)
+    assert engine().workspaces
+    if backward:
+        stats.lse.sum().backward()
+        assert not engine().workspaces
+    del stats
+    assert engine() is None
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_statistics_can_be_changed_in_place_unless_the_backward_needs_them(backend):
+    made, actions, _ = tensors(12)
+    hidden = made["hidden"].requires_grad_()
+    stats = linear_token_stats(hidden, made["weight"], actions, backend=backend)
+    (want,) = torch.autograd.grad(3.0 * stats.logprobs.sum(), hidden, retain_graph=True)
+    (got,) = torch.autograd.grad(stats.logprobs.mul_(3.0).sum(), hidden, retain_graph=True)
+    torch.testing.assert_close(got, want)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stats.entropy.mul_(3.0).sum().backward()
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_a_factor_that_arrives_in_the_backward_saves_float16_gradients_from_underflow(backend):
+    made, actions, cu_seqlens = tensors(13, dtype=torch.float16)
+    hidden, weight = made["hidden"].requires_grad_(), made["weight"].requires_grad_()
+
+    def gradients(loss_scale, later):
+        loss, _ = linear_row_loss(
+            hidden, weight, actions, lambda stats, rows, cu: (stats.logprobs.sum(), {}), cu_seqlens, rows={},
+            loss_scale=loss_scale, backend=backend,
+        )  # fmt: skip
+        return torch.autograd.grad(loss * later, [hidden, weight])
+
+    for got, want in zip(gradients(2.0**-30, 2.0**30), gradients(1.0, 1.0), strict=True):
+        assert got.dtype == torch.float16
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

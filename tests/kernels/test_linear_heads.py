@@ -80,12 +80,12 @@ def test_every_loss_takes_a_low_rank_update(backend):
     found = torch.autograd.grad(got, [x["lora_a"], x["lora_b"]])
     for a, b in zip([got, *found], [want, *expected], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
-    weight = x["weight"] + x["lora_b"] @ x["lora_a"]  # once more: the first one's graph is gone
+    weight = x["weight"] + 0.7 * x["lora_b"] @ x["lora_a"]  # once more: the first one's graph is gone
     options = {"ref_logprobs": zeros - 5.0, "cu_seqlens": cu_seqlens, "bias": x["bias"], "backend": backend}
     rows = actions, zeros, zeros
     merged = linear_soft_bellman_loss(x["hidden"], weight, *rows, **options).loss
     apart = linear_soft_bellman_loss(
-        x["hidden"], x["weight"], *rows, lora_a=x["lora_a"], lora_b=x["lora_b"], **options
+        x["hidden"], x["weight"], *rows, lora_a=x["lora_a"], lora_b=x["lora_b"], lora_scale=0.7, **options
     ).loss  # fmt: skip
     torch.testing.assert_close(apart, merged, rtol=1e-10, atol=1e-11)
     for a, b in zip(*(torch.autograd.grad(y, [x["lora_a"], x["lora_b"]]) for y in (apart, merged)), strict=True):
@@ -161,3 +161,12 @@ def test_halves_come_closer_to_float64_than_eager_torch_does(backend, workspace,
     )
     logprobs = F.linear(hidden.double(), weight.double()).log_softmax(-1)[torch.arange(rows), actions]
     torch.testing.assert_close(stats.logprobs.detach().double(), logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", backends("linear_token_stats", torch.float32))
+def test_the_gradient_of_a_float32_bias_is_a_float32_sum(backend):
+    rows = 1001  # every entry of dz is exactly 1/2; bfloat16 has no 500.5
+    hidden, weight = torch.zeros(rows, D, dtype=torch.bfloat16), torch.ones(2, D, dtype=torch.bfloat16)
+    bias, actions = torch.zeros(2, requires_grad=True), torch.zeros(rows, dtype=torch.long)
+    linear_token_stats(hidden, weight, actions, bias=bias, backend=backend).lse.sum().backward()
+    assert torch.equal(bias.grad, torch.full((2,), rows / 2))

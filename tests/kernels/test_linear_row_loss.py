@@ -137,6 +137,20 @@ def test_a_batch_coupled_loss_is_given_everything_at_once(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loss_that_closes_over_a_parameter_is_still_a_loss(backend):
+    tensors, _, _, actions = make(4)
+    factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    def loss(by):
+        return linear_row_loss(
+            tensors["hidden"], tensors["weight"], actions, lambda stats, rows, cu: (by * stats.lse.sum(), {}),
+            CU_SEQLENS, rows={}, backend=backend,
+        )[0]  # fmt: skip
+
+    assert torch.equal(loss(factor), loss(2.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sequences", [0, 1, 3])
 @pytest.mark.parametrize("coupling", ["group", "batch"])
 def test_zero_rows_give_a_loss_of_zero_that_can_be_differentiated(backend, sequences, coupling):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dqo_kernels import dispatch, token_stats
+from dqo_kernels.vocab_parallel import VocabSlices
 from tests.kernels.vocab_parallel_cases import BACKENDS, CASES
 
 ROOT = Path(__file__).parents[2]
@@ -52,3 +53,15 @@ def test_the_processes_agree_with_one_process(outcomes, name, backend):
 def test_what_is_no_group_is_refused():
     with pytest.raises(ValueError, match="group: expected a torch.distributed process group or None, got str"):
         token_stats(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), group="world")
+
+
+def test_an_id_outside_the_vocabulary_is_left_for_the_row_kernel_to_answer_with_nan():
+    slices = VocabSlices(None, first=2, last=5, vocab=7, widest=3)
+    here, columns = slices.local(torch.tensor([-1, 0, 2, 4, 5, 7]))
+    assert here.tolist() == [False, False, True, True, False, False]
+    assert columns.tolist() == [-1, 0, 0, 2, 0, -1]
+    ones = torch.ones(6)
+    assert [c.tolist() for c in slices.coefficients(here, columns, [ones, None])] == [
+        [1, 0, 1, 1, 0, 1],
+        [0, -1, 0, 0, -1, 0],
+    ]

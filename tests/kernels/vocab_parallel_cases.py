@@ -184,7 +184,7 @@ def check_linear_token_stats(group, rank, processes, backend, dtype):
         for x, of_group in ((whole, None), (part, group)):
             stats = linear_token_stats(
                 actions=actions, group=of_group, backend=backend, workspace_bytes=workspace, lora_scale=0.5,
-                **{name: x[name] for name in (*LIVE, *ref)},
+                temperature=torch.linspace(0.5, 2.0, ROWS, dtype=dtype), **{name: x[name] for name in (*LIVE, *ref)},
             )  # fmt: skip
             weighted(stats).backward()
             results.append(stats)
