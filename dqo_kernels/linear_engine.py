@@ -18,7 +18,7 @@ from torch import Tensor
 from dqo_kernels import library
 from dqo_kernels.dispatch import _cpu
 from dqo_kernels.gemm import Products, gradient_dtype
-from dqo_kernels.linear_inputs import WORKSPACE_BYTES, Differentiable, Linear, no_autocast
+from dqo_kernels.linear_inputs import Differentiable, Linear, no_autocast
 
 
 def _large(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -27,35 +27,6 @@ def _large(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type == "cpu" and _cpu is not None:
         _cpu.advise_huge_pages(x.data_ptr(), x.nbytes)
     return x
-
-
-class _Pool:
-    """Keeps the latest workspace of the CPU for the next call, up to the default size: fresh memory costs a page fault every
-    few kilobytes, a tenth of a call. (On a GPU torch's allocator does that.)"""
-
-    def __init__(self):
-        self.kept: list[Tensor] = []  # one at the most; a thread that finds none allocates
-
-    def take(self, shape: tuple[int, int], dtypes: list[torch.dtype], device: torch.device) -> list[Tensor]:
-        """A tensor of `shape` in each dtype."""
-        sizes = [-(-shape[0] * shape[1] * dtype.itemsize // 64) * 64 for dtype in dtypes]  # so that each is aligned
-        try:
-            buffer = self.kept.pop() if device.type == "cpu" else None
-        except IndexError:
-            buffer = None
-        if buffer is None or len(buffer) < sum(sizes):
-            buffer = _large(sum(sizes), dtype=torch.uint8, device=device)
-        used = buffer[: sum(sizes)].split(sizes)
-        rows, vocab = shape
-        return [x.view(dtype)[: rows * vocab].view(rows, vocab) for x, dtype in zip(used, dtypes)]
-
-    def give(self, workspaces: list[Tensor]) -> None:
-        storage = workspaces[0].untyped_storage()
-        if workspaces[0].device.type == "cpu" and storage.nbytes() <= WORKSPACE_BYTES["cpu"]:
-            self.kept[:] = [torch.empty(0, dtype=torch.uint8).set_(storage)]
-
-
-POOL = _Pool()
 
 
 class Head:
@@ -152,9 +123,7 @@ class Engine:
         self.workspaces: list[Tensor] = []  # of each model, and of dz if it is beside them
 
     def release(self) -> None:
-        """Gives the workspaces back; whatever comes next takes others."""
-        if self.workspaces:
-            POOL.give(self.workspaces)
+        """Gives the workspaces back; whatever comes next allocates others."""
         self.workspaces = []
 
     def gradients(self) -> Gradients:
@@ -169,7 +138,7 @@ class Engine:
     def _inputs(self, first: int, last: int) -> tuple:
         if not self.workspaces:
             dtypes = [self.dtype] * self.models + [self.dz_dtype] * self.beside
-            self.workspaces = POOL.take(self.shape, dtypes, self.device)
+            self.workspaces = [_large(*self.shape, dtype=dtype, device=self.device) for dtype in dtypes]
         z = self.head.logits(first, last, self.workspaces[0])
         z_ref = None if self.ref is None else self.ref.logits(first, last, self.workspaces[1])
         temperatures = None if self.temperatures is None else self.temperatures[first:last]

@@ -97,8 +97,7 @@ def linear_token_stats(
             never formed. With a frozen `weight` the update costs two thin products beside the two GEMMs that are left.
         ref_hidden, ref_weight, ref_bias: (N, D'), (V, D'), (V,): the reference policy's; constants.
         temperature, softcap: as in `token_stats`.
-        workspace_bytes: bytes of logits held at once; None is 256 MiB on the CPU, 2 GiB on a GPU. On the CPU that much stays
-            for the next call.
+        workspace_bytes: bytes of logits held at once; None is 256 MiB on the CPU, 2 GiB on a GPU.
         backend: "reference", "cpp", "triton", or None for the best that can run.
         group: the processes that hold V together: weight, bias, lora_b, ref_weight and ref_bias are then this process's
             consecutive rows, in the order of ranks; everything else is the same in all of them. See `token_stats`.

@@ -12,7 +12,6 @@ from dqo.models import value_model_from
 from dqo.objectives import DPO, DQO, SFT, UNIT_EPISODES
 from dqo.step import accumulate, objective_sums
 from dqo_kernels import dispatch
-from dqo_kernels.linear_engine import POOL
 from dqo_kernels.linear_inputs import WORKSPACE_BYTES
 from tests.dqo.helpers import episodes, gradients, policy
 
@@ -140,7 +139,6 @@ def test_a_step_with_a_large_vocabulary_never_holds_the_logits_of_all_rows(objec
         for e in episodes(4)
     ]  # fmt: skip
     groups = groups_of(members, UNIT_EPISODES[objective.unit])
-    POOL.kept.clear()
     extra, _ = extra_memory(lambda: accumulate(model, critic, objective, groups, len(groups), 0), torch.device("cpu"))
     weights = vocab * width * 4
     # The workspace, the gradients of head, embedding and the critic's embedding, and what the little model needs.

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.memory import extra_memory
-from dqo_kernels import dispatch, linear_engine, linear_row_loss, linear_soft_bellman_loss, linear_token_stats
+from dqo_kernels import dispatch, linear_row_loss, linear_soft_bellman_loss, linear_token_stats
 from tests.kernels.backends import backends
 
 NATIVE = [param for param in backends("linear_row_loss", torch.float32) if param.values[0] != "reference"]
@@ -282,7 +282,6 @@ def test_the_logits_of_all_rows_are_never_there_at_once(form, dtype):
 
     if dispatch.unavailable("cpp"):
         pytest.skip(dispatch.unavailable("cpp"))
-    linear_engine.POOL.kept.clear()
     extra, _ = extra_memory(step, torch.device("cpu"))
     gradients = (rows * width + vocab * width) * 4
     cast = 0 if dtype == torch.float32 else 3 * vocab * width * 4  # a larger head is cast in blocks of gemm.BLOCK_BYTES
@@ -336,39 +335,3 @@ def test_rows_that_no_loss_looks_at_have_no_gradient(backend):
         )  # fmt: skip
         (gradient,) = torch.autograd.grad(loss, hidden)
         assert gradient[: N // 2].any(1).all() and not gradient[N // 2 :].any()
-
-
-def test_a_statistic_that_somebody_keeps_does_not_keep_the_workspace():
-    made, actions, _ = tensors(11)
-    hidden = made["hidden"].requires_grad_()
-    first = linear_token_stats(hidden, made["weight"], actions, backend="cpp")
-    (workspace,) = first.lse.grad_fn.engine.workspaces
-    second = linear_token_stats(hidden, made["weight"], actions, backend="cpp")
-    assert second.lse.grad_fn.engine.workspaces[0].data_ptr() != workspace.data_ptr()  # it has logits for a backward
-    first.lse.sum().backward()
-    assert not first.lse.grad_fn.engine.workspaces
-    third = linear_token_stats(hidden, made["weight"], actions, backend="cpp")
-    assert third.lse.grad_fn.engine.workspaces[0].data_ptr() == workspace.data_ptr()
-
-
-def test_the_workspace_is_kept_for_the_next_call_up_to_the_default_size(monkeypatch):
-    monkeypatch.setattr(linear_engine, "POOL", pool := linear_engine._Pool())
-    made, actions, cu_seqlens = tensors(12)
-
-    def address():
-        return pool.kept[0].data_ptr() if pool.kept else None
-
-    run(made, actions, cu_seqlens, "cpp", None)
-    first = address()
-    for options in ({"ref": True, "kl": 0.1}, {"live": ()}, {}):  # two models take more; then what is there is enough
-        want, _ = run(made, actions, cu_seqlens, "reference", None, **options)
-        got, _ = run(made, actions, cu_seqlens, "cpp", None, **options)
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    assert address() is not None and len(pool.kept) == 1
-    kept = address()
-    linear_token_stats(made["hidden"], made["weight"], actions, backend="cpp")  # nobody wants a gradient
-    assert address() == kept
-    monkeypatch.setitem(linear_engine.WORKSPACE_BYTES, "cpu", 10)
-    pool.kept.clear()
-    run(made, actions, cu_seqlens, "cpp", N * ROW)
-    assert first is not None and not pool.kept
