@@ -16,17 +16,8 @@ import torch
 from torch import Tensor
 
 from dqo_kernels import library
-from dqo_kernels.dispatch import _cpu
 from dqo_kernels.gemm import Products, gradient_dtype
 from dqo_kernels.linear_inputs import Differentiable, Linear, no_autocast
-
-
-def _large(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised, on huge pages where the C++ extension can ask for them."""
-    x = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and _cpu is not None:
-        _cpu.advise_huge_pages(x.data_ptr(), x.nbytes)
-    return x
 
 
 class Head:
@@ -55,7 +46,7 @@ class Gradients:
             return torch.zeros(x.shape, dtype=dtype, device=x.device) if want else None
 
         def room(x, want):  # written by the first rows, added to by the others
-            return _large(*x.shape, dtype=sum_dtype, device=x.device) if want else None
+            return torch.empty(x.shape, dtype=sum_dtype, device=x.device) if want else None
 
         hidden, weight, bias, low, lora_b = wanted
         self.head, self.untouched = head, True
@@ -138,7 +129,7 @@ class Engine:
     def _inputs(self, first: int, last: int) -> tuple:
         if not self.workspaces:
             dtypes = [self.dtype] * self.models + [self.dz_dtype] * self.beside
-            self.workspaces = [_large(*self.shape, dtype=dtype, device=self.device) for dtype in dtypes]
+            self.workspaces = [torch.empty(self.shape, dtype=dtype, device=self.device) for dtype in dtypes]
         z = self.head.logits(first, last, self.workspaces[0])
         z_ref = None if self.ref is None else self.ref.logits(first, last, self.workspaces[1])
         temperatures = None if self.temperatures is None else self.temperatures[first:last]

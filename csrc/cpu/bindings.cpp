@@ -10,7 +10,6 @@
 #include "cpu/lambda_return.h"
 #include "cpu/soft_bellman.h"
 #include "cpu/threads.h"
-#include "cpu/memory.h"
 #include "cpu/token_stats.h"
 
 namespace py = pybind11;
@@ -115,7 +114,6 @@ static void soft_bellman_bwd_residual(Address cotangent, Address policy_grad, Ad
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of dqo_kernels; arguments are addresses.";
-    m.def("advise_huge_pages", [](Address data, std::int64_t bytes) { advise_huge_pages(at<void>(data), bytes); });
     m.def("token_stats_fwd", &token_stats_fwd, WithoutGil());
     m.def("token_stats_bwd", &token_stats_bwd, WithoutGil());
     m.def("lambda_return_fwd_f32", &lambda_return_forward<float>, WithoutGil());

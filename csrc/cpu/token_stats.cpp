@@ -2,8 +2,11 @@
 #include "cpu/token_stats.h"
 
 #include "cpu/isa.h"
-#include "cpu/memory.h"
 #include "cpu/threads.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace dqo::cpu {
 
@@ -19,6 +22,22 @@ const TokenStatsRows& rows() {
 
 std::int64_t size_of(Dtype dtype) { return dtype == kFloat32 ? 4 : dtype == kFloat64 ? 8 : 2; }
 
+// From here on memory is mapped for its one owner, so advice about it concerns nobody else (glibc's largest mmap threshold).
+constexpr std::int64_t kOwnMapping = 32 << 20;
+
+// A fresh gradient is as large as the logits, and its first touch costs a page fault every 4 KiB: more time than the kernel
+// itself. Huge pages make that one every 2 MiB. Only advice: where the system knows no huge pages nothing changes.
+void advise_huge_pages(void* data, std::int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr std::uintptr_t kHuge = 2 << 20;
+    const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+    const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / kHuge * kHuge;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
 }  // namespace
 
 void token_stats_forward(const TokenStatsArgs& args, Dtype dtype, int threads) {
@@ -32,7 +51,7 @@ void token_stats_backward(TokenStatsArgs args, Dtype dtype, int threads) {
     // A gradient that no cache will hold until it is read is written past them: one pass over memory instead of two.
     constexpr std::int64_t kBeyondCaches = 8 << 20;
     args.stream = bytes >= kBeyondCaches;
-    advise_huge_pages(args.grad, bytes);
+    if (bytes >= kOwnMapping) advise_huge_pages(args.grad, bytes);
     const auto function = args.bfloat16_grad ? rows().backward_to_bfloat16 : rows().backward[dtype];
     parallel_for(args.rows, args.vocab * (args.c_kl ? 2 : 1), threads,
                  [&](std::int64_t begin, std::int64_t end) { function(args, begin, end); });

@@ -143,11 +143,3 @@ def test_the_gradient_of_floats_may_be_bfloat16(isa, rows):
     for odd in (0, 1):  # an address that is no multiple of a vector
         got = token_stats_cpp.bwd(*arguments, out=room[odd : odd + rows * 4099].view(rows, 4099))
         assert torch.equal(got, want.bfloat16())
-
-
-@pytest.mark.parametrize("count", [0, 1, 2**25, 2**25 + 2**20 + 1])
-def test_advice_about_memory_changes_nothing_in_it(count):
-    x = torch.ones(count, dtype=torch.uint8)
-    for odd in (0, 1, 4097):
-        _cpu.advise_huge_pages(x.data_ptr() + min(odd, count), max(count - odd, 0))
-    assert x.all()
