@@ -11,11 +11,17 @@ try:
     import dqo_kernels._cpu as _cpu  # this form tells a missing module from a broken one, `from ... import` does not
 except ModuleNotFoundError:  # not built; an extension that is there but broken must be heard
     _cpu = None
+try:
+    import dqo_kernels._cuda as _cuda
+except ModuleNotFoundError:
+    _cuda = None
 
-BACKENDS = ("reference", "cpp", "triton")
+ONE_PASS = "cuda_one_pass"  # a form of soft_bellman_loss alone, which the argument `backend` must ask for
+BACKENDS = ("reference", "cpp", "triton", "cuda", ONE_PASS)
 
-# Per operation and device type, the best first. Triton on the CPU is its interpreter, for tests.
-_NATIVE = {"cpu": ("cpp", "reference", "triton"), "cuda": ("triton", "reference")}
+# Per operation and device type, the best first. Triton on the CPU is its interpreter, for tests. The CUDA kernels come after
+# Triton's until a measurement says otherwise.
+_NATIVE = {"cpu": ("cpp", "reference", "triton"), "cuda": ("triton", "cuda", "reference")}
 TABLE = {
     "token_stats": _NATIVE,
     "lambda_return": _NATIVE,
@@ -23,6 +29,8 @@ TABLE = {
     "linear_token_stats": _NATIVE,
     "linear_row_loss": _NATIVE,
 }
+
+_FLOAT32_ALONE = "its kernels compute in float32; float64 runs in the backend 'reference' (on the CPU in 'cpp' too)"
 
 
 def triton_interprets() -> bool:
@@ -34,13 +42,22 @@ def unavailable(backend: str, device_type: str = "cpu", dtype: torch.dtype = tor
     """Why `backend` cannot run on tensors of this device and dtype, or None when it can."""
     if backend == "cpp" and _cpu is None:
         return "dqo_kernels._cpu is not built; run `pip install -e .` where a C++17 compiler is"
+    if backend.startswith("cuda"):
+        if _cuda is None:
+            return "dqo_kernels._cuda is not built; run `pip install -e .` where CUDA's nvcc is"
+        device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        reason = _cuda.cluster_problem(device) if backend == ONE_PASS else _cuda.problem(device)
+        if reason:
+            return reason
+        if dtype == torch.float64:
+            return _FLOAT32_ALONE
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
         if device_type == "cpu" and not triton_interprets():
             return "Triton compiles for GPUs; on the CPU set TRITON_INTERPRET=1 before Python starts (slow, for tests)"
         if dtype == torch.float64:
-            return "its kernels compute in float32; float64 runs in the backend 'reference' (on the CPU in 'cpp' too)"
+            return _FLOAT32_ALONE
     return None
 
 
@@ -60,7 +77,12 @@ def choose(op: str, device_type: str, backend: str | None = None, dtype: torch.d
         raise RuntimeError(
             f"backend {asked!r} has no {op} for device {device_type!r}; it can run on: {', '.join(candidates)}"
         )
-    reason = unavailable(asked, device_type, dtype)
-    if reason is not None:
-        raise RuntimeError(f"backend {asked!r} cannot run {op}: {reason}")
+    insist(op, asked, device_type, dtype)
     return asked
+
+
+def insist(op: str, backend: str, device_type: str, dtype: torch.dtype) -> None:
+    """Raises RuntimeError with the reason when the backend that was asked for cannot run."""
+    reason = unavailable(backend, device_type, dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run {op}: {reason}")

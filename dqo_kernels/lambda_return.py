@@ -3,7 +3,7 @@
     G_t = r_t + gamma * ((1 - lam) * V_{t+1} + lam * G_{t+1}),   V_{T+1} = G_{T+1} = bootstrap of the sequence
 
 Backward, forward in time with g_t the gradient at G_t:  a_t = g_t + gamma*lam*a_{t-1};  dr_t = a_t;
-dV_{t+1} = gamma*(1-lam)*a_t;  dbootstrap = gamma*a_T.  Backends: reference, cpp, triton.
+dV_{t+1} = gamma*(1-lam)*a_t;  dbootstrap = gamma*a_T.  Backends: reference, cpp, triton, cuda.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def lambda_return(
         cu_seqlens: (B+1,) integer boundaries; empty sequences are allowed.
         gamma, lam: in [0, 1].
         bootstrap: (B,) floating, V(s_{T+1}) of each sequence; 0 (a terminal state) when None.
-        backend: "reference", "cpp", "triton", or None for the best that can run.
+        backend: "reference", "cpp", "triton", "cuda", or None for the best that can run.
 
     Returns:
         (N,) float32, or float64 when an input is float64. Differentiable in rewards, values and bootstrap.

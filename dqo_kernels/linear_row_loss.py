@@ -3,8 +3,8 @@
     stats = linear_token_stats(hidden, weight, actions, ...)
     loss_sum, metric_sums = row_loss(stats, rows, cu_seqlens)          summed over runs of whole groups
 
-Backends: reference (statistics in recomputed chunks, then one call for each run of groups that fits the workspace); cpp and
-triton (linear_engine.py: a run's gradient is made while its logits are still in the workspace).
+Backends: reference (statistics in recomputed chunks, then one call for each run of groups that fits the workspace); cpp,
+triton and cuda (linear_engine.py: a run's gradient is made while its logits are still in the workspace).
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def linear_row_loss(
             the device once, to read cu_seqlens.
         loss_scale: multiplies the loss, not the metrics. A factor given here is free, one that arrives in the backward is a pass
             over the gradient of the weight: give 1 / (number of tokens of the step) here.
-        backend: "reference", "cpp", "triton", or None for the best that can run.
+        backend: "reference", "cpp", "triton", "cuda", or None for the best that can run.
 
     Returns:
         (loss_sum, metric_sums): a scalar, differentiable once in hidden, weight, bias, lora_a, lora_b and `rows`, and detached

@@ -1,7 +1,7 @@
 """linear_token_stats: the statistics of `F.linear(hidden, weight, bias)` without ever holding (N, V) whole.
 
-Backends: reference (chunks of rows, each recomputed in the backward), and cpp and triton (linear_engine.py). Logits are made in
-float32 in all of them, whatever the dtype of the hidden states.
+Backends: reference (chunks of rows, each recomputed in the backward), and cpp, triton and cuda (linear_engine.py). Logits are
+made in float32 in all of them, whatever the dtype of the hidden states.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def linear_token_stats(
         ref_hidden, ref_weight, ref_bias: (N, D'), (V, D'), (V,): the reference policy's; constants.
         temperature, softcap: as in `token_stats`.
         workspace_bytes: bytes of logits held at once; None is 256 MiB on the CPU, 2 GiB on a GPU.
-        backend: "reference", "cpp", "triton", or None for the best that can run.
+        backend: "reference", "cpp", "triton", "cuda", or None for the best that can run.
         group: the processes that hold V together: weight, bias, lora_b, ref_weight and ref_bias are then this process's
             consecutive rows, in the order of ranks; everything else is the same in all of them. See `token_stats`.
 

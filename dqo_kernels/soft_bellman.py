@@ -8,7 +8,7 @@
     w_t     = exp(clamp(x_t, is_floor, is_cap)), x_t from rho = logprobs - behavior_logprobs, never a gradient
 
 target="residual" detaches nothing but w, r and the reference: the trained term is 1/2 w_t e_t^2,
-e_t = V_t + beta*delta_t - r_t - gamma*Ghat_{t+1}; value_loss is then a metric.  Backends: reference, cpp, triton.
+e_t = V_t + beta*delta_t - r_t - gamma*Ghat_{t+1}; value_loss is then a metric.  Backends: reference, cpp, triton, cuda.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ def soft_bellman(
         policy_target: "return" (the paper), "td", "one_step". target: "detach" or "residual".
         is_level: "trajectory" (the paper), "suffix", "prefix", "token", "none". is_cap, is_floor: in log space, or None.
         reduction: "sum", "mean" over N, or "none".
-        backend: "reference", "cpp", "triton", or None for the best that can run.
+        backend: "reference", "cpp", "triton", "cuda", or None for the best that can run.
 
     Returns:
         SoftBellmanTerms; the losses are differentiable in logprobs, values, lse (and bootstrap with "residual").

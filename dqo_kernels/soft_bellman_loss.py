@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dqo_kernels import checks
+from dqo_kernels import checks, dispatch
 from dqo_kernels.layout import Layout
 from dqo_kernels.soft_bellman import REDUCTIONS, SoftBellmanTerms, bellman_rows, check_row_options
 from dqo_kernels.token_stats import TokenStats
@@ -219,7 +219,8 @@ def soft_bellman_loss(
         policy_scale, value_coef, kl_coef: factors of the three losses; kl_coef needs ref_logits (OREO's alpha is 2*kl_coef).
         temperature: a number, or one a row in the shape of actions. softcap: see `token_stats`.
         reduction: "mean" over unmasked rows, "sum", or "none" (rows in the shape of actions).
-        backend: "reference", "cpp", "triton", or None for the best that can run.
+        backend: "reference", "cpp", "triton", "cuda", or None for the best that can run; "cuda_one_pass" reads the logits once
+            and makes the gradient in the forward (is_level none, token or suffix; see soft_bellman_loss_cuda.py).
         group: the processes that hold V together, each a slice of the logits; see `token_stats`.
 
     Returns:
@@ -231,4 +232,10 @@ def soft_bellman_loss(
 
     call = Call.of("logits", logits, -1, locals())
     layout, slices = call.checked()
+    if backend == dispatch.ONE_PASS:
+        dispatch.insist("soft_bellman_loss", backend, logits.device.type, logits.dtype)
+        from dqo_kernels import soft_bellman_loss_cuda  # it needs the extension
+
+        soft_bellman_loss_cuda.check(call)
+        return SoftBellmanOutput(*soft_bellman_loss_cuda.one_pass(call, layout))
     return loss_from_statistics(call, layout, functools.partial(_statistics, slices))

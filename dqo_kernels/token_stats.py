@@ -9,7 +9,7 @@ Backward with c_x the gradient that arrives at field x, p = softmax(z), u = z - 
     dz = p * (A + B*u + C*u_ref) + D*onehot(action)
     A = c_lse - c_logprob - c_kl*KL - c_H*H,   B = c_kl - c_H,   C = -c_kl,   D = c_logprob
 
-Backends: reference, cpp, triton. The native ones keep the largest entry and ln(sum) of each row for the backward.
+Backends: reference, cpp, triton, cuda. The native ones keep the largest entry and ln(sum) of each row for the backward.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ _FORWARD.differentiable(_save, _gradient)
 _BACKWARD.differentiable_once()
 
 
-def _readable(name: str, x: Tensor | None) -> Tensor | None:
+def readable(name: str, x: Tensor | None) -> Tensor | None:
     """x itself unless neighbouring entries of a row are not neighbours in memory: then a copy, and a word about it."""
     if x is None or x.stride(-1) == 1 or x.shape[-1] == 1:
         return x
@@ -244,8 +244,8 @@ def statistics(
     temperatures = None
     if isinstance(temperature, Tensor):
         temperatures, temperature = temperature.to(compute_dtype(logits)).expand(actions.shape).contiguous(), 1.0
-    logits = _readable("logits", logits.to(dtype))
-    ref_logits = None if ref_logits is None else _readable("ref_logits", ref_logits.detach().to(dtype))
+    logits = readable("logits", logits.to(dtype))
+    ref_logits = None if ref_logits is None else readable("ref_logits", ref_logits.detach().to(dtype))
     mask = None if mask is None else mask.contiguous()
     arguments = (logits, actions, ref_logits, mask, temperatures, float(temperature), float(softcap or 0.0), chosen)
     if slices is None:
@@ -276,7 +276,7 @@ def token_stats(
         ref_logits: (N, V) floating, the reference policy's; a constant.
         temperature: a positive number, or (N,) of them; a constant.
         softcap: z becomes softcap * tanh(z / softcap) before the temperature (Gemma 2); None leaves z alone.
-        backend: "reference", "cpp", "triton", or None for the best that can run.
+        backend: "reference", "cpp", "triton", "cuda", or None for the best that can run.
         group: the processes that hold V together: `logits` (and `ref_logits`) are then this process's consecutive columns, in
             the order of ranks, while `actions` are ids of the whole V. Every process gets the statistics of whole rows, and the
             gradient of its own columns. Gathers nine numbers a row at most, and waits for the device once.

@@ -1,4 +1,5 @@
-"""Without a CUDA device Triton kernels run in Triton's interpreter, which has to be asked for before triton is imported."""
+"""Without a GPU the GPU's kernels run on the CPU: Triton's in its interpreter, which has to be asked for before triton is
+imported, those in CUDA C++ emulated (kernels/cuda_emulated.py)."""
 
 import os
 
@@ -7,12 +8,16 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    from tests.kernels import cuda_emulated
+
+    if cuda_emulated.compiler():
+        cuda_emulated.install()
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if torch.cuda.is_available():
-            if item.path.name.startswith("test_triton"):  # these run on the GPU then, not in the interpreter
+            if item.path.name.startswith(("test_gpu", "test_triton")):  # these run on the GPU then
                 item.add_marker("gpu")
         elif item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU that torch can use; there is none here"))

@@ -32,6 +32,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 KERNEL_LEVELS = [
     {
+        "addresses",
         "checks",
         "dispatch",
         "library",
@@ -46,7 +47,8 @@ KERNEL_LEVELS = [
     {"layout", "lambda_return", "token_stats", "linear_inputs"},
     {"lambda_return_cpp", "soft_bellman_cpp", "token_stats_cpp", "linear_engine"},
     {"lambda_return_triton", "soft_bellman_triton", "token_stats_triton"},
-    {"soft_bellman", "linear_token_stats"},
+    {"lambda_return_cuda", "soft_bellman_cuda", "token_stats_cuda"},
+    {"soft_bellman", "soft_bellman_loss_cuda", "linear_token_stats"},
     {"soft_bellman_loss", "linear_row_loss"},
     {"linear_soft_bellman_loss"},
 ]
@@ -107,8 +109,8 @@ def test_a_native_operation_is_one_stem_everywhere():
                 assert (ROOT / path).exists(), path
             for path in (f"tests/kernels/test_{op}.py", f"benchmarks/bench_{op}.py"):
                 assert (ROOT / path).exists(), path
-        if "triton" in devices["cuda"]:
-            assert (ROOT / "dqo_kernels" / f"{op}_triton.py").exists()
+        for path in (f"dqo_kernels/{op}_triton.py", f"dqo_kernels/{op}_cuda.py", f"csrc/cuda/{op}.cu"):
+            assert (ROOT / path).exists(), path
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

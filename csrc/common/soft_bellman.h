@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "common/host_device.h"
+#include "common/times.h"
 
 namespace dqo {
 
@@ -42,10 +42,8 @@ DQO_HOST_DEVICE inline SoftBellmanRow soft_bellman_step(double delta, double rew
                                                         double weight, double next_value, double next_return,
                                                         const SoftBellmanOptions& o) {
     SoftBellmanRow row;
-    // A factor of 0 takes its side out, also where that is infinite.
-    const double c_value = o.ahead_value(), c_return = o.ahead_return();
-    const double ahead = (c_value != 0.0 ? c_value * next_value : 0.0) + (c_return != 0.0 ? c_return * next_return : 0.0);
-    row.returns = reward - o.beta * delta + o.gamma * (1.0 - o.lam) * next_value + o.gamma * o.lam * next_return;
+    const double ahead = times(o.ahead_value(), next_value) + times(o.ahead_return(), next_return);
+    row.returns = reward - o.beta * delta + times(o.gamma * (1.0 - o.lam), next_value) + times(o.gamma * o.lam, next_return);
     row.advantage = reward + o.gamma * ahead - baseline;
     const double policy_error = o.beta * delta - row.advantage, value_error = value - row.returns;
     row.policy_loss = 0.5 * weight * policy_error * policy_error;

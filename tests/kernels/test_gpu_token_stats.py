@@ -1,4 +1,4 @@
-"""The Triton launchers of token_stats against float64 oracles: in Triton's interpreter, or on a CUDA device.
+"""The launchers of token_stats in Triton and CUDA against float64 oracles, on a GPU or as gpu_backends.py says.
 
 Bounds as in test_token_stats.py: 2e-6*(1+|x|) forward, twice the error of torch's own float32 computation backward.
 """
@@ -9,14 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.kernels.gpu_backends import BACKENDS, DEVICE, launchers, on_device
 from tests.kernels.stats_cases import closed_gradient, make, oracle, torch_gradient
 
-pytest.importorskip("triton")
-
-from dqo_kernels import token_stats_triton
-from dqo_kernels.token_stats_triton import SPLIT
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SPLIT = 32768  # columns of a forward program, in both
 PUBLIC = [0, 1, 2, 5, 6, 7]  # logprobs, lse, entropy, ref_logprobs, ref_lse, kl: the order of stats_cases.oracle
 POLICY, REFERENCE = [0, 1, 2, 3, 4], [5, 6, 8, 9]
 SIZES = [2, 3, 17, 1000, 8193, SPLIT - 1, SPLIT, SPLIT + 1, 2 * SPLIT + 5]
@@ -24,14 +20,17 @@ SIZES = [2, 3, 17, 1000, 8193, SPLIT - 1, SPLIT, SPLIT + 1, 2 * SPLIT + 5]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, for inf - inf and NaN in the interpreter
 
 
-def on_device(*xs):
-    return [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in xs]
+@pytest.fixture(params=BACKENDS, autouse=True)
+def kernels(request):
+    """The module under test; `fwd` and `bwd` below call it."""
+    global KERNELS
+    KERNELS = launchers("token_stats", request.param)
 
 
 def fwd(z, actions, z_ref=None, mask=None, temperature=1.0, softcap=0.0):
     temperatures = temperature.float() if isinstance(temperature, torch.Tensor) else None
     scalar = 1.0 if temperatures is not None else temperature
-    out = token_stats_triton.fwd(*on_device(z, actions, z_ref, mask, temperatures), scalar, softcap)
+    out = KERNELS.fwd(*on_device(z, actions, z_ref, mask, temperatures), scalar, softcap)
     return [x.cpu() for x in out]
 
 
@@ -41,7 +40,7 @@ def bwd(z, actions, z_ref, fields, coefficients, mask=None, temperature=1.0, sof
     scalar = 1.0 if temperatures is not None else temperature
     inputs = on_device(z, actions, z_ref, mask, temperatures)
     saved = on_device(*(fields[i] for i in (3, 4, 8, 9, 2, 7)))
-    return token_stats_triton.bwd(*inputs, scalar, softcap, *saved, *on_device(*coefficients)).cpu()
+    return KERNELS.bwd(*inputs, scalar, softcap, *saved, *on_device(*coefficients)).cpu()
 
 
 def assert_fields(got, want, names=PUBLIC):

@@ -1,22 +1,21 @@
-"""The Triton scans themselves, against float64 loops: in Triton's interpreter, or on a CUDA device where there is one."""
+"""The scans in Triton and CUDA themselves against float64 loops, on a GPU or as gpu_backends.py says."""
 
 import numpy as np
 import pytest
 import torch
 
+from tests.kernels.gpu_backends import BACKENDS, DEVICE, launchers, on_device
 from tests.kernels.oracle import bellman_rows, numeric_gradient
 
-pytest.importorskip("triton")
-
-from dqo_kernels import lambda_return_triton, soft_bellman_triton
-from dqo_kernels.scan_triton import BLOCK
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BLOCK = 512 if DEVICE == "cuda" else 64  # rows of a tile of Triton's, fewer in its interpreter; CUDA's have 32
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, for inf - inf and NaN in the interpreter
 
 
-def on_device(*xs):
-    return [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in xs]
+@pytest.fixture(params=BACKENDS, autouse=True)
+def kernels(request):
+    """The modules under test."""
+    global LAMBDA_RETURN, SOFT_BELLMAN
+    LAMBDA_RETURN, SOFT_BELLMAN = (launchers(op, request.param) for op in ("lambda_return", "soft_bellman"))
 
 
 def same_bits(a, b):
@@ -49,11 +48,11 @@ def test_lambda_return_and_its_gradient(gamma, lam):
     bootstrap = torch.randn(len(LENGTHS), generator=rng)
     live = [x.double().requires_grad_() for x in (rewards, values, bootstrap)]
     want = loop_return(*live, cu_seqlens, gamma, lam)
-    got = lambda_return_triton.fwd(*on_device(rewards, values, bootstrap, cu_seqlens), gamma, lam).cpu()
+    got = LAMBDA_RETURN.fwd(*on_device(rewards, values, bootstrap, cu_seqlens), gamma, lam).cpu()
     scale = want.detach().abs().max().item()
     torch.testing.assert_close(got.double(), want.detach(), rtol=0, atol=2e-6 * scale)
     exact = torch.autograd.grad(want, live, upstream.double())
-    grads = lambda_return_triton.bwd(*on_device(upstream, cu_seqlens), gamma, lam)
+    grads = LAMBDA_RETURN.bwd(*on_device(upstream, cu_seqlens), gamma, lam)
     for a, b in zip(grads, exact, strict=True):
         torch.testing.assert_close(a.cpu().double(), b, rtol=0, atol=2e-6 * (1 + b.abs().max().item()))
 
@@ -64,7 +63,7 @@ def test_nan_stays_in_its_sequence_and_passes_no_gain_of_zero(lam, reached):
     n = int(cu_seqlens[-1])
     rewards, values = torch.ones(n), torch.ones(n)
     rewards[2 + BLOCK + 3] = torch.nan  # the last row of the middle sequence
-    returns = lambda_return_triton.fwd(*on_device(rewards, values, torch.zeros(3), cu_seqlens), 1.0, lam).cpu()
+    returns = LAMBDA_RETURN.fwd(*on_device(rewards, values, torch.zeros(3), cu_seqlens), 1.0, lam).cpu()
     assert returns[3 : n - 2].isnan().sum() == reached and not returns[[0, 1, 2, -2, -1]].isnan().any()
 
 
@@ -73,9 +72,9 @@ def test_scans_of_no_sequences_and_no_rows():
     for count in (0, 2):
         cu_seqlens, bootstrap = torch.zeros(count + 1, dtype=torch.long), torch.ones(count)
         args = on_device(empty, empty, bootstrap, cu_seqlens)
-        assert lambda_return_triton.fwd(*args, 1.0, 0.5).shape == (0,)
-        assert torch.equal(lambda_return_triton.bwd(*on_device(empty, cu_seqlens), 1.0, 0.5)[2].cpu(), 0 * bootstrap)
-        grads = soft_bellman_triton.bwd_residual(*on_device(empty, empty, cu_seqlens, None), 0.1, 1.0, 0.5, "td")
+        assert LAMBDA_RETURN.fwd(*args, 1.0, 0.5).shape == (0,)
+        assert torch.equal(LAMBDA_RETURN.bwd(*on_device(empty, cu_seqlens), 1.0, 0.5)[2].cpu(), 0 * bootstrap)
+        grads = SOFT_BELLMAN.bwd_residual(*on_device(empty, empty, cu_seqlens, None), 0.1, 1.0, 0.5, "td")
         assert torch.equal(grads[2].cpu(), 0 * bootstrap)
 
 
@@ -96,7 +95,7 @@ def run_bellman(rows, bootstrap, cu_seqlens, mask, options, behavior=True, targe
         t["target_values"] if target_values else None,
     )  # fmt: skip
     order = ["beta", "gamma", "lam", "policy_target", "target", "is_level", "is_cap", "is_floor"]
-    return [x.cpu() for x in soft_bellman_triton.fwd(*args, *(options[name] for name in order))]
+    return [x.cpu() for x in SOFT_BELLMAN.fwd(*args, *(options[name] for name in order))]
 
 
 def hidden_rows(rows, cu_seqlens, holes):
@@ -172,7 +171,7 @@ def test_residual_gradient_and_its_masked_rows(policy_target, lam):
 
     def backward(cotangent, policy_grad, cu, mask):
         tensors = on_device(torch.from_numpy(cotangent), policy_grad, torch.from_numpy(cu), mask)
-        return [x.cpu() for x in soft_bellman_triton.bwd_residual(*tensors, *tail)]
+        return [x.cpu() for x in SOFT_BELLMAN.bwd_residual(*tensors, *tail)]
 
     policy_grad = run_bellman(rows, bootstrap, cu_seqlens, None, options, False, False)[5]
     got = backward(cotangent, policy_grad, cu_seqlens, None)
@@ -206,7 +205,7 @@ def test_adjoint_carries_over_tiles():
 
     policy_grad = run_bellman(rows, bootstrap, cu_seqlens, None, options, False, False)[5]
     tensors = on_device(torch.from_numpy(cotangent), policy_grad, torch.from_numpy(cu_seqlens), None)
-    grads = soft_bellman_triton.bwd_residual(*tensors, options["beta"], options["gamma"], 0.9, "return")
+    grads = SOFT_BELLMAN.bwd_residual(*tensors, options["beta"], options["gamma"], 0.9, "return")
     inner = sum((g.cpu().double().numpy() * d).sum() for g, d in zip(grads, direction.values(), strict=True))
     assert inner == pytest.approx((loss(1e-5) - loss(-1e-5)) / 2e-5, rel=1e-4)
 

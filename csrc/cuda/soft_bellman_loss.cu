@@ -1,0 +1,250 @@
+// The one-pass kernel. A cluster of blocks holds a row of logits (two, where the exact KL is differentiated) in its shared memory:
+// statistics of the row while it comes in, the state of the reverse scan from the rows after it (look_back.cuh), and its gradient from
+// shared memory. So logits are read once and the gradient is written once. Several clusters share a multiprocessor: while one
+// waits, another one loads.
+//
+// A row's coefficients may depend on itself and on later rows: importance weights of level none, token or suffix, targets
+// detached. Compiled for sm_90 and later only.
+#define DQO_CLUSTERS
+#include "cuda/soft_bellman_loss.h"
+
+#include "cuda/look_back.cuh"
+#include "cuda/soft_bellman_row.cuh"
+#include "cuda/token_stats_row.cuh"
+
+namespace dqo::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMostBlocks = 8;  // of a portable cluster
+constexpr std::size_t kSharedOfTwo = 110 * 1024, kSharedOfOne = 224 * 1024;  // bytes a block, of two or one on a multiprocessor
+
+struct OnePassLaunch {
+    OnePassArgs args;
+    std::int64_t slice;
+};
+
+enum class Ref { kNone, kRead, kKept };  // the reference's logits: not given, for statistics alone, for the gradient of the KL too
+
+template <bool kRef>
+struct Shared {  // of a block; the parked chunks follow
+    Moments<kRef> exchange[kThreads / kWarp];
+    Moments<kRef> parts[kMostBlocks];  // of the cluster's blocks, in the first
+    RowGradient gradient;
+    std::int64_t row;
+};
+
+DQO_DEVICE float given(const float* values, std::int64_t row) { return values ? values[row] : 0.0f; }
+
+// By the first warp of a cluster: everything about the row that is not as long as the vocabulary. Writes the row's outputs.
+template <class T, bool kCap, bool kRef>
+DQO_DEVICE RowGradient work_row(const OnePassArgs& a, std::int64_t row, bool counts, const Moments<kRef>& moments) {
+    const TokenStatsArgs& t = a.stats;
+    const SoftBellmanArgs& b = a.bellman;
+    const SoftBellmanOptions& o = b.options;
+    const std::int64_t sequence = a.look_back.sequence[row], end = b.cu_seqlens[sequence + 1];
+    const double bootstrap = b.bootstrap ? b.bootstrap[sequence] : 0.0;
+    const double decay = o.gamma * o.lam, bridge = o.gamma * (1.0 - o.lam);
+    const float temperature = t.temperatures ? t.temperatures[row] : t.temperature;
+    const std::int64_t action = t.actions[row];
+    const bool valid = action >= 0 && action < t.vocab;
+
+    RowStatistics s{};
+    BellmanInputs in{};
+    ScanMap own;
+    if (counts) {
+        const auto entry = [&](const Rows& rows) {
+            return valid ? capped<kCap>(to_float(row_of<T>(rows, row)[action]), t.softcap) : 0.0f;
+        };
+        s = RowStatistics::of(moments, 1.0 / temperature, valid, entry(t.logits), kRef ? entry(t.ref_logits) : 0.0f);
+        if constexpr (!kRef) {
+            s.ref_logprob = b.ref_logprobs[row];
+            s.ref_lse = given(a.ref_lse, row);
+        }
+        const float value = b.values ? b.values[row] : float(o.beta) * (s.lse - s.ref_lse);
+        in = BellmanInputs::of(b, row, s.logprob, s.ref_logprob, value);
+        own = in.map(o);
+    }
+    const ScanState next = look_back(a.look_back, row, end, own, decay, bridge, {bootstrap, bootstrap, 0});
+
+    SoftBellmanRow out{};
+    double weight = 0.0;
+    if (counts) {
+        weight = 1.0;
+        if (o.is_level == IsLevel::kSuffix) weight = importance_weight(next.x + in.log_ratio, o);
+        if (o.is_level == IsLevel::kToken) weight = importance_weight(in.log_ratio, o);
+        out = in.row(weight, next, o);
+    }
+    if (thread_index() == 0) {
+        put_fields<kRef>(t.fields, row, s);
+        put_row(b, row, out, weight);
+    }
+    const double scale = *a.scale, c_lse = b.values ? 0.0 : a.value_coef * scale * o.beta * out.value_grad;
+    const RowCoefficients c(a.policy_scale * scale * out.policy_grad, c_lse, 0.0, a.kl_coef * scale, 0.0, s.kl);
+    return RowGradient::of(s, c, action, valid, true, 1.0f / temperature);
+}
+
+template <class T, bool kCap, Ref kRefUse>
+DQO_KERNEL(kThreads) one_pass_kernel(OnePassLaunch launched) {
+    constexpr bool kRef = kRefUse != Ref::kNone, kKl = kRefUse == Ref::kKept;
+    const OnePassArgs& a = launched.args;
+    const TokenStatsArgs& t = a.stats;
+    auto& shared = *reinterpret_cast<Shared<kRef>*>(shared_memory());
+    auto* const parked = reinterpret_cast<Chunk<T>*>(shared_memory() + (sizeof(Shared<kRef>) + 15) / 16 * 16);
+    auto* const parked_ref = parked + launched.slice / Chunk<T>::kCount;
+    const int rank = cluster_rank(), blocks = cluster_blocks();
+    const std::int64_t begin = rank * launched.slice;
+    const std::int64_t end = begin + launched.slice < t.vocab ? begin + launched.slice : t.vocab;
+    const bool leads = rank == 0 && thread_index() < kWarp;  // its first warp works for the cluster
+    const auto tell = [&](const RowGradient& gradient, std::int64_t row) {
+        if (thread_index() < blocks) {
+            auto& to = *in_block(&shared, thread_index());
+            to.gradient = gradient;
+            to.row = row;
+        }
+    };
+
+    sync_cluster();  // all blocks run, so that their shared memory may be written to
+    if (leads) tell({}, from_lane(thread_index() == 0 ? take_row(a.look_back, t.rows) : 0, 0));
+    sync_cluster();
+    for (std::int64_t row = shared.row; row >= 0;) {
+        const bool counts = !t.mask || t.mask[row];
+        Moments<kRef> moments;
+        if (counts) {
+            const float temperature = t.temperatures ? t.temperatures[row] : t.temperature;
+            const float scale = 1.0f / temperature * kLog2e;
+            const T *const logits = row_of<T>(t.logits, row), *const ref = kRef ? row_of<T>(t.ref_logits, row) : nullptr;
+            const auto park = [=](std::int64_t offset, const Chunk<T>& z) { parked[offset / Chunk<T>::kCount] = z; };
+            const auto park_ref = [=](std::int64_t offset, const Chunk<T>& z) {
+                if constexpr (kKl) parked_ref[offset / Chunk<T>::kCount] = z;
+            };
+            const auto merge = [=](Moments<kRef> one, const Moments<kRef>& next) {
+                one.merge(next, scale);
+                return one;
+            };
+            moments = thread_moments<T, kCap, kRef>(logits, ref, begin, end, t.softcap, scale, park, park_ref);
+            moments = merge_block(moments, shared.exchange, merge);
+            if (thread_index() == 0) in_block(&shared, 0)->parts[rank] = moments;
+        }
+        sync_cluster();
+        if (leads) {
+            if (counts) {
+                const float temperature = t.temperatures ? t.temperatures[row] : t.temperature;
+                moments = shared.parts[0];
+                for (int i = 1; i < blocks; ++i) moments.merge(shared.parts[i], 1.0f / temperature * kLog2e);
+            }
+            const RowGradient gradient = work_row<T, kCap>(a, row, counts, moments);
+            tell(gradient, from_lane(thread_index() == 0 ? take_row(a.look_back, t.rows) : 0, 0));
+        }
+        sync_cluster();
+        // A thread reads what it has parked itself: nobody need be waited for.
+        const RowGradient gradient = shared.gradient;
+        T* const grad = static_cast<T*>(t.grad) + row * t.vocab;
+        for (std::int64_t at = begin + thread_index() * Chunk<T>::kCount; at < end; at += kThreads * Chunk<T>::kCount) {
+            Chunk<T> out{};
+            const std::int64_t place = (at - begin) / Chunk<T>::kCount;
+            if (counts)
+                chunk_gradient<T, T, kCap, kKl, false>(gradient, at, t.softcap, parked[place],
+                                                       kKl ? parked_ref[place] : Chunk<T>{}, out.element);
+            store_chunk(grad, at, end, out);
+        }
+        row = shared.row;  // written next when all have passed the next barrier
+    }
+}
+
+// ---- the rows' sequences, and empty slots
+
+constexpr int kResetThreads = 128;
+
+DQO_KERNEL(kResetThreads) reset_kernel(OnePassArgs a) {
+    const std::int64_t row = block_index() * kResetThreads + thread_index();
+    if (row >= a.stats.rows) return;
+    std::int64_t low = 0, high = a.bellman.sequences;  // cu_seqlens[low] <= row < cu_seqlens[high]
+    while (high - low > 1) {
+        const std::int64_t middle = (low + high) / 2;
+        (a.bellman.cu_seqlens[middle] <= row ? low : high) = middle;
+    }
+    look_back_reset(a.look_back, row, std::int32_t(low));
+}
+
+// ---- a factor that arrives after the gradient was made
+
+struct RescaleArgs {
+    void* grad;
+    std::int64_t count, stride;
+    const float* factor;
+};
+
+template <class T>
+DQO_KERNEL(kThreads) rescale_kernel(RescaleArgs a) {
+    const float factor = *a.factor;
+    if (factor == 1.0f) return;
+    T* const grad = static_cast<T*>(a.grad);
+    constexpr int kCount = Chunk<T>::kCount;
+    for (std::int64_t at = (block_index() * kThreads + thread_index()) * kCount; at < a.count; at += a.stride) {
+        Chunk<T> chunk = load_chunk(grad, at, a.count, T{});
+        for (T& x : chunk.element) from_float(to_float(x) * factor, x);
+        store_chunk(grad, at, a.count, chunk);
+    }
+}
+
+// ---- the launches, by dtype and by what is asked for
+
+constexpr std::int64_t kSliceUnit = 64;  // columns
+
+template <class T, bool kCap, Ref kRefUse>
+Status launch_one_pass(const OnePassArgs& a, const OnePassShape& shape, int processors, void* stream) {
+    const std::int64_t clusters = std::int64_t(processors) * 3 / shape.cluster + 1;  // more than run at once find no row left
+    const Grid grid{(clusters < a.stats.rows ? clusters : a.stats.rows) * shape.cluster, kThreads, shape.shared_bytes, shape.cluster};
+    return launch(one_pass_kernel<T, kCap, kRefUse>, grid, stream, OnePassLaunch{a, shape.slice});
+}
+
+template <class T, bool kCap>
+Status one_pass_of(const OnePassArgs& a, const OnePassShape& shape, int processors, void* stream) {
+    if (!a.stats.ref_logits.data) return launch_one_pass<T, kCap, Ref::kNone>(a, shape, processors, stream);
+    if (a.kl_coef == 0.0) return launch_one_pass<T, kCap, Ref::kRead>(a, shape, processors, stream);
+    return launch_one_pass<T, kCap, Ref::kKept>(a, shape, processors, stream);
+}
+
+template <class T>
+Status one_pass(const OnePassArgs& a, const OnePassShape& shape, int processors, void* stream) {
+    return (a.stats.softcap > 0 ? one_pass_of<T, true> : one_pass_of<T, false>)(a, shape, processors, stream);
+}
+
+template <class T>
+Status rescale_of(void* grad, std::int64_t count, const float* factor, int processors, void* stream) {
+    const std::int64_t step = std::int64_t(kThreads) * Chunk<T>::kCount, needed = (count + step - 1) / step;
+    const std::int64_t blocks = needed < processors * 8 ? needed : processors * 8;
+    return launch(rescale_kernel<T>, Grid{blocks, kThreads}, stream, RescaleArgs{grad, count, blocks * step, factor});
+}
+
+}  // namespace
+
+OnePassShape one_pass_shape(std::int64_t vocab, Dtype dtype, bool keeps_ref) {
+    const std::size_t entry = (dtype == kFloat32 ? 4 : 2) * (keeps_ref ? 2 : 1);
+    const std::size_t fixed = (sizeof(Shared<true>) + 15) / 16 * 16;
+    for (const std::size_t limit : {kSharedOfTwo, kSharedOfOne})
+        for (int cluster = 1; cluster <= kMostBlocks; cluster *= 2) {
+            const std::int64_t even = (vocab + cluster - 1) / cluster;
+            const std::int64_t slice = (even + kSliceUnit - 1) / kSliceUnit * kSliceUnit;
+            const std::size_t bytes = fixed + slice * entry;
+            if (bytes <= limit) return {cluster, slice, bytes};
+        }
+    return {};
+}
+
+Status soft_bellman_loss_one_pass(const OnePassArgs& a, Dtype dtype, int processors, void* stream) {
+    const Grid reset{(a.stats.rows + kResetThreads - 1) / kResetThreads, kResetThreads};
+    const Status status = launch(reset_kernel, reset, stream, a);
+    if (status != Status{}) return status;
+    const OnePassShape shape = one_pass_shape(a.stats.vocab, dtype, a.kl_coef != 0.0);
+    return (dtype == kFloat32 ? one_pass<float> : dtype == kBfloat16 ? one_pass<Bfloat16> : one_pass<Float16>)(
+        a, shape, processors, stream);
+}
+
+Status rescale(void* grad, std::int64_t count, Dtype dtype, const float* factor, int processors, void* stream) {
+    return (dtype == kFloat32 ? rescale_of<float> : dtype == kBfloat16 ? rescale_of<Bfloat16> : rescale_of<Float16>)(
+        grad, count, factor, processors, stream);
+}
+
+}  // namespace dqo::cuda
