@@ -2,8 +2,9 @@
 
     pytest benchmarks/bench_soft_bellman_loss.py --benchmark-only
 
-Variants: "policy" is the paper's loss, "kl" adds the exact KL. Ours also returns log-probabilities, logsumexp, entropy and KL of
-every row; the torch compositions compute the loss and nothing else.
+Variants: "policy" is the paper's loss, "given" the same with the reference's log-probabilities in place of its logits, "kl" adds
+the exact KL. Ours also returns log-probabilities, logsumexp, entropy and KL of every row; the torch compositions compute the loss
+and nothing else.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ import torch
 from benchmarks import peers
 from benchmarks.harness import Candidate, Case, Operation, Phases, differentiated
 from benchmarks.records import parametrize
-from dqo_kernels import soft_bellman_loss
+from dqo_kernels import soft_bellman_loss, token_stats
 
 DISPATCHED = ("token_stats", "soft_bellman")
 BETA, CAP, KL_COEF = 0.1, 1.0, 0.05
-SMOKE = ((4, 64, 4096, torch.float32, ("policy",)),)
+SMOKE = ((4, 64, 4096, torch.float32, ("policy", "given")),)
 DEFAULT = ((4, 64, 4096, torch.float32, ("policy",)), (4, 64, 32000, torch.float32, ("policy", "kl")))
 FULL = (
     *DEFAULT,
     (8, 128, 32000, torch.float32, ("policy", "kl")),
     (4, 64, 151936, torch.bfloat16, ("policy", "kl")),
 )
-GPU = ((32, 256, 151936, torch.bfloat16, ("policy", "kl")), (8, 128, 128256, torch.bfloat16, ("policy",)))
+GPU = ((32, 256, 151936, torch.bfloat16, ("policy", "given", "kl")), (8, 128, 128256, torch.bfloat16, ("policy",)))
 
 
 def cases(device_type: str, size: str) -> list[Case]:
@@ -42,11 +43,16 @@ def cases(device_type: str, size: str) -> list[Case]:
 def inputs(case: Case, device: torch.device) -> SimpleNamespace:
     b, t, vocab = case.dims
     logits = torch.randn(b * t, vocab, device=device, dtype=case.dtype)
+    actions = torch.randint(0, vocab, (b * t,), device=device)
+    reference = {"ref_logits": logits + 0.1 * torch.randn_like(logits)}
+    if case.variant == "given":
+        stats = token_stats(reference["ref_logits"], actions, backend="reference")
+        reference = {"ref_logprobs": stats.logprobs}
     return SimpleNamespace(
         shape=(b, t),
-        ref_logits=(logits + 0.1 * torch.randn_like(logits)),
+        reference=reference,
         logits=logits.requires_grad_(),
-        actions=torch.randint(0, vocab, (b * t,), device=device),
+        actions=actions,
         rewards=torch.randn(b * t, device=device),
         values=torch.randn(b * t, device=device, requires_grad=True),
         cu_seqlens=torch.arange(0, b * t + 1, t, device=device),
@@ -60,7 +66,7 @@ def _phases(forward, x: SimpleNamespace) -> Phases:
 
 
 def _ours(x: SimpleNamespace, backend: str) -> Phases:
-    options = {"ref_logits": x.ref_logits, "cu_seqlens": x.cu_seqlens, "beta": BETA, "is_cap": CAP}
+    options = {**x.reference, "cu_seqlens": x.cu_seqlens, "beta": BETA, "is_cap": CAP}
 
     def forward():
         output = soft_bellman_loss(
@@ -91,8 +97,14 @@ def eager(logits, ref_logits, actions, rewards, values, kl_coef: float, shape: t
     return loss
 
 
-def _torch(function, x: SimpleNamespace) -> Phases:
-    tensors = (x.logits, x.ref_logits, x.actions, x.rewards, x.values)
+def eager_given(logits, ref_logprobs, actions, rewards, values, kl_coef: float, shape: tuple[int, int]):
+    logprobs = logits.float().log_softmax(-1).gather(-1, actions[:, None])[:, 0]
+    return bellman_loss((logprobs - ref_logprobs).view(shape), rewards.view(shape), values.view(shape))
+
+
+def _torch(x: SimpleNamespace, of=lambda function: function) -> Phases:
+    function = of(eager_given if "ref_logprobs" in x.reference else eager)
+    tensors = (x.logits, *x.reference.values(), x.actions, x.rewards, x.values)
     return _phases(lambda: {"loss": function(*tensors, x.kl_coef, x.shape)}, x)
 
 
@@ -123,15 +135,15 @@ def _bytes(reads_and_writes: int):
 
 CANDIDATES = [
     *peers.ours(_ours, DISPATCHED),
-    Candidate("eager", "the loss only", lambda x: _torch(eager, x)),
-    Candidate("torch.compile", "the loss only", lambda x: _torch(peers.compiled(eager), x), peers.compile_reason()),
+    Candidate("eager", "the loss only", _torch),
+    Candidate("torch.compile", "the loss only", lambda x: _torch(x, peers.compiled), peers.compile_reason()),
     Candidate(
         "liger grpo",
         "GRPO's loss of one model",
         _liger_grpo,
         peers.needs("liger_kernel"),
         devices=("cuda",),
-        suits=lambda case: case.variant == "policy",
+        suits=lambda case: case.variant != "kl",
     ),
 ]
 
@@ -142,9 +154,12 @@ OPERATION = Operation(
     CANDIDATES,
     {
         "forward": ("2*N*V*E: read z, z_ref", _bytes(2)),
+        "forward given": ("N*V*E: read z", _bytes(1)),
         "backward policy": ("2*N*V*E: read z, write dz", _bytes(2)),
+        "backward given": ("2*N*V*E: read z, write dz", _bytes(2)),
         "backward kl": ("3*N*V*E: read z, z_ref, write dz", _bytes(3)),
         "both": ("3*N*V*E: read z, z_ref once, write dz", _bytes(3)),
+        "both given": ("2*N*V*E: read z once, write dz", _bytes(2)),
     },
     DISPATCHED,
     tolerance=lambda case: 1e-4 if case.dtype == torch.float32 else 1e-2,

@@ -26,7 +26,11 @@ from benchmarks.environment import size
 from benchmarks.harness import Candidate, Case
 from dqo_kernels import dispatch
 
-DEVICES = {"reference": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cuda",)}
+
+def _devices(backend: str, operations: tuple[str, ...]) -> tuple[str, ...]:
+    """Where the table lists it for all of `operations`. Triton on the CPU is its interpreter, which nobody measures."""
+    listed = [d for d in ("cpu", "cuda") if all(backend in dispatch.TABLE[op].get(d, ()) for op in operations)]
+    return tuple(d for d in listed if (backend, d) != ("triton", "cpu"))
 
 
 def ours(build_with: Callable, operations: tuple[str, ...], computes: str = "everything") -> list[Candidate]:
@@ -39,10 +43,10 @@ def ours(build_with: Callable, operations: tuple[str, ...], computes: str = "eve
             lambda inputs: build_with(inputs, backend),
             lambda case, device_type: backend_reason(operations, device_type, backend),
             backend,
-            DEVICES[backend],
+            _devices(backend, operations),
         )
 
-    return [candidate(name) for name in DEVICES]
+    return [candidate(name) for name in dispatch.BACKENDS if _devices(name, operations)]
 
 
 def backend_reason(operations: tuple[str, ...], device_type: str, backend: str) -> str | None:
