@@ -60,10 +60,14 @@ def commit() -> str:
     return head + ("+" if changed else "")
 
 
-def sources() -> str:
-    """A hash of what a measurement depends on, for results of an interrupted run; a commit does not tell edits apart."""
+MEASURED = (("dqo_kernels", "*.py"), ("dqo", "**/*.py"), ("csrc", "**/*.*"), ("benchmarks", "*.py"))
+TESTS = (("tests", "**/*.py"), (".", "pyproject.toml"))
+
+
+def sources(of: tuple[tuple[str, str], ...] = MEASURED) -> str:
+    """A hash of what a measurement (or a test) depends on, to go on after an interruption: a commit does not tell edits apart."""
     root, digest = Path(__file__).parent.parent, hashlib.sha256()
-    for folder, pattern in (("dqo_kernels", "*.py"), ("dqo", "**/*.py"), ("csrc", "**/*.*"), ("benchmarks", "*.py")):
+    for folder, pattern in of:
         for path in sorted((root / folder).glob(pattern)):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]

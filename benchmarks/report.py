@@ -9,6 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
+from benchmarks import report_gpu
 from benchmarks.units import COPY, UNITS, Unit
 
 HERE = Path(__file__).parent
@@ -110,11 +111,13 @@ def operation_section(name: str, entries: list[dict], left_out: dict) -> list[st
 
 def device_section(results: dict) -> list[str]:
     head = {name: results[name] for name in ("date", "commit", "cores", "threads", "python")} | results["versions"]
-    head |= {"sizes": results["size"]} | ({"tests marked gpu": results["tests"]} if "tests" in results else {})
+    head |= {"sizes": results["size"]}
     environment = "" if results["size"] == "default" else f"DQO_BENCH={results['size']} "
     lines = [f"## {TITLES[results['device_type']]}: {results['device']}", ""]
     lines += [", ".join(f"{name} {value}" for name, value in head.items()) + ". Commands:", "", "```"]
     lines += [environment + results["command"], "python -m benchmarks.report", "```", ""]
+    if "checks" in results:
+        lines += report_gpu.head(results)
     for name in dict.fromkeys(e["extra_info"]["operation"] for e in results["benchmarks"]):
         entries = [e for e in results["benchmarks"] if e["extra_info"]["operation"] == name]
         left_out = {part: left for part, left in results["left_out"].items() if part.split()[0] == name}
@@ -130,6 +133,7 @@ def render(files: list[dict]) -> str:
             lines += device_section(results)
         if not found:
             lines += [f"## {title}", "", "Not measured. The command:", "", "```", COMMANDS[device_type], "```", ""]
+            lines += report_gpu.targets([]) if device_type == "cuda" else []
     return "\n".join(lines).rstrip() + "\n"
 
 
