@@ -195,7 +195,7 @@ class Machine:
     """Answers for the tools. `script` has, by a word of the command, an exit status and an output, or an exception."""
 
     def __init__(self):
-        self.ran, self.limits, self.now = [], [], 0.0
+        self.ran, self.commands, self.limits, self.now = [], [], [], 0.0
         self.script = dict.fromkeys(("memcheck", "initcheck", "synccheck"), (0, CLEAN))
         self.script |= {"pytest": (0, PASSED), "racecheck": (0, NO_RACE), "small_cases": (0, CLEAN), "ncu": (0, NCU)}
 
@@ -203,6 +203,7 @@ class Machine:
         words = ("memcheck", "racecheck", "initcheck", "synccheck", "pytest", "ncu", "small_cases")
         word = next(word for word in words if any(word in re.split(r"[/.]", part) for part in command))
         self.ran.append(word)
+        self.commands.append(" ".join(command))
         self.limits.append(seconds)
         self.now += 60.0
         if isinstance(self.script[word], BaseException):
@@ -255,8 +256,12 @@ def test_everything_runs_once_in_its_order(machine, tmp_path):
     assert {e["extra_info"]["shape"] for e in results["benchmarks"]} == {"3x32", "4x32"}
     assert machine.limits == [540.0 - 60 * i for i in range(6)]  # each gets what is left of nine minutes
     assert call(tmp_path) == results and machine.ran == ORDER  # nothing is repeated
+    assert "tests -m gpu and not aot " in machine.commands[0]
+    assert "--tool memcheck " in machine.commands[2] and machine.commands[2].endswith(
+        "benchmarks.small_cases --device cuda"
+    )
     results = call(tmp_path, "--profile")
-    assert machine.ran == [*ORDER, "ncu"]
+    assert machine.ran == [*ORDER, "ncu"] and "--clock-control none " in machine.commands[-1]
     assert results["profile"]["token_stats cpp"]["kernels"][0]["registers"] == 64
     call(tmp_path, "--profile")
     assert machine.ran == [*ORDER, "ncu"]
@@ -437,7 +442,8 @@ def test_small_cases_can_fail_and_name_what_failed(monkeypatch, capsys):
         result = run(op, direction, *arguments)
         return (result[0] * 1.0001, *result[1:]) if direction == "bwd" else result
 
-    monkeypatch.setattr(dispatch, "TABLE", {"lambda_return": dispatch.TABLE["lambda_return"], "new": {"cpu": ("cpp",)}})
+    row = dispatch.TABLE["lambda_return"]
+    monkeypatch.setattr(dispatch, "TABLE", {"lambda_return": row, "new": {"cpu": ("cpp",)}})
     monkeypatch.setattr(small_cases, "COMPOSED", {})
     if dispatch.unavailable("cpp") is None:
         monkeypatch.setattr(library, "run", off_by_little)
@@ -445,7 +451,9 @@ def test_small_cases_can_fail_and_name_what_failed(monkeypatch, capsys):
         record = gpu_tools.read_small_cases(1, capsys.readouterr().out)
         assert record["detail"] == "2 agree, 3 fail, 0 refused"  # bfloat16 hides it
         assert any(line.startswith("new: no small case") for line in record["failures"])
-    assert small_cases.main(["--device", "cpu", "--backend", "reference"]) == 1  # nothing native ran
+    monkeypatch.setattr(dispatch, "TABLE", {"lambda_return": row})
+    assert small_cases.main(["--device", "cpu", "--backend", "reference"]) == 1
+    assert "no native backend can run here" in capsys.readouterr().out
     broken = gpu_tools.read_small_cases(1, "Traceback:\nRuntimeError: CUDA error: unspecified launch failure\n")
     assert broken["outcome"] == "failed" and "unspecified launch failure" in broken["detail"]
 
