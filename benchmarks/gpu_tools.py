@@ -60,9 +60,8 @@ class Ended(NamedTuple):
 def execute(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> Ended:
     """Runs `command` at the root of the repository; Unfinished after `seconds`, with all processes that it started ended.
 
-    compute-sanitizer and ncu start the program they look at, so a group is ended. It is no session of its own: what ends this
-    program's session (a closed terminal, a machine's manager) must reach it too. Into a file, because a pipe would stay open as
-    long as any of them lives.
+    compute-sanitizer and ncu start the program they look at, so a group of processes is ended; it keeps this program's terminal,
+    so that what closes that reaches it too. The output goes into a file: a pipe would stay open as long as any of them lives.
     """
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
