@@ -5,9 +5,10 @@
 // A maximum that moves from m to n (a = m - n, a_r likewise) rescales by r = exp(a/T), r_r = exp(a_r/T):
 //   s <- r*s,  u <- r*(u + a*s),  d <- r*(d + (a - a_r)*s),  s_r <- r_r*s_r
 // Moments merge by the same rule; merged in a fixed order they are a function of the row alone.
-// Identical rows give d = 0 exactly: x - x_r is formed before any product, and nothing is contracted (-fmad=false).
+// Identical rows give d = 0 exactly: x - x_r is formed before any product, and only what is written as fmaf is contracted.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "common/host_device.h"
@@ -56,12 +57,11 @@ struct Moments {
     // An entry of both rows, none larger than the maxima; `peak` and `ref_peak` are finite_peak of those, scale = log2(e)/T.
     DQO_HOST_DEVICE void add(float z, float z_ref, float peak, float ref_peak, float scale) {
         const float x = z - peak, e = exp2_fast(x * scale);
-        const bool nothing = e == 0.0f;
         s += e;
-        u += e * (nothing ? 0.0f : x);
+        u = fmaf(e, fmaxf(x, -FLT_MAX), u);  // -inf has no weight, and a NaN is in e as well
         if constexpr (kRef) {
             const float x_ref = z_ref - ref_peak;
-            d += e * (nothing ? 0.0f : x - x_ref);
+            d = fmaf(e, e == 0.0f ? 0.0f : x - x_ref, d);
             sr += exp2_fast(x_ref * scale);
         }
     }

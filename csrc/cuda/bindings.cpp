@@ -53,7 +53,7 @@ static TokenStatsArgs token_stats_args(const StatsTuple& given, const StatsField
     a.mask = at<const bool>(std::get<3>(given));
     a.temperatures = at<const float>(std::get<4>(given));
     a.temperature = std::get<5>(given);
-    a.softcap = std::get<6>(given);
+    a.softcap = Softcap(std::get<6>(given));
     a.rows = std::get<7>(given);
     a.vocab = std::get<8>(given);
     StatisticsFields& f = a.fields;

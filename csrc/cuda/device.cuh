@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/api.h"
 
@@ -25,20 +26,49 @@ struct Float16 {
 DQO_DEVICE float to_float(float x) { return x; }
 DQO_DEVICE float to_float(Bfloat16 x) { return bfloat16_to_float(x.bits); }
 DQO_DEVICE float to_float(Float16 x) { return float16_to_float(x.bits); }
-DQO_DEVICE void from_float(float x, float& to) { to = x; }
-DQO_DEVICE void from_float(float x, Bfloat16& to) { to.bits = float_to_bfloat16(x); }
-DQO_DEVICE void from_float(float x, Float16& to) { to.bits = float_to_float16(x); }
 
 template <class T>
 DQO_DEVICE const T* row_of(const Rows& rows, std::int64_t i) {
-    return static_cast<const T*>(rows.data) + (i / rows.inner) * rows.outer_stride + (i % rows.inner) * rows.inner_stride;
+    const T* const data = static_cast<const T*>(rows.data);
+    if (rows.outer_stride == 0) return data + i * rows.inner_stride;  // two dimensions: no division to wait for
+    return data + (i / rows.inner) * rows.outer_stride + (i % rows.inner) * rows.inner_stride;
 }
 
-// Neighbouring elements of a row, 16 bytes of them.
+// Neighbouring elements of a row, 16 bytes of them. They stay packed until they are used: what is unpacked where it is loaded is
+// waited for there.
 template <class T>
 struct Chunk {
     static constexpr int kCount = 16 / sizeof(T);
-    T element[kCount];
+    Words words;
+
+    DQO_DEVICE float get(int i) const {  // i is known at compile time, in unrolled loops
+        if constexpr (sizeof(T) == 4) {
+            float x;
+            memcpy(&x, &words.word[i], 4);
+            return x;
+        } else {
+            T x;
+            x.bits = std::uint16_t(words.word[i / 2] >> (i % 2 * 16));
+            return to_float(x);
+        }
+    }
+    DQO_DEVICE static Chunk of(const float* values) {
+        Chunk chunk;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            std::uint32_t& word = chunk.words.word[i];
+            if constexpr (std::is_same_v<T, float>) memcpy(&word, &values[i], 4);
+            if constexpr (std::is_same_v<T, Bfloat16>) word = floats_to_bfloat16(values[2 * i], values[2 * i + 1]);
+            if constexpr (std::is_same_v<T, Float16>) word = floats_to_float16(values[2 * i], values[2 * i + 1]);
+        }
+        return chunk;
+    }
+    DQO_DEVICE static Chunk all(float value) {
+        float values[kCount];
+#pragma unroll
+        for (float& x : values) x = value;
+        return of(values);
+    }
 };
 
 DQO_DEVICE int misalignment(const void* address) { return int(reinterpret_cast<std::uintptr_t>(address) % 16); }
@@ -60,36 +90,66 @@ DQO_DEVICE Words joined(const Words& first, const Words& second, int offset) {
     return result;
 }
 
-// Elements [at, at + kCount) of a row of `size`, with `filling` outside of it. Which thread takes which elements of a row never
-// depends on the address, only how they are fetched does: a row's bits are the same wherever it lies. A row that does not begin at
-// a multiple of 16 bytes is read in aligned words; they reach beyond it only within words that it has a part of.
+constexpr int kInFlight = 4;  // chunks of 16 bytes that a thread waits for at once
+
+// The chunk that begins at element `at` of a row of `size`, where it lies across an end of it: an element at a time.
 template <class T>
-DQO_DEVICE Chunk<T> load_chunk(const T* row, std::int64_t at, std::int64_t size, T filling) {
-    Chunk<T> chunk;
-    if (at >= 0 && at + Chunk<T>::kCount <= size) {
-        const int offset = misalignment(row + at);
-        const char* const aligned = reinterpret_cast<const char*>(row + at) - offset;
-        const Words words = offset == 0 ? read_words(aligned)
-                                        : joined(read_words_again(aligned), read_words_again(aligned + 16), offset);
-        memcpy(&chunk, &words, sizeof(words));
-        return chunk;
+DQO_DEVICE void load_partly(const T* row, std::int64_t at, std::int64_t size, Chunk<T>& chunk) {
+    T element[Chunk<T>::kCount];
+    memcpy(element, &chunk, sizeof(chunk));
+#pragma unroll
+    for (int i = 0; i < Chunk<T>::kCount; ++i)
+        if (at + i >= 0 && at + i < size) element[i] = row[at + i];
+    memcpy(&chunk, element, sizeof(chunk));
+}
+
+// kInFlight chunks, `stride` elements (a multiple of a chunk) apart, with `filling` outside of the row. Which thread takes which
+// elements of a row never depends on the address, only how they are fetched does: a row's bits are the same wherever it lies. A row
+// that does not begin at a multiple of 16 bytes is read in aligned words; they reach beyond it only within words that it has a
+// part of. All reads are issued before anything is made of what they bring.
+template <class T>
+DQO_DEVICE void load_chunks(const T* row, std::int64_t at, std::int64_t stride, std::int64_t size, float filling,
+                            Chunk<T> (&chunk)[kInFlight]) {
+    constexpr int kCount = Chunk<T>::kCount;
+    const auto whole = [=](int j) { return at + j * stride >= 0 && at + j * stride + kCount <= size; };
+    const int offset = misalignment(row + at);
+    const char* const aligned = reinterpret_cast<const char*>(row + at) - offset;
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) chunk[j] = Chunk<T>::all(filling);
+    if (offset == 0) {
+#pragma unroll
+        for (int j = 0; j < kInFlight; ++j)
+            if (whole(j)) chunk[j].words = read_words(aligned + j * stride * sizeof(T));
+    } else {
+        Words first[kInFlight], second[kInFlight];
+#pragma unroll
+        for (int j = 0; j < kInFlight; ++j)
+            if (whole(j)) {
+                first[j] = read_words_again(aligned + j * stride * sizeof(T));
+                second[j] = read_words_again(aligned + j * stride * sizeof(T) + 16);
+            }
+#pragma unroll
+        for (int j = 0; j < kInFlight; ++j)
+            if (whole(j)) chunk[j].words = joined(first[j], second[j], offset);
     }
 #pragma unroll
-    for (int i = 0; i < Chunk<T>::kCount; ++i) chunk.element[i] = at + i >= 0 && at + i < size ? row[at + i] : filling;
-    return chunk;
+    for (int j = 0; j < kInFlight; ++j) {
+        const std::int64_t from = at + j * stride;
+        if (!whole(j) && from < size && from + kCount > 0) load_partly(row, from, size, chunk[j]);  // one in a row or two
+    }
 }
 
 template <class T>
 DQO_DEVICE void store_chunk(T* row, std::int64_t at, std::int64_t size, const Chunk<T>& chunk) {
     if (at >= 0 && at + Chunk<T>::kCount <= size && misalignment(row + at) == 0) {
-        Words words;
-        memcpy(&words, &chunk, sizeof(words));
-        write_words(row + at, words);
+        write_words(row + at, chunk.words);
         return;
     }
+    T element[Chunk<T>::kCount];
+    memcpy(element, &chunk, sizeof(chunk));
 #pragma unroll
     for (int i = 0; i < Chunk<T>::kCount; ++i)
-        if (at + i >= 0 && at + i < size) row[at + i] = chunk.element[i];
+        if (at + i >= 0 && at + i < size) row[at + i] = element[i];
 }
 
 // Merges the values of a block's threads in a fixed order; thread 0 has the result. `exchange` holds one T a warp.

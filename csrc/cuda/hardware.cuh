@@ -10,7 +10,8 @@
 #include "cuda/api.h"
 
 #define DQO_DEVICE __device__ __forceinline__
-#define DQO_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// A kernel for blocks of so many threads, of which so many share a multiprocessor at least: what registers are divided by.
+#define DQO_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
 namespace dqo::cuda {
 
@@ -83,14 +84,15 @@ DQO_DEVICE float float16_to_float(std::uint16_t x) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
     return y;
 }
-DQO_DEVICE std::uint16_t float_to_bfloat16(float x) {
-    std::uint16_t y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+// Rounded to nearest; `low` goes to the lower half.
+DQO_DEVICE std::uint32_t floats_to_bfloat16(float low, float high) {
+    std::uint32_t y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
-DQO_DEVICE std::uint16_t float_to_float16(float x) {
-    std::uint16_t y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+DQO_DEVICE std::uint32_t floats_to_float16(float low, float high) {
+    std::uint32_t y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
 

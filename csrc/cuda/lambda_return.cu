@@ -7,7 +7,7 @@
 namespace dqo::cuda {
 namespace {
 
-DQO_KERNEL(kMostThreads) lambda_return_forward_kernel(LambdaReturnArgs a) {
+DQO_KERNEL(kMostThreads, 1) lambda_return_forward_kernel(LambdaReturnArgs a) {
     const std::int64_t b = block_index(), begin = a.cu_seqlens[b], end = a.cu_seqlens[b + 1];
     const ScanCoefficients c(a.gamma, a.lam);
     const double bootstrap = a.bootstrap[b];
@@ -19,7 +19,7 @@ DQO_KERNEL(kMostThreads) lambda_return_forward_kernel(LambdaReturnArgs a) {
         });
 }
 
-DQO_KERNEL(kMostThreads) lambda_return_backward_kernel(LambdaReturnArgs a) {
+DQO_KERNEL(kMostThreads, 1) lambda_return_backward_kernel(LambdaReturnArgs a) {
     const std::int64_t b = block_index(), begin = a.cu_seqlens[b], end = a.cu_seqlens[b + 1];
     const ScanCoefficients c(a.gamma, a.lam);
     const ScanState last = scan_sequence(

@@ -14,7 +14,7 @@ DQO_DEVICE BellmanInputs inputs(const SoftBellmanArgs& a, std::int64_t t) {
     return BellmanInputs::of(a, t, a.logprobs[t], a.ref_logprobs[t], a.values[t]);
 }
 
-DQO_KERNEL(kMostThreads) soft_bellman_forward_kernel(SoftBellmanArgs a) {
+DQO_KERNEL(kMostThreads, 1) soft_bellman_forward_kernel(SoftBellmanArgs a) {
     const SoftBellmanOptions& o = a.options;
     const std::int64_t b = block_index(), begin = a.cu_seqlens[b], end = a.cu_seqlens[b + 1];
     double of_trajectory = 1.0;
@@ -44,7 +44,7 @@ DQO_KERNEL(kMostThreads) soft_bellman_forward_kernel(SoftBellmanArgs a) {
         });
 }
 
-DQO_KERNEL(kMostThreads) soft_bellman_backward_residual_kernel(ResidualArgs a) {
+DQO_KERNEL(kMostThreads, 1) soft_bellman_backward_residual_kernel(ResidualArgs a) {
     const SoftBellmanOptions& o = a.options;
     const std::int64_t b = block_index(), begin = a.cu_seqlens[b], end = a.cu_seqlens[b + 1];
     const auto arriving = [&](std::int64_t t) { return double(a.cotangent[t]) * double(a.policy_grad[t]); };

@@ -81,11 +81,11 @@ DQO_DEVICE RowGradient work_row(const OnePassArgs& a, std::int64_t row, bool cou
     }
     const double scale = *a.scale, c_lse = b.values ? 0.0 : a.value_coef * scale * o.beta * out.value_grad;
     const RowCoefficients c(a.policy_scale * scale * out.policy_grad, c_lse, 0.0, a.kl_coef * scale, 0.0, s.kl);
-    return RowGradient::of(s, c, action, valid, true, 1.0f / temperature);
+    return RowGradient::of(s, c, action, valid, true, temperature);
 }
 
 template <class T, bool kCap, Ref kRefUse>
-DQO_KERNEL(kThreads) one_pass_kernel(OnePassLaunch launched) {
+DQO_KERNEL(kThreads, 2) one_pass_kernel(OnePassLaunch launched) {
     constexpr bool kRef = kRefUse != Ref::kNone, kKl = kRefUse == Ref::kKept;
     const OnePassArgs& a = launched.args;
     const TokenStatsArgs& t = a.stats;
@@ -141,12 +141,12 @@ DQO_KERNEL(kThreads) one_pass_kernel(OnePassLaunch launched) {
         const RowGradient gradient = shared.gradient;
         T* const grad = static_cast<T*>(t.grad) + row * t.vocab;
         for (std::int64_t at = begin + thread_index() * Chunk<T>::kCount; at < end; at += kThreads * Chunk<T>::kCount) {
-            Chunk<T> out{};
+            float out[Chunk<T>::kCount] = {};
             const std::int64_t place = (at - begin) / Chunk<T>::kCount;
             if (counts)
-                chunk_gradient<T, T, kCap, kKl, false>(gradient, at, t.softcap, parked[place],
-                                                       kKl ? parked_ref[place] : Chunk<T>{}, out.element);
-            store_chunk(grad, at, end, out);
+                chunk_gradient<T, kCap, kKl, false>(gradient, at, t.softcap, parked[place],
+                                                    kKl ? parked_ref[place] : Chunk<T>{}, out);
+            store_chunk(grad, at, end, Chunk<T>::of(out));
         }
         row = shared.row;  // written next when all have passed the next barrier
     }
@@ -156,7 +156,7 @@ DQO_KERNEL(kThreads) one_pass_kernel(OnePassLaunch launched) {
 
 constexpr int kResetThreads = 128;
 
-DQO_KERNEL(kResetThreads) reset_kernel(OnePassArgs a) {
+DQO_KERNEL(kResetThreads, 2) reset_kernel(OnePassArgs a) {
     const std::int64_t row = block_index() * kResetThreads + thread_index();
     if (row >= a.stats.rows) return;
     std::int64_t low = 0, high = a.bellman.sequences;  // cu_seqlens[low] <= row < cu_seqlens[high]
@@ -171,20 +171,27 @@ DQO_KERNEL(kResetThreads) reset_kernel(OnePassArgs a) {
 
 struct RescaleArgs {
     void* grad;
-    std::int64_t count, stride;
+    std::int64_t count, blocks;
     const float* factor;
 };
 
 template <class T>
-DQO_KERNEL(kThreads) rescale_kernel(RescaleArgs a) {
+DQO_KERNEL(kThreads, 2) rescale_kernel(RescaleArgs a) {
     const float factor = *a.factor;
     if (factor == 1.0f) return;
     T* const grad = static_cast<T*>(a.grad);
     constexpr int kCount = Chunk<T>::kCount;
-    for (std::int64_t at = (block_index() * kThreads + thread_index()) * kCount; at < a.count; at += a.stride) {
-        Chunk<T> chunk = load_chunk(grad, at, a.count, T{});
-        for (T& x : chunk.element) from_float(to_float(x) * factor, x);
-        store_chunk(grad, at, a.count, chunk);
+    const std::int64_t stride = std::int64_t(kThreads) * kCount, step = a.blocks * kInFlight * stride;
+    for (std::int64_t at = block_index() * kInFlight * stride + thread_index() * kCount; at < a.count; at += step) {
+        Chunk<T> chunk[kInFlight];
+        load_chunks(grad, at, stride, a.count, 0.0f, chunk);
+#pragma unroll
+        for (int j = 0; j < kInFlight; ++j) {
+            float values[kCount];
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) values[i] = chunk[j].get(i) * factor;
+            store_chunk(grad, at + j * stride, a.count, Chunk<T>::of(values));
+        }
     }
 }
 
@@ -208,14 +215,14 @@ Status one_pass_of(const OnePassArgs& a, const OnePassShape& shape, int processo
 
 template <class T>
 Status one_pass(const OnePassArgs& a, const OnePassShape& shape, int processors, void* stream) {
-    return (a.stats.softcap > 0 ? one_pass_of<T, true> : one_pass_of<T, false>)(a, shape, processors, stream);
+    return (a.stats.softcap.cap > 0 ? one_pass_of<T, true> : one_pass_of<T, false>)(a, shape, processors, stream);
 }
 
 template <class T>
 Status rescale_of(void* grad, std::int64_t count, const float* factor, int processors, void* stream) {
-    const std::int64_t step = std::int64_t(kThreads) * Chunk<T>::kCount, needed = (count + step - 1) / step;
+    const std::int64_t tile = std::int64_t(kThreads) * kInFlight * Chunk<T>::kCount, needed = (count + tile - 1) / tile;
     const std::int64_t blocks = needed < processors * 8 ? needed : processors * 8;
-    return launch(rescale_kernel<T>, Grid{blocks, kThreads}, stream, RescaleArgs{grad, count, blocks * step, factor});
+    return launch(rescale_kernel<T>, Grid{blocks, kThreads}, stream, RescaleArgs{grad, count, blocks, factor});
 }
 
 }  // namespace

@@ -27,6 +27,14 @@ DQO_DEVICE Moments<kRef> get_partial(const float* partial, std::int64_t block, s
     return moments;
 }
 
+struct Place {
+    std::int64_t row, part;
+};
+DQO_DEVICE Place block_in(std::int64_t parts) {  // 32 bits: a division of 64 takes a hundred instructions
+    const std::uint32_t block = std::uint32_t(block_index()), count = std::uint32_t(parts);
+    return {block / count, block % count};
+}
+
 DQO_DEVICE float temperature_of(const TokenStatsArgs& a, std::int64_t row) {
     return a.temperatures ? a.temperatures[row] : a.temperature;
 }
@@ -43,8 +51,9 @@ DQO_DEVICE void put_statistics(const TokenStatsArgs& a, std::int64_t row, const 
 }
 
 template <class T, bool kCap, bool kRef>
-DQO_KERNEL(kThreads) token_stats_forward_kernel(TokenStatsArgs a) {
-    const std::int64_t parts = splits(a.vocab), row = block_index() / parts, part = block_index() % parts;
+DQO_KERNEL(kThreads, 2) token_stats_forward_kernel(TokenStatsArgs a) {
+    const std::int64_t parts = splits(a.vocab);
+    const auto [row, part] = block_in(parts);
     if (a.mask && !a.mask[row]) {
         if (thread_index() == 0 && part == 0) put_fields<kRef>(a.fields, row, RowStatistics{});
         return;
@@ -68,7 +77,7 @@ DQO_KERNEL(kThreads) token_stats_forward_kernel(TokenStatsArgs a) {
 
 // A thread a row.
 template <class T, bool kCap, bool kRef>
-DQO_KERNEL(kMergeThreads) token_stats_merge_kernel(TokenStatsArgs a) {
+DQO_KERNEL(kMergeThreads, 2) token_stats_merge_kernel(TokenStatsArgs a) {
     const std::int64_t row = block_index() * kMergeThreads + thread_index();
     if (row >= a.rows || (a.mask && !a.mask[row])) return;
     const std::int64_t parts = splits(a.vocab), first = row * parts, blocks = a.rows * parts;
@@ -101,34 +110,30 @@ DQO_DEVICE RowGradient row_gradient(const TokenStatsArgs& a, std::int64_t row) {
     const double entropy = kEntropy ? a.fields.entropy[row] : 0.0, kl = kKl ? a.fields.kl[row] : 0.0;
     const RowCoefficients c(get(a.c_logprobs), get(a.c_lse), get(a.c_entropy), get(a.c_kl), entropy, kl);
     const std::int64_t action = a.c_logprobs ? a.actions[row] : 0;
-    return RowGradient::of(s, c, action, action >= 0 && action < a.vocab, a.c_logprobs, 1.0f / temperature_of(a, row));
+    return RowGradient::of(s, c, action, action >= 0 && action < a.vocab, a.c_logprobs, temperature_of(a, row));
 }
 
 // Chunks of the gradient begin where it is aligned, the first one up to 14 bytes before the row. As the logits usually lie as the
 // gradient does, they are then read in aligned words too.
 template <class T, class G, bool kCap, bool kKl, bool kEntropy>
-DQO_KERNEL(kThreads) token_stats_backward_kernel(BackwardArgs b) {
+DQO_KERNEL(kThreads, 2) token_stats_backward_kernel(BackwardArgs b) {
     const TokenStatsArgs& a = b.stats;
     constexpr int kParts = sizeof(T) / sizeof(G);  // chunks of T in one of G
-    const std::int64_t row = block_index() / b.tiles;
+    const auto [row, tile] = block_in(b.tiles);
     G* const grad = static_cast<G*>(a.grad) + row * a.vocab;
-    const std::int64_t first = block_index() % b.tiles * kTile<G> + thread_index() * Chunk<G>::kCount -
+    const std::int64_t first = tile * kTile<G> + thread_index() * Chunk<G>::kCount -
                                misalignment(grad) / std::int64_t(sizeof(G));
-    const auto start = [=](int j) { return first + std::int64_t(j) * kThreads * Chunk<G>::kCount; };
-    T zero;
-    from_float(0.0f, zero);
+    const std::int64_t stride = std::int64_t(kThreads) * Chunk<G>::kCount;
 
     const bool counts = !a.mask || a.mask[row];
-    Chunk<T> z[kInFlight][kParts], z_ref[kInFlight][kParts];
+    Chunk<T> z[kParts][kInFlight], z_ref[kParts][kInFlight];
     if (counts) {
         const T *const logits = row_of<T>(a.logits, row), *const ref = kKl ? row_of<T>(a.ref_logits, row) : nullptr;
 #pragma unroll
-        for (int j = 0; j < kInFlight; ++j)
-#pragma unroll
-            for (int k = 0; k < kParts; ++k) {
-                z[j][k] = load_chunk(logits, start(j) + k * Chunk<T>::kCount, a.vocab, zero);
-                if constexpr (kKl) z_ref[j][k] = load_chunk(ref, start(j) + k * Chunk<T>::kCount, a.vocab, zero);
-            }
+        for (int k = 0; k < kParts; ++k) {
+            load_chunks(logits, first + k * Chunk<T>::kCount, stride, a.vocab, 0.0f, z[k]);
+            if constexpr (kKl) load_chunks(ref, first + k * Chunk<T>::kCount, stride, a.vocab, 0.0f, z_ref[k]);
+        }
     }
     auto* const shared = reinterpret_cast<RowGradient*>(shared_memory());
     if (counts && thread_index() == 0) *shared = row_gradient<kKl, kEntropy>(a, row);  // while the chunks are on their way
@@ -136,14 +141,16 @@ DQO_KERNEL(kThreads) token_stats_backward_kernel(BackwardArgs b) {
     const RowGradient gradient = *shared;
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-        Chunk<G> out{};
+        const std::int64_t at = first + j * stride;
+        if (at >= a.vocab) break;
+        float out[Chunk<G>::kCount] = {};
         if (counts) {
 #pragma unroll
             for (int k = 0; k < kParts; ++k)
-                chunk_gradient<T, G, kCap, kKl, kEntropy>(gradient, start(j) + k * Chunk<T>::kCount, a.softcap, z[j][k],
-                                                          z_ref[j][k], out.element + k * Chunk<T>::kCount);
+                chunk_gradient<T, kCap, kKl, kEntropy>(gradient, at + k * Chunk<T>::kCount, a.softcap, z[k][j], z_ref[k][j],
+                                                       out + k * Chunk<T>::kCount);
         }
-        store_chunk(grad, start(j), a.vocab, out);
+        store_chunk(grad, at, a.vocab, Chunk<G>::of(out));
     }
 }
 
@@ -161,8 +168,8 @@ Status forward_of(const TokenStatsArgs& a, void* stream) {
 
 template <class T>
 Status forward(const TokenStatsArgs& a, void* stream) {
-    if (a.ref_logits.data) return (a.softcap > 0 ? forward_of<T, true, true> : forward_of<T, false, true>)(a, stream);
-    return (a.softcap > 0 ? forward_of<T, true, false> : forward_of<T, false, false>)(a, stream);
+    if (a.ref_logits.data) return (a.softcap.cap > 0 ? forward_of<T, true, true> : forward_of<T, false, true>)(a, stream);
+    return (a.softcap.cap > 0 ? forward_of<T, true, false> : forward_of<T, false, false>)(a, stream);
 }
 
 template <class T, class G, bool kCap, bool kKl, bool kEntropy>
@@ -182,7 +189,7 @@ Status backward_with(const TokenStatsArgs& a, void* stream) {
 
 template <class T, class G>
 Status backward(const TokenStatsArgs& a, void* stream) {
-    return (a.softcap > 0 ? backward_with<T, G, true> : backward_with<T, G, false>)(a, stream);
+    return (a.softcap.cap > 0 ? backward_with<T, G, true> : backward_with<T, G, false>)(a, stream);
 }
 
 }  // namespace

@@ -13,12 +13,20 @@ struct StatisticsFields {  // (rows,) each; the reference's may be nullptr
     float *ref_logprobs, *ref_lse, *kl, *ref_peak, *ref_log_total;
 };
 
+struct Softcap {
+    float cap = 0, inverse = 0;  // cap 0: none
+
+    Softcap() = default;
+    explicit Softcap(float cap) : cap(cap), inverse(1.0f / cap) {}
+};
+
 struct TokenStatsArgs {
     Rows logits, ref_logits;
     const std::int64_t* actions;
     const bool* mask;            // nullptr: every row counts
     const float* temperatures;   // nullptr: `temperature` for all rows
-    float temperature, softcap;  // softcap 0: none
+    float temperature;
+    Softcap softcap;
     std::int64_t rows, vocab;
     StatisticsFields fields;
     float* partial;  // kPartials floats for each of rows * splits(vocab) blocks, where there are more splits than one

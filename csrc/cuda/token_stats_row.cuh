@@ -9,8 +9,6 @@
 
 namespace dqo::cuda {
 
-constexpr int kInFlight = 4;  // chunks of 16 bytes that a thread waits for at once
-
 template <bool kRef>
 DQO_DEVICE void put_fields(const StatisticsFields& to, std::int64_t row, const RowStatistics& s) {
     to.logprobs[row] = s.logprob;
@@ -27,36 +25,30 @@ DQO_DEVICE void put_fields(const StatisticsFields& to, std::int64_t row, const R
     }
 }
 
-// An entry after softcap, and the derivative of that.
+// softcap * tanh(z / softcap), and the derivative of that.
 template <bool kCap>
-DQO_DEVICE float capped(float z, float softcap) {
-    return kCap ? softcap * tanhf(z / softcap) : z;
+DQO_DEVICE float capped(float z, const Softcap& c) {
+    return kCap ? c.cap * tanhf(z * c.inverse) : z;
 }
 template <bool kCap>
-DQO_DEVICE float capped_slope(float z, float softcap) {
+DQO_DEVICE float capped_slope(float z, const Softcap& c) {
     if constexpr (!kCap) return 1.0f;
-    const float t = tanhf(z / softcap);
+    const float t = tanhf(z * c.inverse);
     return 1.0f - t * t;
 }
 
 // The moments that this thread sees of entries [begin, end): chunk i of the range is thread i % threads's, whatever the addresses.
 // `seen(offset, chunk)` and `seen_ref` get every chunk that was read, with its place from `begin`.
 template <class T, bool kCap, bool kRef, class Seen, class SeenRef>
-DQO_DEVICE Moments<kRef> thread_moments(const T* row, const T* ref, std::int64_t begin, std::int64_t end, float softcap,
+DQO_DEVICE Moments<kRef> thread_moments(const T* row, const T* ref, std::int64_t begin, std::int64_t end, const Softcap& softcap,
                                         float scale, Seen seen, SeenRef seen_ref) {
     constexpr int kCount = Chunk<T>::kCount;
     Moments<kRef> moments;
-    T nothing;
-    from_float(-INFINITY, nothing);
     const std::int64_t stride = std::int64_t(block_threads()) * kCount;
     for (std::int64_t first = begin + thread_index() * kCount; first < end; first += kInFlight * stride) {
         Chunk<T> z[kInFlight], zr[kInFlight];
-#pragma unroll
-        for (int j = 0; j < kInFlight; ++j) {
-            const std::int64_t at = first + j * stride;
-            z[j] = load_chunk(row, at, end, nothing);
-            if constexpr (kRef) zr[j] = load_chunk(ref, at, end, nothing);
-        }
+        load_chunks(row, first, stride, end, -INFINITY, z);
+        if constexpr (kRef) load_chunks(ref, first, stride, end, -INFINITY, zr);
         float value[kInFlight][kCount], ref_value[kInFlight][kRef ? kCount : 1];
         float top = moments.m, ref_top = moments.mr;
 #pragma unroll
@@ -68,11 +60,12 @@ DQO_DEVICE Moments<kRef> thread_moments(const T* row, const T* ref, std::int64_t
             }
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
-                // What lies beyond the row stays -inf, also under a softcap, which would make a number of it.
-                value[j][i] = at + i < end ? capped<kCap>(to_float(z[j].element[i]), softcap) : -INFINITY;
+                // What lies beyond the row stays -inf; a softcap would make a number of it.
+                const bool beyond = kCap && at + i >= end;
+                value[j][i] = beyond ? -INFINITY : capped<kCap>(z[j].get(i), softcap);
                 top = fmaxf(top, value[j][i]);
                 if constexpr (kRef) {
-                    ref_value[j][i] = at + i < end ? capped<kCap>(to_float(zr[j].element[i]), softcap) : -INFINITY;
+                    ref_value[j][i] = beyond ? -INFINITY : capped<kCap>(zr[j].get(i), softcap);
                     ref_top = fmaxf(ref_top, ref_value[j][i]);
                 }
             }
@@ -87,56 +80,66 @@ DQO_DEVICE Moments<kRef> thread_moments(const T* row, const T* ref, std::int64_t
     return moments;
 }
 
-// What the gradient of a row's entries is made of: grad = p * (a + kl*(u - u_ref) - entropy*u) + action*onehot, u = log p.
+// What the gradient of a row's entries is made of, with x = z - peak and e = exp(x/T):
+//   grad = e * (a + kl*log(p/p_ref) - entropy*log p) + at_action*onehot
+// The factors contain 1/sum(e) and 1/T, so that an entry costs few instructions.
 struct RowGradient {
-    float peak, log_total, ref_peak, ref_log_total, inverse_temperature;
+    float peak, ref_peak, inverse_temperature, scale;  // scale = log2(e)/T
+    float log_total, gap;                              // log p = x/T - log_total, log(p/p_ref) = (x - x_ref)/T - gap
     float a, kl, entropy, at_action;
-    std::int64_t action;  // -1: none in the row
+    std::int64_t action;  // -1: no entry of the row
 
-    // `given` are the gradients that arrive at the row's fields.
+    // `acts`: a gradient arrives at the log-probability of the action, which is an entry of the row if it is `valid`.
     DQO_DEVICE static RowGradient of(const RowStatistics& s, const RowCoefficients& c, std::int64_t action, bool valid,
-                                     bool acts, float inverse_temperature) {
+                                     bool acts, float temperature) {
+        const float inverse = 1.0f / temperature, factor = expf(-s.log_total) * inverse;
         RowGradient g;
         g.peak = s.peak;
-        g.log_total = s.log_total;
         g.ref_peak = s.ref_peak;
-        g.ref_log_total = s.ref_log_total;
-        g.inverse_temperature = inverse_temperature;
-        g.a = acts && !valid ? NAN : float(c.a);
-        g.kl = float(c.kl);
-        g.entropy = float(c.entropy);
-        g.at_action = float(c.action);
+        g.inverse_temperature = inverse;
+        g.scale = inverse * kLog2e;
+        g.log_total = s.log_total;
+        g.gap = s.log_total - s.ref_log_total;
+        g.a = acts && !valid ? NAN : float(c.a * factor);
+        g.kl = float(c.kl * factor);
+        g.entropy = float(c.entropy * factor);
+        g.at_action = float(c.action) * inverse;
         g.action = acts && valid ? action : -1;
         return g;
     }
 
     template <bool kKl, bool kEntropy>
-    DQO_DEVICE float at(std::int64_t column, float z, float z_ref) const {
-        const float u = (z - peak) * inverse_temperature - log_total;
-        const float p = exp2_fast(u * kLog2e);
-        float factor = a;
+    DQO_DEVICE float at(float z, float z_ref) const {
+        const float x = z - peak, e = exp2_fast(x * scale);
+        float inner = a;
         // Where p is 0 the ratio is no matter, however infinite; where nobody differentiates the row's KL, nowhere in the row.
         if constexpr (kKl) {
-            const float u_ref = (z_ref - ref_peak) * inverse_temperature - ref_log_total;
-            factor += kl * (p == 0.0f || kl == 0.0f ? 0.0f : u - u_ref);
+            const float log_ratio = fmaf(x - (z_ref - ref_peak), inverse_temperature, -gap);
+            inner = fmaf(kl, e == 0.0f || kl == 0.0f ? 0.0f : log_ratio, inner);
         }
-        if constexpr (kEntropy) factor -= entropy * (p == 0.0f ? 0.0f : u);
-        const float grad = p * factor;
-        return (column == action ? grad + at_action : grad) * inverse_temperature;
+        if constexpr (kEntropy) inner = fmaf(-entropy, fmaf(fmaxf(x, -FLT_MAX), inverse_temperature, -log_total), inner);
+        return e * inner;
     }
 };
 
 // The gradient of a chunk of entries that begins at `column`.
-template <class T, class G, bool kCap, bool kKl, bool kEntropy>
-DQO_DEVICE void chunk_gradient(const RowGradient& row, std::int64_t column, float softcap, const Chunk<T>& z,
-                               const Chunk<T>& z_ref, G* grad) {
+template <class T, bool kCap, bool kKl, bool kEntropy>
+DQO_DEVICE void chunk_gradient(const RowGradient& row, std::int64_t column, const Softcap& softcap, const Chunk<T>& z,
+                               const Chunk<T>& z_ref, float* grad) {
+    constexpr int kCount = Chunk<T>::kCount;
 #pragma unroll
-    for (int i = 0; i < Chunk<T>::kCount; ++i) {
-        const float raw = to_float(z.element[i]);
-        const float ref = kKl ? capped<kCap>(to_float(z_ref.element[i]), softcap) : 0.0f;
-        const float value = row.at<kKl, kEntropy>(column + i, capped<kCap>(raw, softcap), ref);
-        from_float(kCap ? value * capped_slope<kCap>(raw, softcap) : value, grad[i]);
+    for (int i = 0; i < kCount; ++i) {
+        const float ref = kKl ? capped<kCap>(z_ref.get(i), softcap) : 0.0f;
+        grad[i] = row.at<kKl, kEntropy>(capped<kCap>(z.get(i), softcap), ref);
     }
+    const std::int64_t place = row.action - column;
+    if (row.action >= 0 && place >= 0 && place < kCount)  // one chunk in a row
+#pragma unroll
+        for (int i = 0; i < kCount; ++i)
+            if (i == place) grad[i] += row.at_action;
+    if constexpr (kCap)
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) grad[i] *= capped_slope<kCap>(z.get(i), softcap);
 }
 
 }  // namespace dqo::cuda

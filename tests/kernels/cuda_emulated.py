@@ -32,8 +32,9 @@ FLAGS = [
     "-DDQO_EMULATION",
 ]
 FLAGS += ["-Wall", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{EMULATION}"]
-UNITS = [*(ROOT / "csrc" / "cuda").glob("*.cu"), ROOT / "csrc" / "cuda" / "bindings.cpp", *EMULATION.glob("*.cpp")]
-UNITS = sorted(unit for unit in UNITS if unit.name != "properties.cu")  # the emulated device has its own
+UNITS = [unit for unit in sorted((ROOT / "csrc" / "cuda").glob("*.c*")) if unit.suffix in (".cu", ".cpp")]
+UNITS = [unit for unit in UNITS if unit.name != "properties.cu"]  # the emulated device has its own
+UNITS += [EMULATION / "cuda_emulation.cpp", EMULATION / "properties.cpp"]
 
 
 def compiler() -> str | None:

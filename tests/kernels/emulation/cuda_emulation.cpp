@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -235,9 +236,15 @@ void run(std::int64_t blocks, int threads, std::size_t shared_bytes, int cluster
     scheduler = &own;
     std::vector<std::unique_ptr<Cluster>> resident;
     std::string trouble;
-    for (std::int64_t next = 0, all = blocks / cluster; trouble.empty();) {
-        while (int(resident.size()) < most_resident && next < all)
-            resident.push_back(make_cluster(next++, cluster, threads, shared_bytes));
+    std::vector<std::int64_t> waiting(blocks / cluster);
+    std::iota(waiting.begin(), waiting.end(), 0);
+    while (trouble.empty()) {
+        while (int(resident.size()) < most_resident && !waiting.empty()) {
+            // Not in their order: nothing promises it.
+            std::swap(waiting[draw(waiting.size())], waiting.back());
+            resident.push_back(make_cluster(waiting.back(), cluster, threads, shared_bytes));
+            waiting.pop_back();
+        }
         if (resident.empty()) break;
         if (own.runnable.empty()) {
             trouble = "emulation: threads of a block wait at different barriers";

@@ -16,7 +16,7 @@
 #include "cuda/api.h"
 
 #define DQO_DEVICE inline
-#define DQO_KERNEL(threads) void
+#define DQO_KERNEL(threads, blocks) void
 
 namespace emulation {
 
@@ -94,7 +94,7 @@ DQO_DEVICE float bfloat16_to_float(std::uint16_t x) {
     memcpy(&y, &bits, sizeof(y));
     return y;
 }
-DQO_DEVICE std::uint16_t float_to_bfloat16(float x) {
+inline std::uint16_t float_to_bfloat16(float x) {
     if (x != x) return 0x7fff;
     std::uint32_t bits;
     memcpy(&bits, &x, sizeof(bits));
@@ -105,11 +105,18 @@ DQO_DEVICE float float16_to_float(std::uint16_t x) {
     memcpy(&y, &x, sizeof(y));
     return float(y);
 }
-DQO_DEVICE std::uint16_t float_to_float16(float x) {
+inline std::uint16_t float_to_float16(float x) {
     const _Float16 y = _Float16(x);
     std::uint16_t bits;
     memcpy(&bits, &y, sizeof(bits));
     return bits;
+}
+
+DQO_DEVICE std::uint32_t floats_to_bfloat16(float low, float high) {
+    return float_to_bfloat16(low) | std::uint32_t(float_to_bfloat16(high)) << 16;
+}
+DQO_DEVICE std::uint32_t floats_to_float16(float low, float high) {
+    return float_to_float16(low) | std::uint32_t(float_to_float16(high)) << 16;
 }
 
 DQO_DEVICE std::uint32_t take_ticket(std::uint32_t* counter) {

@@ -1,0 +1,247 @@
+"""soft_bellman_loss in one pass against the reference in float64: on a GPU with clusters, else emulated (cuda_emulated.py)."""
+
+import itertools
+
+import pytest
+import torch
+
+from dqo_kernels import dispatch, soft_bellman, soft_bellman_loss
+from tests.kernels.gpu_backends import DEVICE
+
+REASON = dispatch.unavailable("cuda_one_pass", DEVICE)
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+if DEVICE == "cuda":
+    pytestmark.append(pytest.mark.gpu)
+LENGTHS = [5, 0, 33, 1, 70, 0]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+PER_TOKEN = ("rewards", "values", "ref_logprobs", "ref_lse", "behavior_logprobs", "target_values")
+
+
+def disorder(seed, resident):
+    """Another order of threads and clusters, where that can be chosen."""
+    if hasattr(dispatch._cuda, "configure"):
+        dispatch._cuda.configure(seed, resident)
+
+
+def batch(
+    lengths=LENGTHS, vocab=41, dtype=torch.float32, seed=0, reference="logits", soft=False, extras=False, padded=False
+):
+    """Arguments of soft_bellman_loss. Padded ones have holes, and NaN in them."""
+    rng = torch.Generator().manual_seed(seed)
+    n = sum(lengths)
+    made = {
+        "logits": (3 * torch.randn(n, vocab, generator=rng)).to(dtype),
+        "actions": torch.randint(vocab, (n,), generator=rng),
+        "rewards": torch.randn(n, generator=rng),
+        "values": None if soft else torch.randn(n, generator=rng),
+    }
+    if reference == "logits":
+        made["ref_logits"] = (3 * torch.randn(n, vocab, generator=rng)).to(dtype)
+    else:
+        made["ref_logprobs"] = -torch.rand(n, generator=rng) * 5
+        made["ref_lse"] = torch.randn(n, generator=rng) if soft else None
+    if extras:
+        made["behavior_logprobs"] = -torch.rand(n, generator=rng) * 5
+        made["target_values"] = None if soft else torch.randn(n, generator=rng)
+        made["bootstrap"] = torch.randn(len(lengths), generator=rng)
+    if not padded:
+        made["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
+        return made
+    width = max(lengths) + 3
+    mask = torch.zeros(len(lengths), width, dtype=torch.bool)
+    for b, length in enumerate(lengths):
+        mask[b, torch.randperm(width, generator=rng)[:length]] = True
+    for name, x in list(made.items()):
+        if name != "bootstrap" and x is not None:
+            hole = torch.nan if x.is_floating_point() else 10**9
+            made[name] = x.new_full((*mask.shape, *x.shape[1:]), hole)
+            made[name][mask] = x
+    return made | {"mask": mask}
+
+
+def run(given, backend, dtype=None, device=DEVICE, factor=None, **options):
+    """(fields of the output, gradients of logits and values), on the CPU."""
+    moved = {}
+    for name, x in given.items():
+        if isinstance(x, torch.Tensor):
+            x = x.detach().to(device)
+            x = x.to(dtype) if dtype and x.is_floating_point() else x
+        moved[name] = x
+    live = [name for name in ("logits", "values") if moved[name] is not None]
+    for name in live:
+        moved[name] = moved[name].requires_grad_()
+    out = soft_bellman_loss(**moved, backend=backend, **options)
+    loss = out.loss if factor is None else out.loss * factor
+    gradients = torch.autograd.grad(loss, [moved[name] for name in live])
+    return {k: v.detach().cpu() for k, v in out._asdict().items() if v is not None}, [g.cpu() for g in gradients]
+
+
+def assert_equals_reference(given, **options):
+    tolerance = TOLERANCE[given["logits"].dtype]
+    got, gradients = run(given, "cuda_one_pass", **options)
+    want, exact = run(given, "reference", torch.float64, "cpu", **options)
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        close = {"rtol": 1e-4, "atol": 2e-6 * (1 + x.abs().max().item())} if x.numel() else {}
+        torch.testing.assert_close(got[name].double(), x, **close, msg=lambda text, name=name: f"{name}: {text}")
+    for g, w in zip(gradients, exact, strict=True):
+        assert g.shape == w.shape
+        assert (g.double() - w).norm() <= tolerance * w.norm(), (g.double() - w).norm() / w.norm()
+    if "mask" in given:
+        assert (gradients[0][~given["mask"]] == 0).all()
+    return got, gradients
+
+
+@pytest.mark.parametrize("is_level", ["none", "token", "suffix"])
+@pytest.mark.parametrize("policy_target, lam, gamma", [("return", 1.0, 1.0), ("td", 0.8, 0.97), ("one_step", 0.0, 0.9)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_loss_that_it_takes(is_level, policy_target, lam, gamma, padded):
+    options = {"is_level": is_level, "policy_target": policy_target, "lam": lam, "gamma": gamma, "beta": 0.3}
+    for soft, reference in itertools.product([False, True], ["logits", "rows"]):
+        given = batch(seed=1, soft=soft, reference=reference, extras=True, padded=padded)
+        kl_coef = 0.2 if reference == "logits" else 0.0
+        assert_equals_reference(given, **options, kl_coef=kl_coef, policy_scale=0.7, value_coef=1.3, is_floor=-2.0)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("kl_coef", [0.0, 0.5])
+@pytest.mark.parametrize("vocab", [1, 2, 63, 64, 65, 1000, 5003])
+def test_vocabularies_and_dtypes(vocab, dtype, kl_coef):
+    given = batch([3, 0, 34], vocab, dtype, seed=vocab)
+    assert_equals_reference(given, is_level="suffix", kl_coef=kl_coef, lam=0.9, reduction="sum")
+
+
+@pytest.mark.parametrize(
+    "vocab, dtype, kl_coef, blocks",
+    [
+        (32000, torch.bfloat16, 0.0, 1),
+        (60007, torch.bfloat16, 0.0, 2),
+        (151936, torch.bfloat16, 0.0, 4),
+        (151936, torch.bfloat16, 0.1, 8),
+        (100003, torch.float32, 0.1, 8),
+    ],
+)
+def test_rows_that_a_cluster_holds_together(vocab, dtype, kl_coef, blocks):
+    number = {torch.float32: 0, torch.bfloat16: 1}[dtype]
+    assert dispatch._cuda.one_pass_blocks(vocab, number, kl_coef != 0.0) == blocks
+    given = batch([2, 1], vocab, dtype, seed=2)
+    given["actions"][:2] = torch.tensor([0, vocab - 1])
+    assert_equals_reference(given, is_level="token", kl_coef=kl_coef)
+
+
+def test_temperatures_softcap_strides_and_actions_out_of_range():
+    given = batch(seed=3, padded=True, extras=True)
+    temperature = torch.rand(given["mask"].shape, generator=torch.Generator().manual_seed(0)) + 0.5
+    for options in ({"temperature": 0.7}, {"temperature": temperature.to(DEVICE), "softcap": 5.0}):
+        exact = dict(options)
+        if isinstance(options["temperature"], torch.Tensor):
+            exact["temperature"] = options["temperature"].cpu().double()
+        got, gradients = run(given, "cuda_one_pass", is_level="none", kl_coef=0.1, **options)
+        want, wanted = run(given, "reference", torch.float64, "cpu", is_level="none", kl_coef=0.1, **exact)
+        torch.testing.assert_close(got["loss"].double(), want["loss"], rtol=1e-4, atol=1e-5)
+        for g, w in zip(gradients, wanted, strict=True):
+            assert (g.double() - w).norm() <= 2e-5 * w.norm()
+
+    packed = batch([4, 3], 48, seed=4)
+    wide = torch.randn(7, 64)
+    wide[:, 5:53] = packed["logits"]
+    strided = packed | {"logits": wide.to(DEVICE)[:, 5:53]}
+    want, wanted = run(packed, "cuda_one_pass", is_level="suffix")
+    view = strided["logits"].detach().requires_grad_()
+    rest = {k: v.to(DEVICE) for k, v in packed.items() if k != "logits"}
+    out = soft_bellman_loss(view, **rest, is_level="suffix", backend="cuda_one_pass")
+    assert torch.equal(out.loss.cpu(), want["loss"])  # the bits do not depend on where a row lies
+    assert torch.equal(torch.autograd.grad(out.loss, view)[0].cpu(), wanted[0])
+
+
+def test_the_rows_are_bit_for_bit_those_of_the_scan():
+    given = batch([100, 3, 64, 33], 50, seed=5, extras=True)
+    options = {"is_level": "suffix", "lam": 0.9, "gamma": 0.98, "beta": 0.2}
+    out, _ = run(given, "cuda_one_pass", **options)
+    rows = {name: x.to(DEVICE) for name, x in given.items() if name in PER_TOKEN or name == "bootstrap"}
+    terms = soft_bellman(
+        out["logprobs"].to(DEVICE), out["ref_logprobs"].to(DEVICE), rows.pop("rewards"), rows.pop("values"),
+        given["cu_seqlens"].to(DEVICE), **rows, **options, reduction="none", backend="cuda",
+    )  # fmt: skip
+    for name in ("returns", "advantages", "weights"):
+        assert torch.equal(out[name], getattr(terms, name).cpu()), name
+
+
+def test_the_same_bits_in_every_order():
+    given = batch([90, 1, 40, 0, 65], 130, torch.bfloat16, seed=6)
+    options = {"is_level": "suffix", "lam": 0.95, "kl_coef": 0.1}
+    disorder(1, 2)
+    want, wanted = run(given, "cuda_one_pass", **options)
+    for seed, resident in ((2, 1), (3, 5), (4, 9)):
+        disorder(seed, resident)
+        got, gradients = run(given, "cuda_one_pass", **options)
+        assert all(torch.equal(got[name], x) for name, x in want.items())
+        assert all(torch.equal(g, w) for g, w in zip(gradients, wanted, strict=True))
+    # A sequence has the same bits alone.
+    one = {name: x[91:131] for name, x in given.items() if name != "cu_seqlens"} | {"cu_seqlens": torch.tensor([0, 40])}
+    alone, _ = run(one, "cuda_one_pass", **options)
+    for name in ("returns", "weights", "logprobs", "kl"):
+        assert torch.equal(alone[name], want[name][91:131])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_a_factor_of_the_backward(dtype):
+    given = batch(dtype=dtype, seed=7)
+    _, gradients = run(given, "cuda_one_pass", is_level="none")
+    _, scaled = run(given, "cuda_one_pass", is_level="none", factor=0.5)
+    for g, s in zip(gradients, scaled, strict=True):
+        torch.testing.assert_close(s, g * 0.5, rtol=2**-7, atol=1e-7)
+
+
+def test_a_second_backward_is_refused():
+    given = {name: x.to(DEVICE) for name, x in batch(seed=8).items()}
+    given["logits"].requires_grad_()
+    out = soft_bellman_loss(**given, is_level="none", backend="cuda_one_pass")
+    assert not any(x.requires_grad for x in out[1:] if x is not None)
+    out.loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one-pass gradient.*earlier backward.*backend='cuda'"):
+        out.loss.backward()
+
+
+def test_nothing_to_do():
+    for lengths in ([], [0, 0]):
+        out, gradients = run(batch(lengths), "cuda_one_pass", is_level="none")
+        assert out["loss"] == 0 and gradients[0].shape == (0, 41)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_poisoned_row_stays_in_its_sequence(poison):
+    given = batch([4, 40, 3], seed=9)
+    clean, clean_gradients = run(given, "cuda_one_pass", is_level="suffix")
+    given["logits"][20, 3] = poison
+    got, gradients = run(given, "cuda_one_pass", is_level="suffix")
+    others = [*range(4), *range(44, 47)]
+    assert got["loss"].isnan() and got["logprobs"][20].isnan() and got["returns"][4:21].isnan().all()
+    assert torch.equal(got["returns"][others], clean["returns"][others])
+    assert torch.equal(gradients[0][others], clean_gradients[0][others])
+    assert torch.equal(gradients[0][21:], clean_gradients[0][21:])  # later rows do not see it either
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"is_level": "trajectory"}, "is_level with backend='cuda_one_pass'.*none, token, suffix.*trajectory"),
+        ({"is_level": "none", "target": "residual"}, "target with backend='cuda_one_pass'.*detach.*residual"),
+        ({"is_level": "none", "reduction": "none"}, "reduction with backend='cuda_one_pass'.*mean, sum.*none"),
+    ],
+)
+def test_what_needs_two_passes_is_refused(options, message):
+    given = {name: x.to(DEVICE) for name, x in batch(seed=10).items()}
+    with pytest.raises(ValueError, match=message):
+        soft_bellman_loss(**given, backend="cuda_one_pass", **options)
+
+
+def test_what_does_not_fit_and_what_does_not_exist_is_refused():
+    given = {name: x.to(DEVICE) for name, x in batch([1], 300_000).items()}
+    with pytest.raises(RuntimeError, match="300000 columns in torch.float32 does not fit.*backend='cuda'"):
+        soft_bellman_loss(**given, is_level="none", kl_coef=0.1, backend="cuda_one_pass")
+    with pytest.raises(RuntimeError, match="float64.*reference"):
+        run(batch(), "cuda_one_pass", torch.float64, is_level="none")
+    with pytest.raises(RuntimeError, match="'cuda_one_pass' has no soft_bellman"):
+        x = torch.zeros(1, device=DEVICE)
+        soft_bellman(x, x, x, x, torch.tensor([0, 1], device=DEVICE), backend="cuda_one_pass")
