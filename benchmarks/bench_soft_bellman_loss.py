@@ -2,9 +2,9 @@
 
     pytest benchmarks/bench_soft_bellman_loss.py --benchmark-only
 
-Variants: "policy" is the paper's loss, "given" the same with the reference's log-probabilities in place of its logits, "kl" adds
-the exact KL. Ours also returns log-probabilities, logsumexp, entropy and KL of every row; the torch compositions compute the loss
-and nothing else.
+Variants: "policy" is the paper's loss, "given" has the reference's log-probabilities in place of its logits, "kl" adds the exact
+KL. With "suffix" the importance weights are those of the rest of the response, which one pass over the logits can take. Ours also
+returns log-probabilities, logsumexp, entropy and KL of every row; the torch compositions compute the loss and nothing else.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import torch
 from benchmarks import peers
 from benchmarks.harness import Candidate, Case, Operation, Phases, differentiated
 from benchmarks.records import parametrize
-from dqo_kernels import soft_bellman_loss, token_stats
+from dqo_kernels import dispatch, soft_bellman_loss, token_stats
 
 DISPATCHED = ("token_stats", "soft_bellman")
 BETA, CAP, KL_COEF = 0.1, 1.0, 0.05
-SMOKE = ((4, 64, 4096, torch.float32, ("policy", "given")),)
+GIVEN, KL = "given, suffix", "kl, suffix"  # the variants of the one-pass kernel
+SMOKE = ((4, 64, 4096, torch.float32, ("policy", GIVEN)),)
 DEFAULT = ((4, 64, 4096, torch.float32, ("policy",)), (4, 64, 32000, torch.float32, ("policy", "kl")))
 FULL = (
     *DEFAULT,
     (8, 128, 32000, torch.float32, ("policy", "kl")),
     (4, 64, 151936, torch.bfloat16, ("policy", "kl")),
 )
-GPU = ((32, 256, 151936, torch.bfloat16, ("policy", "given", "kl")), (8, 128, 128256, torch.bfloat16, ("policy",)))
+GPU = ((32, 256, 151936, torch.bfloat16, ("policy", "kl", GIVEN, KL)), (8, 128, 128256, torch.bfloat16, ("policy",)))
 
 
 def cases(device_type: str, size: str) -> list[Case]:
@@ -45,7 +46,7 @@ def inputs(case: Case, device: torch.device) -> SimpleNamespace:
     logits = torch.randn(b * t, vocab, device=device, dtype=case.dtype)
     actions = torch.randint(0, vocab, (b * t,), device=device)
     reference = {"ref_logits": logits + 0.1 * torch.randn_like(logits)}
-    if case.variant == "given":
+    if case.variant == GIVEN:
         stats = token_stats(reference["ref_logits"], actions, backend="reference")
         reference = {"ref_logprobs": stats.logprobs}
     return SimpleNamespace(
@@ -56,7 +57,8 @@ def inputs(case: Case, device: torch.device) -> SimpleNamespace:
         rewards=torch.randn(b * t, device=device),
         values=torch.randn(b * t, device=device, requires_grad=True),
         cu_seqlens=torch.arange(0, b * t + 1, t, device=device),
-        kl_coef=KL_COEF if case.variant == "kl" else 0.0,
+        kl_coef=KL_COEF if case.variant.startswith("kl") else 0.0,
+        is_level="suffix" if case.variant.endswith("suffix") else "trajectory",
         cotangents={"loss": torch.ones((), device=device)},
     )
 
@@ -66,7 +68,7 @@ def _phases(forward, x: SimpleNamespace) -> Phases:
 
 
 def _ours(x: SimpleNamespace, backend: str) -> Phases:
-    options = {**x.reference, "cu_seqlens": x.cu_seqlens, "beta": BETA, "is_cap": CAP}
+    options = {**x.reference, "cu_seqlens": x.cu_seqlens, "beta": BETA, "is_cap": CAP, "is_level": x.is_level}
 
     def forward():
         output = soft_bellman_loss(
@@ -77,35 +79,41 @@ def _ours(x: SimpleNamespace, backend: str) -> Phases:
     return _phases(forward, x)
 
 
-def bellman_loss(delta, rewards, values):
+def bellman_loss(delta, rewards, values, is_level: str = "trajectory"):
     """(B, T) each, delta = log(pi / pi_ref); gamma = lambda = 1, so that the return is a sum."""
     returns = (rewards - BETA * delta.detach()).flip(1).cumsum(1).flip(1)
     advantages = rewards + torch.nn.functional.pad(returns[:, 1:], (0, 1)) - values.detach()
-    weights = delta.detach().sum(1, keepdim=True).clamp(max=CAP).exp()
+    ratio = delta.detach()
+    summed = ratio.sum(1, keepdim=True) if is_level == "trajectory" else ratio.flip(1).cumsum(1).flip(1)
+    weights = summed.clamp(max=CAP).exp()
     rows = 0.5 * weights * ((BETA * delta - advantages).square() + (returns - values).square())
     return rows.mean()
 
 
-def eager(logits, ref_logits, actions, rewards, values, kl_coef: float, shape: tuple[int, int]):
+def eager(
+    logits, ref_logits, actions, rewards, values, kl_coef: float, shape: tuple[int, int], is_level: str = "trajectory"
+):
     logp, picked = logits.float().log_softmax(-1), actions[:, None]
     with torch.no_grad():
         ref_logp = ref_logits.float().log_softmax(-1)
     delta = (logp.gather(-1, picked) - ref_logp.gather(-1, picked)).view(shape)
-    loss = bellman_loss(delta, rewards.view(shape), values.view(shape))
+    loss = bellman_loss(delta, rewards.view(shape), values.view(shape), is_level)
     if kl_coef:
         loss = loss + kl_coef * (logp.exp() * (logp - ref_logp)).sum(-1).mean()
     return loss
 
 
-def eager_given(logits, ref_logprobs, actions, rewards, values, kl_coef: float, shape: tuple[int, int]):
+def eager_given(
+    logits, ref_logprobs, actions, rewards, values, kl_coef: float, shape: tuple[int, int], is_level: str = "trajectory"
+):
     logprobs = logits.float().log_softmax(-1).gather(-1, actions[:, None])[:, 0]
-    return bellman_loss((logprobs - ref_logprobs).view(shape), rewards.view(shape), values.view(shape))
+    return bellman_loss((logprobs - ref_logprobs).view(shape), rewards.view(shape), values.view(shape), is_level)
 
 
 def _torch(x: SimpleNamespace, of=lambda function: function) -> Phases:
     function = of(eager_given if "ref_logprobs" in x.reference else eager)
     tensors = (x.logits, *x.reference.values(), x.actions, x.rewards, x.values)
-    return _phases(lambda: {"loss": function(*tensors, x.kl_coef, x.shape)}, x)
+    return _phases(lambda: {"loss": function(*tensors, x.kl_coef, x.shape, x.is_level)}, x)
 
 
 def _liger_grpo(x: SimpleNamespace) -> Phases:
@@ -135,6 +143,15 @@ def _bytes(reads_and_writes: int):
 
 CANDIDATES = [
     *peers.ours(_ours, DISPATCHED),
+    Candidate(
+        dispatch.ONE_PASS,
+        "everything, reading the logits once",
+        lambda x: _ours(x, dispatch.ONE_PASS),
+        lambda case, device_type: dispatch.unavailable(dispatch.ONE_PASS, device_type),
+        dispatch.ONE_PASS,
+        ("cuda",),
+        suits=lambda case: case.variant in (GIVEN, KL),
+    ),
     Candidate("eager", "the loss only", _torch),
     Candidate("torch.compile", "the loss only", lambda x: _torch(x, peers.compiled), peers.compile_reason()),
     Candidate(
@@ -143,7 +160,7 @@ CANDIDATES = [
         _liger_grpo,
         peers.needs("liger_kernel"),
         devices=("cuda",),
-        suits=lambda case: case.variant != "kl",
+        suits=lambda case: case.variant in ("policy", GIVEN),
     ),
 ]
 
@@ -154,12 +171,12 @@ OPERATION = Operation(
     CANDIDATES,
     {
         "forward": ("2*N*V*E: read z, z_ref", _bytes(2)),
-        "forward given": ("N*V*E: read z", _bytes(1)),
-        "backward policy": ("2*N*V*E: read z, write dz", _bytes(2)),
-        "backward given": ("2*N*V*E: read z, write dz", _bytes(2)),
+        f"forward {GIVEN}": ("N*V*E: read z", _bytes(1)),
+        "backward": ("2*N*V*E: read z, write dz", _bytes(2)),
         "backward kl": ("3*N*V*E: read z, z_ref, write dz", _bytes(3)),
+        f"backward {KL}": ("3*N*V*E: read z, z_ref, write dz", _bytes(3)),
         "both": ("3*N*V*E: read z, z_ref once, write dz", _bytes(3)),
-        "both given": ("2*N*V*E: read z once, write dz", _bytes(2)),
+        f"both {GIVEN}": ("2*N*V*E: read z once, write dz", _bytes(2)),
     },
     DISPATCHED,
     tolerance=lambda case: 1e-4 if case.dtype == torch.float32 else 1e-2,

@@ -14,13 +14,13 @@ import torch
 
 from benchmarks import environment
 from benchmarks.gpu import OPERATIONS
-from benchmarks.harness import Case, Operation
+from benchmarks.harness import Candidate, Case, Operation
 
 
-def case_of(operation: Operation, device_type: str, size: str) -> Case:
-    """The first with two models, else the first."""
-    cases = operation.cases(device_type, size)
-    return next((case for case in cases if case.variant == "kl"), cases[0])
+def case_of(operation: Operation, candidate: Candidate, device_type: str, size: str) -> Case:
+    """The first with the KL of two models that the candidate is for, else the first."""
+    cases = [case for case in operation.cases(device_type, size) if candidate.suits(case)]
+    return next((case for case in cases if case.variant.startswith("kl")), cases[0])
 
 
 def main() -> None:
@@ -30,8 +30,9 @@ def main() -> None:
     parser.add_argument("backend")
     arguments = parser.parse_args()
     operation = operations[arguments.operation]
-    build = next(c.build for c in operation.candidates if c.backend == arguments.backend)
-    phases = build(operation.inputs(case_of(operation, "cuda", environment.size()), torch.device("cuda")))
+    candidate = next(c for c in operation.candidates if c.backend == arguments.backend)
+    case = case_of(operation, candidate, "cuda", environment.size())
+    phases = candidate.build(operation.inputs(case, torch.device("cuda")))
     for _ in range(2):  # the first compiles
         phases.backward(phases.forward())
     torch.cuda.synchronize()

@@ -213,6 +213,8 @@ def _soft_bellman_loss_cases(dtype: torch.dtype) -> Iterator[Case]:
     padded |= {"temperature": make.temperatures(b, t), "bootstrap": make.rows(b), "mask": mask}
     run = functools.partial(_soft_bellman_loss, kl_coef=0.1, softcap=15.0, lam=0.9)
     yield Case("soft_bellman_loss", "padded, exact KL", padded, ("logits", "values"), run)
+    run = functools.partial(run, is_level="suffix")
+    yield Case("soft_bellman_loss", "padded, exact KL, suffix weights", padded, ("logits", "values"), run)
 
     make, n = Numbers(dtype), sum(LENGTHS)
     packed = {"logits": make.normal(n, vocab, scale=3.0), "actions": make.actions(vocab, n), "rewards": make.rows(n)}

@@ -251,6 +251,12 @@ def test_every_target_is_a_case_that_a_gpu_measures():
         ]
         assert len(found) == 1 and mode in harness.modes(operation, found[0], "cuda"), target.text
     assert [f"{o}: {b}" for name, _ in gpu.profiles("cuda") for o, b in [name.split()]] == [
-        f"{operation}: triton" for operation in cases if operation != "train_step"
+        f"{operation}: {backend}"
+        for operation in cases
+        if operation != "train_step"
+        for backend in ("triton", "cuda", *(["cuda_one_pass"] if operation == "soft_bellman_loss" else []))
     ]
-    assert gpu_profile.case_of(cases["token_stats"], "cuda", "default").shape == "8192x151936"
+    assert (
+        gpu_profile.case_of(cases["token_stats"], cases["token_stats"].candidates[0], "cuda", "default").shape
+        == "8192x151936"
+    )

@@ -41,14 +41,13 @@ def test_small_cases_can_fail_and_name_what_failed(monkeypatch, capsys):
 
 def test_a_backend_that_the_table_gets_is_picked_up(monkeypatch):
     rows = {op: {"cpu": devices["cpu"], "cuda": ("fast", *devices["cuda"])} for op, devices in dispatch.TABLE.items()}
-    rows["soft_bellman_loss"] = {"cuda": ("one_pass",)}
     monkeypatch.setattr(dispatch, "TABLE", rows)
-    monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, "fast", "one_pass"))
+    monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, "fast"))
     monkeypatch.setattr(dispatch, "unavailable", lambda backend, *_: "no" if backend == "triton" else None)
-    assert small_cases.backends("token_stats", "cuda") == ["fast"]
-    assert small_cases.backends("soft_bellman_loss", "cuda") == ["one_pass", "fast"]
+    assert small_cases.backends("token_stats", "cuda") == ["fast", "cuda"]
+    assert small_cases.backends("soft_bellman_loss", "cuda") == ["fast", "cuda", dispatch.ONE_PASS]
     candidates = peers.ours(lambda inputs, backend: None, ("token_stats", "soft_bellman"))
-    assert [c.name for c in candidates if "cuda" in c.devices] == ["reference", "triton", "fast"]
+    assert [c.name for c in candidates if "cuda" in c.devices] == ["reference", "triton", "cuda", "fast"]
 
 
 def test_a_backend_may_refuse_a_case_but_not_all(monkeypatch, capsys):
