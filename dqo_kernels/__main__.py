@@ -37,13 +37,14 @@ def describe() -> Iterator[str]:
             runs = [backend for backend in table[device] if dispatch.unavailable(backend, device) is None]
             yield f"  {op:<20} {', '.join(runs)}"
         for backend in dispatch.BACKENDS:
-            reason = dispatch.unavailable(backend, device)
-            if reason:
-                yield f"  without {backend}: {reason}"
-            elif not any(backend in table[device] for table in dispatch.TABLE.values()):
+            if not any(
+                backend in ops for ops in (ONE_PASS[device], *(table[device] for table in dispatch.TABLE.values()))
+            ):
                 yield f"  without {backend}: it does not run on {device}"
+            elif reason := dispatch.unavailable(backend, device):
+                yield f"  without {backend}: {reason}"
     if "cuda" not in devices():
-        yield "\ncuda: torch finds no device"
+        yield f"\ncuda: torch finds no device; of dqo_kernels._cuda: {dispatch.unavailable('cuda', 'cuda') or 'it does'}"
 
 
 Case = Callable[[torch.dtype, torch.device, str], tuple[list[Tensor], list[Tensor]]]
@@ -103,13 +104,29 @@ def _linear_row_loss(x, backend):
     return list(sums.values()), loss, [x["hidden"], x["weight"]]
 
 
+def _one_pass(x, backend):
+    inputs = (x["logits"], x["actions"], x["rewards"], x["values"])
+    options = {"cu_seqlens": x["cu_seqlens"], "kl_coef": 0.1, "lam": 0.9, "is_level": "suffix", "backend": backend}
+    out = soft_bellman_loss(*inputs, ref_logits=x["ref_logits"], **options)
+    return [y for y in out if y is not None], out.loss, [x["logits"], x["values"]]
+
+
+ONE_PASS = {"cpu": (), "cuda": (dispatch.ONE_PASS,)}  # where it can run, when it is asked for
 CHECKS = {
     "token_stats": _token_stats,
     "lambda_return": _lambda_return,
     "soft_bellman": _soft_bellman,
     "soft_bellman_loss": _soft_bellman_loss,
     "linear_row_loss": _linear_row_loss,
+    "one pass": _one_pass,
 }
+
+
+def backends(name: str, device: str) -> list[str]:
+    """Those that a check runs on a device, whether they can there or not."""
+    if name == "one pass":
+        return list(ONE_PASS[device])
+    return list(dispatch.TABLE[name if name in dispatch.TABLE else "token_stats"][device])
 
 
 def self_check(name: str, backend: str, device: str) -> tuple[float, float]:
@@ -144,11 +161,11 @@ def main() -> int:
     failed = 0
     for device in devices():
         for name in CHECKS:
-            for backend in dispatch.TABLE[name if name in dispatch.TABLE else "token_stats"][device]:
+            for backend in backends(name, device):
                 if dispatch.unavailable(backend, device) is None:
                     good, found = verdict(name, backend, device)
                     failed += not good
-                    print(f"  {name:<20} {device:<5} {backend:<10} {found}  {'ok' if good else 'FAILED'}")
+                    print(f"  {name:<20} {device:<5} {backend:<13} {found}  {'ok' if good else 'FAILED'}")
     return 1 if failed else 0
 
 

@@ -38,6 +38,13 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@torch.compiler.assume_constant_result  # torch.compile does not look into the extension
+def _device_problem(backend: str) -> str:
+    """Why the current CUDA device cannot run the kernels, or an empty string."""
+    device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return _cuda.cluster_problem(device) if backend == ONE_PASS else _cuda.problem(device)
+
+
 def unavailable(backend: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> str | None:
     """Why `backend` cannot run on tensors of this device and dtype, or None when it can."""
     if backend == "cpp" and _cpu is None:
@@ -45,9 +52,7 @@ def unavailable(backend: str, device_type: str = "cpu", dtype: torch.dtype = tor
     if backend.startswith("cuda"):
         if _cuda is None:
             return "dqo_kernels._cuda is not built; run `pip install -e .` where CUDA's nvcc is"
-        device = torch.cuda.current_device() if torch.cuda.is_available() else 0
-        reason = _cuda.cluster_problem(device) if backend == ONE_PASS else _cuda.problem(device)
-        if reason:
+        if reason := _device_problem(backend):
             return reason
         if dtype == torch.float64:
             return _FLOAT32_ALONE

@@ -56,14 +56,14 @@ class Operation:
         self.differentiable(lambda ctx, inputs, output: None, gradient)
 
     def __call__(self, *arguments):
-        if _traced(arguments):
+        if traced(arguments):
             return self.registered(*arguments)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
             return self.function.apply(*arguments)
         return self.implementation(*arguments)
 
 
-def _traced(arguments: tuple) -> bool:
+def traced(arguments: tuple) -> bool:
     """Whether something between us and the kernel wants to see the operation: a compiler, a mode, a transform, a subclass."""
     return (
         torch.compiler.is_compiling()

@@ -28,7 +28,10 @@ def _forward(
     values, behavior_logprobs, bootstrap, target_values, beta, gamma, lam, policy_target, is_level, is_cap, is_floor,
     policy_scale, value_coef, kl_coef,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    n, place = actions.numel(), where(logits)
+    n, vocab, place = actions.numel(), logits.shape[-1], where(logits)
+    if not _cuda.one_pass_blocks(vocab, DTYPES[logits.dtype], kl_coef != 0.0):
+        reason = f"a row of {vocab} columns in {logits.dtype} does not fit the shared memory of a cluster; use backend='cuda'"
+        raise RuntimeError(f"backend {ONE_PASS!r} cannot run soft_bellman_loss: {reason}")
     fields = new_fields(logits, n, ref_logits is not None)
     terms = [fields[0].new_empty(n) for _ in range(7)]
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -93,7 +96,7 @@ def _gradient(ctx, factor, *_):
     if factor is None:
         return (None,) * 26
     grad, grad_values = ctx.saved_tensors
-    if torch.compiler.is_compiling():
+    if library.traced((grad, factor)):
         grad = grad * factor
     else:
         if ctx.spent:
@@ -116,12 +119,6 @@ def check(call) -> None:
     checks.one_of(f"reduction with backend={ONE_PASS!r}", call.reduction, ("mean", "sum"))
     if call.group is not None:
         checks.fail(f"group with backend={ONE_PASS!r}", "None, because each process has a part of a row", "a group")
-    dtype = logits_dtype(call)
-    if not _cuda.one_pass_blocks(call.vocab, DTYPES[dtype], call.kl_coef != 0.0):
-        reason = (
-            f"a row of {call.vocab} columns in {dtype} does not fit the shared memory of a cluster; use backend='cuda'"
-        )
-        raise RuntimeError(f"backend {ONE_PASS!r} cannot run soft_bellman_loss: {reason}")
 
 
 def logits_dtype(call) -> torch.dtype:

@@ -31,8 +31,11 @@ using Where = std::tuple<int, Address>;  // (device, stream)
 template <class Launch>
 static void on(const Where& where, const char* what, Launch launch) {
     py::gil_scoped_release released;
-    Status status = use_device(std::get<0>(where));
-    if (status == Status{}) status = launch(at<void>(std::get<1>(where)));
+    const auto [device, stream] = where;
+    const int before = current_device();  // the caller's, who finds it as it was
+    Status status = before == device ? Status{} : use_device(device);
+    if (status == Status{}) status = launch(at<void>(stream));
+    if (before >= 0 && before != device) use_device(before);
     if (status != Status{}) throw std::runtime_error(std::string(what) + " cannot be launched: " + text_of(status));
 }
 

@@ -42,6 +42,11 @@ std::string cluster_problem(int device) {
 }
 
 int processors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+
+int current_device() {
+    int device = -1;
+    return cudaGetDevice(&device) == cudaSuccess ? device : -1;
+}
 Status use_device(int device) { return cudaSetDevice(device); }
 
 }  // namespace dqo::cuda

@@ -12,6 +12,8 @@ std::string problem(int device);
 // Why no kernel that needs thread block clusters can run, or "".
 std::string cluster_problem(int device);
 int processors(int device);  // multiprocessors
+
+int current_device();  // of this thread; -1 when there is none
 Status use_device(int device);
 std::string text_of(Status);
 

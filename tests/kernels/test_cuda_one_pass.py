@@ -245,3 +245,21 @@ def test_what_does_not_fit_and_what_does_not_exist_is_refused():
     with pytest.raises(RuntimeError, match="'cuda_one_pass' has no soft_bellman"):
         x = torch.zeros(1, device=DEVICE)
         soft_bellman(x, x, x, x, torch.tensor([0, 1], device=DEVICE), backend="cuda_one_pass")
+
+
+@pytest.mark.parametrize("backend", ["cuda", "cuda_one_pass"])
+def test_a_compiled_function_equals_the_eager_one(backend):
+    def loss_of(logits, values, rest):
+        out = soft_bellman_loss(logits, values=values, **rest, is_level="suffix", kl_coef=0.1, backend=backend)
+        return out.loss, out.returns
+
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths, vocab in (([3, 4], 33), ([5, 0, 6], 50)):  # the second shapes must not need another compilation
+        given = {name: x.to(DEVICE) for name, x in batch(lengths, vocab, seed=11).items()}
+        live = [given.pop(name).requires_grad_() for name in ("logits", "values")]
+        results = []
+        for function in (loss_of, compiled):
+            loss, returns = function(*live, given)
+            results.append([loss, returns, *torch.autograd.grad(2 * loss, live)])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(other, eager, rtol=1e-6, atol=1e-7)

@@ -9,11 +9,12 @@ from tests.kernels.oracle import random_batch
 OPS = torch.ops.dqo_kernels
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-NATIVE = {"cpu": ["cpp", "triton"], "cuda": ["triton"]}
+NATIVE = {"cpu": ["cpp", "triton", "cuda"], "cuda": ["triton", "cuda"]}
 
 
 def backends(device, dtype):
-    return [name for name in NATIVE[device] if dispatch.unavailable(name, device, dtype) is None]
+    listed = [name for name in NATIVE[device] if name in dispatch.TABLE["token_stats"][device]]
+    return [name for name in listed if dispatch.unavailable(name, device, dtype) is None]
 
 
 def stats_arguments(device, dtype, form):
@@ -42,6 +43,24 @@ def test_opcheck_of_token_stats(device, dtype, form):
             upstream[3] = None
         arguments = (arguments[0].detach(), *arguments[1:])
         torch.library.opcheck(OPS.token_stats_backward.default, (*arguments, *stats, *upstream, backend))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("form", ["two models", "one model", "padded"])
+def test_opcheck_of_one_pass(device, dtype, form):
+    if "cuda" not in backends(device, dtype) or dispatch.unavailable(dispatch.ONE_PASS, device):
+        pytest.skip(str(dispatch.unavailable(dispatch.ONE_PASS, device)))
+    import dqo_kernels.soft_bellman_loss_cuda  # noqa: F401  (registers it)
+
+    logits, *rest = stats_arguments(device, dtype, form)
+    ref_logprobs, rewards, values = torch.randn(3, 6).to(device)
+    reference = (None, None) if form != "one model" else (ref_logprobs, None)
+    values = values.clone().requires_grad_()
+    boundaries, count = torch.tensor([0, 4, 6], device=device), torch.tensor(5, device=device)
+    tail = ("td", "suffix", 1.0, None, 0.5, 2.0, 0.0 if form == "one model" else 0.3)
+    options = (boundaries, count, *reference, rewards, values, None, None, None, 0.1, 0.9, 0.8, *tail)
+    torch.library.opcheck(OPS.soft_bellman_loss_one_pass.default, (logits.requires_grad_(), *rest, *options))
 
 
 @pytest.mark.parametrize("device", DEVICES)

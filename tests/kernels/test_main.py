@@ -18,17 +18,17 @@ def test_it_prints_backends_reasons_and_a_self_check():
     for op in dispatch.TABLE:
         assert f"  {op} " in done.stdout
     for name in main_module.CHECKS:
-        assert f"  {name:<20} cpu   reference" in done.stdout
+        assert f"  {name:<20} cpu   reference" in done.stdout or name == "one pass"
     assert "FAILED" not in done.stdout
     if not torch.cuda.is_available():
-        assert "cuda: torch finds no device" in done.stdout
+        assert "cuda: torch finds no device; of dqo_kernels._cuda: " in done.stdout
+    assert "without cuda: it does not run on cpu" in done.stdout
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", main_module.CHECKS)
 def test_every_backend_passes_its_self_check(name, device):
-    op = name if name in dispatch.TABLE else "token_stats"
-    for backend in dispatch.TABLE[op][device]:
+    for backend in main_module.backends(name, device):
         if dispatch.unavailable(backend, device) is None:
             good, found = main_module.verdict(name, backend, device)
             assert good, f"{backend}: {found}"
@@ -56,7 +56,10 @@ def test_a_wrong_kernel_and_one_that_breaks_are_reported(monkeypatch, capsys):
 
 
 @pytest.mark.gpu
-def test_forward_and_backward_are_captured_in_a_cuda_graph():
+@pytest.mark.parametrize("backend", ["triton", "cuda", "cuda_one_pass"])
+def test_forward_and_backward_are_captured_in_a_cuda_graph(backend):
+    if reason := dispatch.unavailable(backend, "cuda"):
+        pytest.skip(reason)
     torch.manual_seed(0)
     logits = torch.randn(2, 6, 40000, device="cuda", requires_grad=True)
     ref_logits, rewards = torch.randn(2, 6, 40000, device="cuda"), torch.randn(2, 6, device="cuda")
@@ -64,7 +67,8 @@ def test_forward_and_backward_are_captured_in_a_cuda_graph():
     actions, mask = torch.randint(40000, (2, 6), device="cuda"), torch.rand(2, 6, device="cuda") < 0.8
 
     def step():
-        out = soft_bellman_loss(logits, actions, rewards, values, ref_logits=ref_logits, mask=mask, kl_coef=0.1)
+        options = {"kl_coef": 0.1, "is_level": "suffix", "backend": backend}
+        out = soft_bellman_loss(logits, actions, rewards, values, ref_logits=ref_logits, mask=mask, **options)
         return out.loss, *torch.autograd.grad(out.loss, [logits, values])
 
     side = torch.cuda.Stream()

@@ -38,7 +38,7 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def traffic(layout, backend, **options):
+def traffic(layout, backend, backward=True, **options):
     rng = torch.Generator().manual_seed(0)
     wide = torch.randn(2, B, T + 1, V, generator=rng)
     logits, ref_logits = wide[0, :, :-1], wide[1, :, :-1]  # rows that cannot be flattened without a copy
@@ -54,17 +54,23 @@ def traffic(layout, backend, **options):
         out = soft_bellman_loss(
             logits, values=values, ref_logits=ref_logits, **rows, **where, **options, backend=backend
         )
-        torch.autograd.grad(out.loss, [logits, values])
+        if backward:
+            torch.autograd.grad(out.loss, [logits, values])
     return counted
 
 
-@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def skip_without(backend):
+    reason = dispatch.unavailable(backend)
+    if reason or "cuda" not in dispatch.TABLE["token_stats"]["cpu"] and backend.startswith("cuda"):
+        pytest.skip(reason or "the CUDA kernels are emulated where there is no GPU")
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton", "cuda"])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 @pytest.mark.parametrize("target", ["detach", "residual"])
 def test_one_read_forward_and_one_read_and_write_backward(backend, layout, kl_coef, target):
-    if dispatch.unavailable(backend):
-        pytest.skip(dispatch.unavailable(backend))
+    skip_without(backend)
     counted = traffic(layout, backend, kl_coef=kl_coef, target=target)
     launches = {"token_stats": 1, "soft_bellman": 1, "token_stats_backward": 1}
     if target == "residual":
@@ -75,3 +81,29 @@ def test_one_read_forward_and_one_read_and_write_backward(backend, layout, kl_co
     assert not +counted.large_others, f"torch operations on (N, V): {+counted.large_others}"
     # What is left are sums and factors of (N,) rows and scalars, and on the CPU the checks of values.
     assert sum(counted.others.values()) <= 34, counted.others
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_one_pass_reads_once_and_writes_once(layout, kl_coef):
+    skip_without(dispatch.ONE_PASS)
+    counted = traffic(layout, dispatch.ONE_PASS, backward=False, kl_coef=kl_coef, is_level="suffix")
+    assert counted.ours == {"soft_bellman_loss_one_pass": 1}
+    assert counted.reads == 2 and counted.writes == 1  # the gradient is there
+    assert not +counted.large_others, f"torch operations on (N, V): {+counted.large_others}"
+
+
+def test_the_one_pass_gradient_is_handed_out_where_it_lies(monkeypatch):
+    skip_without(dispatch.ONE_PASS)
+    from dqo_kernels import soft_bellman_loss_cuda as one_pass
+
+    written = []
+    forward = one_pass._FORWARD.implementation
+    keep = lambda *inputs: written.append(forward(*inputs)) or written[-1]  # noqa: E731
+    monkeypatch.setattr(one_pass._FORWARD, "implementation", keep)
+    logits, zeros = torch.randn(N, V, requires_grad=True), torch.zeros(N)
+    inputs = (logits, torch.zeros(N, dtype=torch.long), zeros, zeros)
+    options = {"ref_logprobs": zeros, "cu_seqlens": torch.tensor([0, N]), "is_level": "none"}
+    loss = soft_bellman_loss(*inputs, **options, backend=dispatch.ONE_PASS).loss
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.data_ptr() == written[0][-2].data_ptr()
