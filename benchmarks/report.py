@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import report_gpu
+from benchmarks import cuda_resources, report_gpu
 from benchmarks.units import COPY, UNITS, Unit
 
 HERE = Path(__file__).parent
@@ -125,7 +125,7 @@ def device_section(results: dict) -> list[str]:
     return lines
 
 
-def render(files: list[dict]) -> str:
+def render(files: list[dict], resources: dict | None = None) -> str:
     lines = ["# Results", "", READING]
     for device_type, title in TITLES.items():
         found = [results for results in files if results["device_type"] == device_type]
@@ -134,6 +134,7 @@ def render(files: list[dict]) -> str:
         if not found:
             lines += [f"## {title}", "", "Not measured. The command:", "", "```", COMMANDS[device_type], "```", ""]
             lines += report_gpu.targets([]) if device_type == "cuda" else []
+    lines += cuda_resources.section(resources) if resources else []
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -147,7 +148,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--output", default=str(HERE / "RESULTS.md"))
     arguments = parser.parse_args()
-    text = render(load(arguments.results))
+    resources = arguments.results / cuda_resources.RESULTS.name
+    text = render(load(arguments.results), json.loads(resources.read_text()) if resources.exists() else None)
     if arguments.output == "-":
         print(text, end="")
     else:

@@ -190,11 +190,12 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("cluster_problem", &cluster_problem, "Why no kernel that needs thread block clusters can, or an empty string.");
     m.def("splits", &splits, "Blocks that share a row in token_stats' forward.");
     m.def(
-        "one_pass_blocks",
+        "one_pass_shape",
         [](std::int64_t vocab, int dtype, bool keeps_ref) {
-            return one_pass_shape(vocab, static_cast<Dtype>(dtype), keeps_ref).cluster;
+            const OnePassShape shape = one_pass_shape(vocab, static_cast<Dtype>(dtype), keeps_ref);
+            return std::make_tuple(shape.cluster, shape.slice, shape.shared_bytes);
         },
-        "Blocks of the cluster that holds a row of this size; 0 when none can.");
+        "(blocks, columns of a block, bytes of a block) of the cluster that holds a row; 0 blocks when none can.");
     m.def("token_stats_fwd", &token_stats_fwd);
     m.def("token_stats_bwd", &token_stats_bwd);
     m.def("lambda_return_fwd", &lambda_return_fwd);

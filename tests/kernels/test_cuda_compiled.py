@@ -1,79 +1,39 @@
 """What nvcc made of csrc/cuda: resources of every kernel, wide accesses in flight, and a module that loads without a driver."""
 
-import collections
 import os
 import re
-import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 
-import dqo_kernels
+from benchmarks import cuda_resources
+from benchmarks.cuda_resources import KERNELS, kernel_name, output_of, tool
 
-PACKAGE = Path(dqo_kernels.__file__).parent
-BUILT = next(iter(PACKAGE.glob("_cuda.*")), None)
-pytestmark = pytest.mark.skipif(BUILT is None, reason="dqo_kernels._cuda is not built: no nvcc, or DQO_KERNELS_CUDA=0")
-REGISTERS = {"token_stats": 128, "one_pass": 128, "rescale": 128, "reset": 128}  # two blocks of 256 on a multiprocessor
+BUILT = cuda_resources.extension()
+WITHOUT = "dqo_kernels._cuda is not built: no nvcc, or DQO_KERNELS_CUDA=0" if BUILT is None else "there is no cuobjdump"
+pytestmark = pytest.mark.skipif(BUILT is None or tool("cuobjdump") is None, reason=WITHOUT)
+ROW_REGISTERS = 128  # two blocks of 256 threads on a multiprocessor
 SCAN_REGISTERS = 64  # a block of 1024
-# Kernels by name, and how many instances: dtypes, softcap, models, and for gradients which statistics are differentiated.
-KERNELS = {
-    "token_stats_forward_kernel": 3 * 2 * 2,
-    "token_stats_merge_kernel": 3 * 2 * 2,
-    "token_stats_backward_kernel": 4 * 2 * 4,
-    "lambda_return_forward_kernel": 1,
-    "lambda_return_backward_kernel": 1,
-    "soft_bellman_forward_kernel": 1,
-    "soft_bellman_backward_residual_kernel": 1,
-    "one_pass_kernel": 3 * 2 * 3,
-    "reset_kernel": 1,
-    "rescale_kernel": 3,
-}
 
 
-def tool(name: str) -> str:
-    """Of the toolkit, or of the package triton, which carries it."""
-    found = shutil.which(name)
-    if found is None:
-        triton = pytest.importorskip("triton")
-        found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-        if not found.exists():
-            pytest.skip(f"{name} is neither on PATH nor in triton")
-    return str(found)
-
-
-def output_of(*command, **options) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, **options).stdout
-
-
-def plain(mangled: str) -> str:
-    """The kernel's name."""
-    return next((name for name in KERNELS if f"{len(name)}{name}" in mangled), mangled)
-
-
-def resources(report: str) -> dict[str, list[dict[str, int]]]:
-    """{kernel: [{"REG": ..., "STACK": ..., "LOCAL": ...} of each instance]}"""
-    found = collections.defaultdict(list)
-    for function, usage in re.findall(r"Function (\w+):\s*\n\s*(REG:.*)", report):
-        found[plain(function)].append({key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)})
-    return found
+def assert_fits(found: dict[str, list[dict[str, int]]]):
+    for name, instances in found.items():
+        for used in instances:
+            assert used["stack"] == 0 and used["local"] == 0, (name, used)
+            is_scan = name.startswith(("lambda_return", "soft_bellman"))
+            assert used["registers"] <= (SCAN_REGISTERS if is_scan else ROW_REGISTERS), (name, used)
 
 
 def test_every_kernel_fits_and_spills_nothing():
-    found = resources(output_of(tool("cuobjdump"), "--dump-resource-usage", str(BUILT)))
+    found = cuda_resources.machine_code(BUILT)
     assert {name: len(instances) for name, instances in found.items()} == KERNELS
-    for name, instances in found.items():
-        most = next((limit for prefix, limit in REGISTERS.items() if name.startswith(prefix)), SCAN_REGISTERS)
-        for used in instances:
-            assert used["STACK"] == 0 and used["LOCAL"] == 0, (name, used)
-            assert used["REG"] <= most, (name, used)
+    assert_fits(found)
 
 
 def test_it_holds_code_for_hopper_and_ptx_for_other_devices():
-    listed = output_of(tool("cuobjdump"), "-lelf", "-lptx", str(BUILT))
+    listed = output_of(tool("cuobjdump"), "-lelf", "-lptx", str(BUILT)).stdout
     assert set(re.findall(r"\.(sm_\w+)\.cubin", listed)) == {"sm_90a"}
     assert set(re.findall(r"\.(sm_\w+)\.ptx", listed)) == {"sm_80", "sm_90"}
 
@@ -90,7 +50,7 @@ def instructions(sass: str) -> dict[str, list[tuple[str, int, int]]]:
 
 @pytest.fixture(scope="module")
 def sass():
-    return instructions(output_of(tool("cuobjdump"), "-sass", str(BUILT)))
+    return instructions(output_of(tool("cuobjdump"), "-sass", str(BUILT)).stdout)
 
 
 WIDE = "LDG.E.NA.128"  # 16 bytes, not kept in the first-level cache
@@ -99,7 +59,7 @@ WIDE = "LDG.E.NA.128"  # 16 bytes, not kept in the first-level cache
 def test_kernels_of_rows_read_and_write_16_bytes_several_at_a_time(sass):
     models = {"token_stats_forward_kernel": [1, 2], "token_stats_backward_kernel": [1, 2], "one_pass_kernel": [1, 2]}
     for name, code in sass.items():
-        if plain(name) not in models:
+        if kernel_name(name) not in models:
             continue
         at = [i for i, (text, *_) in enumerate(code) if WIDE in text]
         assert len(at) % 4 == 0 and len(at) // 4 in (1, 2, 4), name  # 4: two models of float logits, bfloat16 gradient
@@ -109,7 +69,7 @@ def test_kernels_of_rows_read_and_write_16_bytes_several_at_a_time(sass):
             barriers = {code[i][1] for i in at[group : group + 4]}
             waits = [wait for _, _, wait in code[first + 1 : last + 1]]
             assert not any(wait >> barrier & 1 for wait in waits for barrier in barriers), name
-        if "forward" not in plain(name):
+        if "forward" not in kernel_name(name):
             assert any("STG.E.128" in text for text, *_ in code), name
 
 
@@ -120,7 +80,7 @@ def test_no_kernel_uses_local_memory_or_sums_by_atomics(sass):
         assert not [x for x in operations if x.startswith(("LDL", "STL"))], name
         atomics = [x for x in operations if x.startswith(("RED", "ATOM"))]
         assert not any("F32" in x or "F64" in x or "F16" in x for x in atomics), name
-        assert not atomics or plain(name) == "one_pass_kernel", name  # its tickets
+        assert not atomics or kernel_name(name) == "one_pass_kernel", name  # its tickets
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so there is a driver")
@@ -134,18 +94,12 @@ def test_it_loads_without_a_driver_and_says_why_it_cannot_run():
 
 
 @pytest.mark.aot
+@pytest.mark.skipif(tool("ptxas") is None, reason="there is no ptxas")
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
-def test_the_ptx_compiles_for_other_devices_without_spills(tmp_path, target):
-    output_of(tool("cuobjdump"), "-xptx", "all", str(BUILT.resolve()), cwd=tmp_path)
-    sources = sorted(tmp_path.glob("*.ptx"))
-    assert sources
-    if int(target[3:]) < 90:
-        sources = [path for path in sources if ".sm_80." in path.name]
-
-    def compile_one(path):
-        command = [tool("ptxas"), f"-arch={target}", "-v", str(path), "-o", os.devnull]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stderr
-
-    with ThreadPoolExecutor(2) as pool:
-        for said in pool.map(compile_one, sources):
-            assert not re.search(r"[1-9]\d* bytes (stack frame|spill)", said), said
+def test_the_ptx_compiles_for_other_devices_without_spills(target):
+    found = cuda_resources.compiled_for(BUILT, target)
+    clusters = ("one_pass_kernel", "reset_kernel", "rescale_kernel") if int(target[3:]) < 90 else ()
+    assert {name: len(instances) for name, instances in found.items()} == {
+        name: count for name, count in KERNELS.items() if name not in clusters
+    }
+    assert_fits(found)
