@@ -64,16 +64,18 @@ def kernel_name(mangled: str) -> str:
 
 
 def read_machine_code(report: str) -> dict[str, list[dict[str, int]]]:
-    """{kernel: [{"registers", "stack", "local"} of each instance]} of what cuobjdump says."""
+    """{kernel: [{"registers", "stack", "local", "shared"} of each instance]} of what cuobjdump says."""
     found = collections.defaultdict(list)
     for function, usage in re.findall(r"Function (\w+):\s*\n\s*(REG:.*)", report):
         said = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
-        found[kernel_name(function)].append({"registers": said["REG"], "stack": said["STACK"], "local": said["LOCAL"]})
+        found[kernel_name(function)].append(
+            {"registers": said["REG"], "stack": said["STACK"], "local": said["LOCAL"], "shared": said["SHARED"]}
+        )
     return found
 
 
 def read_ptxas(report: str) -> dict[str, list[dict[str, int]]]:
-    """The same of what ptxas -v says; "local" are the bytes that it spilled."""
+    """The same of what ptxas -v says, without shared memory; "local" are the bytes that it spilled."""
     found = collections.defaultdict(list)
     pattern = (
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers"

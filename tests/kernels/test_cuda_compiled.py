@@ -30,6 +30,11 @@ def test_every_kernel_fits_and_spills_nothing():
     found = cuda_resources.machine_code(BUILT)
     assert {name: len(instances) for name, instances in found.items()} == KERNELS
     assert_fits(found)
+    # Only what the device reserves of each block: launches ask for the rest.
+    assert {used["shared"] for instances in found.values() for used in instances} == {1024}
+    for row in cuda_resources.one_pass_shapes():
+        assert 1 <= row["cluster"] <= 8 and row["columns"] * row["cluster"] >= row["vocab"]
+        assert row["bytes"] + 1024 <= (228 * 1024 // 2 if row["bytes"] < 2**17 else 228 * 1024)  # of a multiprocessor
 
 
 def test_it_holds_code_for_hopper_and_ptx_for_other_devices():
