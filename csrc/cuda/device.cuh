@@ -139,6 +139,16 @@ DQO_DEVICE void load_chunks(const T* row, std::int64_t at, std::int64_t stride, 
     }
 }
 
+// The same, in a quarter of the instructions where all chunks lie inside the row and aligned: for loops over long rows.
+template <class T>
+DQO_DEVICE void load_chunks_in_loop(const T* row, std::int64_t at, std::int64_t stride, std::int64_t size, float filling,
+                                    Chunk<T> (&chunk)[kInFlight]) {
+    if (at + (kInFlight - 1) * stride + Chunk<T>::kCount > size || at < 0 || misalignment(row + at) != 0)
+        return load_chunks(row, at, stride, size, filling, chunk);
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) chunk[j].words = read_words(row + at + j * stride);
+}
+
 template <class T>
 DQO_DEVICE void store_chunk(T* row, std::int64_t at, std::int64_t size, const Chunk<T>& chunk) {
     if (at >= 0 && at + Chunk<T>::kCount <= size && misalignment(row + at) == 0) {

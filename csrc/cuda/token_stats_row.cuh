@@ -47,8 +47,8 @@ DQO_DEVICE Moments<kRef> thread_moments(const T* row, const T* ref, std::int64_t
     const std::int64_t stride = std::int64_t(block_threads()) * kCount;
     for (std::int64_t first = begin + thread_index() * kCount; first < end; first += kInFlight * stride) {
         Chunk<T> z[kInFlight], zr[kInFlight];
-        load_chunks(row, first, stride, end, -INFINITY, z);
-        if constexpr (kRef) load_chunks(ref, first, stride, end, -INFINITY, zr);
+        load_chunks_in_loop(row, first, stride, end, -INFINITY, z);
+        if constexpr (kRef) load_chunks_in_loop(ref, first, stride, end, -INFINITY, zr);
         float value[kInFlight][kCount], ref_value[kInFlight][kRef ? kCount : 1];
         float top = moments.m, ref_top = moments.mr;
 #pragma unroll
