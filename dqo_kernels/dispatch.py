@@ -54,6 +54,8 @@ def unavailable(backend: str, device_type: str = "cpu", dtype: torch.dtype = tor
             return "dqo_kernels._cuda is not built; run `pip install -e .` where CUDA's nvcc is"
         if reason := _device_problem(backend):
             return reason
+        if backend == ONE_PASS and "cuda" not in TABLE["token_stats"].get(device_type, ()):
+            return f"it runs on CUDA devices, not on {device_type}"
         if dtype == torch.float64:
             return _FLOAT32_ALONE
     if backend == "triton":
@@ -86,7 +88,7 @@ def choose(op: str, device_type: str, backend: str | None = None, dtype: torch.d
     return asked
 
 
-def insist(op: str, backend: str, device_type: str, dtype: torch.dtype) -> None:
+def insist(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> None:
     """Raises RuntimeError with the reason when the backend that was asked for cannot run."""
     reason = unavailable(backend, device_type, dtype)
     if reason is not None:

@@ -233,7 +233,7 @@ def soft_bellman_loss(
     call = Call.of("logits", logits, -1, locals())
     layout, slices = call.checked()
     if backend == dispatch.ONE_PASS:
-        dispatch.insist("soft_bellman_loss", backend, logits.device.type, logits.dtype)
+        dispatch.insist("soft_bellman_loss", backend, logits.device.type)
         from dqo_kernels import soft_bellman_loss_cuda  # it needs the extension
 
         soft_bellman_loss_cuda.check(call)

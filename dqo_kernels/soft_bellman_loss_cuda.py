@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import dqo_kernels._cuda as _cuda
-from dqo_kernels import checks, library
+from dqo_kernels import checks, dispatch, library
 from dqo_kernels.addresses import DTYPES, address, addresses, bellman_options, where
 from dqo_kernels.dispatch import ONE_PASS
 from dqo_kernels.packed import compute_dtype
@@ -95,6 +95,8 @@ def _save(ctx, inputs, output):
 def _gradient(ctx, factor, *_):
     if factor is None:
         return (None,) * 26
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+        raise RuntimeError("the one-pass gradient has no second derivative; backend='reference' has one")
     grad, grad_values = ctx.saved_tensors
     if library.traced((grad, factor)):
         grad = grad * factor
@@ -104,7 +106,8 @@ def _gradient(ctx, factor, *_):
                 "the one-pass gradient was handed out by an earlier backward; backend='cuda' keeps the logits"
             )
         ctx.spent = True
-        _cuda.rescale(where(grad), grad.data_ptr(), grad.numel(), DTYPES[grad.dtype], factor.float().data_ptr())
+        factor = factor.float()
+        _cuda.rescale(where(grad), grad.data_ptr(), grad.numel(), DTYPES[grad.dtype], factor.data_ptr())
     values = None if ctx.soft_values else grad_values * factor
     return grad, *[None] * 11, values, *[None] * 13
 
@@ -119,6 +122,7 @@ def check(call) -> None:
     checks.one_of(f"reduction with backend={ONE_PASS!r}", call.reduction, ("mean", "sum"))
     if call.group is not None:
         checks.fail(f"group with backend={ONE_PASS!r}", "None, because each process has a part of a row", "a group")
+    dispatch.insist("soft_bellman_loss", ONE_PASS, call.features.device.type, logits_dtype(call))
 
 
 def logits_dtype(call) -> torch.dtype:

@@ -7,6 +7,7 @@
 namespace dqo::cuda {
 
 using Status = int;  // a cudaError_t; 0: success
+constexpr Status kInvalidConfiguration = 9;
 
 enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 

@@ -30,7 +30,7 @@ DQO_DEVICE float to_float(Float16 x) { return float16_to_float(x.bits); }
 template <class T>
 DQO_DEVICE const T* row_of(const Rows& rows, std::int64_t i) {
     const T* const data = static_cast<const T*>(rows.data);
-    if (rows.outer_stride == 0) return data + i * rows.inner_stride;  // two dimensions: no division to wait for
+    if (i < rows.inner) return data + i * rows.inner_stride;  // always in two dimensions: no division to wait for
     return data + (i / rows.inner) * rows.outer_stride + (i % rows.inner) * rows.inner_stride;
 }
 

@@ -156,7 +156,8 @@ struct Grid {
 template <class Arguments>
 Status launch(void (*kernel)(Arguments), const Grid& grid, void* stream, const Arguments& arguments) {
     if (grid.blocks == 0) return cudaSuccess;
-    if (grid.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+    static_assert(kInvalidConfiguration == cudaErrorInvalidConfiguration);
+    if (grid.blocks > INT32_MAX) return kInvalidConfiguration;
     if (grid.shared_bytes > 48 * 1024) {
         const Status status =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes));

@@ -241,10 +241,11 @@ OnePassShape one_pass_shape(std::int64_t vocab, Dtype dtype, bool keeps_ref) {
 }
 
 Status soft_bellman_loss_one_pass(const OnePassArgs& a, Dtype dtype, int processors, void* stream) {
+    const OnePassShape shape = one_pass_shape(a.stats.vocab, dtype, a.kl_coef != 0.0);
+    if (shape.cluster == 0) return kInvalidConfiguration;
     const Grid reset{(a.stats.rows + kResetThreads - 1) / kResetThreads, kResetThreads};
     const Status status = launch(reset_kernel, reset, stream, a);
     if (status != Status{}) return status;
-    const OnePassShape shape = one_pass_shape(a.stats.vocab, dtype, a.kl_coef != 0.0);
     return (dtype == kFloat32 ? one_pass<float> : dtype == kBfloat16 ? one_pass<Bfloat16> : one_pass<Float16>)(
         a, shape, processors, stream);
 }

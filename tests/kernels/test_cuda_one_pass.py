@@ -154,6 +154,18 @@ def test_temperatures_softcap_strides_and_actions_out_of_range():
     assert torch.equal(torch.autograd.grad(out.loss, view)[0].cpu(), wanted[0])
 
 
+@pytest.mark.parametrize("backend", ["cuda", "cuda_one_pass"])
+def test_a_reference_that_every_sequence_shares(backend):
+    given = {name: x.to(DEVICE) for name, x in batch([6, 6, 6], seed=11, padded=True).items()}
+    shared = torch.randn(1, *given["logits"].shape[1:], generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    given["ref_logits"] = shared.expand(given["logits"].shape)  # a batch of stride 0
+    options = {"is_level": "none", "kl_coef": 0.3}
+    got, gradients = run(given, backend, **options)
+    want, wanted = run(given | {"ref_logits": given["ref_logits"].contiguous()}, backend, **options)
+    assert all(torch.equal(got[name], x) for name, x in want.items())
+    assert torch.equal(gradients[0], wanted[0])
+
+
 def test_the_rows_are_bit_for_bit_those_of_the_scan():
     given = batch([100, 3, 64, 33], 50, seed=5, extras=True)
     options = {"is_level": "suffix", "lam": 0.9, "gamma": 0.98, "beta": 0.2}
@@ -220,6 +232,9 @@ def test_a_second_backward_is_refused():
     out.loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one-pass gradient.*earlier backward.*backend='cuda'"):
         out.loss.backward()
+    out = soft_bellman_loss(**given, is_level="none", backend="cuda_one_pass")
+    with pytest.raises(RuntimeError, match="one-pass gradient.*second derivative.*backend='reference'"):
+        torch.autograd.grad(out.loss, given["logits"], create_graph=True)
 
 
 def test_nothing_to_do():
@@ -261,6 +276,9 @@ def test_what_does_not_fit_and_what_does_not_exist_is_refused():
         soft_bellman_loss(**given, is_level="none", kl_coef=0.1, backend="cuda_one_pass")
     with pytest.raises(RuntimeError, match="float64.*reference"):
         run(batch(), "cuda_one_pass", torch.float64, is_level="none")
+    with pytest.raises(RuntimeError, match="float64.*reference"):  # what the two models are promoted to
+        double = batch() | {"ref_logits": batch()["ref_logits"].double()}
+        run(double, "cuda_one_pass", is_level="none")
     with pytest.raises(RuntimeError, match="'cuda_one_pass' has no soft_bellman"):
         x = torch.zeros(1, device=DEVICE)
         soft_bellman(x, x, x, x, torch.tensor([0, 1], device=DEVICE), backend="cuda_one_pass")
