@@ -114,10 +114,17 @@ def one_pass_shapes() -> list[dict]:
 
     rows = []
     for vocab, dtype in ONE_PASS:
-        for kl in (False, True):
-            cluster, columns, shared = _cuda.one_pass_shape(vocab, DTYPES[getattr(torch, dtype)], kl)
+        for models in (1, 2):
+            cluster, columns, shared = _cuda.one_pass_shape(vocab, DTYPES[getattr(torch, dtype)], models == 2)
             rows.append(
-                {"vocab": vocab, "dtype": dtype, "kl": kl, "cluster": cluster, "columns": columns, "bytes": shared}
+                {
+                    "vocab": vocab,
+                    "dtype": dtype,
+                    "models": models,
+                    "cluster": cluster,
+                    "columns": columns,
+                    "bytes": shared,
+                }
             )
     return rows
 
@@ -157,16 +164,17 @@ def section(results: dict) -> list[str]:
         most = [str(max(x["registers"] for x in found)) if found else "needs clusters" for found in of]
         bytes_of = sum(x["stack"] + x["local"] for found in of for x in found)
         lines.append(f"| {name.removesuffix('_kernel')} | {len(instances)} | {' | '.join(most)} | {bytes_of} |")
-    lines += ["", "How the one-pass kernel divides a row among the blocks of a cluster:", ""]
+    lines += ["", "How the one-pass kernel divides a row, of one model or two, among the blocks of a cluster:", ""]
     lines += [
-        "| V | dtype | exact KL | blocks | columns a block | shared KB a block |",
-        "| ---: | --- | --- | ---: | ---: | ---: |",
+        "| V | dtype | models | blocks | columns a block | shared KB a block |",
+        "| ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in results["one_pass"]:
-        kl = "yes" if row["kl"] else "no"
-        lines.append(
-            f"| {row['vocab']} | {row['dtype']} | {kl} | {row['cluster']} | {row['columns']} | {row['bytes'] / 1024:.1f} |"
-        )
+        cells = [
+            *(row[key] for key in ("vocab", "dtype", "models", "cluster", "columns")),
+            f"{row['bytes'] / 1024:.1f}",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return [*lines, ""]
 
 

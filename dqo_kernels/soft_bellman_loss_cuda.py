@@ -29,7 +29,7 @@ def _forward(
     policy_scale, value_coef, kl_coef,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     n, vocab, place = actions.numel(), logits.shape[-1], where(logits)
-    if not _cuda.one_pass_shape(vocab, DTYPES[logits.dtype], kl_coef != 0.0)[0]:
+    if not _cuda.one_pass_shape(vocab, DTYPES[logits.dtype], ref_logits is not None)[0]:
         reason = f"a row of {vocab} columns in {logits.dtype} does not fit the shared memory of a cluster; use backend='cuda'"
         raise RuntimeError(f"backend {ONE_PASS!r} cannot run soft_bellman_loss: {reason}")
     fields = new_fields(logits, n, ref_logits is not None)

@@ -191,8 +191,8 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("splits", &splits, "Blocks that share a row in token_stats' forward.");
     m.def(
         "one_pass_shape",
-        [](std::int64_t vocab, int dtype, bool keeps_ref) {
-            const OnePassShape shape = one_pass_shape(vocab, static_cast<Dtype>(dtype), keeps_ref);
+        [](std::int64_t vocab, int dtype, bool two_models) {
+            const OnePassShape shape = one_pass_shape(vocab, static_cast<Dtype>(dtype), two_models);
             return std::make_tuple(shape.cluster, shape.slice, shape.shared_bytes);
         },
         "(blocks, columns of a block, bytes of a block) of the cluster that holds a row; 0 blocks when none can.");

@@ -103,37 +103,37 @@ DQO_DEVICE void load_partly(const T* row, std::int64_t at, std::int64_t size, Ch
     memcpy(&chunk, element, sizeof(chunk));
 }
 
-// kInFlight chunks, `stride` elements (a multiple of a chunk) apart, with `filling` outside of the row. Which thread takes which
-// elements of a row never depends on the address, only how they are fetched does: a row's bits are the same wherever it lies. A row
-// that does not begin at a multiple of 16 bytes is read in aligned words; they reach beyond it only within words that it has a
-// part of. All reads are issued before anything is made of what they bring.
-template <class T>
+// Chunks, `stride` elements (a multiple of a chunk) apart, with `filling` outside of the row. Which thread takes which elements of
+// a row never depends on the address, only how they are fetched does: a row's bits are the same wherever it lies. A row that does
+// not begin at a multiple of 16 bytes is read in aligned words; they reach beyond it only within words that it has a part of. All
+// reads are issued before anything is made of what they bring.
+template <class T, int kChunks>
 DQO_DEVICE void load_chunks(const T* row, std::int64_t at, std::int64_t stride, std::int64_t size, float filling,
-                            Chunk<T> (&chunk)[kInFlight]) {
+                            Chunk<T> (&chunk)[kChunks]) {
     constexpr int kCount = Chunk<T>::kCount;
     const auto whole = [=](int j) { return at + j * stride >= 0 && at + j * stride + kCount <= size; };
     const int offset = misalignment(row + at);
     const char* const aligned = reinterpret_cast<const char*>(row + at) - offset;
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) chunk[j] = Chunk<T>::all(filling);
+    for (int j = 0; j < kChunks; ++j) chunk[j] = Chunk<T>::all(filling);
     if (offset == 0) {
 #pragma unroll
-        for (int j = 0; j < kInFlight; ++j)
+        for (int j = 0; j < kChunks; ++j)
             if (whole(j)) chunk[j].words = read_words(aligned + j * stride * sizeof(T));
     } else {
-        Words first[kInFlight], second[kInFlight];
+        Words first[kChunks], second[kChunks];
 #pragma unroll
-        for (int j = 0; j < kInFlight; ++j)
+        for (int j = 0; j < kChunks; ++j)
             if (whole(j)) {
                 first[j] = read_words_again(aligned + j * stride * sizeof(T));
                 second[j] = read_words_again(aligned + j * stride * sizeof(T) + 16);
             }
 #pragma unroll
-        for (int j = 0; j < kInFlight; ++j)
+        for (int j = 0; j < kChunks; ++j)
             if (whole(j)) chunk[j].words = joined(first[j], second[j], offset);
     }
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
+    for (int j = 0; j < kChunks; ++j) {
         const std::int64_t from = at + j * stride;
         if (!whole(j) && from < size && from + kCount > 0) load_partly(row, from, size, chunk[j]);  // one in a row or two
     }
@@ -147,6 +147,15 @@ DQO_DEVICE void load_chunks_in_loop(const T* row, std::int64_t at, std::int64_t 
         return load_chunks(row, at, stride, size, filling, chunk);
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) chunk[j].words = read_words(row + at + j * stride);
+}
+
+// A chunk of a row to its slot in shared memory, which is filled when this thread has waited for its copies; -inf beyond the row.
+template <class T>
+DQO_DEVICE void park_chunk(Chunk<T>& slot, const T* row, std::int64_t at, std::int64_t size) {
+    if (at + Chunk<T>::kCount <= size && misalignment(row + at) == 0) return copy_words(&slot, row + at);
+    Chunk<T> chunk[1];
+    load_chunks(row, at, 0, size, -INFINITY, chunk);
+    slot = chunk[0];
 }
 
 template <class T>

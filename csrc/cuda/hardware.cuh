@@ -72,6 +72,13 @@ DQO_DEVICE Words read_words_again(const void* address) {  // a neighbour reads t
 DQO_DEVICE void write_words(void* address, const Words& w) {
     *static_cast<uint4*>(address) = make_uint4(w.word[0], w.word[1], w.word[2], w.word[3]);
 }
+// 16 bytes to shared memory while this thread goes on; there when this thread has waited for its copies.
+DQO_DEVICE void copy_words(void* shared, const void* address) {
+    const std::uint32_t to = std::uint32_t(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(address) : "memory");
+}
+DQO_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 DQO_DEVICE std::uint32_t funnel_right(std::uint32_t low, std::uint32_t high, int bits) {
     return __funnelshift_r(low, high, bits);
 }

@@ -1,7 +1,7 @@
-// The one-pass kernel. A cluster of blocks holds a row of logits (two, where the exact KL is differentiated) in its shared memory:
-// statistics of the row while it comes in, the state of the reverse scan from the rows after it (look_back.cuh), and its gradient from
-// shared memory. So logits are read once and the gradient is written once. Several clusters share a multiprocessor: while one
-// waits, another one loads.
+// The one-pass kernel. A cluster of blocks holds a row of logits (of both models) in its shared memory: statistics of the row, the
+// state of the reverse scan from the rows after it (look_back.cuh), and its gradient. So logits are read once and the gradient is
+// written once. As soon as a chunk of the gradient is made, the chunk of the next row is on its way to the same slot; and two
+// clusters share a multiprocessor, so that one moves data while the other one waits.
 //
 // A row's coefficients may depend on itself and on later rows: importance weights of level none, token or suffix, targets
 // detached. Compiled for sm_90 and later only.
@@ -24,7 +24,7 @@ struct OnePassLaunch {
     std::int64_t slice;
 };
 
-enum class Ref { kNone, kRead, kKept };  // the reference's logits: not given, for statistics alone, for the gradient of the KL too
+enum class Ref { kNone, kStatistics, kGradient };  // what the reference's logits are for: not given; the gradient of the KL too
 
 template <bool kRef>
 struct Shared {  // of a block; the parked chunks follow
@@ -86,12 +86,13 @@ DQO_DEVICE RowGradient work_row(const OnePassArgs& a, std::int64_t row, bool cou
 
 template <class T, bool kCap, Ref kRefUse>
 DQO_KERNEL(kThreads, 2) one_pass_kernel(OnePassLaunch launched) {
-    constexpr bool kRef = kRefUse != Ref::kNone, kKl = kRefUse == Ref::kKept;
+    constexpr bool kRef = kRefUse != Ref::kNone, kKl = kRefUse == Ref::kGradient;
+    constexpr int kCount = Chunk<T>::kCount;
     const OnePassArgs& a = launched.args;
     const TokenStatsArgs& t = a.stats;
     auto& shared = *reinterpret_cast<Shared<kRef>*>(shared_memory());
     auto* const parked = reinterpret_cast<Chunk<T>*>(shared_memory() + (sizeof(Shared<kRef>) + 15) / 16 * 16);
-    auto* const parked_ref = parked + launched.slice / Chunk<T>::kCount;
+    auto* const parked_ref = parked + launched.slice / kCount;
     const int rank = cluster_rank(), blocks = cluster_blocks();
     const std::int64_t begin = rank * launched.slice;
     const std::int64_t end = begin + launched.slice < t.vocab ? begin + launched.slice : t.vocab;
@@ -103,52 +104,73 @@ DQO_KERNEL(kThreads, 2) one_pass_kernel(OnePassLaunch launched) {
             to.row = row;
         }
     };
+    const auto counts = [&](std::int64_t row) { return row >= 0 && (!t.mask || t.mask[row]); };
+    // A thread fills and reads slots of its own: nobody need be waited for. nullptr: a row that does not count.
+    const T *z = nullptr, *z_ref = nullptr;  // the row that is on its way
+    const auto take = [&](std::int64_t row) {
+        z = counts(row) ? row_of<T>(t.logits, row) : nullptr;
+        if constexpr (kRef) z_ref = z ? row_of<T>(t.ref_logits, row) : nullptr;
+    };
+    const auto park = [&](std::int64_t at) {
+        const std::int64_t slot = (at - begin) / kCount;
+        park_chunk(parked[slot], z, at, end);
+        if constexpr (kRef) park_chunk(parked_ref[slot], z_ref, at, end);
+    };
 
     sync_cluster();  // all blocks run, so that their shared memory may be written to
     if (leads) tell({}, from_lane(thread_index() == 0 ? take_row(a.look_back, t.rows) : 0, 0));
     sync_cluster();
-    for (std::int64_t row = shared.row; row >= 0;) {
-        const bool counts = !t.mask || t.mask[row];
+    const std::int64_t own = begin + thread_index() * kCount, stride = kThreads * kCount;
+    std::int64_t row = shared.row;
+    take(row);
+    for (std::int64_t at = own; z && at < end; at += stride) park(at);
+    while (row >= 0) {
+        std::int64_t next = 0;
+        if (leads && thread_index() == 0) next = take_row(a.look_back, t.rows);  // told when the row's gradient is known
         Moments<kRef> moments;
-        if (counts) {
-            const float temperature = t.temperatures ? t.temperatures[row] : t.temperature;
-            const float scale = 1.0f / temperature * kLog2e;
-            const T *const logits = row_of<T>(t.logits, row), *const ref = kRef ? row_of<T>(t.ref_logits, row) : nullptr;
-            const auto park = [=](std::int64_t offset, const Chunk<T>& z) { parked[offset / Chunk<T>::kCount] = z; };
-            const auto park_ref = [=](std::int64_t offset, const Chunk<T>& z) {
-                if constexpr (kKl) parked_ref[offset / Chunk<T>::kCount] = z;
+        const bool row_counts = z != nullptr;
+        const float temperature = row_counts && t.temperatures ? t.temperatures[row] : t.temperature;
+        const float scale = 1.0f / temperature * kLog2e;
+        if (row_counts) {
+            wait_for_copies();
+            const auto load = [&](std::int64_t first, std::int64_t step, Chunk<T>(&z)[kInFlight], Chunk<T>(&zr)[kInFlight]) {
+#pragma unroll
+                for (int j = 0; j < kInFlight; ++j) {
+                    const std::int64_t at = first + j * step, slot = (at - begin) / kCount;
+                    z[j] = at < end ? parked[slot] : Chunk<T>::all(-INFINITY);
+                    if constexpr (kRef) zr[j] = at < end ? parked_ref[slot] : Chunk<T>::all(-INFINITY);
+                }
             };
-            const auto merge = [=](Moments<kRef> one, const Moments<kRef>& next) {
-                one.merge(next, scale);
+            moments = thread_moments<T, kCap, kRef>(begin, end, t.softcap, scale, load);
+            moments = merge_block(moments, shared.exchange, [=](Moments<kRef> one, const Moments<kRef>& other) {
+                one.merge(other, scale);
                 return one;
-            };
-            moments = thread_moments<T, kCap, kRef>(logits, ref, begin, end, t.softcap, scale, park, park_ref);
-            moments = merge_block(moments, shared.exchange, merge);
+            });
             if (thread_index() == 0) in_block(&shared, 0)->parts[rank] = moments;
         }
         sync_cluster();
         if (leads) {
-            if (counts) {
-                const float temperature = t.temperatures ? t.temperatures[row] : t.temperature;
+            if (row_counts) {
                 moments = shared.parts[0];
-                for (int i = 1; i < blocks; ++i) moments.merge(shared.parts[i], 1.0f / temperature * kLog2e);
+                for (int i = 1; i < blocks; ++i) moments.merge(shared.parts[i], scale);
             }
-            const RowGradient gradient = work_row<T, kCap>(a, row, counts, moments);
-            tell(gradient, from_lane(thread_index() == 0 ? take_row(a.look_back, t.rows) : 0, 0));
+            tell(work_row<T, kCap>(a, row, row_counts, moments), from_lane(next, 0));
         }
         sync_cluster();
-        // A thread reads what it has parked itself: nobody need be waited for.
         const RowGradient gradient = shared.gradient;
+        next = shared.row;
+        take(next);
         T* const grad = static_cast<T*>(t.grad) + row * t.vocab;
-        for (std::int64_t at = begin + thread_index() * Chunk<T>::kCount; at < end; at += kThreads * Chunk<T>::kCount) {
-            float out[Chunk<T>::kCount] = {};
-            const std::int64_t place = (at - begin) / Chunk<T>::kCount;
-            if (counts)
-                chunk_gradient<T, kCap, kKl, false>(gradient, at, t.softcap, parked[place],
-                                                    kKl ? parked_ref[place] : Chunk<T>{}, out);
+        for (std::int64_t at = own; at < end; at += stride) {
+            float out[kCount] = {};
+            const std::int64_t slot = (at - begin) / kCount;
+            if (row_counts)
+                chunk_gradient<T, kCap, kKl, false>(gradient, at, t.softcap, parked[slot], kKl ? parked_ref[slot] : Chunk<T>{},
+                                                    out);
             store_chunk(grad, at, end, Chunk<T>::of(out));
+            if (z) park(at);
         }
-        row = shared.row;  // written next when all have passed the next barrier
+        row = next;
     }
 }
 
@@ -209,8 +231,8 @@ Status launch_one_pass(const OnePassArgs& a, const OnePassShape& shape, int proc
 template <class T, bool kCap>
 Status one_pass_of(const OnePassArgs& a, const OnePassShape& shape, int processors, void* stream) {
     if (!a.stats.ref_logits.data) return launch_one_pass<T, kCap, Ref::kNone>(a, shape, processors, stream);
-    if (a.kl_coef == 0.0) return launch_one_pass<T, kCap, Ref::kRead>(a, shape, processors, stream);
-    return launch_one_pass<T, kCap, Ref::kKept>(a, shape, processors, stream);
+    if (a.kl_coef == 0.0) return launch_one_pass<T, kCap, Ref::kStatistics>(a, shape, processors, stream);
+    return launch_one_pass<T, kCap, Ref::kGradient>(a, shape, processors, stream);
 }
 
 template <class T>
@@ -227,8 +249,8 @@ Status rescale_of(void* grad, std::int64_t count, const float* factor, int proce
 
 }  // namespace
 
-OnePassShape one_pass_shape(std::int64_t vocab, Dtype dtype, bool keeps_ref) {
-    const std::size_t entry = (dtype == kFloat32 ? 4 : 2) * (keeps_ref ? 2 : 1);
+OnePassShape one_pass_shape(std::int64_t vocab, Dtype dtype, bool two_models) {
+    const std::size_t entry = (dtype == kFloat32 ? 4 : 2) * (two_models ? 2 : 1);
     const std::size_t fixed = (sizeof(Shared<true>) + 15) / 16 * 16;
     for (const std::size_t limit : {kSharedOfTwo, kSharedOfOne})
         for (int cluster = 1; cluster <= kMostBlocks; cluster *= 2) {
@@ -241,7 +263,7 @@ OnePassShape one_pass_shape(std::int64_t vocab, Dtype dtype, bool keeps_ref) {
 }
 
 Status soft_bellman_loss_one_pass(const OnePassArgs& a, Dtype dtype, int processors, void* stream) {
-    const OnePassShape shape = one_pass_shape(a.stats.vocab, dtype, a.kl_coef != 0.0);
+    const OnePassShape shape = one_pass_shape(a.stats.vocab, dtype, a.stats.ref_logits.data != nullptr);
     if (shape.cluster == 0) return kInvalidConfiguration;
     const Grid reset{(a.stats.rows + kResetThreads - 1) / kResetThreads, kResetThreads};
     const Status status = launch(reset_kernel, reset, stream, a);

@@ -25,7 +25,7 @@ struct OnePassShape {
     std::int64_t slice = 0;  // columns of a block
     std::size_t shared_bytes = 0;
 };
-OnePassShape one_pass_shape(std::int64_t vocab, Dtype, bool keeps_ref);
+OnePassShape one_pass_shape(std::int64_t vocab, Dtype, bool two_models);
 
 Status soft_bellman_loss_one_pass(const OnePassArgs&, Dtype, int processors, void* stream);
 

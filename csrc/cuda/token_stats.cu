@@ -60,9 +60,12 @@ DQO_KERNEL(kThreads, 2) token_stats_forward_kernel(TokenStatsArgs a) {
     }
     const float scale = 1.0f / temperature_of(a, row) * kLog2e;
     const std::int64_t begin = part * kSplit, end = begin + kSplit < a.vocab ? begin + kSplit : a.vocab;
-    const auto ignored = [](std::int64_t, const Chunk<T>&) {};
-    Moments<kRef> moments = thread_moments<T, kCap, kRef>(row_of<T>(a.logits, row), kRef ? row_of<T>(a.ref_logits, row) : nullptr,
-                                                          begin, end, a.softcap, scale, ignored, ignored);
+    const T *const logits = row_of<T>(a.logits, row), *const ref = kRef ? row_of<T>(a.ref_logits, row) : nullptr;
+    const auto load = [=](std::int64_t first, std::int64_t stride, Chunk<T>(&z)[kInFlight], Chunk<T>(&zr)[kInFlight]) {
+        load_chunks_in_loop(logits, first, stride, end, -INFINITY, z);
+        if constexpr (kRef) load_chunks_in_loop(ref, first, stride, end, -INFINITY, zr);
+    };
+    Moments<kRef> moments = thread_moments<T, kCap, kRef>(begin, end, a.softcap, scale, load);
     auto* const exchange = reinterpret_cast<Moments<kRef>*>(shared_memory());
     moments = merge_block(moments, exchange, [=](Moments<kRef> one, const Moments<kRef>& next) {
         one.merge(next, scale);

@@ -38,26 +38,20 @@ DQO_DEVICE float capped_slope(float z, const Softcap& c) {
 }
 
 // The moments that this thread sees of entries [begin, end): chunk i of the range is thread i % threads's, whatever the addresses.
-// `seen(offset, chunk)` and `seen_ref` get every chunk that was read, with its place from `begin`.
-template <class T, bool kCap, bool kRef, class Seen, class SeenRef>
-DQO_DEVICE Moments<kRef> thread_moments(const T* row, const T* ref, std::int64_t begin, std::int64_t end, const Softcap& softcap,
-                                        float scale, Seen seen, SeenRef seen_ref) {
+// `load(first, stride, z, zr)` gives the chunks at first, first + stride ..., -inf beyond the end.
+template <class T, bool kCap, bool kRef, class Load>
+DQO_DEVICE Moments<kRef> thread_moments(std::int64_t begin, std::int64_t end, const Softcap& softcap, float scale, Load load) {
     constexpr int kCount = Chunk<T>::kCount;
     Moments<kRef> moments;
     const std::int64_t stride = std::int64_t(block_threads()) * kCount;
     for (std::int64_t first = begin + thread_index() * kCount; first < end; first += kInFlight * stride) {
         Chunk<T> z[kInFlight], zr[kInFlight];
-        load_chunks_in_loop(row, first, stride, end, -INFINITY, z);
-        if constexpr (kRef) load_chunks_in_loop(ref, first, stride, end, -INFINITY, zr);
+        load(first, stride, z, zr);
         float value[kInFlight][kCount], ref_value[kInFlight][kRef ? kCount : 1];
         float top = moments.m, ref_top = moments.mr;
 #pragma unroll
         for (int j = 0; j < kInFlight; ++j) {
             const std::int64_t at = first + j * stride;
-            if (at < end) {
-                seen(at - begin, z[j]);
-                if constexpr (kRef) seen_ref(at - begin, zr[j]);
-            }
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
                 // What lies beyond the row stays -inf; a softcap would make a number of it.

@@ -112,21 +112,22 @@ def test_vocabularies_and_dtypes(vocab, dtype, kl_coef):
 
 
 @pytest.mark.parametrize(
-    "vocab, dtype, kl_coef, blocks",
+    "vocab, dtype, reference, blocks",
     [
-        (32000, torch.bfloat16, 0.0, 1),
-        (60007, torch.bfloat16, 0.0, 2),
-        (151936, torch.bfloat16, 0.0, 4),
-        (151936, torch.bfloat16, 0.1, 8),
-        (100003, torch.float32, 0.1, 8),
+        (32000, torch.bfloat16, "rows", 1),
+        (60007, torch.bfloat16, "rows", 2),
+        (151936, torch.bfloat16, "rows", 4),
+        (151936, torch.bfloat16, "logits", 8),
+        (100003, torch.float32, "logits", 8),
     ],
 )
-def test_rows_that_a_cluster_holds_together(vocab, dtype, kl_coef, blocks):
+def test_rows_that_a_cluster_holds_together(vocab, dtype, reference, blocks):
     number = {torch.float32: 0, torch.bfloat16: 1}[dtype]
-    assert dispatch._cuda.one_pass_shape(vocab, number, kl_coef != 0.0)[0] == blocks
-    given = batch([2, 1], vocab, dtype, seed=2)
+    assert dispatch._cuda.one_pass_shape(vocab, number, reference == "logits")[0] == blocks
+    given = batch([2, 0, 3], vocab, dtype, seed=2, reference=reference)
     given["actions"][:2] = torch.tensor([0, vocab - 1])
-    assert_equals_reference(given, is_level="token", kl_coef=kl_coef)
+    for kl_coef in (0.0, 0.1) if reference == "logits" else (0.0,):
+        assert_equals_reference(given, is_level="token", kl_coef=kl_coef)
 
 
 def test_temperatures_softcap_strides_and_actions_out_of_range():

@@ -54,7 +54,14 @@ struct Store {
     unsigned char value[8];
 };
 
+struct Copy {
+    void* to;
+    const void* from;
+    std::size_t size;
+};
+
 struct Fiber {
+    std::vector<Copy> copies;  // that it has not waited for
     Place place;
     Block* block;
     ucontext_t start;
@@ -221,6 +228,18 @@ void release_stores() {
     auto& stores = scheduler->stores;
     for (std::size_t i = stores.size(); i-- > 0;)
         if (stores[i].by == scheduler->current) apply(i);
+}
+
+void copy_later(void* to, const void* from, std::size_t size) {
+    if (draw(2))
+        std::memcpy(to, from, size);
+    else
+        scheduler->current->copies.push_back({to, from, size});
+}
+
+void finish_copies() {
+    for (const Copy& copy : scheduler->current->copies) std::memcpy(copy.to, copy.from, copy.size);
+    scheduler->current->copies.clear();
 }
 
 void configure(std::uint64_t seed, int resident) {

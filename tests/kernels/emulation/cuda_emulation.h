@@ -39,6 +39,8 @@ unsigned char* shared_of(int rank);
 
 void store_later(void* address, const void* value, std::size_t size);
 void release_stores();
+void copy_later(void* to, const void* from, std::size_t size);  // at once, or when the thread waits for its copies
+void finish_copies();
 void progress();  // something happened that others may wait for
 
 // What runs next is drawn from `seed`; at most `resident` clusters run at a time.
@@ -84,6 +86,8 @@ DQO_DEVICE Words read_words(const void* address) {
 }
 DQO_DEVICE Words read_words_again(const void* address) { return read_words(address); }
 DQO_DEVICE void write_words(void* address, const Words& w) { memcpy(__builtin_assume_aligned(address, 16), &w, sizeof(w)); }
+DQO_DEVICE void copy_words(void* shared, const void* address) { emulation::copy_later(shared, address, sizeof(Words)); }
+DQO_DEVICE void wait_for_copies() { emulation::finish_copies(); }
 DQO_DEVICE std::uint32_t funnel_right(std::uint32_t low, std::uint32_t high, int bits) {
     return std::uint32_t(((std::uint64_t(high) << 32) | low) >> bits);
 }
