@@ -106,12 +106,12 @@ struct RowGradient {
     DQO_DEVICE float at(float z, float z_ref) const {
         const float x = z - peak, e = exp2_fast(x * scale);
         float inner = a;
-        // Where p is 0 the ratio is no matter, however infinite; where nobody differentiates the row's KL, nowhere in the row.
+        // Where p is 0 its logarithms are no matter, however infinite; where nobody differentiates the row's KL, nowhere in the row.
         if constexpr (kKl) {
             const float log_ratio = fmaf(x - (z_ref - ref_peak), inverse_temperature, -gap);
             inner = fmaf(kl, e == 0.0f || kl == 0.0f ? 0.0f : log_ratio, inner);
         }
-        if constexpr (kEntropy) inner = fmaf(-entropy, fmaf(fmaxf(x, -FLT_MAX), inverse_temperature, -log_total), inner);
+        if constexpr (kEntropy) inner = fmaf(-entropy, e == 0.0f ? 0.0f : fmaf(x, inverse_temperature, -log_total), inner);
         return e * inner;
     }
 };

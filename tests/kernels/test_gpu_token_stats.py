@@ -4,6 +4,9 @@ Bounds as in test_token_stats.py: 2e-6*(1+|x|) forward, twice the error of torch
 """
 
 import itertools
+import mmap
+import multiprocessing
+from ctypes import CDLL, c_int, c_size_t, c_void_p
 
 import numpy as np
 import pytest
@@ -144,6 +147,57 @@ def test_strided_batches_and_masks(vocab):
     assert torch.equal(grad.view(4, -1), torch.where(mask[:, None], want_grad, 0.0))
 
 
+def test_the_gradient_of_a_transposed_batch_is_laid_out_in_the_order_of_its_rows():
+    z, z_ref, actions, upstream = make(11, 6, 12, torch.float32)
+    want = fwd(z, actions, z_ref)
+    want_grad = bwd(z, actions, z_ref, want, upstream.float().unbind())
+    # Dense in memory, so that an empty_like would have its strides.
+    turned = z.view(2, 3, 12).transpose(0, 1).contiguous().transpose(0, 1)
+    got = fwd(turned, actions, z_ref.view(2, 3, 12))
+    assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+    grad = bwd(turned, actions, z_ref.view(2, 3, 12), got, upstream.float().unbind())
+    assert grad.is_contiguous() and torch.equal(grad.view(6, 12), want_grad)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="protects pages of the CPU's memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_beside_the_rows_is_touched(dtype):
+    # Rows at the very beginning or end of pages whose neighbours cannot be read; in a child, because that is the end of it.
+    libc, page = CDLL(None), mmap.PAGESIZE
+    libc.mprotect.argtypes = (c_void_p, c_size_t, c_int)
+    kept = []
+
+    def guarded(x, at_end):
+        pages = -(-x.numel() * x.itemsize // page)
+        kept.append(memory := mmap.mmap(-1, (pages + 2) * page))
+        room = torch.frombuffer(memory, dtype=x.dtype)
+        first = (pages + 1) * page // x.itemsize - x.numel() if at_end else page // x.itemsize
+        for guard in (0, (pages + 1) * page):
+            assert libc.mprotect(room.data_ptr() + guard, page, 0) == 0
+        return room[first : first + x.numel()].view(x.shape).copy_(x)
+
+    cases = []
+    for vocab, at_end in itertools.product([1, 3, 8, 61, 1029], [False, True]):
+        z, z_ref, actions, upstream = make(vocab, 3, vocab, dtype)
+        want = fwd(z, actions, z_ref)
+        grad = guarded(torch.zeros_like(z), not at_end)
+        given = (guarded(z, at_end), actions, guarded(z_ref, not at_end), None, None, 1.0, 0.0)
+        saved = [want[i] for i in (3, 4, 8, 9, 2, 7)]
+        cases.append((given, saved, upstream.float().unbind(), grad, want))
+
+    def child():
+        for given, saved, upstream, grad, want in cases:
+            got = KERNELS.fwd(*given)
+            assert all(np.array_equal(a.numpy(), b.numpy()) for a, b in zip(got, want, strict=True))
+            KERNELS.bwd(*given, *saved, *upstream, out=grad)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 0
+
+
 def test_columns_and_tiles_of_minus_infinity():
     vocab = SPLIT + 9000  # the third tile of the second split is a padded one
     z, z_ref, actions, upstream = make(4, 5, vocab, torch.float32)
@@ -164,6 +218,49 @@ def test_columns_and_tiles_of_minus_infinity():
     grad = bwd(z[rows], actions[rows], z_ref[rows], [x[rows] for x in got], c.contiguous().unbind())
     exact = closed_gradient(z[rows], z_ref[rows], actions[rows], c)
     torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=2e-6)
+
+
+def test_columns_that_only_one_policy_finds_impossible():
+    z, z_ref, actions, _ = make(12, 6, 600, torch.float32)
+    spans = [slice(0, 64), slice(64, 500), slice(0, 599), slice(1, 600), slice(300, 600)]
+    for i, span in enumerate(spans):
+        z[i, span] = -torch.inf
+        actions[i] = 599 if span.start == 0 else 0
+    z_ref[5, 7] = -torch.inf
+    assert_fields(fwd(z[:5], actions[:5], z_ref[:5]), oracle(z[:5], z_ref[:5], actions[:5])[0])
+    assert fwd(z, actions, z_ref)[7][5] == torch.inf
+
+
+@pytest.mark.parametrize("vocab", [5, SPLIT + 5])
+def test_a_row_of_nothing_but_minus_infinity_has_no_statistics(vocab):
+    z, z_ref, actions, _ = make(13, 3, vocab, torch.float32)
+    clean = fwd(z, actions, z_ref)
+    z[1] = -torch.inf
+    for pair, fields in (((z, z_ref), [0, 1, 2, 7]), ((z_ref, z), [5, 6, 7])):
+        got = fwd(pair[0], actions, pair[1])
+        assert all(got[i][1].isnan() for i in fields)
+    assert all(same_bits(a[[0, 2]], b[[0, 2]]) for a, b in zip(fwd(z, actions, z_ref), clean, strict=True))
+
+
+@pytest.mark.parametrize("temperature, factor", [(1.0, 1.0), (0.3, 1.0), (1.0, 1e4), (20.0, 1.0)])
+def test_an_impossible_column_has_no_gradient(temperature, factor):
+    # log p is infinite there, or overflows when it is divided by the temperature or multiplied by what arrives.
+    z, z_ref, actions, upstream = make(9, 4, 30, torch.float32)
+    z[0, 3] = z_ref[0, 3] = -torch.inf
+    z[1, 3:9] = torch.finfo(torch.float32).min
+    z_ref[2, 3:9] = z[2, 3:9] = -torch.inf
+    z_ref[3, 5] = z[3, 5] = -torch.finfo(torch.float32).max / 4
+    actions[:] = 0
+    fields = fwd(z, actions, z_ref, temperature=temperature)
+    for absent in range(-1, 4):
+        given = upstream * factor
+        if absent >= 0:
+            given[absent] = 0
+        c = [None if i == absent else x.float() for i, x in enumerate(given)]
+        grad = bwd(z, actions, z_ref, fields, c, temperature=temperature)
+        exact = closed_gradient(z, z_ref, actions, given, temperature=temperature)
+        torch.testing.assert_close(grad.double(), exact, rtol=1e-4, atol=1e-5 * factor)
+        assert (grad[z < -1e30] == 0).all()
 
 
 def test_an_infinite_divergence_far_below_the_maximum_counts_nothing():
