@@ -58,17 +58,17 @@ struct ResidualAdjoint {
     double previous_y = 0.0, previous_return = 0.0;  // of the row before: y and the gradient at its G
 
     DQO_HOST_DEVICE void step(double y, const SoftBellmanOptions& o, double& grad_logprob, double& grad_value) {
-        const double at_return = o.gamma * o.lam * previous_return - o.ahead_return() * o.gamma * previous_y;
+        const double at_return = times(o.gamma * o.lam, previous_return) - times(o.ahead_return() * o.gamma, previous_y);
         grad_logprob = o.beta * (y - at_return);
         grad_value = y + at_next_value(o);
         previous_y = y;
         previous_return = at_return;
     }
     DQO_HOST_DEVICE double at_next_value(const SoftBellmanOptions& o) const {
-        return o.gamma * (1.0 - o.lam) * previous_return - o.gamma * o.ahead_value() * previous_y;
+        return times(o.gamma * (1.0 - o.lam), previous_return) - times(o.gamma * o.ahead_value(), previous_y);
     }
     DQO_HOST_DEVICE double at_bootstrap(const SoftBellmanOptions& o) const {  // V_{T+1} and G_{T+1} at once
-        return at_next_value(o) + o.gamma * o.lam * previous_return - o.gamma * o.ahead_return() * previous_y;
+        return at_next_value(o) + times(o.gamma * o.lam, previous_return) - times(o.gamma * o.ahead_return(), previous_y);
     }
 };
 

@@ -27,11 +27,11 @@ void lambda_return_bwd(const T* grad_returns, const std::int64_t* cu_seqlens, T*
     for (std::int64_t b = 0; b < sequences; ++b) {
         double carry = 0.0;
         for (std::int64_t t = cu_seqlens[b]; t < cu_seqlens[b + 1]; ++t) {
-            grad_values[t] = static_cast<T>(c.next_value * carry);  // V_t enters through G_{t-1} only
+            grad_values[t] = static_cast<T>(times(c.next_value, carry));  // V_t enters through G_{t-1} only
             carry = lambda_return_adjoint_step<double>(grad_returns[t], carry, c);
             grad_rewards[t] = static_cast<T>(carry);
         }
-        grad_bootstrap[b] = static_cast<T>(gamma * carry);
+        grad_bootstrap[b] = static_cast<T>(times(gamma, carry));
     }
 }
 

@@ -26,10 +26,10 @@ DQO_KERNEL(kMostThreads, 1) lambda_return_backward_kernel(LambdaReturnArgs a) {
         begin, end - begin, 1, {},
         [&](std::int64_t t) { return ScanMap::of_row(c.next_return, 0, a.grad_returns[t], 0, 0); },
         [&](std::int64_t t, const ScanState& previous) {
-            a.grad_values[t] = float(c.next_value * previous.y);  // V_t enters through G_{t-1} only
+            a.grad_values[t] = float(times(c.next_value, previous.y));  // V_t enters through G_{t-1} only
             a.grad_rewards[t] = float(lambda_return_adjoint_step<double>(a.grad_returns[t], previous.y, c));
         });
-    if (thread_index() == 0) a.grad_bootstrap[b] = float(a.gamma * last.y);
+    if (thread_index() == 0) a.grad_bootstrap[b] = float(times(a.gamma, last.y));
 }
 
 Status run(void (*kernel)(LambdaReturnArgs), const LambdaReturnArgs& a, void* stream) {

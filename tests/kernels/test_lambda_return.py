@@ -140,6 +140,19 @@ def test_a_nan_stays_in_its_own_sequence_forward_and_backward(backend, poison):
     assert gradients[2][[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", [p for p in backends("lambda_return", torch.float32) if p.values[0] != "reference"])
+@pytest.mark.parametrize("gamma, lam, of_values", [(0.0, 0.5, []), (1.0, 1.0, []), (1.0, 0.0, [4])])
+def test_a_nan_that_arrives_passes_no_discount_of_zero(backend, gamma, lam, of_values):
+    rewards, values, bootstrap = torch.ones(5), torch.ones(5, requires_grad=True), torch.ones(1, requires_grad=True)
+    returns = lambda_return(
+        rewards, values, torch.tensor([0, 5]), gamma=gamma, lam=lam, bootstrap=bootstrap, backend=backend
+    )
+    arriving = torch.tensor([1.0, 1.0, 1.0, torch.nan, 1.0])
+    gradients = torch.autograd.grad(returns, [values, bootstrap], arriving)
+    assert gradients[0].isnan().nonzero()[:, 0].tolist() == of_values
+    assert gradients[1].isnan().item() == (gamma * lam > 0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_inputs_are_computed_in_float32(backend, dtype):

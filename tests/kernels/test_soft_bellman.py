@@ -216,6 +216,38 @@ def test_a_nan_poisons_its_own_sequence_alone(backend, poisoned, target, is_leve
     assert not any(x[outside].isnan().any() for x in terms[2:])
 
 
+@pytest.mark.parametrize("backend", [p for p in backends("soft_bellman", torch.float32) if p.values[0] != "reference"])
+@pytest.mark.parametrize(
+    "gamma, lam, policy_target, of_logprobs, of_values",
+    [  # the rows that e_1 has a part in, of six
+        (0.0, 0.5, "return", [1], [1]),
+        (1.0, 0.0, "return", [1, 2], [1, 3]),
+        (1.0, 0.0, "one_step", [1], [1, 2]),
+        (1.0, 1.0, "td", [1, 2, 3, 4, 5], [1]),
+    ],
+)
+def test_a_nan_that_arrives_passes_no_discount_of_zero(backend, gamma, lam, policy_target, of_logprobs, of_values):
+    rng = torch.Generator().manual_seed(0)
+    live = [x.requires_grad_() for x in torch.randn(2, 6, generator=rng).unbind()]
+    zeros, cu_seqlens = torch.zeros(6), torch.tensor([0, 6])
+    options = {"gamma": gamma, "lam": lam, "policy_target": policy_target, "target": "residual", "reduction": "none"}
+    terms = soft_bellman(live[0], zeros, zeros, live[1], cu_seqlens, is_level="none", backend=backend, **options)
+    arriving = torch.ones(6)
+    arriving[1] = torch.nan
+    for grad, rows in zip(torch.autograd.grad(terms.policy_loss, live, arriving), (of_logprobs, of_values)):
+        assert grad.isnan().nonzero()[:, 0].tolist() == rows
+
+
+@pytest.mark.parametrize("backend", backends("soft_bellman", torch.float32))
+def test_a_cap_and_a_floor_of_zero_are_no_absent_ones(backend):
+    batch = random_batch(7)
+    rows = [x.float() for x in (batch.logprobs, batch.ref_logprobs, batch.rewards, batch.values)]
+    for cap, floor in ((0.0, None), (None, 0.0)):
+        options = {"is_level": "token", "is_cap": cap, "is_floor": floor, "backend": backend}
+        weights = soft_bellman(*rows, batch.cu_seqlens, **options).weights
+        torch.testing.assert_close(weights, (rows[0] - rows[1]).clamp(floor, cap).exp())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_constants_receive_no_gradient(backend):
     batch = random_batch(5)
