@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from dqo_kernels import dispatch, soft_bellman, soft_bellman_loss
+from dqo_kernels import checks, dispatch, soft_bellman, soft_bellman_loss
+from dqo_kernels.addresses import DTYPES, where
 from tests.kernels.gpu_backends import DEVICE
 
 REASON = dispatch.unavailable("cuda_one_pass", DEVICE)
@@ -167,6 +168,16 @@ def test_a_reference_that_every_sequence_shares(backend):
     assert torch.equal(gradients[0], wanted[0])
 
 
+def test_the_gradient_of_a_transposed_batch_belongs_to_its_rows():
+    given = batch(seed=11, padded=True)
+    want, wanted = run(given, "cuda_one_pass", is_level="none")
+    # Dense in memory, so that an empty_like would have its strides.
+    turned = given | {"logits": given["logits"].transpose(0, 1).contiguous().transpose(0, 1)}
+    got, gradients = run(turned, "cuda_one_pass", is_level="none")
+    assert torch.equal(got["loss"], want["loss"])
+    assert all(torch.equal(g, w) for g, w in zip(gradients, wanted, strict=True))
+
+
 def test_the_rows_are_bit_for_bit_those_of_the_scan():
     given = batch([100, 3, 64, 33], 50, seed=5, extras=True)
     options = {"is_level": "suffix", "lam": 0.9, "gamma": 0.98, "beta": 0.2}
@@ -225,6 +236,17 @@ def test_a_factor_of_the_backward(dtype):
         torch.testing.assert_close(s, g * 0.5, rtol=2**-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(
+    "count", [1, 4099, 150_001 if DEVICE == "cpu" else 10_000_001]
+)  # the last: several tiles a block
+def test_a_factor_reaches_every_entry_and_no_other(dtype, count):
+    x = torch.randn(count + 8, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    got, factor = x.clone(), torch.tensor(-0.5, device=DEVICE)
+    dispatch._cuda.rescale(where(got), got.data_ptr(), count, DTYPES[dtype], factor.data_ptr())
+    assert torch.equal(got[:count], -0.5 * x[:count]) and torch.equal(got[count:], x[count:])
+
+
 def test_a_second_backward_is_refused():
     given = {name: x.to(DEVICE) for name, x in batch(seed=8).items()}
     given["logits"].requires_grad_()
@@ -255,6 +277,19 @@ def test_a_poisoned_row_stays_in_its_sequence(poison):
     assert torch.equal(got["returns"][others], clean["returns"][others])
     assert torch.equal(gradients[0][others], clean_gradients[0][others])
     assert torch.equal(gradients[0][21:], clean_gradients[0][21:])  # later rows do not see it either
+
+
+@pytest.mark.parametrize("bad", [-1, 41, 2**40])
+def test_an_action_that_nobody_has_checked_is_nan_and_reads_nothing(bad, monkeypatch):
+    monkeypatch.setattr(checks, "reads_values", lambda like: False)
+    given = batch([4, 40, 3], seed=13)
+    clean, clean_gradients = run(given, "cuda_one_pass", is_level="token")
+    given["actions"][20] = bad
+    got, gradients = run(given, "cuda_one_pass", is_level="token")
+    assert got["logprobs"][20].isnan() and got["ref_logprobs"][20].isnan() and gradients[0][20].isnan().all()
+    assert torch.equal(got["lse"], clean["lse"])
+    others = [*range(4), *range(21, 47)]
+    assert torch.equal(gradients[0][others], clean_gradients[0][others])
 
 
 @pytest.mark.parametrize(

@@ -116,14 +116,14 @@ def case_of(function, device, rows, vocab):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("function", [packed, padded_soft_values], ids=["packed", "padded"])
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("backend", ["cpp", "cuda", "reference"])
 def test_a_compiled_function_of_the_loss_equals_the_eager_one(device, function, backend):
     if backend == "cpp" and device == "cuda":
         backend = "triton"
     if backend and dispatch.unavailable(backend, device):
         pytest.skip(dispatch.unavailable(backend, device))
     # The reference is plain torch: that it can be traced is ours to show, not that its loops compile to something fast.
-    compiler = "aot_eager" if backend == "reference" else "inductor"
+    compiler = "inductor" if backend in ("cpp", "triton") else "aot_eager"
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=compiler)
     for rows, vocab in ((7, 33), (12, 50)):  # the second pair of sizes must not need another compilation
         (logits, values), case = case_of(function, device, rows, vocab)
