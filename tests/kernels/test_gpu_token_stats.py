@@ -221,14 +221,34 @@ def test_columns_and_tiles_of_minus_infinity():
 
 
 def test_columns_that_only_one_policy_finds_impossible():
-    z, z_ref, actions, _ = make(12, 6, 600, torch.float32)
+    z, z_ref, actions, upstream = make(12, 6, 600, torch.float32)
     spans = [slice(0, 64), slice(64, 500), slice(0, 599), slice(1, 600), slice(300, 600)]
     for i, span in enumerate(spans):
         z[i, span] = -torch.inf
         actions[i] = 599 if span.start == 0 else 0
     z_ref[5, 7] = -torch.inf
     assert_fields(fwd(z[:5], actions[:5], z_ref[:5]), oracle(z[:5], z_ref[:5], actions[:5])[0])
-    assert fwd(z, actions, z_ref)[7][5] == torch.inf
+    got = fwd(z, actions, z_ref)
+    assert got[7][5] == torch.inf
+    upstream[3, 5] = 0  # nobody differentiates it
+    assert bwd(z, actions, z_ref, got, upstream.float().unbind()).isfinite().all()
+
+
+def test_no_field_beyond_the_rows_is_written(monkeypatch):
+    if not hasattr(KERNELS, "new_fields"):
+        pytest.skip("allocates its fields out of sight")
+    fields = []
+
+    def with_room(logits, n, with_reference):
+        sizes = [n] * 5 + [n * with_reference] * 5
+        fields[:] = [torch.full((size + 1,), 7.0, device=logits.device) for size in sizes]
+        return [x[:-1] for x in fields]
+
+    monkeypatch.setattr(KERNELS, "new_fields", with_room)
+    for vocab in (5, SPLIT + 5):
+        z, z_ref, actions, _ = make(14, 3, vocab, torch.float32)
+        fwd(z, actions, z_ref)
+        assert all(x[-1] == 7.0 for x in fields)
 
 
 @pytest.mark.parametrize("vocab", [5, SPLIT + 5])

@@ -36,7 +36,9 @@ struct Block {
     Cluster* cluster;
     Meeting meeting;
     std::vector<Warp> warps;
+    std::vector<Fiber*> fibers;
     std::unique_ptr<unsigned char[]> memory;
+    std::size_t bytes;
     unsigned char* shared;
 };
 
@@ -76,6 +78,7 @@ struct Scheduler {
     jmp_buf context;
     Fiber* current = nullptr;
     std::vector<Fiber*> runnable;
+    std::vector<Block*> later;  // blocks that have not begun
     std::vector<Store> stores;
     std::uint64_t idle = 0;
 };
@@ -147,8 +150,8 @@ std::unique_ptr<Cluster> make_cluster(std::int64_t index, int blocks, int thread
         block->meeting.expected = threads;
         block->warps.resize(threads / kWarp);
         for (Warp& warp : block->warps) warp.meeting.expected = kWarp;
-        block->memory = std::make_unique<unsigned char[]>(shared_bytes + 128);
-        std::memset(block->memory.get(), 0xff, shared_bytes + 128);
+        block->bytes = shared_bytes + 128;
+        block->memory = std::make_unique<unsigned char[]>(block->bytes);
         block->shared = reinterpret_cast<unsigned char*>((reinterpret_cast<std::uintptr_t>(block->memory.get()) + 127) / 128 * 128);
         for (int thread = 0; thread < threads; ++thread) {
             auto* const fiber = new Fiber;
@@ -156,8 +159,9 @@ std::unique_ptr<Cluster> make_cluster(std::int64_t index, int blocks, int thread
             fiber->block = block.get();
             fiber->stack = take_stack();
             cluster->fibers.push_back(fiber);
-            scheduler->runnable.push_back(fiber);
+            block->fibers.push_back(fiber);
         }
+        scheduler->later.push_back(block.get());
         cluster->blocks.push_back(std::move(block));
     }
     return cluster;
@@ -171,8 +175,19 @@ void forget(Cluster& cluster) {
     cluster.fibers.clear();
 }
 
+void begin_block() {
+    std::swap(scheduler->later[draw(scheduler->later.size())], scheduler->later.back());
+    Block* const block = scheduler->later.back();
+    scheduler->later.pop_back();
+    // What another block of the cluster has written into it before is lost.
+    std::memset(block->memory.get(), 0xff, block->bytes);
+    scheduler->runnable.insert(scheduler->runnable.end(), block->fibers.begin(), block->fibers.end());
+    progress();
+}
+
 void step() {
     auto& runnable = scheduler->runnable;
+    if (!scheduler->later.empty() && (runnable.empty() || draw(1000) == 0)) begin_block();
     const std::size_t i = draw(runnable.size());
     scheduler->current = runnable[i];
     runnable[i] = runnable.back();
@@ -265,7 +280,7 @@ void run(std::int64_t blocks, int threads, std::size_t shared_bytes, int cluster
             waiting.pop_back();
         }
         if (resident.empty()) break;
-        if (own.runnable.empty()) {
+        if (own.runnable.empty() && own.later.empty()) {
             trouble = "emulation: threads of a block wait at different barriers";
         } else if (own.idle > kPatience) {
             trouble = "emulation: deadlock, every thread waits for another";
