@@ -234,6 +234,35 @@ def test_columns_that_only_one_policy_finds_impossible():
     assert bwd(z, actions, z_ref, got, upstream.float().unbind()).isfinite().all()
 
 
+def test_every_row_of_many_is_merged_from_its_splits():
+    z, _, actions, _ = make(15, 1, SPLIT + 5, torch.float32)
+    many = 131  # no multiple of the rows of a merging block
+    mask = torch.zeros(many, dtype=torch.bool)
+    mask[[0, many - 1]] = True
+    got = fwd(z.expand(many, -1), actions.expand(many).contiguous(), mask=mask)
+    want = fwd(z, actions)
+    for a, b in zip(got[:5], want):
+        assert same_bits(a[mask], b.expand(2)) and (a[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("vocab", [5, 1029, 2 * 4096 + 3])
+def test_the_gradient_takes_the_place_of_the_logits_or_is_rounded_beside_them(vocab):
+    z, z_ref, actions, upstream = make(vocab, 4, vocab, torch.float32)
+    mask = torch.tensor([True, True, False, True])
+    got = fwd(z, actions, z_ref, mask)
+    want = bwd(z, actions, z_ref, got, upstream.float().unbind(), mask)
+    moved = on_device(z, actions, z_ref, mask, None)
+    rest = (1.0, 0.0, *on_device(*(got[i] for i in (3, 4, 8, 9, 2, 7)), *upstream.float().unbind()))
+    room = torch.full((z.numel() + 2,), 7.0, dtype=torch.bfloat16, device=DEVICE)
+    for odd in (0, 1):  # an address that is no multiple of 16 bytes
+        out = room[odd : odd + z.numel()].view(z.shape)
+        assert torch.equal(KERNELS.bwd(*moved, *rest, out=out).cpu(), want.bfloat16())
+        assert room[-1] == 7.0
+    copy = moved[0].clone()
+    assert KERNELS.bwd(copy, *moved[1:], *rest, out=copy).data_ptr() == copy.data_ptr()
+    assert torch.equal(copy.cpu(), want)
+
+
 def test_no_field_beyond_the_rows_is_written(monkeypatch):
     if not hasattr(KERNELS, "new_fields"):
         pytest.skip("allocates its fields out of sight")
