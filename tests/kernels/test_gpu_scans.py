@@ -57,6 +57,15 @@ def test_lambda_return_and_its_gradient(gamma, lam):
         torch.testing.assert_close(a.cpu().double(), b, rtol=0, atol=2e-6 * (1 + b.abs().max().item()))
 
 
+def test_a_sequence_of_more_rows_than_a_block_has_threads():
+    rng = torch.Generator().manual_seed(1)
+    cu_seqlens = boundaries([2100])
+    rewards, values = torch.randn(2, 2100, generator=rng).unbind()
+    want = loop_return(rewards.double(), values.double(), torch.ones(1).double(), cu_seqlens, 0.999, 0.99)
+    got = LAMBDA_RETURN.fwd(*on_device(rewards, values, torch.ones(1), cu_seqlens), 0.999, 0.99).cpu()
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-6 * want.abs().max().item())
+
+
 @pytest.mark.parametrize("lam, reached", [(0.0, 1), (0.5, BLOCK + 3)])
 def test_nan_stays_in_its_sequence_and_passes_no_gain_of_zero(lam, reached):
     cu_seqlens = boundaries([3, BLOCK + 3, 2])

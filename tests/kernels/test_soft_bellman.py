@@ -217,25 +217,28 @@ def test_a_nan_poisons_its_own_sequence_alone(backend, poisoned, target, is_leve
 
 
 @pytest.mark.parametrize("backend", [p for p in backends("soft_bellman", torch.float32) if p.values[0] != "reference"])
+@pytest.mark.parametrize("count, at", [(6, 1), (70, 30)])  # within a tile of a scan, and from one to the next
 @pytest.mark.parametrize(
     "gamma, lam, policy_target, of_logprobs, of_values",
-    [  # the rows that e_1 has a part in, of six
-        (0.0, 0.5, "return", [1], [1]),
-        (1.0, 0.0, "return", [1, 2], [1, 3]),
-        (1.0, 0.0, "one_step", [1], [1, 2]),
-        (1.0, 1.0, "td", [1, 2, 3, 4, 5], [1]),
+    [  # the rows from `at` on that its error has a part in
+        (0.0, 0.5, "return", [0], [0]),
+        (1.0, 0.0, "return", [0, 1], [0, 2]),
+        (1.0, 0.0, "one_step", [0], [0, 1]),
+        (1.0, 1.0, "td", range(40), [0]),
     ],
 )
-def test_a_nan_that_arrives_passes_no_discount_of_zero(backend, gamma, lam, policy_target, of_logprobs, of_values):
+def test_a_nan_that_arrives_passes_no_discount_of_zero(
+    backend, count, at, gamma, lam, policy_target, of_logprobs, of_values
+):
     rng = torch.Generator().manual_seed(0)
-    live = [x.requires_grad_() for x in torch.randn(2, 6, generator=rng).unbind()]
-    zeros, cu_seqlens = torch.zeros(6), torch.tensor([0, 6])
+    live = [x.requires_grad_() for x in torch.randn(2, count, generator=rng).unbind()]
+    zeros, cu_seqlens = torch.zeros(count), torch.tensor([0, count])
     options = {"gamma": gamma, "lam": lam, "policy_target": policy_target, "target": "residual", "reduction": "none"}
     terms = soft_bellman(live[0], zeros, zeros, live[1], cu_seqlens, is_level="none", backend=backend, **options)
-    arriving = torch.ones(6)
-    arriving[1] = torch.nan
+    arriving = torch.ones(count)
+    arriving[at] = torch.nan
     for grad, rows in zip(torch.autograd.grad(terms.policy_loss, live, arriving), (of_logprobs, of_values)):
-        assert grad.isnan().nonzero()[:, 0].tolist() == rows
+        assert grad.isnan().nonzero()[:, 0].tolist() == [at + row for row in rows if at + row < count]
 
 
 @pytest.mark.parametrize("backend", backends("soft_bellman", torch.float32))
