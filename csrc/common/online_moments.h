@@ -23,7 +23,8 @@ DQO_HOST_DEVICE inline float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 #else
-    return exp2f(x);
+    const float y = exp2f(x);
+    return y < FLT_MIN ? 0.0f : y;  // as above: nothing below the normal numbers; NaN stays
 #endif
 }
 
