@@ -175,11 +175,7 @@ DQO_DEVICE void store_chunk(T* row, std::int64_t at, std::int64_t size, const Ch
 template <class T, class Merge>
 DQO_DEVICE T merge_block(T value, T* exchange, Merge merge) {
 #pragma unroll
-    for (int mask = 1; mask < kWarp; mask *= 2) {
-        const T other = from_lane_xor(value, mask);
-        // Both lanes of a pair merge in the order of lanes, so that they agree.
-        value = thread_index() & mask ? merge(other, value) : merge(value, other);
-    }
+    for (int mask = 1; mask < kWarp; mask *= 2) value = merge(value, from_lane_xor(value, mask));  // lane 0: in their order
     const int warps = block_threads() / kWarp;
     if (thread_index() % kWarp == 0) exchange[thread_index() / kWarp] = value;
     sync_block();

@@ -55,8 +55,7 @@ DQO_DEVICE ScanState scan_sequence(std::int64_t first, std::int64_t length, int 
         sync_block();
         const ScanMap before = before_lane(scanned);
         if (i < length) use(row, before(shared.before[tile]));
-        state = shared.before[tiles];
-        sync_block();  // before the next tiles are written
+        state = shared.before[tiles];  // written again after all have met above
     }
     return state;
 }

@@ -24,7 +24,7 @@ struct OnePassLaunch {
     std::int64_t slice;
 };
 
-enum class Ref { kNone, kStatistics, kGradient };  // what the reference's logits are for: not given; the gradient of the KL too
+enum class Ref { kNone, kStatistics, kGradient };  // the reference's logits: not given, for statistics, for the KL's gradient too
 
 template <bool kRef>
 struct Shared {  // of a block; the parked chunks follow
@@ -133,12 +133,13 @@ DQO_KERNEL(kThreads, 2) one_pass_kernel(OnePassLaunch launched) {
         const float scale = 1.0f / temperature * kLog2e;
         if (row_counts) {
             wait_for_copies();
-            const auto load = [&](std::int64_t first, std::int64_t step, Chunk<T>(&z)[kInFlight], Chunk<T>(&zr)[kInFlight]) {
+            using Chunks = Chunk<T>[kInFlight];
+            const auto load = [&](std::int64_t first, std::int64_t step, Chunks& chunk, Chunks& chunk_ref) {
 #pragma unroll
                 for (int j = 0; j < kInFlight; ++j) {
                     const std::int64_t at = first + j * step, slot = (at - begin) / kCount;
-                    z[j] = at < end ? parked[slot] : Chunk<T>::all(-INFINITY);
-                    if constexpr (kRef) zr[j] = at < end ? parked_ref[slot] : Chunk<T>::all(-INFINITY);
+                    chunk[j] = at < end ? parked[slot] : Chunk<T>::all(-INFINITY);
+                    if constexpr (kRef) chunk_ref[j] = at < end ? parked_ref[slot] : Chunk<T>::all(-INFINITY);
                 }
             };
             moments = thread_moments<T, kCap, kRef>(begin, end, t.softcap, scale, load);
