@@ -52,10 +52,10 @@ def unavailable(backend: str, device_type: str = "cpu", dtype: torch.dtype = tor
     if backend.startswith("cuda"):
         if _cuda is None:
             return "dqo_kernels._cuda is not built; run `pip install -e .` where CUDA's nvcc is"
+        if not any("cuda" in devices.get(device_type, ()) for devices in TABLE.values()):
+            return f"it runs on CUDA devices, not on {device_type}"
         if reason := _device_problem(backend):
             return reason
-        if backend == ONE_PASS and "cuda" not in TABLE["token_stats"].get(device_type, ()):
-            return f"it runs on CUDA devices, not on {device_type}"
         if dtype == torch.float64:
             return _FLOAT32_ALONE
     if backend == "triton":

@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     from tests.kernels import cuda_emulated
 
-    if cuda_emulated.compiler():
+    if cuda_emulated.missing() is None:
         cuda_emulated.install()
 
 

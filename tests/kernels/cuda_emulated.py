@@ -17,8 +17,6 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pybind11
-
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent / "emulation"
 # No contraction, as with nvcc. No stack checks: fibers jump between stacks.
@@ -41,6 +39,15 @@ def compiler() -> str | None:
     return next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
 
 
+def missing() -> str | None:
+    """Why there is no emulation here, or None."""
+    if sys.platform != "linux":
+        return "the emulation of CUDA is written for Linux"
+    if compiler() is None:
+        return "no C++ compiler"
+    return None if importlib.util.find_spec("pybind11") else "pybind11 is not installed"
+
+
 def _digest() -> str:
     digest = hashlib.sha256(" ".join([sys.version, compiler() or "", *FLAGS]).encode())
     for path in sorted([*(ROOT / "csrc").glob("c*/*"), *EMULATION.iterdir()]):
@@ -50,6 +57,8 @@ def _digest() -> str:
 
 def build() -> Path:
     """The extension; compiled once for the same sources."""
+    import pybind11
+
     folder = Path(tempfile.gettempdir()) / f"dqo-cuda-emulation-{os.getuid()}" / _digest()
     library = folder / "_cuda.so"
     if library.exists():

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from tests.kernels.cuda_emulated import EMULATION, FLAGS, ROOT, compiler
+from tests.kernels.cuda_emulated import EMULATION, FLAGS, ROOT, compiler, missing
 
 SOURCE = ROOT / "csrc" / "cuda" / "look_back.cuh"
 BATCHES = "300"
@@ -79,7 +79,7 @@ def run(folder, source: str) -> subprocess.CompletedProcess:
     return subprocess.run([folder / "harness", "1", BATCHES], capture_output=True, text=True, timeout=120)
 
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 def test_every_row_receives_its_state(tmp_path):
