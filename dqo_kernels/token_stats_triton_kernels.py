@@ -306,16 +306,13 @@ def token_stats_backward(
         slope_u -= c_entropy
     if c_kl_ptr is not None:
         c_kl = tl.load(c_kl_ptr + row)
-        # An infinite KL that nobody differentiates is no reason for a NaN: then 0 stands for all that is the reference's.
-        trained = c_kl != 0.0
-        constant -= c_kl * tl.load(kl_ptr + row, mask=trained, other=0.0)
+        # An infinite KL that nobody differentiates is no reason for a NaN: 0 times a finite number is 0.
+        constant -= tl.where(c_kl == 0.0, 0.0, c_kl * tl.load(kl_ptr + row))
         slope_u += c_kl
         ref_offset = _row_offset(row, inner, ref_outer, ref_inner)
-        read_ref = read & (columns < tl.where(trained, vocab, 0))
-        zr, _ = _capped(tl.load(ref_ptr + ref_offset + columns, mask=read_ref, other=0.0).to(tl.float32), softcap, CAP)
-        ref_peak = tl.load(ref_peak_ptr + row, mask=trained, other=0.0)
-        u_ref = (zr - ref_peak) * inverse - tl.load(ref_log_total_ptr + row, mask=trained, other=0.0)
-        factor = constant + slope_u * u - c_kl * u_ref
+        zr, _ = _capped(tl.load(ref_ptr + ref_offset + columns, mask=read, other=0.0).to(tl.float32), softcap, CAP)
+        u_ref = (zr - tl.load(ref_peak_ptr + row)) * inverse - tl.load(ref_log_total_ptr + row)
+        factor = constant + slope_u * u - c_kl * tl.maximum(u_ref, -3.0e38)
     elif c_entropy_ptr is not None:
         factor = constant + slope_u * u
     else:
