@@ -26,10 +26,12 @@ from benchmarks.records import parametrize
 from benchmarks.units import TOKENS
 from dqo.batches import collate, groups_of
 from dqo.episodes import Episode
-from dqo.models import value_model_from
+from dqo.learner import Learner
 from dqo.objectives import DPO, DQO, UNIT_EPISODES
 from dqo.reference import add_reference
+from dqo.parallel import Processes
 from dqo.step import accumulate
+from dqo.value_models import value_model_from
 
 DISPATCHED = ("linear_row_loss", "soft_bellman")
 OBJECTIVES = {"dqo": DQO(), "dpo": DPO()}
@@ -94,7 +96,7 @@ def inputs(case: Case, device: torch.device) -> SimpleNamespace:
     add_reference(episodes, _model(model, device), pad_id=0, batch_size=2, quiet=True)
     policy = _model(model, device)
     value_model = value_model_from(policy) if objective.needs_values else None
-    return SimpleNamespace(objective=objective, episodes=episodes, policy=policy, value_model=value_model)
+    return SimpleNamespace(objective=objective, episodes=episodes, learner=Learner(policy, value_model))
 
 
 def _step(loss, models: dict[str, torch.nn.Module]) -> Phases:
@@ -130,20 +132,21 @@ def _insisting_on(backend: str):
 
 def _ours(x: SimpleNamespace, backend: str) -> Phases:
     groups = groups_of(x.episodes, UNIT_EPISODES[x.objective.unit])
-    models = {"policy": x.policy} | ({"value": x.value_model} if x.value_model is not None else {})
+    tokens = sum(e.length for e in x.episodes)  # one micro-batch
+    alone = Processes(0, 1, x.learner.device)
 
     def loss():
         with _insisting_on(backend):
-            sums, _ = accumulate(x.policy, x.value_model, x.objective, groups, len(groups), pad_id=0)
+            sums, _ = accumulate(x.learner, x.learner, x.objective, groups, tokens, 0, alone)
         total, count = sums["loss"]
         return total / count
 
-    return _step(loss, models)
+    return _step(loss, dict(x.learner.named_children()))
 
 
 def _trl_dpo(x: SimpleNamespace) -> Phases:
     """On a copy of the policy: the trainer changes a model's forward."""
-    policy = copy.deepcopy(x.policy)
+    policy = copy.deepcopy(x.learner.policy)
     loss = peers.trl_dpo_loss(policy, x.objective.beta)
     ordered = x.episodes[0::2] + x.episodes[1::2]
     input_ids = collate(ordered, 0, policy.device).input_ids

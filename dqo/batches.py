@@ -6,7 +6,7 @@ everything after it runs on the packed response rows only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ class Batch:
     columns: dict[str, Tensor]  # (N,) rewards, label, ref_logprobs, ...
     terminated: Tensor  # (B,) bool
     episodes: list[Episode]
+    model_inputs: dict = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -41,7 +42,7 @@ def _column(episodes: list[Episode], name: str) -> Tensor | None:
     return torch.from_numpy(np.concatenate(pieces))
 
 
-def collate(episodes: list[Episode], pad_id: int, device: torch.device | str = "cpu") -> Batch:
+def collate(episodes: list[Episode], pad_id: int, device: torch.device | str = "cpu", packed: bool = False) -> Batch:
     """Right-pads the token ids and packs the rows of the responses."""
     longest = max(e.length for e in episodes)
     ids = np.full((len(episodes), longest), pad_id, dtype=np.int64)
@@ -80,11 +81,24 @@ def epoch_order(count: int, epoch: int, seed: int) -> list[int]:
     return np.random.default_rng([seed, epoch]).permutation(count).tolist()
 
 
-def micro_batches(groups: list[list[Episode]], per_micro_batch: int) -> list[list[Episode]]:
-    """One optimizer step's groups, sorted by length to save padding, `per_micro_batch` groups at a time."""
+def micro_batch_plan(groups, world, max_tokens, packed):
+    """TEMPORARY until the other part arrives"""
     ordered = sorted(groups, key=lambda group: max(e.length for e in group))
-    chunks = [ordered[i : i + per_micro_batch] for i in range(0, len(ordered), per_micro_batch)]
-    return [[e for group in chunk for e in group] for chunk in chunks]
+    ranks = [ordered[r::world] for r in range(world)]
+    plans = []
+    for mine in ranks:
+        batches, current = [], []
+        for g in mine:
+            longest = max(e.length for e in g)
+            if current and (sum(map(len, current)) + len(g)) * longest > max_tokens:
+                batches.append([e for x in current for e in x])
+                current = []
+            current.append(g)
+        if current:
+            batches.append([e for x in current for e in x])
+        plans.append(batches)
+    most = max(map(len, plans))
+    return [p + [None] * (most - len(p)) for p in plans]
 
 
 def unit_count(groups: list[list[Episode]], unit: str) -> int:

@@ -47,7 +47,7 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
 
     options = load_options(arguments, prog)
     if options.train.dry_run:
-        from dqo.prepare import check_options, load_rows
+        from dqo.inputs import check_options, load_rows
 
         check_options(options)
         rows, held_out = load_rows(options)
@@ -61,7 +61,10 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
     from dqo.train import train
 
     tasks = read_tasks(options.train.eval_tasks)
-    print(finish(options, train(options), tasks))
+    run = train(options)
+    run.prepared.processes.leave()
+    if run.prepared.processes.main:
+        print(finish(options, run, tasks))
 
 
 def demo_command(arguments: list[str], prog: str = "dqo demo") -> None:

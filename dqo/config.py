@@ -32,6 +32,23 @@ class TrainConfig:
     output_dir: str = "out"
     """Directory of checkpoints, metrics.jsonl and report.html."""
 
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights as they are kept; bfloat16 only for the frozen ones under use_peft."""
+    bf16: bool = False
+    """Products in bfloat16 (autocast); weights, optimizer states and the loss stay float32."""
+    attn_implementation: str | None = None
+    """transformers' attention: sdpa, eager, flash_attention_2 ...; None: its own choice."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, a third more time."""
+    use_peft: bool = False
+    """Train LoRA adapters of policy and value model; the policy with its adapter off is the reference."""
+    lora_r: int = 16
+    """Rank of the adapters."""
+    lora_alpha: float = 32.0
+    """Their scale is lora_alpha / lora_r."""
+    lora_target_modules: tuple[str, ...] | None = None
+    """Names of the linear layers that get one; None: all of the trunk."""
+
     eval_dataset_name: str | None = None
     """Rollout file held out for evaluation; without it eval_fraction of the prompts is held out."""
     eval_fraction: float = 0.1
@@ -96,8 +113,16 @@ class TrainConfig:
     """Steps between checkpoints; one is always written at the end."""
     save_total_limit: int = 2
     """Checkpoints kept."""
-    resume_from_checkpoint: Literal["auto", "never"] = "auto"
-    """"auto" goes on from the last checkpoint in output_dir; "never" refuses a used output_dir."""
+    resume_from_checkpoint: str = "auto"
+    """"auto" goes on from the last checkpoint in output_dir, "never" refuses a used output_dir; or a checkpoint's directory."""
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Tracker that gets the rows of metrics.jsonl too."""
+    run_name: str | None = None
+    """The tracker's name of the run; None: output_dir."""
+    use_cpu: bool = False
+    """Train on the CPU although there is an accelerator."""
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer states over the processes (FSDP2), as accelerate launch --use_fsdp does."""
     seed: int = 42
     """Of the data order and of generated answers."""
     dry_run: bool = False
@@ -113,12 +138,19 @@ class TrainConfig:
 
         for name in ("num_generations", "max_completion_length", "max_length", "per_device_train_batch_size"):
             need(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("gradient_accumulation_steps", "logging_steps", "save_steps", "save_total_limit"):
+        for name in ("gradient_accumulation_steps", "logging_steps", "save_steps", "save_total_limit", "lora_r"):
             need(getattr(self, name) >= 1, name, "at least 1")
         for name in ("value_warmup_steps", "warmup_steps", "weight_decay", "eval_steps"):
             need(getattr(self, name) >= 0, name, "at least 0")
         for name in ("learning_rate", "critic_learning_rate", "num_train_epochs", "max_grad_norm", "adam_epsilon"):
             need(getattr(self, name) > 0, name, "positive")
+        need(self.lora_alpha > 0, "lora_alpha", "positive")
+        need(
+            self.dtype == "float32" or self.use_peft, "dtype", "float32 without use_peft (--bf16 computes in bfloat16)"
+        )
+        need(
+            not (self.fsdp and self.dtype != "float32"), "dtype", "float32 with fsdp, which shards weights of one dtype"
+        )
         for name in ("adam_beta1", "adam_beta2", "eval_fraction"):
             need(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         need(self.max_steps == -1 or self.max_steps > 0, "max_steps", "positive, or -1 for num_train_epochs")
@@ -189,6 +221,8 @@ def _checked(cls: type, name: str, value: Any, source: str) -> Any:
     expected = get_type_hints(cls)[name]
     options = (expected,) if get_origin(expected) is Literal or not get_args(expected) else get_args(expected)
     for option in options:
+        if get_origin(option) is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
         if get_origin(option) is Literal and value in get_args(option):
             return value
         if option is type(None) and value is None:
@@ -203,15 +237,12 @@ def _checked(cls: type, name: str, value: Any, source: str) -> Any:
     raise UserError(f"{source}: {name} must be {kind}, got {value!r}")
 
 
-def load_options(arguments: list[str], prog: str = "dqo-train") -> Options:
-    """Flags over YAML over defaults; raises UserError (or exits 2 with the flag named) for anything that does not fit."""
-    arguments, from_files = _take_config_files(list(arguments))
-    objective_class = OBJECTIVES[_method(arguments, from_files)]
+def _resolve(objective_class: type, given: dict[str, tuple[Any, str]]) -> tuple[TrainConfig, Any]:
+    """Defaults under `given` values, {name: (value, where from)}; unknown names and wrong types are refused."""
     train_fields = {f.name for f in dataclasses.fields(TrainConfig)}
     objective_fields = {f.name for f in dataclasses.fields(objective_class)}
-    train_values, objective_values, sources = {}, {}, {}
-    for key, (value, source) in from_files.items():
-        sources[key] = source
+    train_values, objective_values = {}, {}
+    for key, (value, source) in given.items():
         if key in train_fields:
             train_values[key] = _checked(TrainConfig, key, value, source)
         elif key in objective_fields:
@@ -219,7 +250,24 @@ def load_options(arguments: list[str], prog: str = "dqo-train") -> Options:
         else:
             suggestion = did_you_mean(key, train_fields | objective_fields)
             raise UserError(f"{source}: unknown option {key!r}.{suggestion}")
-    defaults = (TrainConfig(**train_values), objective_class(**objective_values))
+    return TrainConfig(**train_values), objective_class(**objective_values)
+
+
+def options_of(values: dict[str, Any], source: str) -> Options:
+    """Options from a dict; `source` says in messages where they come from."""
+    given = {name: (value, source) for name, value in values.items()}
+    train, objective = _resolve(OBJECTIVES[_method([], given)], given)
+    options = Options(train, objective, dict.fromkeys(values, source))
+    _refuse(options)
+    return options
+
+
+def load_options(arguments: list[str], prog: str = "dqo-train") -> Options:
+    """Flags over YAML over defaults; raises UserError (or exits 2 with the flag named) for anything that does not fit."""
+    arguments, from_files = _take_config_files(list(arguments))
+    objective_class = OBJECTIVES[_method(arguments, from_files)]
+    sources = {key: source for key, (_, source) in from_files.items()}
+    defaults = _resolve(objective_class, from_files)
 
     # made here, because tyro resolves the annotations of a class by name and the objective is known only now
     shape = dataclasses.make_dataclass("Flags", [("train", TrainConfig), ("objective", objective_class)], frozen=True)
@@ -252,7 +300,7 @@ def _refuse(options: Options) -> None:
 
 def dump_options(options: Options) -> str:
     """YAML of the resolved options; `--config` of it reproduces the run."""
-    values = options.flat()
+    values = {name: list(v) if isinstance(v, tuple) else v for name, v in options.flat().items()}
     del values["num_train_epochs" if options.train.max_steps > 0 else "max_steps"]  # only one of them may be set
     return yaml.safe_dump(values, sort_keys=False)
 

@@ -32,11 +32,13 @@ class Episode:
     terminated: bool  # False: cut by the length limit, and its last state is bootstrapped
     prompt_index: int  # episodes of one prompt share it
     source: str
+    ended: bool = True  # False: cut by a length limit, whatever its last state is taken for
     behavior_logprobs: np.ndarray | None = None
     step_ends: list[int] = field(default_factory=list)  # index of the last token of each step
     step_rewards: list[float] = field(default_factory=list)
     ref_logprobs: np.ndarray | None = None
     ref_lse: np.ndarray | None = None
+    companion: Episode | None = None  # another response to the same prompt, read without gradient
 
     @property
     def length(self) -> int:
@@ -171,6 +173,7 @@ def _episode(
         terminated=not bootstrapped,
         prompt_index=prompt_index,
         source=row.source,
+        ended=tokens.ended,
         behavior_logprobs=None if tokens.logprobs is None else np.asarray(tokens.logprobs, dtype=np.float32),
         step_ends=tokens.step_ends,
         step_rewards=step_rewards,

@@ -13,6 +13,8 @@ import dqo
 from dqo.episodes import Episode
 from dqo.held_out import value_traces
 from dqo.metrics import read_metrics
+from dqo.parallel import Processes
+from dqo.prepare import distinct
 from dqo.statistics import auc, auc_interval
 from dqo.train import Run
 
@@ -43,10 +45,12 @@ def curves(method: str, metrics_path: Path) -> list[dict]:
 def value_findings(run: Run) -> dict:
     """value_auc, value_calibration and value_traces on the held-out responses; {} without a value model or held-out rows."""
     prepared = run.prepared
-    if prepared.value_model is None or not prepared.held_out:
+    if prepared.learner.value_model is None or not prepared.held_out:
         return {}
-    episodes = prepared.held_out
-    traces = value_traces(prepared.value_model, episodes, 256, prepared.pad_id)
+    episodes = distinct(prepared.held_out)
+    longest = max(e.length for e in episodes)
+    alone = Processes(0, 1, prepared.learner.device)
+    traces = value_traces(prepared.learner, prepared.learner, episodes, 256 * longest, prepared.pad_id, alone)
     labels = [e.label for e in episodes]
     at_end = [trace[-1] for trace in traces]
     at_half = [trace[math.ceil(len(trace) / 2) - 1] for trace in traces]

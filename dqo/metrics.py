@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dqo.batches import Batch
 from dqo.objectives.sums import mean_metric
 from dqo_kernels import TokenStats
 
 
 def add(total: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
-    return total | {name: total[name] + value if name in total else value for name, value in more.items()}
+    """Joins metrics of two parts of the data; those named .../min and .../max are extremes, all others [sum, count]."""
+    joined = dict(total)
+    for name, value in more.items():
+        if name not in joined:
+            joined[name] = value
+        elif name.endswith("/min"):
+            joined[name] = torch.minimum(joined[name], value)
+        elif name.endswith("/max"):
+            joined[name] = torch.maximum(joined[name], value)
+        else:
+            joined[name] = joined[name] + value
+    return joined
+
+
+def none_of(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same names for no data at all."""
+    empty = {"min": math.inf, "max": -math.inf}
+    return {name: torch.full_like(value, empty.get(name.rpartition("/")[2], 0.0)) for name, value in metrics.items()}
+
+
+def of_batch(batch: Batch) -> dict[str, Tensor]:
+    """Lengths of the responses, the share that was cut, and the share of positions that are padding."""
+    count, positions = len(batch.episodes), batch.input_ids.numel()
+    pairs = {
+        "completions/mean_length": (batch.actions.numel(), count),
+        "completions/clipped_ratio": (sum(not e.ended for e in batch.episodes), count),
+        "data/padding_frac": (positions - batch.tokens, positions),
+    }
+    return {name: torch.tensor(pair, dtype=torch.float32, device=batch.actions.device) for name, pair in pairs.items()}
 
 
 def common(stats: TokenStats, rows: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -26,9 +56,18 @@ def common(stats: TokenStats, rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return metrics
 
 
+def pair_counts(pair: float | list[float]) -> bool:
+    return math.isfinite(pair) if isinstance(pair, float) else pair[1] > 0
+
+
 def finish(sums: dict[str, Tensor]) -> dict[str, float]:
     """Means; mean squares become the value model's explained variance 1 - Var(G - V) / Var(G)."""
-    means = {name: (value[0] / value[1]).item() for name, value in sums.items() if value[1] > 0}
+    pairs = {name: value.tolist() for name, value in sums.items()}
+    means = {
+        name: pair if isinstance(pair, float) else pair[0] / pair[1]
+        for name, pair in pairs.items()
+        if pair_counts(pair)
+    }
 
     def variance(name: str) -> float | None:
         square = means.pop(f"{name}/mean_square", None)
@@ -74,3 +113,11 @@ def peak_memory_gb() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def on_the_bar(row: dict[str, float]) -> str:
+    """What the progress bar shows: the loss and whether the value model has learnt anything."""
+    shown = f"loss {row['loss']:.4g}"
+    if "value/explained_variance" in row:
+        shown += f", value explains {row['value/explained_variance']:.0%}"
+    return shown

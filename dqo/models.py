@@ -1,17 +1,14 @@
-"""Policy, value model and their forward passes on packed rows; real transformers classes throughout."""
+"""The policy and its forward pass on packed rows; real transformers classes throughout."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
 )
@@ -45,16 +42,21 @@ def vocabulary_size(path: str) -> int:
         raise UserError(f"model_name_or_path {path!r} has no model config: {error}") from error
 
 
-def load_policy(path: str, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """A causal language model in float32, dropout off: a policy that differs from itself has no log-ratio of 0."""
+def load_policy(
+    path: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """A causal language model, dropout off: a policy that differs from itself has no log-ratio of 0."""
     try:
-        policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
     except (OSError, ValueError) as error:
         raise UserError(f"model_name_or_path {path!r} cannot be loaded as a causal language model: {error}") from error
-    return _ready(policy, device)
+    return ready(policy, device)
 
 
-def _ready(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+def ready(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
     """Dropout off, and parameters in memory of their own: a file's mapping is not aligned, matrix kernels round differently on
     unaligned memory, and a continued run must equal an unbroken one bit for bit."""
     for parameter in model.parameters():
@@ -71,23 +73,43 @@ def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Gradient checkpointing. It is a matter of training mode; dropout is off in it too."""
+    arguments = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name that will stay
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    model.train()
+
+
 def final_softcap(model: PreTrainedModel) -> float | None:
     return getattr(model.config, "final_logit_softcapping", None)
 
 
-def hidden_rows(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """(N, D): last hidden states of the rows; the head has not been applied to any other position."""
-    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1)[batch.states]
+def hidden_positions(model: PreTrainedModel, batch: Batch, bf16: bool = False) -> Tensor:
+    """(P, D): last hidden states of all positions of a batch, flattened; bfloat16 where `bf16`, from products in bfloat16."""
+    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bf16):
+        output = model.base_model(input_ids=batch.input_ids, use_cache=False, **batch.model_inputs)
+    hidden = output.last_hidden_state.flatten(0, 1)
+    return hidden.bfloat16() if bf16 else hidden
+
+
+def head_of(model: PreTrainedModel, dtype: torch.dtype) -> dict:
+    """weight, bias and softcap of the head in `dtype`, as the arguments of `dqo_kernels`' linear operations."""
+    head = model.get_output_embeddings()
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return {"weight": head.weight.to(dtype), "bias": bias, "softcap": final_softcap(model)}
 
 
 def _head_stats(policy: PreTrainedModel, hidden: Tensor, actions: Tensor) -> TokenStats:
-    head = policy.get_output_embeddings()
-    return linear_token_stats(hidden, head.weight, actions, bias=head.bias, softcap=final_softcap(policy))
+    head = head_of(policy, hidden.dtype)
+    return linear_token_stats(hidden, head.pop("weight"), actions, **head)
 
 
-def policy_stats(policy: PreTrainedModel, batch: Batch) -> TokenStats:
-    return _head_stats(policy, hidden_rows(policy, batch), batch.actions)
+def policy_stats(policy: PreTrainedModel, batch: Batch, bf16: bool = False) -> TokenStats:
+    """(N,) statistics of the rows; the head is applied to no other position."""
+    return _head_stats(policy, hidden_positions(policy, batch, bf16)[batch.states], batch.actions)
 
 
 @torch.no_grad()
@@ -106,32 +128,6 @@ def check_head(policy: PreTrainedModel, ids: list[int]) -> None:
         )
 
 
-def value_model_from(policy: PreTrainedModel) -> PreTrainedModel:
-    """A separate value model: the policy's trunk, copied, with one zero output a token, so that V = 0 at the start."""
-    config = copy.deepcopy(policy.config)
-    config.num_labels, config.classifier_dropout = 1, 0.0
-    config.architectures = None
-    try:
-        value_model = AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
-    except ValueError as error:
-        raise UserError(
-            f"transformers has no token-classification model for {policy.config.model_type!r}, so it has no separate value "
-            "model here; use --value_model none"
-        ) from error
-    value_model.base_model.load_state_dict(policy.base_model.state_dict())
-    score = [m for m in value_model.modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
-    nn.init.zeros_(score.weight)
-    if score.bias is not None:
-        nn.init.zeros_(score.bias)
-    return _ready(value_model, policy.device)
-
-
-def value_rows(value_model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """V(s_t) of every row (N,), and V(s_{T+1}) after the last action of every episode (B,)."""
-    values = value_model(input_ids=batch.input_ids).logits.flatten().float()
-    return values[batch.states], values[batch.end_states]
-
-
 def weights_hash(model: PreTrainedModel) -> str:
     """sha256 of the parameters' names and bytes."""
     digest = hashlib.sha256()
@@ -139,15 +135,3 @@ def weights_hash(model: PreTrainedModel) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def load_critic(path: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """A saved value model; one without its trained head is refused, not re-initialised."""
-    value_model, loading = AutoModelForTokenClassification.from_pretrained(
-        path, dtype=torch.float32, output_loading_info=True
-    )
-    if loading["missing_keys"]:
-        raise UserError(
-            f"{path} has no {', '.join(sorted(loading['missing_keys']))}; refusing to start from a random head"
-        )
-    return _ready(value_model, device)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from dqo.parallel import whole
+
 
 def make_optimizer(
     model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float], epsilon: float
@@ -39,7 +41,7 @@ def schedule(step: int, total: int, warmup: int, kind: str) -> float:
 
 def apply(optimizer: torch.optim.AdamW, model: nn.Module, learning_rate: float, max_grad_norm: float) -> float:
     """Clips, steps, clears; returns the gradient norm before clipping."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
     if not torch.isfinite(norm):
         return norm.item()
     for group in optimizer.param_groups:

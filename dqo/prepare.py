@@ -1,29 +1,49 @@
-"""Everything before the first step: options against the file system, rows, tokenizer, episodes, models, reference columns."""
+"""Everything between rows and the first step: tokenizer, episodes, models, reference columns."""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dqo.batches import groups_of
-from dqo.config import Options
+from dqo.config import Options, TrainConfig
 from dqo.episodes import Episode, fingerprint, make_episodes
 from dqo.errors import UserError
-from dqo.models import check_head, load_policy, load_tokenizer, value_model_from, vocabulary_size, weights_hash
+from dqo.inputs import Given
+from dqo.learner import Learner
+from dqo.lora import add_adapter, lora_config
+from dqo.models import (
+    check_head,
+    load_policy,
+    load_tokenizer,
+    ready,
+    recompute_activations,
+    vocabulary_size,
+    weights_hash,
+)
 from dqo.objectives import UNIT_EPISODES
+from dqo.parallel import Processes
 from dqo.reference import add_reference, check_agreement, warn_about_behavior
-from dqo.rows import Row, check_contrast, duplicate_count, read_rows, split_by_prompt
+from dqo.rows import Row
+from dqo.value_models import make_value_model
 
 logger = logging.getLogger(__name__)
 
-# Options that change neither data nor updates: a run may be continued with other values.
+# Options that change neither data nor, beyond rounding, updates: a run may be continued with other values.
 FREE_OPTIONS = {
+    "per_device_train_batch_size",  # their product with the number of processes is in the identity
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "attn_implementation",
+    "use_cpu",
+    "fsdp",
+    "report_to",
+    "run_name",
     "output_dir",
     "resume_from_checkpoint",
     "dry_run",
@@ -40,13 +60,13 @@ FREE_OPTIONS = {
 class Prepared:
     """What the loop trains on and with. `groups` are the episodes that stay together: singles, or pairs."""
 
-    device: torch.device
+    processes: Processes
     tokenizer: PreTrainedTokenizerBase
-    policy: PreTrainedModel
-    value_model: PreTrainedModel | None
+    learner: Learner
     groups: list[list[Episode]]
-    held_out: list[Episode]
+    held_out: list[Episode]  # as the objective prepared them
     identity: dict  # hashes and options that a continued run must share
+    per_step: int  # groups of an optimizer step
 
     @property
     def pad_id(self) -> int:
@@ -54,67 +74,21 @@ class Prepared:
 
     def episodes(self) -> list[Episode]:
         """The distinct episodes that are trained on."""
-        return list({id(e): e for group in self.groups for e in group}.values())
+        return distinct([e for group in self.groups for e in group])
 
 
-def check_options(options: Options) -> None:
-    """Checks across options and against the file system, before any file is read."""
-    config = options.train
-    if config.dataset_name is None:
-        raise UserError("--dataset_name is missing: a .jsonl or .parquet file with prompt, completion, reward")
-    if config.model_name_or_path is None:
-        raise UserError("--model_name_or_path is missing: a directory or hub name of a causal language model")
-    if config.truncation == "bootstrap" and not options.objective.needs_values:
-        raise UserError("truncation bootstrap needs a value model: --method dqo --value_model separate")
-    used = Path(config.output_dir)
-    if used.exists() and not used.is_dir():
-        raise UserError(f"output_dir {used} is a file; choose a directory")
-    if not used.exists() or not any(used.iterdir()):
-        return
-    if config.resume_from_checkpoint == "never":
-        raise UserError(f"output_dir {used} is in use; choose another, or --resume_from_checkpoint auto to go on there")
-    if not (used / "config.yaml").exists():
-        raise UserError(f"output_dir {used} holds other files; choose a new or empty directory")
+def distinct(episodes: list[Episode]) -> list[Episode]:
+    """Each once: pairs may share responses."""
+    return list({id(e): e for e in episodes}.values())
 
 
-def load_rows(options: Options) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and rows held out, by problem; every check of the data that needs no model."""
-    config = options.train
-
-    def read(path: str) -> list[Row]:
-        return read_rows(path, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold)
-
-    rows = read(config.dataset_name)
-    if any(row.step_rewards is not None for row in rows) and config.process_reward is None:
-        raise UserError(
-            f"{config.dataset_name} has step_rewards; choose what they do: --process_reward additive (paid on the last token of "
-            "their step) or --process_reward none"
-        )
-    if options.objective.needs_reference:  # sft and rft may train on right responses alone
-        warning = check_contrast(rows)
-        if warning:
-            logger.warning(warning)
-    duplicates = duplicate_count(rows)
-    if duplicates:
-        logger.warning("%d of %d rows repeat another row's prompt and completion", duplicates, len(rows))
-    if config.eval_dataset_name is None:
-        return split_by_prompt(rows, config.eval_fraction, config.seed) if config.eval_fraction else (rows, [])
-    held_out = read(config.eval_dataset_name)
-    shared = {json.dumps(row.prompt) for row in rows} & {json.dumps(row.prompt) for row in held_out}
-    if shared:
-        raise UserError(
-            f"{len(shared)} prompts of {config.eval_dataset_name} are in {config.dataset_name} too; held-out rows must be of "
-            "other problems"
-        )
-    return rows, held_out
-
-
-def prepare(options: Options, train_rows: list[Row], held_rows: list[Row]) -> Prepared:
-    """Loads the models, tokenises the rows and computes the reference columns."""
+def prepare(
+    options: Options, given: Given, train_rows: list[Row], held_rows: list[Row], processes: Processes
+) -> Prepared:
+    """Tokenises the rows, loads the models and computes the reference columns."""
     config, objective = options.train, options.objective
-    device = PartialState().device
-    tokenizer = load_tokenizer(config.model_name_or_path)
-    vocab_size = vocabulary_size(config.model_name_or_path)
+    tokenizer = given.tokenizer or load_tokenizer(config.model_name_or_path)
+    vocab_size = _vocabulary_size(config, given)
 
     def tokenized(rows: list[Row]) -> list[Episode]:
         return make_episodes(
@@ -130,20 +104,61 @@ def prepare(options: Options, train_rows: list[Row], held_rows: list[Row]) -> Pr
         )
 
     episodes = objective.prepare(tokenized(train_rows))
-    held_out = tokenized(held_rows) if held_rows else []
     if not episodes:
         nothing = {"dpo": "no prompt has both a better and a worse response: 0 pairs", "rft": "no response is correct"}
         raise UserError(f"method {config.method}: {nothing.get(config.method, 'no response to train on')}")
-    policy = load_policy(config.model_name_or_path, device)
+    held_out = objective.prepare(tokenized(held_rows)) if held_rows else []
+    dtype = getattr(torch, config.dtype)
+    policy = given.model
+    if policy is None:
+        policy = load_policy(config.model_name_or_path, processes.device, dtype, config.attn_implementation)
+    else:
+        ready(policy, processes.device)
     options_that_bind = {name: value for name, value in options.flat().items() if name not in FREE_OPTIONS}
-    identity = {"data": fingerprint(episodes), "model": weights_hash(policy), "options": options_that_bind}
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes.world
+    identity = {
+        "data": fingerprint(episodes),
+        "model": weights_hash(policy),
+        "responses or pairs a step": per_step,
+        "options": json.loads(json.dumps(options_that_bind)),  # as a checkpoint gives them back
+    }
 
     check_head(policy, (episodes[0].prompt_ids + episodes[0].completion_ids)[-64:])
     if objective.needs_reference:
-        distinct = list({id(e): e for e in episodes + held_out}.values())
-        add_reference(distinct, policy, tokenizer.pad_token_id, 4 * config.per_device_train_batch_size)
-        check_agreement(distinct, policy, tokenizer.pad_token_id)
-        warn_about_behavior(distinct)
-    value_model = value_model_from(policy) if objective.needs_values else None
+        together = distinct(episodes + held_out)
+        together += [e.companion for e in together if e.companion is not None]
+        add_reference(together, policy, tokenizer.pad_token_id, 4 * config.per_device_train_batch_size)
+        check_agreement(together, policy, tokenizer.pad_token_id)
+        warn_about_behavior(together)
+    learner = make_learner(options, given, policy)
     groups = groups_of(episodes, UNIT_EPISODES[objective.unit])
-    return Prepared(device, tokenizer, policy, value_model, groups, held_out, identity)
+    return Prepared(processes, tokenizer, learner, groups, held_out, identity, per_step)
+
+
+def make_learner(options: Options, given: Given, policy: PreTrainedModel) -> Learner:
+    """The policy, with an adapter where one was asked for, and what the objective needs beside it."""
+    config, objective = options.train, options.objective
+    peft_config = given.peft_config
+    if config.use_peft and peft_config is None:
+        peft_config = lora_config(config.lora_r, config.lora_alpha, config.lora_target_modules)
+    torch.manual_seed(config.seed)  # of new heads and adapters, in every process and when a run goes on
+    value_model = reference = target = None
+    if objective.needs_values:
+        value_model = make_value_model(objective.value_model, policy, peft_config)
+        if getattr(objective, "target_ema", None) is not None:
+            target = copy.deepcopy(value_model)
+    if objective.needs_kl and peft_config is None:
+        reference = given.ref_model or copy.deepcopy(policy)
+    if peft_config is not None:
+        add_adapter(policy, peft_config)
+    if config.gradient_checkpointing:
+        for model in (policy, value_model):
+            if isinstance(model, PreTrainedModel):
+                recompute_activations(model)
+    return Learner(policy, value_model, reference, target, bf16=config.bf16)
+
+
+def _vocabulary_size(config: TrainConfig, given: Given) -> int:
+    if given.model is not None:
+        return given.model.config.get_text_config().vocab_size
+    return vocabulary_size(config.model_name_or_path)

@@ -61,7 +61,10 @@ def finish(options: Options, run: Run, tasks: list[dict]) -> str:
     if tasks:
         problems = problems_of(tasks, run.prepared.tokenizer, config.verifier)
         settings = {"num_generations": config.num_generations, "max_new_tokens": config.max_completion_length}
-        for name, model in (("base", load_policy(config.model_name_or_path)), (config.method, run.prepared.policy)):
+        for name, model in (
+            ("base", load_policy(config.model_name_or_path)),
+            (config.method, run.prepared.learner.policy),
+        ):
             found = evaluate(
                 model, run.prepared.tokenizer, problems, seed=config.seed, description=name, batch_size=64, **settings
             )

@@ -1,91 +1,98 @@
-"""One optimizer step: micro-batches -> policy and value forward -> objective -> gradients of both models."""
+"""One optimizer step's gradients: micro-batches -> forward -> objective -> backward, the same for any split of the step."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from dqo import metrics
-from dqo.batches import Batch, collate, groups_of, micro_batches, unit_count
+from dqo.batches import Batch, collate, groups_of, micro_batch_plan, unit_count
 from dqo.episodes import Episode
 from dqo.errors import UserError
-from dqo.models import final_softcap, hidden_rows, value_rows
+from dqo.learner import Learner, companion_sums, objective_sums
 from dqo.objectives import UNIT_EPISODES
-from dqo_kernels import linear_row_loss
+from dqo.parallel import Processes, add_over_processes, without_sync
 
 
-def objective_sums(
-    policy: PreTrainedModel,
-    value_model: PreTrainedModel | None,
-    objective,
-    batch: Batch,
-    train_policy: bool = True,
-    loss_scale: float = 1.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective's loss summed over a micro-batch, times `loss_scale`, and its [sum, count] metrics."""
-    columns = dict(batch.columns)
-    if value_model is not None:
-        columns["values"], end_values = value_rows(value_model, batch)
-        if not bool(batch.terminated.all()):
-            on_last_row = torch.where(batch.terminated, 0.0, end_values)
-            columns["bootstrap"] = torch.zeros_like(columns["values"]).index_put(
-                (batch.cu_seqlens[1:] - 1,), on_last_row
-            )
-    with torch.set_grad_enabled(train_policy and torch.is_grad_enabled()):
-        hidden = hidden_rows(policy, batch)
-    head = policy.get_output_embeddings()
-    weight, bias = head.weight, head.bias
-    if not train_policy:
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
+def planned(
+    groups: list[list[Episode]], learner: Learner, processes: Processes, max_tokens: int, pad_id: int
+) -> Iterator[tuple[Batch, bool, bool]]:
+    """This process's micro-batches of a step, as many as every other process has: (batch, whether it counts, whether it is the
+    last). One that does not count keeps the processes in step, and has weight 0."""
+    filler = min(groups, key=lambda group: max(e.length for e in group))
+    mine = micro_batch_plan(groups, processes.world, max_tokens, learner.packed)[processes.rank]
+    for i, episodes in enumerate(mine):
+        batch = collate(filler if episodes is None else episodes, pad_id, learner.device, learner.packed)
+        yield batch, episodes is not None, i + 1 == len(mine)
 
-    def row_loss(stats, rows, cu_seqlens):
-        loss, sums = objective(stats, rows, cu_seqlens)
-        return loss, sums | metrics.common(stats, rows)
 
-    size = UNIT_EPISODES[objective.unit]
-    return linear_row_loss(
-        hidden,
-        weight,
-        batch.actions,
-        row_loss,
-        batch.cu_seqlens,
-        rows=columns,
-        cu_groups=torch.arange(0, len(batch.episodes) + 1, size),
-        seqlens=[len(e.completion_ids) for e in batch.episodes],
-        loss_scale=loss_scale,
-        bias=bias,
-        softcap=final_softcap(policy),
-    )
+def mean_over_companions(
+    module: nn.Module,
+    learner: Learner,
+    objective: Any,
+    groups: list,
+    processes: Processes,
+    max_tokens: int,
+    pad_id: int,
+) -> float | None:
+    """What the objective asks of the companions of the whole step, before any micro-batch; None when it asks nothing."""
+    companions = [[e.companion] for group in groups for e in group if e.companion is not None]
+    if not companions:
+        return None
+    total = torch.zeros(2, device=learner.device)
+    for batch, counts, _ in planned(companions, learner, processes, max_tokens, pad_id):
+        with torch.no_grad():  # outside too: DDP would wait for a backward
+            found = module(companion_sums, objective, batch)
+        total += found if counts else 0.0 * found
+    total = add_over_processes({"companions": total}, processes)["companions"]
+    return (total[0] / total[1]).item()
 
 
 def accumulate(
-    policy: PreTrainedModel,
-    value_model: PreTrainedModel | None,
-    objective,
+    module: nn.Module,
+    learner: Learner,
+    objective: Any,
     groups: list[list[Episode]],
-    per_micro_batch: int,
+    max_tokens: int,
     pad_id: int,
+    processes: Processes,
     train_policy: bool = True,
 ) -> tuple[dict[str, Tensor], int]:
-    """Gradients of one optimizer step. Divides by the step's count of units, known before any forward pass, so that any
-    split into micro-batches gives one large batch's gradient. Returns metric sums and the number of tokens."""
+    """Gradients of one optimizer step. Divides by the step's count of units, known before any forward pass, so that any split
+    into micro-batches and processes gives one large batch's gradient.
+
+    Args:
+        module: `learner`, or what wraps it over the processes.
+        groups: the whole step's, the same on every process. max_tokens: of a micro-batch.
+
+    Returns:
+        This process's metric sums, and the number of tokens of the step, prompts included.
+    """
     units, size = unit_count(groups, objective.unit), UNIT_EPISODES[objective.unit]
+    companion_mean = mean_over_companions(module, learner, objective, groups, processes, max_tokens, pad_id)
     sums: dict[str, Tensor] = {}
-    tokens = 0
-    for episodes in micro_batches(groups, per_micro_batch):
-        batch = collate(episodes, pad_id, policy.device)
-        loss, more = objective_sums(policy, value_model, objective, batch, train_policy, 1.0 / units)
-        if not torch.isfinite(loss):
-            rows = ", ".join(e.source for e in episodes[:5])
-            raise UserError(
-                f"the loss is {loss.item()} on a batch with rows {rows} ...; lower the learning rate or raise beta"
-            )
-        if loss.requires_grad:
-            loss.backward()
-        share = torch.stack(
-            [units * loss.detach(), loss.new_tensor(float(unit_count(groups_of(episodes, size), objective.unit)))]
-        )
-        sums = metrics.add(sums, more | {"loss": share})
-        tokens += batch.tokens
-    return sums, tokens
+    for batch, counts, last in planned(groups, learner, processes, max_tokens, pad_id):
+        # the wrappers average over the processes what is to be summed
+        scale = processes.world / units if counts else 0.0
+        with without_sync(module, last):
+            loss, more = module(objective_sums, objective, batch, train_policy, scale, companion_mean)
+            if not torch.isfinite(loss):
+                raise UserError(_not_finite(loss, batch))
+            if loss.requires_grad:
+                loss.backward()
+        of_batch = float(unit_count(groups_of(batch.episodes, size), objective.unit))
+        more |= {"loss": torch.stack([loss.detach() * units / processes.world, loss.new_tensor(of_batch)])}
+        more |= metrics.of_batch(batch)
+        sums = metrics.add(sums, more if counts else metrics.none_of(more))
+    return sums, sum(e.length for group in groups for e in group)
+
+
+def _not_finite(loss: Tensor, batch: Batch) -> str:
+    rows = ", ".join(e.source for e in batch.episodes[:5])
+    return (
+        f"the loss is {loss.item()} on a batch with rows {rows} ...; lower the learning rate or raise beta, and look for rewards "
+        "or stored logprobs that are far too large"
+    )

@@ -1,6 +1,7 @@
 """Training, read top to bottom: rows -> episodes and models -> steps -> checkpoints -> held-out evaluation.
 
 dqo-train --dataset_name rollouts.jsonl --model_name_or_path DIR_OR_HUB_NAME --output_dir out
+accelerate launch --multi_gpu --num_processes 2 -m dqo.train --dataset_name ...        the same over processes
 """
 
 from __future__ import annotations
@@ -15,13 +16,20 @@ from tqdm import tqdm
 
 from dqo import checkpoint, metrics, optim
 from dqo.batches import epoch_order
+from dqo.callbacks import Callbacks
 from dqo.config import Options, dump_options
 from dqo.episodes import Episode
 from dqo.errors import UserError
 from dqo.held_out import held_out_metrics
-from dqo.models import load_critic, load_policy
-from dqo.prepare import Prepared, check_options, load_rows, prepare
+from dqo.inputs import Given, check_options, load_rows
+from dqo.learner import Learner, update_target
+from dqo.models import load_policy
+from dqo.parallel import add_over_processes, start, wrap
+from dqo.prepare import Prepared, prepare
 from dqo.step import accumulate
+from dqo.trackers import Trackers
+from dqo.value_models import load_critic
+from dqo.watch import Watch
 
 
 @dataclass
@@ -39,25 +47,25 @@ class Run:
 class Trainer:
     """The loop's state: models, optimizers, counters and the open metrics file."""
 
-    def __init__(self, options: Options, prepared: Prepared):
+    def __init__(self, options: Options, prepared: Prepared, callbacks: list | None = None):
         self.config, self.objective, self.prepared = options.train, options.objective, prepared
+        self.learner, self.processes = prepared.learner, prepared.processes
         self.output_dir = Path(self.config.output_dir)
-        per_step = self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
-        self.per_step = per_step
-        self.per_epoch = math.ceil(len(prepared.groups) / per_step)  # the last step of an epoch may be short
+        self.per_epoch = math.ceil(len(prepared.groups) / prepared.per_step)  # the last step of an epoch may be short
         epochs = round(self.config.num_train_epochs * self.per_epoch)
         self.steps = self.config.max_steps if self.config.max_steps > 0 else epochs
         self.warmup = optim.as_steps(self.config.warmup_steps, self.steps)
         self.value_warmup = optim.as_steps(self.config.value_warmup_steps, self.steps)
         self.counters = {"step": 0, "num_tokens": 0, "train_seconds": 0.0, "metrics_position": 0}
-        self.window: dict[str, torch.Tensor] = {}  # metric sums since the last logged row
+        self.window: dict[str, torch.Tensor] = {}  # this process's metric sums since the last logged row
+        self.max_tokens = self.config.per_device_train_batch_size * self.config.max_length
 
         resumed = self._resumable()
         if resumed is not None:
-            self._load_models(resumed)
-        self.models = {"policy": prepared.policy}
-        if prepared.value_model is not None:
-            self.models["critic"] = prepared.value_model
+            self._load(resumed)
+        critic = self.learner.value_model
+        self.module = wrap(self.learner, self.processes, self.config.bf16, critic is not None and self.value_warmup > 0)
+        self.models = {"policy": self.learner.policy} | ({} if critic is None else {"critic": critic})
         self.rates = {"policy": self.config.learning_rate, "critic": self.config.critic_learning_rate}
         betas = (self.config.adam_beta1, self.config.adam_beta2)
         self.optimizers = {
@@ -68,36 +76,48 @@ class Trainer:
         }
         if resumed is not None:
             checkpoint.load_optimizers(resumed, self.optimizers)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        (self.output_dir / "config.yaml").write_text(dump_options(options))
-        self.log = metrics.MetricsFile(self.output_dir / "metrics.jsonl", self.counters["metrics_position"])
+        self.log = None
+        if self.processes.main:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            (self.output_dir / "config.yaml").write_text(dump_options(options))
+            self.log = metrics.MetricsFile(self.output_dir / "metrics.jsonl", self.counters["metrics_position"])
+        self.watch = Watch()
+        self.trackers = Trackers(options, self.processes)
+        self.callbacks = Callbacks(callbacks or [], options, self.learner, prepared.tokenizer, self.processes.main)
 
     def _resumable(self) -> Path | None:
-        found = checkpoint.checkpoints(self.output_dir)
+        named = self.config.resume_from_checkpoint
+        found = checkpoint.checkpoints(self.output_dir) if named in ("auto", "never") else [Path(named)]
         if not found:
             return None
         checkpoint.check_same_run(found[-1], self.prepared.identity)
         return found[-1]
 
-    def _load_models(self, resumed: Path) -> None:
+    def _load(self, resumed: Path) -> None:
         state = checkpoint.read_state(resumed)
         self.counters = state["counters"]
-        self.window = {name: torch.tensor(pair) for name, pair in state["window"].items()}
-        self.prepared.policy = load_policy(str(resumed), self.prepared.device)
-        if self.prepared.value_model is not None:
-            self.prepared.value_model = load_critic(resumed / "critic", self.prepared.device)
-        tqdm.write(f"going on from {resumed}, step {self.counters['step']} of {self.steps}")
+        if self.processes.main:  # the sums of all processes; they need no order
+            self.window = {
+                name: torch.tensor(value, device=self.learner.device) for name, value in state["window"].items()
+            }
+        checkpoint.load_models(resumed, self.learner)
+        self.say(f"going on from {resumed}, step {self.counters['step']} of {self.steps}")
+
+    def say(self, text: str) -> None:
+        if self.processes.main:
+            tqdm.write(text)
 
     def train_step(self, step: int, groups: list[list[Episode]]) -> dict[str, float]:
         """Gradients and updates; returns what is not a mean over the data."""
         train_policy = step >= self.value_warmup or "critic" not in self.models
         sums, tokens = accumulate(
-            self.prepared.policy,
-            self.prepared.value_model,
+            self.module,
+            self.learner,
             self.objective,
             groups,
-            self.config.per_device_train_batch_size,
+            self.max_tokens,
             self.prepared.pad_id,
+            self.processes,
             train_policy,
         )
         self.window = metrics.add(self.window, sums)
@@ -105,92 +125,155 @@ class Trainer:
         factor = optim.schedule(step, self.steps, self.warmup, self.config.lr_scheduler_type)
         logged = {"learning_rate": factor * self.rates["policy"] if train_policy else 0.0}
         for name, model in self.models.items():
-            if name == "policy" and not train_policy:
+            if name == "critic":
+                logged["critic/learning_rate"] = factor * self.rates["critic"]
+            elif not train_policy:
                 continue
             norm = optim.apply(self.optimizers[name], model, factor * self.rates[name], self.config.max_grad_norm)
             if not math.isfinite(norm):
                 rows = ", ".join(e.source for group in groups[:5] for e in group)
                 raise UserError(f"step {step + 1}: the gradient norm of the {name} is {norm}, on rows {rows} ...")
             logged["grad_norm" if name == "policy" else "critic/grad_norm"] = norm
+        if self.learner.target is not None:
+            update_target(self.learner, self.objective.target_ema)
         return logged
 
-    def evaluate_held_out(self, step: int) -> dict[str, float]:
-        if not self.prepared.held_out:
-            return {}
-        found = held_out_metrics(
-            self.prepared.policy,
-            self.prepared.value_model,
+    def held_out(self) -> dict[str, float]:
+        return held_out_metrics(
+            self.module,
+            self.learner,
             self.objective,
             self.prepared.held_out,
-            4 * self.config.per_device_train_batch_size,
+            4 * self.max_tokens,
             self.prepared.pad_id,
+            self.processes,
         )
-        self.log.write({"step": step, **found})
+
+    def evaluate_held_out(self, step: int) -> dict[str, float]:
+        found = self.held_out()
+        if found:
+            self.record({"step": step, **found})
+            self.callbacks.evaluate(found)
         return found
 
+    def record(self, row: dict) -> None:
+        if self.log is not None:
+            self.log.write(row)
+        self.trackers.log(row)
+        self.callbacks.log(row)
+
     def save(self) -> None:
-        self.counters["metrics_position"] = self.log.position()
-        window = {name: pair.tolist() for name, pair in self.window.items()}
-        state = {"counters": self.counters, "window": window, "identity": self.prepared.identity}
+        window = self._window()
+        state = {"identity": self.prepared.identity, "window": {name: pair.tolist() for name, pair in window.items()}}
+        if self.log is not None:
+            self.counters["metrics_position"] = self.log.position()
         checkpoint.save_checkpoint(
             self.output_dir,
             self.counters["step"],
-            self.prepared.policy,
-            self.prepared.value_model,
+            self.learner,
             self.prepared.tokenizer,
             self.optimizers,
-            state,
+            {"counters": self.counters, **state},
             self.config.save_total_limit,
+            self.processes,
         )
+        self.callbacks.save()
+
+    def _window(self) -> dict[str, torch.Tensor]:
+        return add_over_processes(self.window, self.processes)
 
     def run(self, description: str) -> dict[str, float]:
         """All steps that are left; returns the held-out metrics after the last."""
         config, counters = self.config, self.counters
+        self.callbacks.train_begin(counters["step"], self.steps)
         if counters["step"] == 0:
             self.evaluate_held_out(0)
-        bar = tqdm(total=self.steps, initial=counters["step"], desc=description, unit="step")
+        bar = tqdm(
+            total=self.steps, initial=counters["step"], desc=description, unit="step", disable=not self.processes.main
+        )
         order_epoch, order = -1, []
-        mark, tokens_at_mark = time.perf_counter(), counters["num_tokens"]
+        mark, at_mark = time.perf_counter(), dict(counters)
         for step in range(counters["step"], self.steps):
             begun = time.perf_counter()
             epoch, index = divmod(step, self.per_epoch)
             if epoch != order_epoch:
                 order_epoch, order = epoch, epoch_order(len(self.prepared.groups), epoch, config.seed)
-            chosen = order[index * self.per_step : (index + 1) * self.per_step]
+            per_step = self.prepared.per_step
+            chosen = order[index * per_step : (index + 1) * per_step]
             logged = self.train_step(step, [self.prepared.groups[i] for i in chosen])
             counters["step"] = step + 1
             counters["train_seconds"] += time.perf_counter() - begun
             if (step + 1) % config.logging_steps == 0 or step + 1 == self.steps:
-                row = {"step": step + 1, "epoch": (step + 1) / self.per_epoch, **metrics.finish(self.window), **logged}
+                row = {
+                    "step": step + 1,
+                    "epoch": (step + 1) / self.per_epoch,
+                    **metrics.finish(self._window()),
+                    **logged,
+                }
                 now = time.perf_counter()
                 row["num_tokens"] = counters["num_tokens"]
-                row["perf/tokens_per_second"] = (counters["num_tokens"] - tokens_at_mark) / (now - mark)
+                row["perf/tokens_per_second"] = (counters["num_tokens"] - at_mark["num_tokens"]) / (now - mark)
+                row["perf/step_time"] = (now - mark) / (step + 1 - at_mark["step"])
                 row["perf/peak_memory_gb"] = metrics.peak_memory_gb()
-                self.log.write(row)
-                bar.set_postfix_str(f"loss {row['loss']:.4g}")
-                self.window, mark, tokens_at_mark = {}, now, counters["num_tokens"]
+                self.record(row)
+                for warning in self.watch.warnings(row):
+                    self.say(f"WARNING: {warning}")
+                bar.set_postfix_str(metrics.on_the_bar(row))
+                self.window, mark, at_mark = {}, now, dict(counters)
             bar.update()
             if config.eval_steps and (step + 1) % config.eval_steps == 0 and step + 1 < self.steps:
                 self.evaluate_held_out(step + 1)
-            if (step + 1) % config.save_steps == 0 or step + 1 == self.steps:
+            stop = self.callbacks.step_end(step + 1, (step + 1) / self.per_epoch)
+            if (step + 1) % config.save_steps == 0 or step + 1 == self.steps or stop:
                 self.save()
+            if stop:
+                break
         bar.close()
-        return self.evaluate_held_out(self.steps)
+        return self.evaluate_held_out(counters["step"])
+
+    def finish(self) -> None:
+        """Writes the final models to output_dir, and closes the files."""
+        checkpoint.save_models(self.output_dir, self.learner, self.prepared.tokenizer, self.processes)
+        if self.log is not None:
+            self.log.close()
+        self.trackers.close()
+        self.callbacks.train_end()
+        self.processes.barrier()
 
 
-def train(options: Options, description: str | None = None) -> Run:
-    """Trains, or goes on with a run that was killed in the same output_dir. `description` labels the progress bar.
+def begin(options: Options, given: Given | None = None) -> Trainer:
+    """Everything up to the first step. `given` are objects in the place of options.
 
     Raises:
         UserError: for options, rows or a model that do not fit, before any work is lost.
     """
-    check_options(options)
-    rows, held_rows = load_rows(options)
-    prepared = prepare(options, rows, held_rows)
-    trainer = Trainer(options, prepared)
+    given = given or Given()
+    check_options(options, given)
+    rows, held_rows = load_rows(options, given)
+    processes = start(options.train.use_cpu, options.train.fsdp)
+    return Trainer(options, prepare(options, given, rows, held_rows, processes), given.callbacks)
+
+
+def train(options: Options, description: str | None = None) -> Run:
+    """Trains, or goes on with a run that was killed in the same output_dir. `description` labels the progress bar."""
+    trainer = begin(options)
     held_out = trainer.run(description or options.train.method)
-    trainer.log.close()
-    checkpoint.save_models(trainer.output_dir, prepared.policy, prepared.value_model, prepared.tokenizer)
+    trainer.finish()
+    return run_of(trainer, held_out)
+
+
+def run_of(trainer: Trainer, held_out: dict[str, float]) -> Run:
+    if trainer.processes.fsdp and trainer.processes.main:  # shards cannot be read by one process alone
+        critic = trainer.output_dir / "critic"
+        whole_policy = load_policy(str(trainer.output_dir), trainer.processes.device)
+        value_model = load_critic(critic, trainer.processes.device) if critic.exists() else None
+        trainer.prepared.learner = Learner(whole_policy, value_model)
     seconds = trainer.counters["train_seconds"]
     rate = trainer.counters["num_tokens"] / seconds if seconds else 0.0
-    return Run(trainer.output_dir, prepared, trainer.steps, seconds, rate, held_out)
+    return Run(trainer.output_dir, trainer.prepared, trainer.steps, seconds, rate, held_out)
+
+
+if __name__ == "__main__":  # for launchers of processes
+    from dqo.cli import train_main
+
+    train_main()

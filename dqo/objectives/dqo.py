@@ -28,15 +28,16 @@ class DQO:
     """Factor of the policy loss."""
     value_coef: float = 1.0
     """Factor of the value loss."""
-    value_model: Literal["separate", "none"] = "separate"
+    value_model: Literal["separate", "head", "none"] = "separate"
     """"separate": a model of its own, from the policy's trunk and a zero head; "none": soft values from the logsumexp."""
 
     unit: ClassVar[str] = "token"
+    needs_kl: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
 
     @property
     def needs_values(self) -> bool:
-        return self.value_model == "separate"
+        return self.value_model != "none"
 
     def problems(self) -> list[tuple[str, str]]:
         found = []
@@ -66,6 +67,7 @@ class DQO:
             behavior_logprobs=rows.get("behavior_logprobs"),
             lse=stats.lse,
             ref_lse=rows.get("ref_lse"),
+            target_values=rows.get("target_values"),
             bootstrap=rows["bootstrap"][last] if "bootstrap" in rows else None,
             beta=self.beta,
             gamma=self.gamma,

@@ -9,6 +9,7 @@ from typing import ClassVar
 @dataclass(frozen=True)
 class SFT:
     unit: ClassVar[str] = "token"
+    needs_kl: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
     needs_values: ClassVar[bool] = False
 

@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dqo.episodes import Episode
 from dqo.new_model import character_tokenizer, new_llama
@@ -20,6 +21,12 @@ def tokenizer():
 
 def policy(seed: int = 0, hidden_size: int = 16, layers: int = 1):
     return new_llama(tokenizer(), hidden_size=hidden_size, layers=layers, heads=2, max_length=64, seed=seed)
+
+
+def gpt2():
+    """A model whose class has dropout, a bias, and Conv1D in the place of Linear."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=32, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.3))
 
 
 def rollout_rows(prompts: int = 8, samples: int = 4, seed: int = 0) -> list[dict]:
@@ -65,3 +72,19 @@ def gradients(*models) -> torch.Tensor:
     """All gradients in one vector; zeros where a parameter has none."""
     flat = [torch.zeros_like(p) if p.grad is None else p.grad for model in models for p in model.parameters()]
     return torch.cat([g.flatten() for g in flat]).double()
+
+
+def arguments(files, **changes) -> list[str]:
+    """Options of a short run in the directory that the fixture `files` makes."""
+    settings = {
+        "dataset_name": files / "rollouts.jsonl",
+        "model_name_or_path": files / "model",
+        "output_dir": files / "out",
+        "per_device_train_batch_size": 8,
+        "max_steps": 12,
+        "logging_steps": 4,
+        "learning_rate": 1e-3,
+        "critic_learning_rate": 1e-2,
+        "eval_fraction": 0.2,
+    } | changes
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from dqo.batches import collate, epoch_order, groups_of, micro_batches, unit_count
+from dqo.batches import collate, epoch_order, groups_of, unit_count
 from tests.dqo.helpers import episodes
 
 
@@ -47,14 +47,6 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
     assert epoch_order(50, 3, 7) == epoch_order(50, 3, 7)
     assert epoch_order(50, 3, 7) != epoch_order(50, 4, 7) != epoch_order(50, 4, 8)
     assert sorted(epoch_order(50, 3, 7)) == list(range(50))
-
-
-def test_micro_batches_hold_every_group_once_and_whole():
-    groups = groups_of(episodes(14), 2)
-    chunks = micro_batches(groups, 3)
-    assert [len(chunk) for chunk in chunks] == [6, 6, 2]
-    pairs = {(a.source, b.source) for chunk in chunks for a, b in zip(chunk[0::2], chunk[1::2])}
-    assert pairs == {(a.source, b.source) for a, b in groups}
 
 
 def test_units_are_tokens_responses_or_pairs():

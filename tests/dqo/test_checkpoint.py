@@ -3,8 +3,12 @@ import torch
 
 from dqo import checkpoint, optim
 from dqo.errors import UserError
-from dqo.models import value_model_from
+from dqo.learner import Learner
+from dqo.parallel import Processes
+from dqo.value_models import value_model_from
 from tests.dqo.helpers import policy, tokenizer
+
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def stepped(model):
@@ -20,7 +24,9 @@ def write(directory, step, keep=2, state=None):
     critic = value_model_from(model)
     optimizers = {"policy": stepped(model), "critic": stepped(critic)}
     state = state or {"identity": {"data": "a", "options": {"beta": 0.1}}}
-    path = checkpoint.save_checkpoint(directory, step, model, critic, tokenizer(), optimizers, state, keep)
+    path = checkpoint.save_checkpoint(
+        directory, step, Learner(model, critic), tokenizer(), optimizers, state, keep, ALONE
+    )
     return path, optimizers
 
 

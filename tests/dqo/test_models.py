@@ -1,26 +1,17 @@
 import pytest
 import torch
-from transformers import AutoModelForTokenClassification, GPT2Config, GPT2LMHeadModel
 
 from dqo.batches import collate
 from dqo.errors import UserError
 from dqo.models import (
     check_head,
     disable_dropout,
-    load_critic,
     load_policy,
     load_tokenizer,
     policy_stats,
-    value_model_from,
-    value_rows,
     weights_hash,
 )
-from tests.dqo.helpers import episodes, policy, tokenizer
-
-
-def gpt2():
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=32, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.3))
+from tests.dqo.helpers import episodes, gpt2, policy, tokenizer
 
 
 @pytest.mark.parametrize("make", [policy, gpt2])
@@ -35,37 +26,10 @@ def test_row_statistics_equal_those_of_the_models_own_logits_episode_by_episode(
     assert torch.allclose(stats.logprobs, torch.cat(expected), atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [policy, gpt2])
-def test_a_new_value_model_says_zero_and_shares_the_trunk(make):
-    model = make()
-    value_model = value_model_from(model)
-    values, end_values = value_rows(value_model, collate(episodes(4), 0))
-    assert not values.any() and not end_values.any()
-    for mine, theirs in zip(value_model.base_model.parameters(), model.base_model.parameters()):
-        assert torch.equal(mine, theirs) and mine is not theirs
-
-
 def test_training_mode_is_deterministic_because_dropout_is_off():
     model = disable_dropout(gpt2()).train()
     batch = collate(episodes(4), 0)
     assert torch.equal(policy_stats(model, batch).logprobs, policy_stats(model, batch).logprobs)
-
-
-def test_a_saved_value_model_loads_in_plain_transformers(tmp_path):
-    value_model = value_model_from(policy())
-    torch.nn.init.normal_(value_model.score.weight)
-    value_model.save_pretrained(tmp_path)
-    plain = AutoModelForTokenClassification.from_pretrained(tmp_path)
-    ids = torch.tensor([[3, 4, 5]])
-    assert plain.config.num_labels == 1
-    assert torch.allclose(plain.eval()(ids).logits, value_model.eval()(ids).logits, atol=1e-6)
-    assert torch.equal(load_critic(tmp_path)(ids).logits, value_model(ids).logits)  # bit for bit, as resuming needs
-
-
-def test_a_critic_without_a_head_is_refused(tmp_path):
-    policy().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="score.weight.*refusing to start from a random head"):
-        load_critic(tmp_path)
 
 
 def test_a_model_that_scales_its_logits_is_refused():

@@ -8,14 +8,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.memory import extra_memory
 from dqo.batches import collate, groups_of
 from dqo.errors import UserError
-from dqo.models import value_model_from
+from dqo.learner import Learner, objective_sums
 from dqo.objectives import DPO, DQO, SFT, UNIT_EPISODES
-from dqo.step import accumulate, objective_sums
+from dqo.parallel import Processes
+from dqo.step import accumulate
+from dqo.value_models import value_model_from, value_rows
 from dqo_kernels import dispatch
 from dqo_kernels.linear_inputs import WORKSPACE_BYTES
 from tests.dqo.helpers import episodes, gradients, policy
 
 OBJECTIVES = [DQO(), DQO(lam=0.9, is_level="suffix"), DQO(value_model="none"), DQO(target="residual"), SFT(), DPO()]
+ALONE = Processes(0, 1, torch.device("cpu"))
+LONG = 10**6  # tokens of a micro-batch that holds everything
 
 
 def setup(objective, terminated=True):
@@ -24,97 +28,91 @@ def setup(objective, terminated=True):
     if critic is not None:
         torch.manual_seed(1)
         torch.nn.init.normal_(critic.score.weight)
-    return model, critic, episodes(12, terminated=terminated)
+    return Learner(model, critic), episodes(12, terminated=terminated)
 
 
-def gradient(objective, groups, per_micro_batch, model, critic, **options):
-    models = [m for m in (model, critic) if m is not None]
-    for m in models:
-        m.zero_grad(set_to_none=True)
-    accumulate(model, critic, objective, groups, per_micro_batch, 0, **options)
-    return gradients(*models)
+def gradient(objective, groups, max_tokens, learner, **options):
+    learner.zero_grad(set_to_none=True)
+    accumulate(learner, learner, objective, groups, max_tokens, 0, ALONE, **options)
+    return gradients(learner)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
-@pytest.mark.parametrize("per_micro_batch", [1, 2, 4])
-def test_the_gradient_does_not_depend_on_the_split_into_micro_batches(objective, per_micro_batch):
-    model, critic, members = setup(objective)
+@pytest.mark.parametrize("max_tokens", [1, 30, 60])
+def test_the_gradient_does_not_depend_on_the_split_into_micro_batches(objective, max_tokens):
+    learner, members = setup(objective)
     groups = groups_of(members, UNIT_EPISODES[objective.unit])
-    whole = gradient(objective, groups, len(groups), model, critic)
-    split = gradient(objective, groups, per_micro_batch, model, critic)
+    whole = gradient(objective, groups, LONG, learner)
+    split = gradient(objective, groups, max_tokens, learner)
     assert whole.abs().max() > 0
     assert torch.allclose(whole, split, atol=1e-6 * whole.abs().max().item(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("objective", [DQO(), DPO()], ids=lambda o: type(o).__name__)
 def test_padding_does_not_change_the_loss(objective):
-    model, critic, members = setup(objective)
-    loss, _ = objective_sums(model, critic, objective, collate(members, 0))
+    learner, members = setup(objective)
+    loss, _ = objective_sums(learner, objective, collate(members, 0))
     longer = dataclasses.replace(members[0], prompt_ids=[4] * 30)  # everything else gets 30 more pads
-    with_other, _ = objective_sums(model, critic, objective, collate([*members, longer, longer], 0))
-    alone, _ = objective_sums(model, critic, objective, collate([longer, longer], 0))
+    with_other, _ = objective_sums(learner, objective, collate([*members, longer, longer], 0))
+    alone, _ = objective_sums(learner, objective, collate([longer, longer], 0))
     assert torch.allclose(loss + alone, with_other, rtol=1e-5)
 
 
 def test_the_loss_does_not_depend_on_what_the_pads_hold():
-    model, critic, members = setup(DQO())
-    losses = [objective_sums(model, critic, DQO(), collate(members, pad))[0] for pad in (0, 2, 7)]
+    learner, members = setup(DQO())
+    losses = [objective_sums(learner, DQO(), collate(members, pad))[0] for pad in (0, 2, 7)]
     assert losses[0] == losses[1] == losses[2]
 
 
 def test_the_value_of_a_state_does_not_depend_on_what_follows():
-    model, critic, members = setup(DQO())
-    from dqo.models import value_rows
-
-    before, _ = value_rows(critic, collate(members, 0))
+    learner, members = setup(DQO())
+    before, _ = value_rows(learner.value_model, collate(members, 0))
     e = members[3]
     changed = [*members]
     changed[3] = dataclasses.replace(e, completion_ids=[*e.completion_ids[:-1], 3 + (e.completion_ids[-1] - 2) % 16])
-    after, _ = value_rows(critic, collate(changed, 0))
+    after, _ = value_rows(learner.value_model, collate(changed, 0))
     assert torch.equal(before, after)  # row t is the state before action t: the last action is in no state
 
 
 def test_the_value_loss_leaves_the_policy_alone():
-    model, critic, members = setup(DQO())
-    gradient(DQO(policy_scale=0.0), [[e] for e in members], 4, model, critic)
-    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
-    assert gradients(critic).abs().max() > 0
+    learner, members = setup(DQO())
+    gradient(DQO(policy_scale=0.0), [[e] for e in members], LONG, learner)
+    assert not gradients(learner.policy).any()
+    assert gradients(learner.value_model).abs().max() > 0
 
 
 def test_the_policy_loss_leaves_the_value_model_alone():
-    model, critic, members = setup(DQO())
-    gradient(DQO(value_coef=0.0), [[e] for e in members], 4, model, critic)
-    assert not gradients(critic).any()
-    assert gradients(model).abs().max() > 0
+    learner, members = setup(DQO())
+    gradient(DQO(value_coef=0.0), [[e] for e in members], LONG, learner)
+    assert not gradients(learner.value_model).any()
+    assert gradients(learner.policy).abs().max() > 0
 
 
 def test_value_warmup_trains_the_value_model_alone():
-    model, critic, members = setup(DQO())
-    gradient(DQO(), [[e] for e in members], 4, model, critic, train_policy=False)
-    assert all(p.grad is None for p in model.parameters())
-    assert gradients(critic).abs().max() > 0
+    learner, members = setup(DQO())
+    gradient(DQO(), [[e] for e in members], LONG, learner, train_policy=False)
+    assert all(p.grad is None for p in learner.policy.parameters())
+    assert gradients(learner.value_model).abs().max() > 0
 
 
 def test_a_response_that_did_not_end_is_bootstrapped_with_the_value_of_its_last_state():
     objective = DQO(is_level="none")
-    model, critic, ended = setup(objective)
-    _, _, cut = setup(objective, terminated=False)
-    _, with_end = objective_sums(model, critic, objective, collate(ended, 0))
+    learner, ended = setup(objective)
+    _, cut = setup(objective, terminated=False)
+    _, with_end = objective_sums(learner, objective, collate(ended, 0))
     batch = collate(cut, 0)
-    _, without = objective_sums(model, critic, objective, batch)
-    from dqo.models import value_rows
-
-    _, end_values = value_rows(critic, batch)
+    _, without = objective_sums(learner, objective, batch)
+    _, end_values = value_rows(learner.value_model, batch)
     lengths = batch.cu_seqlens.diff()
     expected = (end_values * lengths).sum()  # lambda = gamma = 1: every return grows by b
     assert torch.allclose(without["returns/mean"][0] - with_end["returns/mean"][0], expected, rtol=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_rows():
-    model, critic, members = setup(DQO())
+    learner, members = setup(DQO())
     members[2].rewards[0] = float("nan")
     with pytest.raises(UserError, match="the loss is nan .*row"):
-        accumulate(model, critic, DQO(), [[e] for e in members], 12, 0)
+        gradient(DQO(), [[e] for e in members], LONG, learner)
 
 
 @pytest.mark.skipif(
@@ -129,7 +127,7 @@ def test_a_step_with_a_large_vocabulary_never_holds_the_logits_of_all_rows(objec
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
-    critic = value_model_from(model) if objective.needs_values else None
+    learner = Learner(model, value_model_from(model) if objective.needs_values else None)
     rng = np.random.default_rng(0)
     members = [
         dataclasses.replace(
@@ -139,7 +137,7 @@ def test_a_step_with_a_large_vocabulary_never_holds_the_logits_of_all_rows(objec
         for e in episodes(4)
     ]  # fmt: skip
     groups = groups_of(members, UNIT_EPISODES[objective.unit])
-    extra, _ = extra_memory(lambda: accumulate(model, critic, objective, groups, len(groups), 0), torch.device("cpu"))
+    extra, _ = extra_memory(lambda: gradient(objective, groups, LONG, learner), torch.device("cpu"))
     weights = vocab * width * 4
     # The workspace, the gradients of head, embedding and the critic's embedding, and what the little model needs.
     assert extra.peak < WORKSPACE_BYTES["cpu"] + 5 * weights < 4 * length * vocab * 4

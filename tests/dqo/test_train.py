@@ -17,32 +17,9 @@ from dqo.config import load_options
 from dqo.errors import UserError
 from dqo.new_model import save
 from dqo.train import train
-from tests.dqo.helpers import policy, rollout_rows, tokenizer
+from tests.dqo.helpers import arguments, policy, rollout_rows, tokenizer
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def files(tmp_path):
-    save(policy(), tokenizer(), tmp_path / "model")
-    lines = [json.dumps(row) for row in rollout_rows(prompts=12, samples=4)]
-    (tmp_path / "rollouts.jsonl").write_text("\n".join(lines))
-    return tmp_path
-
-
-def arguments(files, **changes):
-    settings = {
-        "dataset_name": files / "rollouts.jsonl",
-        "model_name_or_path": files / "model",
-        "output_dir": files / "out",
-        "per_device_train_batch_size": 8,
-        "max_steps": 12,
-        "logging_steps": 4,
-        "learning_rate": 1e-3,
-        "critic_learning_rate": 1e-2,
-        "eval_fraction": 0.2,
-    } | changes
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
 def run(files, **changes):
@@ -193,5 +170,5 @@ def test_the_saved_policy_and_critic_are_plain_transformers_models(files):
 
     finished = run(files)
     plain = AutoModelForCausalLM.from_pretrained(finished.output_dir)
-    assert torch.equal(plain.lm_head.weight, finished.prepared.policy.lm_head.weight)
+    assert torch.equal(plain.lm_head.weight, finished.prepared.learner.policy.lm_head.weight)
     assert AutoModelForTokenClassification.from_pretrained(finished.output_dir / "critic").config.num_labels == 1

@@ -1,0 +1,87 @@
+"""What a run is given: options against the file system, and the rows; every check that needs neither model nor torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dqo.config import Options
+from dqo.errors import UserError
+from dqo.rows import Row, check_contrast, duplicate_count, prompt_key, read_rows, split_by_prompt
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Given:
+    """Objects that a Python caller hands over in the place of options."""
+
+    dataset: Any = None  # anything that read_rows takes
+    eval_dataset: Any = None
+    model: Any = None
+    tokenizer: Any = None
+    ref_model: Any = None
+    peft_config: Any = None
+    callbacks: list = field(default_factory=list)
+
+
+def check_options(options: Options, given: Given | None = None) -> None:
+    """Checks across options and against the file system, before any file is read."""
+    config, given = options.train, given or Given()
+    if config.dataset_name is None and given.dataset is None:
+        raise UserError("--dataset_name is missing: a .jsonl or .parquet file with prompt, completion, reward")
+    if config.model_name_or_path is None and given.model is None:
+        raise UserError("--model_name_or_path is missing: a directory or hub name of a causal language model")
+    if given.model is not None and given.tokenizer is None and config.model_name_or_path is None:
+        raise UserError("a model object needs its tokenizer: processing_class=...")
+    if config.truncation == "bootstrap" and not options.objective.needs_values:
+        raise UserError("truncation bootstrap needs a value model: --method dqo --value_model separate")
+    packages = {"use_peft": "peft" if config.use_peft else None, "report_to": config.report_to}
+    for option, package in packages.items():
+        if package not in (None, "none") and importlib.util.find_spec(package) is None:
+            raise UserError(f"{option} needs the package {package}: pip install {package}")
+    used = Path(config.output_dir)
+    if used.exists() and not used.is_dir():
+        raise UserError(f"output_dir {used} is a file; choose a directory")
+    if not used.exists() or not any(used.iterdir()):
+        return
+    if config.resume_from_checkpoint == "never":
+        raise UserError(f"output_dir {used} is in use; choose another, or --resume_from_checkpoint auto to go on there")
+    if not (used / "config.yaml").exists():
+        raise UserError(f"output_dir {used} holds other files; choose a new or empty directory")
+
+
+def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows held out, by problem; every check of the data that needs no model."""
+    config, given = options.train, given or Given()
+
+    def read(source: Any) -> list[Row]:
+        return read_rows(source, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold)
+
+    rows = read(config.dataset_name if given.dataset is None else given.dataset)
+    if any(row.step_rewards is not None for row in rows) and config.process_reward is None:
+        raise UserError(
+            f"{config.dataset_name or 'the data set'} has step_rewards; choose what they do: --process_reward additive (paid on "
+            "the last token of their step) or --process_reward none"
+        )
+    if options.objective.needs_reference:  # sft and rft may train on right responses alone
+        warning = check_contrast(rows)
+        if warning:
+            logger.warning(warning)
+    duplicates = duplicate_count(rows)
+    if duplicates:
+        logger.warning("%d of %d rows repeat another row's prompt and completion", duplicates, len(rows))
+    held_source = config.eval_dataset_name if given.eval_dataset is None else given.eval_dataset
+    if held_source is None:
+        return split_by_prompt(rows, config.eval_fraction, config.seed) if config.eval_fraction else (rows, [])
+    held_out = read(held_source)
+    shared = {prompt_key(row) for row in rows} & {prompt_key(row) for row in held_out}
+    if shared:
+        raise UserError(
+            f"{len(shared)} prompts of the held-out rows are in the training rows too (first: {min(shared)[:60]}); held-out rows "
+            "must be of other problems"
+        )
+    return rows, held_out

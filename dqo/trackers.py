@@ -1,0 +1,33 @@
+"""tensorboard, wandb and trackio, through accelerate; metrics.jsonl is written in any case."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dqo.config import Options
+from dqo.parallel import Processes
+
+
+class Trackers:
+    """Gets every row of metrics.jsonl. Does nothing with report_to none, and in all processes but the first."""
+
+    def __init__(self, options: Options, processes: Processes):
+        self.accelerator = None
+        config = options.train
+        if config.report_to == "none":
+            return
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(
+            cpu=processes.device.type == "cpu", log_with=config.report_to, project_dir=config.output_dir
+        )
+        plain = {n: v if isinstance(v, (int, float, str, bool)) else str(v) for n, v in options.flat().items()}
+        self.accelerator.init_trackers(config.run_name or Path(config.output_dir).name, plain)
+
+    def log(self, row: dict) -> None:
+        if self.accelerator is not None:
+            self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+    def close(self) -> None:
+        if self.accelerator is not None:
+            self.accelerator.end_training()
