@@ -23,7 +23,7 @@ from dqo.objectives import OBJECTIVES
 class TrainConfig:
     """Offline training on a file of responses and rewards. Without --dataset_name the built-in demonstration runs."""
 
-    method: Literal["dqo", "sft", "rft", "dpo"] = "dqo"
+    method: Literal["dqo", "sft", "rft", "dpo", "kto", "dro", "oreo"] = "dqo"
     """Objective; its own options are shown by `--method NAME --help`."""
     model_name_or_path: str | None = None
     """Directory or hub name of the causal language model to train; also the reference policy."""

@@ -67,7 +67,7 @@ def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], 
             f"{config.dataset_name or 'the data set'} has step_rewards; choose what they do: --process_reward additive (paid on "
             "the last token of their step) or --process_reward none"
         )
-    if options.objective.needs_reference:  # sft and rft may train on right responses alone
+    if options.objective.needs_contrast:  # sft, rft and kto may train on right responses alone
         warning = check_contrast(rows)
         if warning:
             logger.warning(warning)

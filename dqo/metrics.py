@@ -61,22 +61,22 @@ def pair_counts(pair: float | list[float]) -> bool:
 
 
 def finish(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Means; mean squares become the value model's explained variance 1 - Var(G - V) / Var(G)."""
+    """Means; mean squares become standard deviations and the value model's explained variance 1 - Var(G - V) / Var(G)."""
     pairs = {name: value.tolist() for name, value in sums.items()}
     means = {
         name: pair if isinstance(pair, float) else pair[0] / pair[1]
         for name, pair in pairs.items()
         if pair_counts(pair)
     }
-
-    def variance(name: str) -> float | None:
-        square = means.pop(f"{name}/mean_square", None)
-        return None if square is None else square - means[f"{name}/mean"] ** 2
-
-    of_returns, of_error = variance("returns"), variance("value_error")
+    variances = {}
+    for square in [name for name in means if name.endswith("/mean_square")]:
+        name = square.removesuffix("/mean_square")
+        variances[name] = max(0.0, means.pop(square) - means[f"{name}/mean"] ** 2)  # below 0 by rounding alone
+    if "advantages" in variances:
+        means["advantages/std"] = variances["advantages"] ** 0.5
     means.pop("value_error/mean", None)
-    if of_returns is not None and of_returns > 0:
-        means["value/explained_variance"] = 1.0 - of_error / of_returns
+    if variances.get("returns", 0.0) > 0:
+        means["value/explained_variance"] = 1.0 - variances["value_error"] / variances["returns"]
     if "rewards/chosen" in means and "rewards/rejected" in means and "rewards/margins" not in means:
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means

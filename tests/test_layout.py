@@ -14,7 +14,7 @@ SOURCES = sorted([*ROOT.glob("dqo/**/*.py"), *ROOT.glob("dqo_kernels/**/*.py")])
 # A file imports from lower levels only. Within a level no file imports another.
 LEVELS = [
     {"errors", "statistics", "tasks.arith", "report_plots", "objectives.sums", "objectives.sft", "objectives.rft"},
-    {"verify", "rows_formats", "report", "objectives.dpo", "objectives.dqo"},
+    {"verify", "rows_formats", "report", *(f"objectives.{name}" for name in ("dpo", "dqo", "kto", "dro", "oreo"))},
     {"rows_files", "rows_checks", "objectives"},
     {"rows"},
     {"convert", "episodes", "new_model"},

@@ -17,6 +17,8 @@ class DPO:
     needs_kl: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
     needs_values: ClassVar[bool] = False
+    needs_kl: ClassVar[bool] = False
+    needs_contrast: ClassVar[bool] = True
 
     def problems(self) -> list[tuple[str, str]]:
         found = []
@@ -43,16 +45,17 @@ class DPO:
         return paired
 
     def __call__(self, stats, rows, cu_seqlens):
+        import torch
         from torch.nn import functional as F
 
-        from dqo.objectives.sums import implicit_rewards, mean_metric, sequence_sums
+        from dqo.objectives.sums import mean_metric, response_metrics, sequence_sums
 
-        log_ratio = stats.logprobs - rows["ref_logprobs"]  # (N,)
-        reward = self.beta * sequence_sums(log_ratio, cu_seqlens)  # (2 * pairs,)
+        reward = self.beta * sequence_sums(stats.logprobs - rows["ref_logprobs"], cu_seqlens)  # (2 * pairs,)
         margin = reward[0::2] - reward[1::2]
+        chosen = torch.arange(len(reward), device=reward.device) % 2 == 0  # by reward; both may have the same label
         metrics = {
             "rewards/margins": mean_metric(margin),
             "rewards/accuracies": mean_metric((margin > 0).to(margin.dtype)),
         }
-        metrics |= implicit_rewards(log_ratio, rows["label"], cu_seqlens, self.beta)
+        metrics |= response_metrics(stats, rows, cu_seqlens, self.beta, chosen)
         return -F.logsigmoid(margin).sum(), metrics

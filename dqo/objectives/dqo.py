@@ -29,15 +29,24 @@ class DQO:
     value_coef: float = 1.0
     """Factor of the value loss."""
     value_model: Literal["separate", "head", "none"] = "separate"
-    """"separate": a model of its own, from the policy's trunk and a zero head; "none": soft values from the logsumexp."""
+    """"separate": a model of its own, from the policy's trunk and a zero head; "head": an MLP on the policy's hidden states;
+    "none": soft values from the logsumexp."""
+    kl_coef: float = 0.0
+    """Factor of the exact KL to the reference, a token; above 0 the reference stays in memory."""
+    target_ema: float | None = None
+    """Decay of an exponential moving average of the value model, which takes its place in every target; None: no average."""
 
     unit: ClassVar[str] = "token"
-    needs_kl: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
+    needs_contrast: ClassVar[bool] = True
 
     @property
     def needs_values(self) -> bool:
         return self.value_model != "none"
+
+    @property
+    def needs_kl(self) -> bool:
+        return self.kl_coef > 0
 
     def problems(self) -> list[tuple[str, str]]:
         found = []
@@ -48,16 +57,24 @@ class DQO:
                 found.append((name, f"must be in [0, 1], got {getattr(self, name)}"))
         if self.is_cap is not None and self.is_floor is not None and self.is_floor > self.is_cap:
             found.append(("is_floor", f"must be at most is_cap = {self.is_cap}, got {self.is_floor}"))
+        if not self.kl_coef >= 0:
+            found.append(("kl_coef", f"must be at least 0, got {self.kl_coef}"))
+        if self.target_ema is not None:
+            if not 0 <= self.target_ema < 1:
+                found.append(("target_ema", f"must be in [0, 1) or None, got {self.target_ema}"))
+            if self.target == "residual":
+                found.append(("target_ema", "must be None with target residual, which trains both ends"))
+            if not self.needs_values:
+                found.append(("target_ema", "must be None with value_model none: there is no value model to average"))
         return found
 
     def prepare(self, episodes: list) -> list:
         return episodes
 
     def __call__(self, stats, rows, cu_seqlens):
-        from dqo.objectives.sums import implicit_rewards, mean_metric, moments
+        from dqo.objectives.sums import Regression, mean_metric, regression_metrics, response_metrics
         from dqo_kernels import soft_bellman
 
-        last = cu_seqlens[1:] - 1
         terms = soft_bellman(
             stats.logprobs,
             rows["ref_logprobs"],
@@ -67,8 +84,8 @@ class DQO:
             behavior_logprobs=rows.get("behavior_logprobs"),
             lse=stats.lse,
             ref_lse=rows.get("ref_lse"),
-            target_values=rows.get("target_values"),
-            bootstrap=rows["bootstrap"][last] if "bootstrap" in rows else None,
+            bootstrap=rows["bootstrap"][cu_seqlens[1:] - 1] if "bootstrap" in rows else None,
+            target_values=None if self.target_ema is None else rows["target_values"],
             beta=self.beta,
             gamma=self.gamma,
             lam=self.lam,
@@ -77,29 +94,20 @@ class DQO:
             is_level=self.is_level,
             is_cap=self.is_cap,
             is_floor=self.is_floor,
+            reduction="none",
         )
-        loss = self.policy_scale * terms.policy_loss
+        loss = self.policy_scale * terms.policy_loss.sum()
         if self.target == "detach":
-            loss = loss + self.value_coef * terms.value_loss
-        n = stats.logprobs.new_tensor(float(stats.logprobs.numel()))
+            loss = loss + self.value_coef * terms.value_loss.sum()
         weights, capped = terms.weights, 1.0 if self.is_cap is None else 2.718281828459045**self.is_cap * (1 - 1e-6)
-        log_ratio = stats.logprobs - rows["ref_logprobs"]
-        soft_values = self.beta * (stats.lse - rows["ref_lse"]) if not self.needs_values else rows["values"]
-        metrics = {
-            "loss/policy": _pair(terms.policy_loss, n),
-            "loss/value": _pair(terms.value_loss, n),
+        values = rows["values"] if self.needs_values else self.beta * (stats.lse - rows["ref_lse"])
+        scaled_ratio = self.beta * (stats.logprobs - rows["ref_logprobs"])
+        fitted = Regression(values, terms.returns, scaled_ratio, terms.advantages)
+        metrics = regression_metrics(terms.policy_loss, terms.value_loss, fitted) | {
             "sampling/importance_sampling_ratio/mean": mean_metric(weights),
             "importance_weight/clipped_frac": mean_metric((weights >= capped).to(weights.dtype)),
-            "value/mean": mean_metric(soft_values),
-            "returns/mean": mean_metric(terms.returns),
-            "advantages/mean": mean_metric(terms.advantages),
-            "td_error/abs_mean": mean_metric((self.beta * log_ratio - terms.advantages).abs()),
         }
-        metrics |= moments("returns", terms.returns) | moments("value_error", terms.returns - soft_values)
-        return loss, metrics | implicit_rewards(log_ratio, rows["label"], cu_seqlens, self.beta)
-
-
-def _pair(total, count):
-    import torch
-
-    return torch.stack([total.detach(), count])
+        if self.needs_kl:
+            loss = loss + self.kl_coef * stats.kl.sum()
+            metrics["loss/kl"] = mean_metric(stats.kl)
+        return loss, metrics | response_metrics(stats, rows, cu_seqlens, self.beta)

@@ -15,6 +15,8 @@ class RFT:
     needs_kl: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
     needs_values: ClassVar[bool] = False
+    needs_kl: ClassVar[bool] = False
+    needs_contrast: ClassVar[bool] = False
 
     def problems(self) -> list[tuple[str, str]]:
         bad = self.max_per_prompt is not None and self.max_per_prompt < 1
@@ -32,4 +34,6 @@ class RFT:
         return kept
 
     def __call__(self, stats, rows, cu_seqlens):
-        return -stats.logprobs.sum(), {}
+        from dqo.objectives.sums import response_metrics
+
+        return -stats.logprobs.sum(), response_metrics(stats, rows, cu_seqlens)

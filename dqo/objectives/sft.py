@@ -12,6 +12,8 @@ class SFT:
     needs_kl: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
     needs_values: ClassVar[bool] = False
+    needs_kl: ClassVar[bool] = False
+    needs_contrast: ClassVar[bool] = False
 
     def problems(self) -> list[tuple[str, str]]:
         return []
@@ -20,4 +22,6 @@ class SFT:
         return episodes
 
     def __call__(self, stats, rows, cu_seqlens):
-        return -stats.logprobs.sum(), {}
+        from dqo.objectives.sums import response_metrics
+
+        return -stats.logprobs.sum(), response_metrics(stats, rows, cu_seqlens)

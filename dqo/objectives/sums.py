@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from dqo_kernels import TokenStats
 from dqo_kernels.packed import sequence_index
 
 
@@ -12,6 +15,29 @@ def sequence_sums(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(B,): sum of the rows of each sequence."""
     sequence = sequence_index(cu_seqlens, x.shape[0])
     return x.new_zeros(cu_seqlens.numel() - 1).index_add(0, sequence, x)
+
+
+def sequence_means(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(B,): mean of the rows of each sequence."""
+    return sequence_sums(x, cu_seqlens) / cu_seqlens.diff()
+
+
+class Regression(NamedTuple):
+    """What a method fits in each state: V to `returns`, beta * log(pi/ref) to `advantages`. The two targets are detached."""
+
+    values: Tensor
+    returns: Tensor
+    scaled_ratio: Tensor  # beta * log(pi/ref)
+    advantages: Tensor
+
+
+def response_regression(stats: TokenStats, rows: dict[str, Tensor], cu_seqlens: Tensor, beta: float) -> Regression:
+    """(B,) fields, of the response as one action in the state of its prompt; V of its last state is paid if it was cut."""
+    paid = rows["rewards"] + rows["bootstrap"].detach() if "bootstrap" in rows else rows["rewards"]
+    outcome = sequence_sums(paid, cu_seqlens)
+    scaled_ratio = beta * sequence_sums(stats.logprobs - rows["ref_logprobs"], cu_seqlens)
+    values = rows["values"][cu_seqlens[:-1]]
+    return Regression(values, outcome - scaled_ratio.detach(), scaled_ratio, outcome - values.detach())
 
 
 def mean_metric(x: Tensor, where: Tensor | None = None) -> Tensor:
@@ -22,16 +48,48 @@ def mean_metric(x: Tensor, where: Tensor | None = None) -> Tensor:
     return torch.stack([torch.where(where, x, 0.0).sum(), where.sum().to(x.dtype)])
 
 
-def implicit_rewards(log_ratio: Tensor, label: Tensor, cu_seqlens: Tensor, beta: float) -> dict[str, Tensor]:
-    """beta * log(pi/ref) of whole responses, correct ones as `chosen`, the others as `rejected` (TRL's names)."""
-    reward = beta * sequence_sums(log_ratio.detach(), cu_seqlens)
-    chosen = label[cu_seqlens[1:] - 1] > 0.5
-    return {
-        "rewards/chosen": mean_metric(reward, chosen),
-        "rewards/rejected": mean_metric(reward, ~chosen),
-    }
-
-
 def moments(name: str, x: Tensor) -> dict[str, Tensor]:
     """Mean and mean square, from which variances of the whole step are made."""
     return {f"{name}/mean": mean_metric(x), f"{name}/mean_square": mean_metric(x.square())}
+
+
+def response_metrics(
+    stats: TokenStats,
+    rows: dict[str, Tensor],
+    cu_seqlens: Tensor,
+    beta: float | None = None,
+    chosen: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Sums over whole responses, by TRL's names: log-probabilities and, given `beta`, implicit rewards beta * log(pi/ref).
+
+    `chosen` (B,) bool tells which are `chosen`, the others being `rejected`; without it the label does.
+    """
+    if chosen is None:
+        chosen = rows["label"][cu_seqlens[:-1]] > 0.5
+    logprobs = stats.logprobs.detach()
+    totals = {"logps": sequence_sums(logprobs, cu_seqlens)}
+    if beta is not None:
+        totals["rewards"] = beta * sequence_sums(logprobs - rows["ref_logprobs"], cu_seqlens)
+    metrics = {}
+    for name, total in totals.items():
+        metrics |= {f"{name}/chosen": mean_metric(total, chosen), f"{name}/rejected": mean_metric(total, ~chosen)}
+    if "behavior_logprobs" in rows:
+        metrics["sampling/logp_difference/mean"] = mean_metric((logprobs - rows["behavior_logprobs"]).abs())
+    return metrics
+
+
+def regression_metrics(policy_loss: Tensor, value_loss: Tensor, fitted: Regression) -> dict[str, Tensor]:
+    """The losses before their factors, with an entry for each unit, and what is fitted in the states."""
+    values, returns, scaled_ratio, advantages = (x.detach() for x in fitted)
+    metrics = {
+        "loss/policy": mean_metric(policy_loss),
+        "loss/value": mean_metric(value_loss),
+        "value/mean": mean_metric(values),
+        "td_error/abs_mean": mean_metric((scaled_ratio - advantages).abs()),
+    }
+    return (
+        metrics
+        | moments("returns", returns)
+        | moments("advantages", advantages)
+        | moments("value_error", returns - values)
+    )

@@ -3,14 +3,16 @@ import math
 import pytest
 import torch
 
+from dqo import metrics as finished
 from dqo.objectives import DQO
 from dqo_kernels import TokenStats
+from tests.dqo.objectives.packed import differences, random_case
 
 
 def call(objective, logprobs, ref_logprobs, rewards, values, cu_seqlens, **extra):
-    stats = TokenStats(
-        torch.tensor(logprobs, requires_grad=True), torch.zeros(len(logprobs)), torch.zeros(len(logprobs))
-    )
+    zeros = torch.zeros(len(logprobs))
+    logprobs = torch.tensor(logprobs, requires_grad=True)
+    stats = TokenStats(logprobs, zeros, zeros, kl=(logprobs - torch.tensor(ref_logprobs)).square())
     rows = {
         "ref_logprobs": torch.tensor(ref_logprobs),
         "rewards": torch.tensor(rewards),
@@ -68,13 +70,15 @@ def test_the_bootstrap_on_the_last_row_enters_the_return():
         {"is_level": "token", "is_floor": 0.15},
         {"policy_scale": 2.0},
         {"value_coef": 0.5},
+        {"kl_coef": 0.1},
+        {"target_ema": 0.9},
     ],
 )
 def test_every_option_changes_the_gradient(change):
     arguments = ([-1.0, -1.1, -0.7], [-1.2, -1.3, -0.8], [0.1, 0.2, 1.0], [0.3, 0.2, 0.1], [0, 3])
 
     def gradient(objective):
-        loss, _, logprobs, values = call(objective, *arguments)
+        loss, _, logprobs, values = call(objective, *arguments, target_values=torch.tensor([0.1, 0.4, 0.2]))
         loss.backward()
         return torch.cat([logprobs.grad, values.grad])
 
@@ -91,3 +95,73 @@ def test_soft_values_come_from_the_logsumexps():
     assert metrics["value/mean"][0] == 0.5  # beta * (2 - 1)
     loss.backward()
     assert stats.lse.grad.item() == pytest.approx(0.5 * (0.5 - 1.0))  # beta * (V - G)
+
+
+def test_what_the_step_logs():
+    objective = DQO(beta=0.5, is_level="none")
+    behavior = torch.tensor([-1.1, -0.6])
+    _, metrics, _, _ = call(
+        objective, [-1.0, -1.0], [-1.2, -0.6], [0.0, 1.0], [0.3, 0.6], [0, 2], behavior_logprobs=behavior
+    )
+    expected = {
+        "advantages/mean": 0.65,  # 1.2 - 0.3 and 1 - 0.6
+        "advantages/std": 0.25,
+        "returns/mean": 1.15,
+        "value/mean": 0.45,
+        "td_error/abs_mean": 0.7,
+        "value/explained_variance": 1 - 0.01 / 0.0025,  # errors 0.8 and 0.6, returns 1.1 and 1.2
+        "sampling/logp_difference/mean": 0.25,
+        "sampling/importance_sampling_ratio/mean": 1.0,
+        "rewards/chosen": -0.1,
+        "logps/chosen": -2.0,
+    }
+    found = finished.finish(metrics)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_exact_kl_is_added_without_a_weight():
+    logits, make, rows, cu_seqlens = random_case([3, 2])
+    plain, with_kl = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    without, _ = DQO()(make(plain), rows, cu_seqlens)
+    loss, metrics = DQO(kl_coef=0.2)(make(with_kl), rows, cu_seqlens)
+    assert DQO(kl_coef=0.2).needs_kl and not DQO().needs_kl
+    kl = make(logits).kl
+    assert torch.allclose(loss - without, 0.2 * kl.sum())
+    assert torch.allclose(metrics["loss/kl"], torch.stack([kl.sum(), torch.tensor(5.0, dtype=kl.dtype)]))
+    without.backward(), loss.backward()
+    expected = differences(lambda x: 0.2 * make(x).kl.sum(), logits)
+    assert torch.allclose(with_kl.grad - plain.grad, expected, atol=1e-8)
+
+
+def test_a_moving_average_of_the_values_takes_their_place_in_the_targets_alone():
+    logits, make, rows, cu_seqlens = random_case([3, 4])
+    averaged = rows["values"] + 0.5
+
+    def gradients(objective, values, **more):
+        leaves = logits.clone().requires_grad_(), values.clone().requires_grad_()
+        loss, metrics = objective(make(leaves[0]), rows | {"values": leaves[1]} | more, cu_seqlens)
+        loss.backward()
+        return leaves[0].grad, leaves[1].grad, metrics
+
+    of_policy, of_values, metrics = gradients(DQO(lam=0.5, target_ema=0.9), rows["values"], target_values=averaged)
+    alone_policy, alone_values, alone_metrics = gradients(DQO(lam=0.5), averaged)
+    assert torch.allclose(of_policy, alone_policy)
+    assert torch.allclose(metrics["returns/mean"], alone_metrics["returns/mean"])
+    weights = (alone_values - of_values) / 0.5  # w_t (V_t - G_t): the same targets, another live V_t
+    assert torch.allclose(weights, weights[[0, 0, 0, 3, 3, 3, 3]]) and (weights > 0).all()
+
+
+def test_options_out_of_range_are_named():
+    def named(**options):
+        return [name for name, _ in DQO(**options).problems()]
+
+    assert named(beta=0.0, gamma=1.1, lam=-0.1, is_floor=2.0, kl_coef=-1.0, target_ema=1.0) == [
+        "beta", "gamma", "lam", "is_floor", "kl_coef", "target_ema",
+    ]  # fmt: skip
+    assert named(target_ema=0.99) == []
+    assert named(target_ema=0.99, target="residual") == ["target_ema"]
+    assert named(target_ema=0.99, value_model="none") == ["target_ema"]
+
+
+def test_the_value_model_decides_whether_values_are_needed():
+    assert [DQO(value_model=kind).needs_values for kind in ("separate", "head", "none")] == [True, True, False]

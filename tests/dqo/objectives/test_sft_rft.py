@@ -9,8 +9,13 @@ from tests.dqo.helpers import episodes
 @pytest.mark.parametrize("objective", [SFT(), RFT()])
 def test_the_loss_is_the_negative_log_likelihood_of_every_response_token(objective):
     logprobs = torch.tensor([-0.5, -1.0, -0.25])
-    loss, _ = objective(TokenStats(logprobs, logprobs, logprobs), {}, torch.tensor([0, 2, 3]))
+    rows = {"label": torch.tensor([1.0, 1.0, 0.0])}
+    loss, metrics = objective(TokenStats(logprobs, logprobs, logprobs), rows, torch.tensor([0, 2, 3]))
     assert loss.item() == 1.75
+    assert {name: sums.tolist() for name, sums in metrics.items()} == {
+        "logps/chosen": [-1.5, 1.0],
+        "logps/rejected": [-0.25, 1.0],
+    }
 
 
 def test_rft_keeps_distinct_correct_responses():

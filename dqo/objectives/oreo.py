@@ -1,0 +1,83 @@
+"""Offline Reasoning Optimization (arXiv 2412.16145, eqs. 8 and 9): DQO at lambda 1 without weights, a mean over each response.
+
+    L_V  = mean_t (V_t - R_t + beta * sum_{i>=t} delta_i)^2                                    the policy held fixed
+    L_pi = mean_t (V_t - R_t + beta * delta_t + sg[beta * sum_{i>t} delta_i])^2 + alpha * mean_t KL_t      V held fixed
+
+delta_t = log pi(y_t|s_t) - log ref(y_t|s_t), R_t = rewards from t on, KL_t = KL(pi || ref) over the vocabulary. At the level of
+responses only t = 1 counts, and its whole sum is differentiated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+
+@dataclass(frozen=True)
+class OREO:
+    beta: float = 0.03
+    """KL temperature."""
+    alpha: float = 0.01
+    """Factor of the exact KL to the reference, which then stays in memory."""
+    level: Literal["token", "response"] = "token"
+    """Which states count: every token's (the paper), or the first of each response."""
+    value_coef: float = 1.0
+    """Factor of the value loss."""
+    value_model: Literal["separate", "head"] = "separate"
+    """"separate": a model of its own, from the policy's trunk and a zero head; "head": an MLP on the policy's hidden states."""
+
+    unit: ClassVar[str] = "sequence"
+    needs_reference: ClassVar[bool] = True
+    needs_values: ClassVar[bool] = True
+    needs_contrast: ClassVar[bool] = True
+
+    @property
+    def needs_kl(self) -> bool:
+        return self.alpha > 0
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = [] if self.beta > 0 else [("beta", f"must be positive, got {self.beta}")]
+        return found if self.alpha >= 0 else [*found, ("alpha", f"must be at least 0, got {self.alpha}")]
+
+    def prepare(self, episodes: list) -> list:
+        return episodes
+
+    def __call__(self, stats, rows, cu_seqlens):
+        from dqo.objectives.sums import mean_metric, regression_metrics, response_metrics, sequence_means
+
+        terms = self._tokens if self.level == "token" else self._responses
+        policy_loss, value_loss, fitted = terms(stats, rows, cu_seqlens)  # the losses (B,)
+        metrics = regression_metrics(policy_loss, value_loss, fitted)
+        metrics |= response_metrics(stats, rows, cu_seqlens, self.beta)
+        loss = policy_loss.sum() + self.value_coef * value_loss.sum()
+        if self.needs_kl:
+            loss = loss + self.alpha * sequence_means(stats.kl, cu_seqlens).sum()
+            metrics["loss/kl"] = mean_metric(stats.kl)
+        return loss, metrics
+
+    def _tokens(self, stats, rows, cu_seqlens):
+        from dqo.objectives.sums import Regression, sequence_means
+        from dqo_kernels import soft_bellman
+
+        terms = soft_bellman(
+            stats.logprobs,
+            rows["ref_logprobs"],
+            rows["rewards"],
+            rows["values"],
+            cu_seqlens,
+            bootstrap=rows["bootstrap"][cu_seqlens[1:] - 1] if "bootstrap" in rows else None,
+            beta=self.beta,
+            is_level="none",
+            reduction="none",
+        )
+        policy_loss, value_loss = (  # there they have a factor 1/2
+            2.0 * sequence_means(loss, cu_seqlens) for loss in (terms.policy_loss, terms.value_loss)
+        )
+        scaled_ratio = self.beta * (stats.logprobs - rows["ref_logprobs"])
+        return policy_loss, value_loss, Regression(rows["values"], terms.returns, scaled_ratio, terms.advantages)
+
+    def _responses(self, stats, rows, cu_seqlens):
+        from dqo.objectives.sums import response_regression
+
+        fitted = response_regression(stats, rows, cu_seqlens, self.beta)
+        return (fitted.scaled_ratio - fitted.advantages).square(), (fitted.values - fitted.returns).square(), fitted

@@ -1,0 +1,101 @@
+"""What holds for every objective, by the contract of dqo/objectives/__init__.py."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dqo.objectives import DQO, OBJECTIVES, OREO, UNIT_EPISODES
+from dqo_kernels import TokenStats, linear_row_loss, linear_token_stats
+from tests.dqo.helpers import episodes
+from tests.dqo.objectives.packed import VOCAB, random_case
+
+CASES = [cls() for cls in OBJECTIVES.values()] + [DQO(kl_coef=0.5), DQO(value_model="none"), OREO(level="response")]
+every_objective = pytest.mark.parametrize("objective", CASES, ids=repr)
+
+
+@every_objective
+def test_it_declares_what_it_needs(objective):
+    assert objective.unit in UNIT_EPISODES
+    for name in ("needs_reference", "needs_values", "needs_kl", "needs_contrast"):
+        assert isinstance(getattr(objective, name), bool)
+    assert objective.problems() == []
+    assert objective.needs_values == (getattr(objective, "value_model", "none") != "none")
+    prepared = objective.prepare(episodes(8))
+    assert hasattr(objective, "companion_sums") == any(e.companion is not None for e in prepared)
+
+
+@every_objective
+def test_it_reads_no_more_than_it_declares(objective):
+    logits, make, rows, cu_seqlens = random_case([2, 3, 1, 4])
+    stats = make(logits)
+    if not objective.needs_kl:
+        stats = stats._replace(ref_logprobs=None, ref_lse=None, kl=None)
+    absent = {"behavior_logprobs"} | (set() if objective.needs_values else {"values"})
+    absent |= set() if objective.needs_reference else {"ref_logprobs", "ref_lse"}
+    absent |= set() if hasattr(objective, "companion_sums") else {"companion_mean"}
+    loss, _ = objective(stats, {name: x for name, x in rows.items() if name not in absent}, cu_seqlens)
+    assert torch.isfinite(loss)
+
+
+@every_objective
+def test_loss_and_metrics_are_sums_over_micro_batches(objective):
+    logits, make, rows, cu_seqlens = random_case([2, 3, 1, 4])
+    stats = make(logits)
+    whole, metrics = objective(stats, rows, cu_seqlens)
+    loss, added = 0.0, {}
+    for first, last in ((0, 2), (2, 4)):
+        own = slice(int(cu_seqlens[first]), int(cu_seqlens[last]))
+        columns = {name: x[own] for name, x in rows.items()}
+        boundaries = cu_seqlens[first : last + 1] - cu_seqlens[first]
+        part, more = objective(TokenStats(*(x[own] for x in stats)), columns, boundaries)
+        loss = loss + part
+        added = {name: added.get(name, 0) + value for name, value in more.items()}
+    assert torch.allclose(whole, loss)
+    assert metrics.keys() == added.keys()
+    for name, value in metrics.items():
+        assert value.shape == (2,) and not value.requires_grad
+        assert torch.allclose(value, added[name]), name
+
+
+@every_objective
+def test_from_hidden_states_it_has_the_loss_and_gradients_of_the_logits(objective):
+    lengths = [2, 3, 1, 4]
+    _, _, rows, cu_seqlens = random_case(lengths)
+    rows = {name: x.float() for name, x in rows.items()}
+    torch.manual_seed(0)
+    weight, ref_weight = torch.randn(2, VOCAB, 5)
+    hidden, ref_hidden = torch.randn(2, sum(lengths), 5)
+    actions = torch.randint(VOCAB, (sum(lengths),))
+    reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight} if objective.needs_kl else {}
+
+    def gradients(loss_of):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, rows["values"])]
+        loss, metrics = loss_of(*leaves)
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return loss, metrics, [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found)]
+
+    def fused(hidden, weight, values):
+        columns, groups = rows | {"values": values}, torch.arange(0, 5, UNIT_EPISODES[objective.unit])
+        return linear_row_loss(
+            hidden, weight, actions, objective, cu_seqlens, rows=columns, cu_groups=groups, **reference
+        )
+
+    def plain(hidden, weight, values):
+        stats = linear_token_stats(hidden, weight, actions, **reference, backend="reference")
+        return objective(stats, rows | {"values": values}, cu_seqlens)
+
+    ours, our_metrics, our_gradients = gradients(fused)
+    loss, metrics, expected = gradients(plain)
+    assert torch.allclose(ours, loss, rtol=1e-5)
+    assert our_metrics.keys() == metrics.keys()
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(our_gradients, expected))
+    assert our_gradients[0].abs().max() > 0
+
+
+@every_objective
+def test_it_is_made_of_its_flags(objective):
+    changed = dataclasses.replace(objective)  # frozen, and its fields are all there is
+    assert changed == objective
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        changed.beta = 1.0
