@@ -4,7 +4,7 @@ Installed with `pip install -e .[bench]`; none is needed, one that is missing is
     trl        selective_log_softmax, entropy_from_logits: log-probability and entropy of one model in the dtype of the logits;
                torch operations on the CPU, one Triton kernel on a GPU. No exact KL (its trainers estimate it from samples).
                ChunkedLogProbFunction: log-probabilities from hidden states and the head, in tiles of the vocabulary, projected
-               again in the backward; DPOTrainer's loss, which calls it.
+               again in the backward; the losses of DPOTrainer and KTOTrainer, which call it (trl_steps.py).
     liger      liger_cross_entropy: log-probability alone; Triton, so GPU only; its gradient overwrites the logits.
                triton_grpo_loss: another loss of the same inputs, one model's logits, the reference's log-probabilities given.
                liger_fused_linear_cross_entropy, LigerFusedLinearGRPOLoss: from hidden states and the head, the gradient made in
@@ -128,36 +128,6 @@ def trl_chunked_logprobs(hidden, weight, actions):
     )  # temperature, columns a tile, softcap, scale, statistics
     logprobs, *_ = ChunkedLogProbFunction.apply(hidden, weight, None, actions, *options)
     return logprobs
-
-
-def trl_dpo_loss(model, beta: float) -> Callable:
-    """compute_loss of a DPOTrainer for `model`, which it changes: loss = f(batch), with precomputed reference log-probabilities.
-
-    A trainer needs a tokenizer and a dataset at its construction: here two words, and one row that is never trained on."""
-    import tempfile
-
-    import datasets
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-    from trl import DPOConfig, DPOTrainer
-
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
-    with tempfile.TemporaryDirectory() as directory:
-        options = DPOConfig(
-            directory,
-            beta=beta,
-            precompute_ref_log_probs=True,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=model.device.type == "cpu",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        row = datasets.Dataset.from_dict({"prompt": ["<pad>"], "chosen": ["<pad>"], "rejected": ["<pad>"]})
-        trainer = DPOTrainer(model, args=options, train_dataset=row, processing_class=tokenizer)
-    trainer.model.train()
-    return lambda batch: trainer.compute_loss(trainer.model, batch)
 
 
 def linear_cross_entropy_reason(case: Case, device_type: str) -> str | None:
