@@ -3,8 +3,9 @@
     pytest benchmarks/bench_train_step.py --benchmark-only
 
 A Qwen2 with a vocabulary of 151,936 and random weights in float32, on synthetic pairs of responses; the reference's
-log-probabilities are given. Variants: "dqo" and "dpo", the objectives of this package, both through `dqo.step.accumulate` on the
-same tokens. DQO trains a value model too, a second trunk. TRL's DPO must give the loss and gradients of ours.
+log-probabilities are given. Variants: "dqo", "dpo" and "kto", the objectives of this package, all through `dqo.step.accumulate`
+on the same tokens. DQO trains a value model too, a second trunk; KTO first looks at companions, every prompt with another
+prompt's response, without a gradient. TRL's DPO and KTO must give the loss and gradients of ours.
 
 Mode "forward" evaluates the loss without a gradient; "both" is the step. `accumulate` takes the gradient itself.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -20,21 +22,21 @@ import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks import peers
+from benchmarks import peers, trl_steps
 from benchmarks.harness import Candidate, Case, Operation, Phases
 from benchmarks.records import parametrize
 from benchmarks.units import TOKENS
-from dqo.batches import collate, groups_of
+from dqo.batches import groups_of
 from dqo.episodes import Episode
 from dqo.learner import Learner
-from dqo.objectives import DPO, DQO, UNIT_EPISODES
-from dqo.reference import add_reference
+from dqo.objectives import DPO, DQO, KTO, UNIT_EPISODES
 from dqo.parallel import Processes
+from dqo.reference import add_reference
 from dqo.step import accumulate
 from dqo.value_models import value_model_from
 
 DISPATCHED = ("linear_row_loss", "soft_bellman")
-OBJECTIVES = {"dqo": DQO(), "dpo": DPO()}
+OBJECTIVES = {"dqo": DQO(), "dpo": DPO(), "kto": KTO()}
 SMALL = {
     "hidden_size": 128,
     "intermediate_size": 512,
@@ -53,7 +55,7 @@ MODELS = {
     "0.5B": {"vocab_size": 151936, **QWEN},
 }  # fmt: skip
 SHAPES = {  # model, pairs, prompt, response
-    "smoke": (("tiny", 1, 4, 12),),
+    "smoke": (("tiny", 2, 4, 12),),
     "default": (("20M", 2, 32, 96),),
     "full": (("20M", 4, 32, 96), ("20M", 8, 32, 224)),
     "cuda": (("0.5B", 8, 128, 384),),
@@ -93,7 +95,10 @@ def inputs(case: Case, device: torch.device) -> SimpleNamespace:
     model, *lengths = case.dims
     objective = OBJECTIVES[case.variant]
     episodes = _episodes(*lengths, MODELS[model]["vocab_size"])
-    add_reference(episodes, _model(model, device), pad_id=0, batch_size=2, quiet=True)
+    if case.variant == "kto":
+        episodes = objective.prepare(episodes)
+    companions = [episode.companion for episode in episodes if episode.companion is not None]
+    add_reference(episodes + companions, _model(model, device), pad_id=0, batch_size=2, quiet=True)
     policy = _model(model, device)
     value_model = value_model_from(policy) if objective.needs_values else None
     return SimpleNamespace(objective=objective, episodes=episodes, learner=Learner(policy, value_model))
@@ -144,19 +149,10 @@ def _ours(x: SimpleNamespace, backend: str) -> Phases:
     return _step(loss, dict(x.learner.named_children()))
 
 
-def _trl_dpo(x: SimpleNamespace) -> Phases:
+def _trl(x: SimpleNamespace, make_loss: Callable, make_batch: Callable) -> Phases:
     """On a copy of the policy: the trainer changes a model's forward."""
     policy = copy.deepcopy(x.learner.policy)
-    loss = peers.trl_dpo_loss(policy, x.objective.beta)
-    ordered = x.episodes[0::2] + x.episodes[1::2]
-    input_ids = collate(ordered, 0, policy.device).input_ids
-    completion = torch.zeros_like(input_ids)
-    for row, episode in zip(completion, ordered):
-        row[len(episode.prompt_ids) : episode.length] = 1
-    sums = torch.tensor([float(episode.ref_logprobs.sum()) for episode in ordered], device=policy.device)
-    chosen, rejected = sums.chunk(2)
-    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "completion_mask": completion}
-    batch |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    loss, batch = make_loss(policy, x.objective), make_batch(x.episodes, policy.device)
     return _step(lambda: loss(batch), {"policy": policy})
 
 
@@ -165,9 +161,16 @@ CANDIDATES = [
     Candidate(
         "trl dpo",
         "DPO and its metrics, by DPOTrainer.compute_loss without checkpointing; on the CPU its head scores the prompts too",
-        _trl_dpo,
+        lambda x: _trl(x, trl_steps.dpo_loss, trl_steps.dpo_batch),
         peers.trl_chunked_reason,
         suits=lambda case: case.variant == "dpo",
+    ),
+    Candidate(
+        "trl kto",
+        "KTO and its metrics, by KTOTrainer.compute_loss in the same way, with the same companions",
+        lambda x: _trl(x, trl_steps.kto_loss, trl_steps.kto_batch),
+        peers.trl_chunked_reason,
+        suits=lambda case: case.variant == "kto",
     ),
 ]
 
@@ -177,7 +180,7 @@ def _tokens(case: Case) -> int:
     return 2 * pairs * (prompt + response)
 
 
-TEXT = "prompts and responses of both of every pair"
+TEXT = "prompts and responses of both of every pair; companions are not counted"
 OPERATION = Operation(
     "train_step",
     cases,

@@ -106,17 +106,18 @@ def test_a_training_step_takes_every_gradient(case):
     assert found["forgetful"].startswith(harness.FAILED) and "embed" in found["forgetful"]
     assert set(found["reference"]) == {"forward", "both"}
     record = found["reference"]["both"]
-    assert record["tokens"] == 2 * 16 and record["tokens_per_s"] > 0
+    assert record["tokens"] == 4 * 16 and record["tokens_per_s"] > 0
     assert record["peak_extra_bytes"] >= sum(p.nbytes for p in x.policy.parameters())
 
 
-def test_trl_takes_the_same_step():
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_trl_takes_the_same_step(method):
     pytest.importorskip("trl", reason="a peer of the extra [bench]")
-    case = next(case for case in train_step.cases("cpu", "smoke") if case.variant == "dpo")
+    case = next(case for case in train_step.cases("cpu", "smoke") if case.variant == method)
     if reason := train_step.peers.trl_chunked_reason(case, "cpu"):
         pytest.skip(reason)
-    found = harness.measure(train_step.OPERATION, case, CPU, {"trl dpo"}, Budget(3, 0.0))
-    assert not isinstance(found["trl dpo"], str), found["trl dpo"]
+    found = harness.measure(train_step.OPERATION, case, CPU, {f"trl {method}"}, Budget(3, 0.0))
+    assert not isinstance(found[f"trl {method}"], str), found[f"trl {method}"]
 
 
 def test_report(tmp_path):

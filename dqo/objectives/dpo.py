@@ -14,7 +14,6 @@ class DPO:
     """Pairs made from each prompt; every response is used before one is used again."""
 
     unit: ClassVar[str] = "pair"
-    needs_kl: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
     needs_values: ClassVar[bool] = False
     needs_kl: ClassVar[bool] = False

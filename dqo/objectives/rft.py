@@ -12,7 +12,6 @@ class RFT:
     """Correct responses kept for each prompt; None keeps all distinct ones."""
 
     unit: ClassVar[str] = "token"
-    needs_kl: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
     needs_values: ClassVar[bool] = False
     needs_kl: ClassVar[bool] = False

@@ -9,7 +9,6 @@ from typing import ClassVar
 @dataclass(frozen=True)
 class SFT:
     unit: ClassVar[str] = "token"
-    needs_kl: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
     needs_values: ClassVar[bool] = False
     needs_kl: ClassVar[bool] = False

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dqo import metrics
-from dqo.objectives.sums import moments, sequence_sums
+from dqo.objectives.sums import moments, response_metrics, sequence_means, sequence_sums
 from dqo_kernels import TokenStats
 
 
@@ -26,6 +26,19 @@ def test_explained_variance_is_one_minus_the_ratio_of_variances():
     assert "returns/mean_square" not in found and "value_error/mean" not in found
 
 
+def test_advantages_are_logged_with_their_standard_deviation():
+    advantages = torch.randn(50) + 3
+    halves = [moments("advantages", part) for part in advantages.chunk(2)]
+    found = metrics.finish(metrics.add(*halves))
+    assert found.keys() == {"advantages/mean", "advantages/std"}
+    assert found["advantages/std"] == pytest.approx(advantages.std(correction=0).item(), rel=1e-4)
+
+
+def test_a_variance_is_never_negative():
+    rounded = {"advantages/mean": torch.tensor([1.0, 1.0]), "advantages/mean_square": torch.tensor([1.0 - 1e-7, 1.0])}
+    assert metrics.finish(rounded)["advantages/std"] == 0
+
+
 def test_a_metric_nobody_contributed_to_is_left_out():
     assert metrics.finish({"rewards/chosen": torch.tensor([0.0, 0.0])}) == {}
 
@@ -42,6 +55,28 @@ def test_the_logged_kl_is_zero_at_the_reference_and_positive_elsewhere():
 def test_sequence_sums_stay_inside_their_sequence():
     x = torch.tensor([1.0, 2.0, 4.0, 8.0])
     assert sequence_sums(x, torch.tensor([0, 1, 1, 4])).tolist() == [1.0, 0.0, 14.0]
+
+
+def test_sequence_means_are_of_each_sequence():
+    assert sequence_means(torch.tensor([1.0, 2.0, 4.0, 9.0]), torch.tensor([0, 1, 4])).tolist() == [1.0, 5.0]
+
+
+def test_responses_are_summed_by_label_or_by_what_is_given():
+    stats = TokenStats(torch.tensor([-1.0, -2.0, -4.0]), torch.zeros(3), torch.zeros(3))
+    rows = {"label": torch.tensor([1.0, 1.0, 0.0]), "ref_logprobs": torch.tensor([-1.0, -1.0, -1.0])}
+    cu_seqlens = torch.tensor([0, 2, 3])
+    found = response_metrics(stats, rows, cu_seqlens, beta=0.5)
+    assert {name: pair.tolist() for name, pair in found.items()} == {
+        "logps/chosen": [-3.0, 1.0],
+        "logps/rejected": [-4.0, 1.0],
+        "rewards/chosen": [-0.5, 1.0],
+        "rewards/rejected": [-1.5, 1.0],
+    }
+    given = response_metrics(stats, rows, cu_seqlens, chosen=torch.tensor([False, True]))
+    assert {name: pair.tolist() for name, pair in given.items()} == {
+        "logps/chosen": [-4.0, 1.0],
+        "logps/rejected": [-3.0, 1.0],
+    }
 
 
 def test_a_metrics_file_is_cut_back_to_its_position(tmp_path):

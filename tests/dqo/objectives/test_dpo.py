@@ -19,6 +19,10 @@ def test_the_loss_of_one_pair_by_hand():
     loss, metrics, logprobs = call(DPO(beta=0.5), [-1.0, -1.0, -1.0], [-1.2, -1.3, -0.9], [0, 2, 3])
     assert math.isclose(loss.item(), math.log(1 + math.exp(-0.3)), rel_tol=1e-6)
     assert torch.allclose(metrics["rewards/margins"], torch.tensor([0.3, 1.0]))
+    assert torch.allclose(
+        metrics["rewards/rejected"], torch.tensor([-0.05, 1.0])
+    )  # the worse of the pair, whatever its label
+    assert torch.allclose(metrics["logps/rejected"], torch.tensor([-1.0, 1.0]))
     loss.backward()  # d loss / d log-ratio of chosen = -beta * sigmoid(-margin)
     slope = 0.5 / (1 + math.exp(0.3))
     assert torch.allclose(logprobs.grad, torch.tensor([-slope, -slope, slope]))

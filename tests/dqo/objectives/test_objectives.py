@@ -1,11 +1,15 @@
 """What holds for every objective, by the contract of dqo/objectives/__init__.py."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
+from dqo.config import load_options
+from dqo.errors import UserError
 from dqo.objectives import DQO, OBJECTIVES, OREO, UNIT_EPISODES
+from dqo.prepare import load_rows
 from dqo_kernels import TokenStats, linear_row_loss, linear_token_stats
 from tests.dqo.helpers import episodes
 from tests.dqo.objectives.packed import VOCAB, random_case
@@ -99,3 +103,17 @@ def test_it_is_made_of_its_flags(objective):
     assert changed == objective
     with pytest.raises(dataclasses.FrozenInstanceError):
         changed.beta = 1.0
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_equal_rewards_are_refused_where_they_leave_nothing_to_learn(method, tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    rows = [{"prompt": p, "completion": "x", "reward": 1.0, "label": p == "a"} for p in ("a", "b")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = load_options(["--method", method, "--dataset_name", str(path), "--eval_fraction", "0"])
+    if options.objective.needs_contrast:
+        with pytest.raises(UserError, match="nothing to learn"):
+            load_rows(options)
+    else:
+        assert len(load_rows(options)[0]) == 2
+    assert options.objective.needs_contrast == (method in ("dqo", "dpo", "dro", "oreo"))
