@@ -1,12 +1,15 @@
 """Episodes -> optimizer steps -> micro-batches. The shift by one, states before actions, happens here and nowhere else.
 
-Attention runs on right-padded, length-sorted micro-batches (causal attention never looks right, so no mask is needed);
-everything after it runs on the packed response rows only.
+A micro-batch is padded or packed. Padded: right-padded rows of like lengths (causal attention never looks right, so no mask is
+needed). Packed: one row of all tokens, whose boundaries attention is told (dqo/attention.py). Everything after attention runs
+on the packed response rows only, and the loss depends neither on the layout nor on the split.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -19,8 +22,9 @@ from dqo.episodes import Episode
 class Batch:
     """B episodes, N response rows. Row t is the state before action t."""
 
-    input_ids: Tensor  # (B, L) right-padded
-    states: Tensor  # (N,) index of each row's state in the flattened (B * L) positions
+    input_ids: Tensor  # (B, L) right-padded, or (1, total) packed
+    model_inputs: dict  # what a model's forward takes beside input_ids: nothing, or where the packed sequences are
+    states: Tensor  # (N,) index of each row's state in the flattened positions of input_ids
     end_states: Tensor  # (B,) the same for s_{T+1}, after the last action
     actions: Tensor  # (N,)
     cu_seqlens: Tensor  # (B+1,)
@@ -34,6 +38,11 @@ class Batch:
         """Real tokens, prompt and response."""
         return sum(e.length for e in self.episodes)
 
+    @property
+    def positions(self) -> int:
+        """Tokens that the model computes, padding included."""
+        return self.input_ids.numel()
+
 
 def _column(episodes: list[Episode], name: str) -> Tensor | None:
     pieces = [getattr(e, name) for e in episodes]
@@ -42,14 +51,31 @@ def _column(episodes: list[Episode], name: str) -> Tensor | None:
     return torch.from_numpy(np.concatenate(pieces))
 
 
+def packed_inputs(lengths: list[int], device: torch.device | str) -> dict:
+    """What tells a model where sequences of these lengths begin: transformers' FlashAttentionKwargs and position ids."""
+    boundaries = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
+    longest = max(lengths)
+    return {
+        "position_ids": torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None].to(device),
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
 def collate(episodes: list[Episode], pad_id: int, device: torch.device | str = "cpu", packed: bool = False) -> Batch:
-    """Right-pads the token ids and packs the rows of the responses."""
-    longest = max(e.length for e in episodes)
-    ids = np.full((len(episodes), longest), pad_id, dtype=np.int64)
+    """Pads the token ids on the right, or packs them into one row, and packs the rows of the responses."""
+    lengths = [e.length for e in episodes]
+    ids = [e.prompt_ids + e.completion_ids for e in episodes]
+    if packed:
+        ids, offsets = [list(chain(*ids))], np.cumsum([0, *lengths[:-1]])
+    else:
+        longest = max(lengths)
+        ids, offsets = [row + [pad_id] * (longest - len(row)) for row in ids], longest * np.arange(len(episodes))
     states = []
-    for i, e in enumerate(episodes):
-        ids[i, : e.length] = e.prompt_ids + e.completion_ids
-        first = i * longest + len(e.prompt_ids) - 1  # the last prompt token is the state before the first action
+    for e, offset in zip(episodes, offsets):
+        first = offset + len(e.prompt_ids) - 1  # the last prompt token is the state before the first action
         states.append(np.arange(first, first + len(e.completion_ids)))
     counts = np.array([len(e.completion_ids) for e in episodes])
     columns = {name: _column(episodes, name) for name in ("rewards", "ref_logprobs", "ref_lse", "behavior_logprobs")}
@@ -60,9 +86,10 @@ def collate(episodes: list[Episode], pad_id: int, device: torch.device | str = "
         return torch.as_tensor(array).to(device)
 
     return Batch(
-        input_ids=put(ids),
+        input_ids=put(np.array(ids, dtype=np.int64)),
+        model_inputs=packed_inputs(lengths, device) if packed else {},
         states=put(np.concatenate(states)),
-        end_states=put(np.array([i * longest + e.length - 1 for i, e in enumerate(episodes)])),
+        end_states=put(offsets + np.array(lengths) - 1),
         actions=put(actions),
         cu_seqlens=put(np.concatenate([[0], counts.cumsum()])),
         columns={name: put(column) for name, column in columns.items() if column is not None},
@@ -81,24 +108,89 @@ def epoch_order(count: int, epoch: int, seed: int) -> list[int]:
     return np.random.default_rng([seed, epoch]).permutation(count).tolist()
 
 
-def micro_batch_plan(groups, world, max_tokens, packed):
-    """TEMPORARY until the other part arrives"""
-    ordered = sorted(groups, key=lambda group: max(e.length for e in group))
-    ranks = [ordered[r::world] for r in range(world)]
-    plans = []
-    for mine in ranks:
-        batches, current = [], []
-        for g in mine:
-            longest = max(e.length for e in g)
-            if current and (sum(map(len, current)) + len(g)) * longest > max_tokens:
-                batches.append([e for x in current for e in x])
-                current = []
-            current.append(g)
-        if current:
-            batches.append([e for x in current for e in x])
-        plans.append(batches)
-    most = max(map(len, plans))
-    return [p + [None] * (most - len(p)) for p in plans]
+Group = list[Episode]
+
+
+def _tokens(group: Group) -> int:
+    return sum(e.length for e in group)
+
+
+def _longest(group: Group) -> int:
+    return max(e.length for e in group)
+
+
+def _positions(groups: list[Group], packed: bool) -> int:
+    """What a micro-batch of these groups computes."""
+    if packed:
+        return sum(_tokens(group) for group in groups)
+    return sum(len(group) for group in groups) * max(_longest(group) for group in groups)
+
+
+def _filled(groups: list[Group], max_tokens: int, packed: bool) -> list[list[Group]]:
+    """Groups in micro-batches of at most `max_tokens` positions; a group that alone has more is a micro-batch of its own."""
+    if not packed:  # in order of length, to save padding, the longest first, so that memory runs out at once or never
+        batches: list[list[Group]] = []
+        for group in sorted(groups, key=_longest, reverse=True):
+            if not batches or _positions([*batches[-1], group], packed) > max_tokens:
+                batches.append([])
+            batches[-1].append(group)
+        return batches
+    # The largest first, each into the fullest batch that still holds it (best fit decreasing).
+    batches, room = [], []  # room: (positions left, index of the batch), sorted
+    for group in sorted(groups, key=_tokens, reverse=True):
+        tokens = _tokens(group)
+        fits = bisect_left(room, (tokens, 0))
+        if fits < len(room):
+            left, index = room.pop(fits)
+        else:
+            left, index = max_tokens, len(batches)
+            batches.append([])
+        batches[index].append(group)
+        insort(room, (left - tokens, index))
+    return batches
+
+
+def micro_batches(groups: list[Group], max_tokens: int, packed: bool = False) -> list[Group]:
+    """One optimizer step's groups in micro-batches of at most `max_tokens` positions, padding included."""
+    return [list(chain(*batch)) for batch in _filled(groups, max_tokens, packed)]
+
+
+def _dealt(groups: list[Group], world: int) -> list[list[Group]]:
+    shares: list[list[Group]] = [[] for _ in range(world)]
+    tokens = [0] * world
+    for group in sorted(groups, key=_tokens, reverse=True):
+        rank = tokens.index(min(tokens))
+        shares[rank].append(group)
+        tokens[rank] += _tokens(group)
+    return shares
+
+
+def share(groups: list[Group], rank: int, world: int) -> list[Group]:
+    """One process's part of an optimizer step: the largest groups first, each to the process with the fewest tokens, so that no
+    two differ by more than one group's."""
+    return _dealt(groups, world)[rank]
+
+
+def micro_batch_plan(
+    groups: list[Group], world: int, max_tokens: int, packed: bool = False
+) -> list[list[Group | None]]:
+    """The micro-batches of every process, the same number for all, largest first, so that those run together are alike.
+
+    A process with fewer splits its largest; where there is nothing left to split the rest are None: an empty pass.
+    """
+    plans = [_filled(part, max_tokens, packed) for part in _dealt(groups, world)]
+    count = max(len(plan) for plan in plans)
+    result = []
+    for plan in plans:
+        while len(plan) < count and any(len(batch) > 1 for batch in plan):
+            # the largest with two groups or more
+            at = max(range(len(plan)), key=lambda i: (len(plan[i]) > 1) * _positions(plan[i], packed))
+            largest = plan.pop(at)
+            half = len(largest) // 2
+            plan += [largest[:half], largest[half:]]
+        plan.sort(key=lambda batch: _positions(batch, packed), reverse=True)
+        result.append([list(chain(*batch)) for batch in plan] + [None] * (count - len(plan)))
+    return result
 
 
 def unit_count(groups: list[list[Episode]], unit: str) -> int:
