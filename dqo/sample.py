@@ -8,6 +8,8 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
+from dqo.attention import unpacked
+
 
 @dataclass(frozen=True)
 class Response:
@@ -51,9 +53,12 @@ def generate(
         for row, i in enumerate(indices):
             ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
             attention[row, longest - len(prompts[i]) :] = 1
-        output = policy.generate(
-            input_ids=ids.to(policy.device), attention_mask=attention.to(policy.device), generation_config=generation
-        )
+        with unpacked(policy):
+            output = policy.generate(
+                input_ids=ids.to(policy.device),
+                attention_mask=attention.to(policy.device),
+                generation_config=generation,
+            )
         for i, row in zip(indices, output[:, longest:].tolist()):
             ended = eos_id in row
             responses[i].append(Response(row[: row.index(eos_id) + 1] if ended else row, ended))

@@ -19,7 +19,7 @@ LEVELS = [
     {"rows"},
     {"convert", "episodes", "new_model"},
     {"batches", "config", "parallel"},
-    {"metrics", "models", "inputs", "optim", "trackers", "watch"},
+    {"attention", "metrics", "models", "inputs", "optim", "trackers", "watch"},
     {"lora", "reference", "sample"},
     {"value_models", "evaluate"},
     {"learner"},
