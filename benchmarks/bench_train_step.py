@@ -98,7 +98,7 @@ def inputs(case: Case, device: torch.device) -> SimpleNamespace:
     if case.variant == "kto":
         episodes = objective.prepare(episodes)
     companions = [episode.companion for episode in episodes if episode.companion is not None]
-    add_reference(episodes + companions, _model(model, device), pad_id=0, batch_size=2, quiet=True)
+    add_reference(episodes + companions, _model(model, device), pad_id=0, max_tokens=2 * episodes[0].length, quiet=True)
     policy = _model(model, device)
     value_model = value_model_from(policy) if objective.needs_values else None
     return SimpleNamespace(objective=objective, episodes=episodes, learner=Learner(policy, value_model))

@@ -31,7 +31,6 @@ class Batch:
     columns: dict[str, Tensor]  # (N,) rewards, label, ref_logprobs, ...
     terminated: Tensor  # (B,) bool
     episodes: list[Episode]
-    model_inputs: dict = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:

@@ -86,9 +86,15 @@ class TrainConfig:
     value_warmup_steps: float = 0
     """First steps that train the value model alone; below 1 a share of all steps."""
     per_device_train_batch_size: int = 16
-    """Responses (pairs for dpo) in a micro-batch."""
+    """Responses (pairs for dpo) in an optimizer step, times gradient_accumulation_steps."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches in an optimizer step."""
+    """See per_device_train_batch_size."""
+    max_batch_tokens: int | None = None
+    """Tokens of a micro-batch, padding included, for memory and speed: the updates do not depend on it. None:
+    per_device_train_batch_size * max_length, what that many of the longest responses take."""
+    padding_free: bool | None = None
+    """Pack responses into one row instead of padding them. None: where flash-attn or torch's own attention for packed sequences
+    runs (GPU, bfloat16); True insists."""
     num_train_epochs: float = 1.0
     """Passes over the data."""
     max_steps: int = -1
@@ -128,6 +134,11 @@ class TrainConfig:
     dry_run: bool = False
     """Check options and data, print them, and stop before a model is loaded."""
 
+    @property
+    def batch_tokens(self) -> int:
+        """The micro-batches' budget."""
+        return self.max_batch_tokens or self.per_device_train_batch_size * self.max_length
+
     def problems(self) -> list[tuple[str, str]]:
         """(field, what is wrong) of every value out of range."""
         found = []
@@ -153,6 +164,7 @@ class TrainConfig:
         )
         for name in ("adam_beta1", "adam_beta2", "eval_fraction"):
             need(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        need(self.max_batch_tokens is None or self.max_batch_tokens >= 1, "max_batch_tokens", "at least 1")
         need(self.max_steps == -1 or self.max_steps > 0, "max_steps", "positive, or -1 for num_train_epochs")
         need(self.eval_tasks is None or self.verifier is not None, "verifier", "set when eval_tasks is given")
         return found

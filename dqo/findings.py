@@ -48,9 +48,8 @@ def value_findings(run: Run) -> dict:
     if prepared.learner.value_model is None or not prepared.held_out:
         return {}
     episodes = distinct(prepared.held_out)
-    longest = max(e.length for e in episodes)
     alone = Processes(0, 1, prepared.learner.device)
-    traces = value_traces(prepared.learner, prepared.learner, episodes, 256 * longest, prepared.pad_id, alone)
+    traces = value_traces(prepared.learner, prepared.learner, episodes, 16_384, prepared.pad_id, alone)
     labels = [e.label for e in episodes]
     at_end = [trace[-1] for trace in traces]
     at_half = [trace[math.ceil(len(trace) / 2) - 1] for trace in traces]

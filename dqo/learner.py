@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dqo import metrics
+from dqo import attention, metrics
 from dqo.batches import Batch
 from dqo.lora import adapter_off
 from dqo.models import head_of, hidden_positions, policy_stats
@@ -20,7 +20,7 @@ from dqo_kernels import linear_row_loss
 
 class Learner(nn.Module):
     """`reference` is there when the loss needs its logits and the policy has no adapter that could be switched off; `target` is
-    the moving average of the value model. Neither is trained. `packed`: batches are one sequence without padding, not rows."""
+    the moving average of the value model. Neither is trained."""
 
     def __init__(
         self,
@@ -29,12 +29,10 @@ class Learner(nn.Module):
         reference: PreTrainedModel | None = None,
         target: nn.Module | None = None,
         bf16: bool = False,
-        packed: bool = False,
     ):
         super().__init__()
         self.policy, self.value_model, self.reference, self.target = policy, value_model, reference, target
         self.bf16 = bf16
-        self.packed = packed
         for frozen in (reference, target):
             if frozen is not None:
                 frozen.requires_grad_(False)
@@ -42,6 +40,11 @@ class Learner(nn.Module):
     def forward(self, work: Callable, *arguments: Any, **options: Any) -> Any:
         """`work(self, ...)`. Whatever reads parameters goes through here, where the wrappers gather and watch them."""
         return work(self, *arguments, **options)
+
+    @property
+    def packed(self) -> bool:
+        """Whether batches are one sequence without padding, or padded rows."""
+        return attention.packs(self.policy)
 
     @property
     def device(self) -> torch.device:

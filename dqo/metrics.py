@@ -37,7 +37,7 @@ def none_of(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def of_batch(batch: Batch) -> dict[str, Tensor]:
     """Lengths of the responses, the share that was cut, and the share of positions that are padding."""
-    count, positions = len(batch.episodes), batch.input_ids.numel()
+    count, positions = len(batch.episodes), batch.positions
     pairs = {
         "completions/mean_length": (batch.actions.numel(), count),
         "completions/clipped_ratio": (sum(not e.ended for e in batch.episodes), count),

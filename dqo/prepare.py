@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dqo import attention
 from dqo.batches import groups_of
 from dqo.config import Options, TrainConfig
 from dqo.episodes import Episode, fingerprint, make_episodes
@@ -39,6 +40,8 @@ FREE_OPTIONS = {
     "per_device_train_batch_size",  # their product with the number of processes is in the identity
     "gradient_accumulation_steps",
     "gradient_checkpointing",
+    "max_batch_tokens",
+    "padding_free",
     "attn_implementation",
     "use_cpu",
     "fsdp",
@@ -123,11 +126,14 @@ def prepare(
         "options": json.loads(json.dumps(options_that_bind)),  # as a checkpoint gives them back
     }
 
-    check_head(policy, (episodes[0].prompt_ids + episodes[0].completion_ids)[-64:])
+    some_ids = (episodes[0].prompt_ids + episodes[0].completion_ids)[-64:]
+    check_head(policy, some_ids)
+    with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
+        attention.choose(policy, config.padding_free, some_ids)  # the value model inherits it
     if objective.needs_reference:
         together = distinct(episodes + held_out)
         together += [e.companion for e in together if e.companion is not None]
-        add_reference(together, policy, tokenizer.pad_token_id, 4 * config.per_device_train_batch_size)
+        add_reference(together, policy, tokenizer.pad_token_id, config.batch_tokens)
         check_agreement(together, policy, tokenizer.pad_token_id)
         warn_about_behavior(together)
     learner = make_learner(options, given, policy)

@@ -9,7 +9,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from dqo.batches import collate
+from dqo import attention
+from dqo.batches import collate, micro_batches
 from dqo.episodes import Episode
 from dqo.errors import UserError
 from dqo.models import policy_stats
@@ -19,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def add_reference(
-    episodes: list[Episode], reference: PreTrainedModel, pad_id: int, batch_size: int, quiet: bool = False
+    episodes: list[Episode], reference: PreTrainedModel, pad_id: int, max_tokens: int, quiet: bool = False
 ) -> None:
     """Fills `ref_logprobs` and `ref_lse`, float32 (T,), of every episode, longest first."""
-    ordered = sorted(episodes, key=lambda e: -e.length)
-    batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+    packed = attention.packs(reference)
+    batches = micro_batches([[e] for e in episodes], max_tokens, packed)
     for members in tqdm(batches, desc="reference", unit="batch", disable=quiet, leave=False):
-        stats = policy_stats(reference, collate(members, pad_id, reference.device))
+        stats = policy_stats(reference, collate(members, pad_id, reference.device, packed))
         sizes = [len(e.completion_ids) for e in members]
         for e, logprobs, lse in zip(members, stats.logprobs.cpu().split(sizes), stats.lse.cpu().split(sizes)):
             e.ref_logprobs, e.ref_lse = logprobs.numpy(), lse.numpy()
@@ -49,7 +50,7 @@ def check_agreement(episodes: list[Episode], policy: PreTrainedModel, pad_id: in
     `bound` is relative to 1 + |logprob|, float32 rounding of a forward pass whose matrix shapes differ.
     """
     members = episodes[:: max(1, len(episodes) // 64)][:64]
-    batch = collate(members, pad_id, policy.device)
+    batch = collate(members, pad_id, policy.device, attention.packs(policy))
     expected = batch.columns["ref_logprobs"]
     excess = (policy_stats(policy, batch).logprobs - expected).abs() / (1.0 + expected.abs())
     if not excess.max().item() <= bound:

@@ -58,7 +58,6 @@ class Trainer:
         self.value_warmup = optim.as_steps(self.config.value_warmup_steps, self.steps)
         self.counters = {"step": 0, "num_tokens": 0, "train_seconds": 0.0, "metrics_position": 0}
         self.window: dict[str, torch.Tensor] = {}  # this process's metric sums since the last logged row
-        self.max_tokens = self.config.per_device_train_batch_size * self.config.max_length
 
         resumed = self._resumable()
         if resumed is not None:
@@ -115,7 +114,7 @@ class Trainer:
             self.learner,
             self.objective,
             groups,
-            self.max_tokens,
+            self.config.batch_tokens,
             self.prepared.pad_id,
             self.processes,
             train_policy,
@@ -144,7 +143,7 @@ class Trainer:
             self.learner,
             self.objective,
             self.prepared.held_out,
-            4 * self.max_tokens,
+            self.config.batch_tokens,
             self.prepared.pad_id,
             self.processes,
         )

@@ -10,13 +10,21 @@ from torch.nn.functional import scaled_dot_product_attention
 from dqo import attention
 from dqo.batches import collate, groups_of
 from dqo.errors import UserError
-from dqo.models import hidden_rows, value_rows
+from dqo.learner import Learner
+from dqo.models import hidden_positions
+from dqo.parallel import Processes
 from dqo.sample import generate
 from dqo.step import accumulate
+from dqo.value_models import value_rows
 from tests.dqo.helpers import episodes, gradients
 from tests.dqo.packing_models import PACKED, WINDOW, WITH_VALUES, critic_of, model, objective_and_critic, packing
 
+ALONE = Processes(0, 1, torch.device("cpu"))
 IDS = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+
+
+def hidden_rows(made, batch):
+    return hidden_positions(made, batch)[batch.states]
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -45,8 +53,8 @@ def gradient(made, critic, objective, max_tokens=10_000, half=False):
     models = [m for m in (made, critic) if m is not None]
     for m in models:
         m.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-        sums, _ = accumulate(made, critic, objective, groups_of(episodes(9), 1), max_tokens, 0)
+    learner = Learner(made, critic, bf16=half)
+    sums, _ = accumulate(learner, learner, objective, groups_of(episodes(9), 1), max_tokens, 0, ALONE)
     return (sums["loss"][0] / sums["loss"][1]).item(), gradients(*models)
 
 

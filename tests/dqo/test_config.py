@@ -71,6 +71,7 @@ def test_an_unknown_key_is_refused_with_line_and_suggestion(tmp_path):
         (["--method", "oreo", "--alpha", "-1"], "alpha must be at least 0"),
         (["--target_ema", "0.9", "--value_model", "none"], "target_ema must be None with value_model none"),
         (["--learning_rate", "-1"], "learning_rate must be positive"),
+        (["--max_batch_tokens", "0"], "max_batch_tokens must be at least 1"),
     ],
 )
 def test_values_out_of_range_are_named_with_their_source(arguments, message):
@@ -93,6 +94,12 @@ def test_values_out_of_range_are_named_with_their_source(arguments, message):
 def test_values_of_files_are_checked_with_their_line(tmp_path, line, message):
     with pytest.raises(UserError, match=message):
         load_options(["--config", yaml_file(tmp_path, line + "\n")])
+
+
+def test_the_budget_of_a_micro_batch_is_that_of_its_longest_responses_unless_given():
+    arguments = ["--per_device_train_batch_size", "3", "--max_length", "50"]
+    assert load_options(arguments).train.batch_tokens == 150
+    assert load_options([*arguments, "--max_batch_tokens", "70"]).train.batch_tokens == 70
 
 
 def test_a_missing_file_is_named(tmp_path):

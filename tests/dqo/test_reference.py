@@ -11,7 +11,7 @@ from tests.dqo.helpers import episodes, policy
 
 def test_every_episode_gets_its_own_log_probabilities_whatever_the_batch():
     members = episodes(9, reference=False)
-    add_reference(members, policy(), 0, batch_size=4, quiet=True)
+    add_reference(members, policy(), 0, max_tokens=64, quiet=True)
     for e in members:
         stats = policy_stats(policy(), collate([e], 0))
         assert np.allclose(e.ref_logprobs, stats.logprobs.detach(), atol=1e-6)
@@ -21,7 +21,7 @@ def test_every_episode_gets_its_own_log_probabilities_whatever_the_batch():
 def test_a_policy_that_is_not_its_reference_is_stopped_at_step_0():
     members = episodes(9, reference=False)
     model = policy()
-    add_reference(members, model, 0, batch_size=4, quiet=True)
+    add_reference(members, model, 0, max_tokens=64, quiet=True)
     check_agreement(members, model, 0)
     with torch.no_grad():
         model.lm_head.weight[5] += 0.01

@@ -70,8 +70,33 @@ def test_accumulation_does_not_change_the_run(files):
     assert logged(files / "whole") == pytest.approx(logged(files / "split"), rel=1e-4)
 
 
-def test_a_run_stopped_between_checkpoints_goes_on_bit_for_bit(files, monkeypatch):
-    whole = run(files, output_dir=files / "whole", save_steps=5)
+@pytest.mark.parametrize("options", [{"max_batch_tokens": 40}, {"padding_free": True}], ids=lambda o: next(iter(o)))
+@pytest.mark.parametrize("method", ["dqo", "dpo"])
+def test_neither_the_budget_nor_the_packing_changes_the_run(files, monkeypatch, method, options):
+    from dqo import step
+
+    shapes = []
+    collated = step.collate
+    monkeypatch.setattr(
+        step, "collate", lambda *args: shapes.append(collated(*args).input_ids.shape) or collated(*args)
+    )
+    run(files, method=method, output_dir=files / "plain")
+    plain = list(shapes)
+    shapes.clear()
+    run(files, method=method, output_dir=files / "other", **options)
+    if "padding_free" in options:
+        assert all(rows == 1 for rows, _ in shapes) and not any(rows == 1 for rows, _ in plain)
+    else:
+        assert all(rows * length <= 40 or rows == (2 if method == "dpo" else 1) for rows, length in shapes)
+        assert len(shapes) > len(plain) == 12
+    assert logged(files / "plain") == pytest.approx(logged(files / "other"), rel=1e-4)
+    assert logged(files / "plain", "eval_loss") == pytest.approx(logged(files / "other", "eval_loss"), rel=1e-4)
+
+
+@pytest.mark.parametrize("padding_free", [None, True])
+def test_a_run_stopped_between_checkpoints_goes_on_bit_for_bit(files, monkeypatch, padding_free):
+    options = {"save_steps": 5, "padding_free": padding_free}
+    whole = run(files, output_dir=files / "whole", **options)
 
     from dqo.train import Trainer
 
@@ -84,9 +109,9 @@ def test_a_run_stopped_between_checkpoints_goes_on_bit_for_bit(files, monkeypatc
 
     monkeypatch.setattr(Trainer, "train_step", stop)
     with pytest.raises(KeyboardInterrupt):
-        run(files, save_steps=5)
+        run(files, **options)
     monkeypatch.undo()
-    resumed = run(files, save_steps=5)
+    resumed = run(files, **options)
     before, after = weights(whole.output_dir), weights(resumed.output_dir)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
