@@ -6,6 +6,7 @@ Imports neither torch nor transformers: `--help` and every check of the options 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -68,8 +69,11 @@ class TrainConfig:
     """Cut longer rows at max_length instead of refusing them."""
     truncation: Literal["terminal", "bootstrap", "drop"] = "terminal"
     """Responses that did not end: paid as they are, bootstrapped with V of their last state, or dropped."""
-    process_reward: Literal["none", "additive"] | None = None
-    """What step_rewards in the file do; must be chosen when there are any."""
+    process_reward: Literal["none", "additive", "potential"] | None = None
+    """What step_rewards in the file do, which must be chosen when there are any: nothing; they are added on the last token of
+    their step; or they are potentials (pass rates of the prefixes), whose differences are paid and move no optimum."""
+    process_coef: float = 1.0
+    """Factor of the step rewards or potentials."""
     reward_scale: float = 1.0
     """Outcome reward = reward_scale * reward + reward_shift."""
     reward_shift: float = 0.0
@@ -165,6 +169,7 @@ class TrainConfig:
         for name in ("adam_beta1", "adam_beta2", "eval_fraction"):
             need(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         need(self.max_batch_tokens is None or self.max_batch_tokens >= 1, "max_batch_tokens", "at least 1")
+        need(math.isfinite(self.process_coef), "process_coef", "finite")
         need(self.max_steps == -1 or self.max_steps > 0, "max_steps", "positive, or -1 for num_train_epochs")
         need(self.eval_tasks is None or self.verifier is not None, "verifier", "set when eval_tasks is given")
         return found

@@ -26,7 +26,7 @@ class Episode:
 
     prompt_ids: list[int]
     completion_ids: list[int]
-    rewards: np.ndarray  # outcome reward on the last token plus step rewards
+    rewards: np.ndarray  # outcome reward on the last token, and what `process_reward` makes of the step rewards
     reward: float  # outcome reward as trained on
     label: bool
     terminated: bool  # False: cut by the length limit, and its last state is bootstrapped
@@ -153,22 +153,52 @@ def _cut(tokens: _Tokens, max_length: int) -> _Tokens:
     return _Tokens(tokens.row, tokens.prompt, tokens.completion[:room], ends, logprobs, ended=False)
 
 
-def _episode(
-    tokens: _Tokens, prompt_index: int, process_reward: str, truncation: str, scale: float, shift: float
-) -> Episode:
+@dataclass(frozen=True, slots=True)
+class _Payment:
+    """How tokens are paid; see `make_episodes`."""
+
+    process_reward: str
+    process_coef: float
+    gamma: float
+    truncation: str
+    scale: float
+    shift: float
+
+
+def shaping(step_ends: list[int], potentials: list[float], length: int, gamma: float, terminated: bool) -> np.ndarray:
+    """(length,) gamma * Phi(s_{t+1}) - Phi(s_t) of every token (Ng, Harada and Russell 1999), which moves no optimum.
+
+    Phi(s_{t+1}), of the prefix that ends with token t, is the potential of the last step that has ended by then: it stays
+    between the ends of steps, so that with gamma < 1 every token is paid. It is 0 for the prompt, and for a terminal state:
+    another value there would reward the way of ending. `terminated` False: the last state goes on, and keeps its potential.
+    """
+    after = np.zeros(length)
+    for end, potential in zip(step_ends, potentials):
+        after[end:] = potential
+    if terminated:
+        after[-1] = 0.0
+    before = np.concatenate([[0.0], after[:-1]])
+    return gamma * after - before
+
+
+def _episode(tokens: _Tokens, prompt_index: int, pay: _Payment) -> Episode:
     row = tokens.row
-    bootstrapped = not tokens.ended and truncation == "bootstrap"
-    outcome = 0.0 if bootstrapped else scale * row.reward + shift
+    bootstrapped = not tokens.ended and pay.truncation == "bootstrap"
+    outcome = 0.0 if bootstrapped else pay.scale * row.reward + pay.shift
     step_rewards = list(row.step_rewards or [])[: len(tokens.step_ends)]
-    rewards = np.zeros(len(tokens.completion), dtype=np.float32)
+    ends = tokens.step_ends[: len(step_rewards)]
+    length = len(tokens.completion)
+    rewards = np.zeros(length)
     rewards[-1] = outcome
-    if process_reward == "additive":
-        np.add.at(rewards, tokens.step_ends[: len(step_rewards)], step_rewards)
+    if pay.process_reward == "additive":
+        np.add.at(rewards, ends, pay.process_coef * np.asarray(step_rewards))
+    elif pay.process_reward == "potential":
+        rewards += pay.process_coef * shaping(ends, step_rewards, length, pay.gamma, not bootstrapped)
     return Episode(
         prompt_ids=tokens.prompt,
         completion_ids=tokens.completion,
-        rewards=rewards,
-        reward=scale * row.reward + shift,
+        rewards=rewards.astype(np.float32),
+        reward=pay.scale * row.reward + pay.shift,
         label=row.label,
         terminated=not bootstrapped,
         prompt_index=prompt_index,
@@ -187,6 +217,8 @@ def make_episodes(
     vocab_size: int,
     max_length: int,
     process_reward: str = "none",
+    process_coef: float = 1.0,
+    gamma: float = 1.0,
     truncation: str = "terminal",
     allow_truncation: bool = False,
     reward_scale: float = 1.0,
@@ -197,7 +229,10 @@ def make_episodes(
     Args:
         rows: validated rows. vocab_size: ids at or above it are refused.
         max_length: tokens of prompt and completion; longer completions are refused, or cut with `allow_truncation`.
-        process_reward: "none" or "additive" (step rewards are added on the last token of their step).
+        process_reward: "none"; "additive", step rewards are added on the last token of their step; or "potential", a step's
+            reward is Phi of the prefix that ends with it, such as the share of its completions that are right, and the
+            tokens are paid gamma * Phi(s_{t+1}) - Phi(s_t) on top: see `shaping`.
+        process_coef: factor of the step rewards, or of Phi. gamma: the objective's discount.
         truncation: of responses that did not end, "terminal" (paid as they are), "bootstrap" (no outcome reward, V of the
             last state instead) or "drop".
         reward_scale, reward_shift: the outcome reward becomes scale * reward + shift.
@@ -223,11 +258,12 @@ def make_episodes(
         logger.warning("%d responses that did not end are dropped (truncation=drop)", len(tokenized) - len(kept))
     if not kept:
         raise UserError("no response is left to train on")
+    pay = _Payment(process_reward, process_coef, gamma, truncation, reward_scale, reward_shift)
     indices: dict[str, int] = {}
     episodes = []
     for tokens in kept:
         index = indices.setdefault(json.dumps(tokens.prompt), len(indices))
-        episodes.append(_episode(tokens, index, process_reward, truncation, reward_scale, reward_shift))
+        episodes.append(_episode(tokens, index, pay))
     return episodes
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dqo.config import Options
 from dqo.errors import UserError
-from dqo.rows import Row, check_contrast, duplicate_count, prompt_key, read_rows, split_by_prompt
+from dqo.rows import Row, check_contrast, check_process_reward, duplicate_count, prompt_key, read_rows, split_by_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +62,7 @@ def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], 
         return read_rows(source, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold)
 
     rows = read(config.dataset_name if given.dataset is None else given.dataset)
-    if any(row.step_rewards is not None for row in rows) and config.process_reward is None:
-        raise UserError(
-            f"{config.dataset_name or 'the data set'} has step_rewards; choose what they do: --process_reward additive (paid on "
-            "the last token of their step) or --process_reward none"
-        )
+    check_process_reward(rows, config.dataset_name or "the data set", config.process_reward)
     if options.objective.needs_contrast:  # sft, rft and kto may train on right responses alone
         warning = check_contrast(rows)
         if warning:

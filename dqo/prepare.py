@@ -100,6 +100,8 @@ def prepare(
             vocab_size=vocab_size,
             max_length=config.max_length,
             process_reward=config.process_reward or "none",
+            process_coef=config.process_coef,
+            gamma=getattr(objective, "gamma", 1.0),
             truncation=config.truncation,
             allow_truncation=config.allow_truncation,
             reward_scale=config.reward_scale,

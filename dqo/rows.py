@@ -15,7 +15,7 @@ from typing import Any
 from dqo.errors import UserError
 from dqo.rows_checks import Common, checked
 from dqo.rows_files import Problem, progress, read_records
-from dqo.rows_formats import check_columns, to_flat
+from dqo.rows_formats import Record, check_columns, to_flat
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,9 @@ def read_rows(source: Any, *, skip_bad_rows: bool = False, reward_threshold: flo
     """Reads and checks rows.
 
     Args:
-        source: path of a .jsonl or .parquet file, or an iterable of dicts (a list, a datasets.Dataset) or of
-            Rows, in any one of the forms of `dqo.rows_formats`.
+        source: path of a .jsonl or .parquet file or of a folder that `Dataset.save_to_disk` wrote, a data set's
+            name on the Hugging Face hub ("org/name" or "org/name:split"), or an iterable of dicts (a list, a
+            datasets.Dataset) or of Rows; in any one of the forms of `dqo.rows_formats`.
         skip_bad_rows: drop rows that do not fit and log how many, instead of raising.
         reward_threshold: a row without a label is right when its reward is above this.
 
@@ -55,7 +56,19 @@ def read_rows(source: Any, *, skip_bad_rows: bool = False, reward_threshold: flo
         UserError: naming the first ten rows that do not fit, each with its file and line.
     """
     name, records, problems = read_records(source)
-    flat, rows = [], []
+    return rows_of(name, records, problems, skip_bad_rows=skip_bad_rows, reward_threshold=reward_threshold)
+
+
+def rows_of(
+    name: str,
+    records: list[Record],
+    problems: list[Problem],
+    *,
+    skip_bad_rows: bool = False,
+    reward_threshold: float = 0.5,
+) -> list[Row]:
+    """The rows of records as `read_records` returns them; see `read_rows`."""
+    flat, rows, problems = [], [], list(problems)
     if records:
         form = check_columns(name, records)
         if form != "flat":
@@ -137,6 +150,22 @@ def check_contrast(rows: list[Row]) -> str:
         f"no prompt has responses with different rewards ({len(rows)} responses, {len(by_prompt)} prompts): "
         "responses can only be compared across prompts"
     )
+
+
+def check_process_reward(rows: list[Row], name: str, process_reward: str | None) -> None:
+    """Refuses step rewards without a choice of what they do, and a choice without step rewards."""
+    has_steps = any(row.step_rewards is not None for row in rows)
+    if has_steps and process_reward is None:
+        raise UserError(
+            f"{name} has step_rewards; choose what they do: --process_reward additive (added on the last token of their "
+            "step), --process_reward potential (they are pass rates of the prefixes, whose differences are paid and move no "
+            "optimum) or --process_reward none"
+        )
+    if not has_steps and process_reward not in (None, "none"):
+        raise UserError(
+            f"{name} has no step_rewards, so --process_reward {process_reward} would do nothing; drop the option, or add "
+            "steps and step_rewards"
+        )
 
 
 def duplicate_count(rows: list[Row]) -> int:

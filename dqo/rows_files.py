@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -10,6 +12,11 @@ from typing import Any
 
 from dqo.errors import UserError, did_you_mean
 from dqo.rows_formats import Record
+
+logger = logging.getLogger(__name__)
+
+_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")  # org/name, or org/name:split
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +38,15 @@ def read_records(source: Any) -> tuple[str, list[Record], list[Problem]]:
         return "rows", *_from_iterable(source)
     path = Path(source)
     if not path.exists():
+        if isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix not in _SUFFIXES:
+            return source, *_from_hub(source)
         siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such file.{did_you_mean(path.name, siblings)} Expected a .jsonl or .parquet file")
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; expected a .jsonl or .parquet file")
+        return path.name, *_from_saved(path)
     if path.suffix == ".parquet":
         return path.name, *_from_parquet(path)
-    if path.suffix not in (".jsonl", ".json", ".ndjson"):
+    if path.suffix not in _SUFFIXES:
         raise UserError(f"{path}: unknown kind of file {path.suffix!r}; expected .jsonl or .parquet")
     return path.name, *read_jsonl(path)
 
@@ -98,6 +107,57 @@ def _from_parquet(path: Path) -> tuple[list[Record], list[Problem]]:
     if not rows:
         raise UserError(f"{path}: is empty; expected one response a row")
     return [Record(i, f"{path.name}:{i}", row) for i, row in enumerate(rows, start=1)], []
+
+
+def _datasets(source: str):
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{source}: needs the package datasets: pip install datasets") from error
+    return datasets
+
+
+def _from_hub(source: str) -> tuple[list[Record], list[Problem]]:
+    """A data set of the Hugging Face hub; ":split" chooses a split."""
+    name, _, split = source.partition(":")
+    datasets = _datasets(f"{source}: there is no such file; as the name of a data set on the Hugging Face hub it")
+    try:
+        found = datasets.load_dataset(name)
+    except Exception as error:  # of many kinds: no network, no such data set, no rights, several configurations
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{source}: there is no such file, and as a data set of the Hugging Face hub it cannot be loaded: {what}"
+        ) from error
+    return _from_iterable(_one_split(found, name, split, ":"))
+
+
+def _from_saved(path: Path) -> tuple[list[Record], list[Problem]]:
+    """A folder that Dataset.save_to_disk or DatasetDict.save_to_disk wrote."""
+    if not (path / "dataset_info.json").exists() and not (path / "dataset_dict.json").exists():
+        raise UserError(
+            f"{path}: is a folder; expected a .jsonl or .parquet file, or a folder that Dataset.save_to_disk wrote"
+        )
+    datasets = _datasets(str(path))
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read as a saved data set: {error}") from error
+    return _from_iterable(_one_split(found, str(path), "", "/"))
+
+
+def _one_split(found: Any, name: str, split: str, separator: str) -> Any:
+    if not isinstance(found, dict):  # a Dataset; a DatasetDict is a dict of them
+        return found
+    if split and split not in found:
+        raise UserError(f"{name}: has no split {split!r}; it has {', '.join(found)}.{did_you_mean(split, found)}")
+    if not split and len(found) > 1 and "train" not in found:
+        raise UserError(
+            f"{name}: has the splits {', '.join(found)}; choose one, as {name}{separator}{next(iter(found))}"
+        )
+    split = split or ("train" if "train" in found else next(iter(found)))
+    if len(found) > 1:
+        logger.warning("%s: split %s of %s", name, split, ", ".join(found))
+    return found[split]
 
 
 def _from_iterable(source: Any) -> tuple[list[Record], list[Problem]]:

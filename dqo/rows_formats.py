@@ -214,25 +214,28 @@ def _ungroup(record: Record) -> list[Record]:
     return rows
 
 
+def joined(steps: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    """Steps as the lines of one text, and their character spans, which cover it."""
+    spans, position = [], 0
+    for i, step in enumerate(steps):
+        end = position + len(step) + (i < len(steps) - 1)
+        spans.append((position, end))
+        position = end
+    return "\n".join(steps), spans
+
+
 def _join_steps(record: Record, reward_threshold: float) -> Record:
     _lists(record, "completions", ["labels"])
-    spans, position, right = [], 0, True
     steps, labels = record.values["completions"], record.values["labels"]
     for i, (step, label) in enumerate(zip(steps, labels)):
         if not isinstance(step, str) or not step:
             raise UserError(f"completions[{i}] is {shown(step)}; expected the text of a step")
         if not isinstance(label, (bool, int, float)):
             raise UserError(f"labels[{i}] is {shown(label)}; expected true, false or a number")
-        end = position + len(step) + (i < len(steps) - 1)
-        spans.append([position, end])
-        position, right = end, right and label > reward_threshold
+    text, spans = joined(steps)
     values = {key: v for key, v in record.values.items() if key in FIELDS}
-    values |= {
-        "completion": "\n".join(steps),
-        "steps": spans,
-        "step_rewards": [float(label) for label in labels],
-    }
-    values.setdefault("reward", 1.0 if right else 0.0)
+    values |= {"completion": text, "steps": spans, "step_rewards": [float(label) for label in labels]}
+    values.setdefault("reward", 1.0 if all(label > reward_threshold for label in labels) else 0.0)
     names = {"completion": "completions", "step_rewards": "labels"}
     return Record(record.index, record.source, values, names)
 
