@@ -87,15 +87,18 @@ class ConvertConfig:
     """Turn a public data format into a rollout file."""
 
     format: Positional[str]
-    """Source format: gsm8k-solutions (openai/grade-school-math's graded model solutions)."""
+    """Format of the source. Solutions with step labels: gsm8k-solutions, prm800k, math-shepherd, math-aps. Other trainers' data:
+    trl-preference, trl-kto, trl-stepwise, oreo, open-r1, verl."""
     source: Positional[str]
-    """File to read."""
+    """.jsonl or .parquet file, folder of a saved data set, or name on the Hugging Face hub (org/name or org/name:split)."""
     destination: Positional[str]
     """Rollout file to write (.jsonl)."""
-    step_penalty: float = 0.5
-    """Step reward of a line with a wrong calculator annotation is minus this."""
+    messages: bool = False
+    """Write prompts and completions as messages, for models with a chat template."""
     keep_annotations: bool = True
     """Leave GSM8K's <<expression=value>> in the completions."""
+    step_penalty: float | None = None
+    """gsm8k-solutions: step reward of a line with a wrong calculator annotation is minus this; 0.5 unless given."""
 
 
 def convert_command(arguments: list[str]) -> None:
@@ -105,15 +108,8 @@ def convert_command(arguments: list[str]) -> None:
     from dqo.convert import convert
 
     config = tyro.cli(ConvertConfig, args=arguments, prog="dqo convert", use_underscores=True)
-    summary = convert(
-        config.format,
-        config.source,
-        config.destination,
-        step_penalty=config.step_penalty,
-        keep_annotations=config.keep_annotations,
-    )
-    for name, value in summary.items():
-        print(f"{name:>28}  {value}")
+    for name, value in convert(**dataclasses.asdict(config)).items():
+        print(f"{name:>32}  {value}")
 
 
 @dataclass(frozen=True)

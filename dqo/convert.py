@@ -1,160 +1,100 @@
-"""Published data -> rollout files."""
+"""Published data -> rollout files. Each format is a function from a source to rows, in convert_*.py."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dqo.convert_forms import (
+    convert_open_r1,
+    convert_oreo,
+    convert_trl_kto,
+    convert_trl_preference,
+    convert_trl_stepwise,
+    convert_verl,
+)
+from dqo.convert_gsm8k import convert_gsm8k_solutions, without_annotations
+from dqo.convert_source import Converted
+from dqo.convert_steps import convert_math_aps, convert_math_shepherd, convert_prm800k
 from dqo.errors import UserError, did_you_mean
-from dqo.rows import Row, write_rows
-from dqo.rows_files import read_jsonl
-from dqo.rows_formats import shown
-from dqo.verify import ANNOTATION, calculator_steps, gsm8k_answer, gsm8k_correct, number
+from dqo.rows import Row, prompt_key, write_rows
 
-logger = logging.getLogger(__name__)
-
-
-def convert_gsm8k_solutions(path: str | Path, *, step_penalty: float = 0.5) -> list[Row]:
-    """GSM8K's example_model_solutions.jsonl: test problems, each with graded solutions of several models.
-
-    A line {"question", "ground_truth", MODEL: {"solution", "is_correct"}, ...} becomes one row a model. The
-    prompt is the question and a newline; prompt_id ends in the line's number. Steps are lines: one with a
-    wrong calculator annotation has the step reward -step_penalty, every other 0, so that a solution whose
-    arithmetic is right is paid for its outcome alone. A solution without a final answer (a line "A: 24", or
-    a last line that is a number alone) was cut, and its finish_reason is "length". Empty solutions are left
-    out, and counted in the log.
-
-    Raises:
-        UserError: naming file and line, for what is not of this form.
-    """
-    if not 0.0 <= step_penalty < math.inf:
-        raise UserError(f"step_penalty must be a finite number from 0 up, got {step_penalty}")
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    records, problems = read_jsonl(path)
-    if problems:
-        raise UserError(f"{problems[0].source}: {problems[0].message}")
-    rows, empty = [], 0
-    for record in records:
-        question, truth, solutions = _gsm8k_fields(record.values, record.source)
-        answer = gsm8k_answer(truth)
-        if answer is None:
-            raise UserError(f'{record.source}: ground_truth ends in {shown(truth[-40:])}; expected a line "A: number"')
-        for model, solution, correct in solutions:
-            if not solution.strip():
-                empty += 1
-                continue
-            steps = calculator_steps(solution)
-            rows.append(
-                Row(
-                    prompt=f"{question}\n",
-                    completion=solution,
-                    reward=float(correct),
-                    label=correct,
-                    steps=[(step.start, step.end) for step in steps],
-                    step_rewards=[-step_penalty if step.correct is False else 0.0 for step in steps],
-                    finish_reason="stop" if _answers(solution) else "length",
-                    answer=str(answer if answer.denominator == 1 else float(answer)),
-                    prompt_id=f"gsm8k/test/{record.index}",
-                    sampling={"model": model},
-                    source=record.source,
-                )
-            )
-    if empty:
-        logger.warning("%s: %d empty solutions are left out", path, empty)
-    return rows
-
-
-def _gsm8k_fields(values: dict[str, Any], source: str) -> tuple[str, str, list[tuple[str, str, bool]]]:
-    """Question, reference solution, and (model, solution, is_correct) of every model."""
-    for name in ("question", "ground_truth"):
-        if not isinstance(values.get(name), str):
-            raise UserError(f"{source}: {name} is {shown(values.get(name))}; expected a string")
-    solutions = []
-    for model, graded in values.items():
-        if not isinstance(graded, dict):
-            continue
-        solution, correct = graded.get("solution"), graded.get("is_correct")
-        if not isinstance(solution, str):
-            raise UserError(f"{source}: {model}.solution is {shown(solution)}; expected a string")
-        if not isinstance(correct, bool):
-            raise UserError(f"{source}: {model}.is_correct is {shown(correct)}; expected true or false")
-        solutions.append((model, solution, correct))
-    if not solutions:
-        raise UserError(
-            f'{source}: has no solutions; expected such as "6b_finetuning": {{"solution", "is_correct"}}; '
-            f"found {', '.join(values)}"
-        )
-    return values["question"], values["ground_truth"], solutions
-
-
-def _answers(solution: str) -> bool:
-    lines = solution.strip().split("\n")
-    return any(line.startswith("A:") for line in lines) or number(lines[-1]) is not None
-
-
-FORMATS: dict[str, Callable[..., list[Row]]] = {"gsm8k-solutions": convert_gsm8k_solutions}
+FORMATS: dict[str, Callable[..., Converted]] = {
+    "gsm8k-solutions": convert_gsm8k_solutions,
+    "prm800k": convert_prm800k,
+    "math-shepherd": convert_math_shepherd,
+    "math-aps": convert_math_aps,
+    "trl-preference": convert_trl_preference,
+    "trl-kto": convert_trl_kto,
+    "trl-stepwise": convert_trl_stepwise,
+    "oreo": convert_oreo,
+    "open-r1": convert_open_r1,
+    "verl": convert_verl,
+}
 
 
 def convert(
-    format: str, source: str | Path, destination: str | Path, *, keep_annotations: bool = True, **options: Any
+    format: str,
+    source: str | Path,
+    destination: str | Path,
+    *,
+    messages: bool = False,
+    keep_annotations: bool = True,
+    step_penalty: float | None = None,
 ) -> dict[str, Any]:
-    """Converts a file of one of FORMATS and writes its rows as JSON Lines.
+    """Converts a source of one of FORMATS and writes its rows as JSON Lines.
 
     Args:
+        source: a .jsonl or .parquet file, a saved data set, or the name of one on the Hugging Face hub.
+        messages: write prompts and completions as messages, for models with a chat template.
         keep_annotations: False removes <<expression=value>> from completions, after judging the steps by it.
-        options: of the format's own function.
+        step_penalty: of gsm8k-solutions alone; None is its default.
 
     Returns:
-        What `summary` says of the rows.
+        What `summary` says of the rows, and the format's own counts.
     """
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}; known: {', '.join(FORMATS)}.{did_you_mean(format, FORMATS)}")
-    rows = FORMATS[format](source, **options)
+    if step_penalty is not None and format != "gsm8k-solutions":
+        raise UserError(f"step_penalty is an option of gsm8k-solutions; {format} has step rewards of its own, or none")
+    options = {} if step_penalty is None else {"step_penalty": step_penalty}
+    rows, counts = FORMATS[format](source, **options)
     if not rows:
         raise UserError(f"{source}: no response is left to write")
-    write_rows(destination, rows if keep_annotations else [without_annotations(row) for row in rows])
-    return summary(rows)
+    if not keep_annotations:
+        rows = [without_annotations(row) if isinstance(row.completion, str) else row for row in rows]
+    if messages:
+        rows = [as_messages(row) for row in rows]
+    write_rows(destination, rows)
+    return summary(rows) | counts
 
 
-def without_annotations(row: Row) -> Row:
-    """The row without calculator annotations, its spans moved. A line that is nothing else keeps them."""
-    lines, steps, position = [], [], 0
-    for start, end in row.steps:
-        line = row.completion[start:end]
-        without = ANNOTATION.sub("", line)
-        line = without if without.strip() else line
-        lines.append(line)
-        steps.append((position, position + len(line)))
-        position += len(line)
-    return dataclasses.replace(row, completion="".join(lines), steps=steps)
+def as_messages(row: Row) -> Row:
+    """The row with a user's and an assistant's message instead of strings; spans count characters of the content."""
+    if not isinstance(row.prompt, str):
+        return row
+    prompt = [{"role": "user", "content": row.prompt.strip()}]
+    return dataclasses.replace(row, prompt=prompt, completion=[{"role": "assistant", "content": row.completion}])
 
 
 def summary(rows: list[Row]) -> dict[str, Any]:
-    """Counts of graded rows with annotations, and how often our own grading of the answer agrees."""
-    by_model: dict[str, list[bool]] = {}
+    """Counts of any rows: how many, how they end, how many are right, their steps."""
+    rewards: dict[str, set[float]] = {}
     for row in rows:
-        by_model.setdefault(row.sampling["model"], []).append(row.label)
-    steps = [step for row in rows for step in calculator_steps(row.completion)]
-    agreeing = sum(gsm8k_correct(row.completion, row.answer) == row.label for row in rows)
-    return {
+        rewards.setdefault(prompt_key(row), set()).add(row.reward)
+    found: dict[str, Any] = {
         "rows": len(rows),
-        "problems": len({json.dumps(row.prompt) for row in rows}),
-        "correct": sum(row.label for row in rows) / len(rows),
-        "correct_by_model": {model: sum(labels) / len(labels) for model, labels in by_model.items()},
-        "cut": sum(row.finish_reason == "length" for row in rows),
-        "lines": len(steps),
-        "lines_checked": sum(step.correct is not None for step in steps),
-        "annotations": sum(step.annotations for step in steps),
-        "wrong_annotations": sum(step.wrong for step in steps),
-        "unparsed_annotations": sum(step.unparsed for step in steps),
-        "rows_with_wrong_annotations": sum(any(r < 0 for r in row.step_rewards) for row in rows),
-        "grading_agreement": agreeing / len(rows),
-        "grading_disagreements": len(rows) - agreeing,
+        "problems": len(rewards),
+        "problems_with_mixed_rewards": sum(len(found) > 1 for found in rewards.values()),
+        "correct": round(sum(row.label for row in rows) / len(rows), 4),
+        "not_ended": sum(row.finish_reason == "length" for row in rows),
     }
+    paid = [reward for row in rows for reward in row.step_rewards or ()]
+    if paid:
+        found |= {
+            "steps": len(paid),
+            "step_rewards": f"{min(paid):g} to {max(paid):g}, mean {sum(paid) / len(paid):.3g}",
+        }
+    return found
