@@ -109,7 +109,13 @@ def convert_command(arguments: list[str]) -> None:
 
     config = tyro.cli(ConvertConfig, args=arguments, prog="dqo convert", use_underscores=True)
     for name, value in convert(**dataclasses.asdict(config)).items():
-        print(f"{name:>32}  {value}")
+        several = isinstance(value, dict)
+        shown = ", ".join(f"{key} {share:.4g}" for key, share in value.items()) if several else _short(value)
+        print(f"{name:>32}  {shown}")
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)

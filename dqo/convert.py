@@ -88,7 +88,7 @@ def summary(rows: list[Row]) -> dict[str, Any]:
         "rows": len(rows),
         "problems": len(rewards),
         "problems_with_mixed_rewards": sum(len(found) > 1 for found in rewards.values()),
-        "correct": round(sum(row.label for row in rows) / len(rows), 4),
+        "correct": sum(row.label for row in rows) / len(rows),
         "not_ended": sum(row.finish_reason == "length" for row in rows),
     }
     paid = [reward for row in rows for reward in row.step_rewards or ()]

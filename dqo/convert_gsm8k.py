@@ -112,7 +112,7 @@ def _counts(rows: list[Row]) -> dict[str, Any]:
     steps = [step for row in rows for step in calculator_steps(row.completion)]
     agreeing = sum(gsm8k_correct(row.completion, row.answer) == row.label for row in rows)
     return {
-        "correct_by_model": {model: round(sum(labels) / len(labels), 4) for model, labels in by_model.items()},
+        "correct_by_model": {model: sum(labels) / len(labels) for model, labels in by_model.items()},
         "lines_checked": sum(step.correct is not None for step in steps),
         "annotations": sum(step.annotations for step in steps),
         "wrong_annotations": sum(step.wrong for step in steps),

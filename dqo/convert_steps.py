@@ -185,7 +185,7 @@ def _shares_by(rows: list[Row], name: str) -> dict[str, float]:
     labels = defaultdict(list)
     for row in rows:
         labels[(row.sampling or {}).get(name, "?")].append(row.label)
-    return {value: round(sum(found) / len(found), 4) for value, found in labels.items()}
+    return {value: sum(found) / len(found) for value, found in labels.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------- MATH-APS

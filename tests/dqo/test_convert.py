@@ -86,7 +86,7 @@ def test_the_summary_counts_rows_prompts_steps_and_ends():
         "rows": 3,
         "problems": 2,
         "problems_with_mixed_rewards": 1,
-        "correct": 0.6667,
+        "correct": 2 / 3,
         "not_ended": 1,
         "steps": 2,
         "step_rewards": "-1 to 0.5, mean -0.25",
