@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ def _run(command: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def train_command(arguments: list[str], prog: str = "dqo train") -> None:
@@ -118,6 +122,15 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def check_command(arguments: list[str]) -> None:
+    """Check rollout files and show what training will see of them."""
+    import tyro
+
+    from dqo.check import CheckConfig, check
+
+    check(tyro.cli(CheckConfig, args=arguments, prog="dqo check", use_underscores=True))
+
+
 @dataclass(frozen=True)
 class InitConfig:
     """Make a small randomly initialised Llama and a byte-level BPE tokenizer trained on a rollout file."""
@@ -162,6 +175,7 @@ COMMANDS = {
     "train": train_command,
     "demo": demo_command,
     "convert": convert_command,
+    "check": check_command,
     "init": init_command,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from dqo.errors import UserError
 from dqo_kernels import TokenStats, linear_token_stats
 
 transformers_logging.disable_progress_bar()
+logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(path: str):
@@ -30,6 +32,7 @@ def load_tokenizer(path: str):
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path!r} has no eos_token; a response could never end")
     if tokenizer.pad_token_id is None:
+        logger.warning("the tokenizer of %s has no pad token: EOS pads, and masks come from lengths", path)
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

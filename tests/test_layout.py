@@ -19,8 +19,8 @@ LEVELS = [
     {"rows"},
     {"convert_source", "episodes", "new_model"},
     {"batches", "config", "parallel", "convert_gsm8k", "convert_steps", "convert_forms"},
-    {"attention", "convert", "metrics", "models", "inputs", "optim", "trackers", "watch"},
-    {"lora", "reference", "sample"},
+    {"attention", "check_view", "convert", "metrics", "models", "inputs", "optim", "trackers", "watch"},
+    {"check", "lora", "reference", "sample"},
     {"value_models", "evaluate"},
     {"learner"},
     {"callbacks", "checkpoint", "prepare", "step"},
@@ -128,6 +128,6 @@ def test_every_objective_is_one_file_and_one_test():
 
 
 def test_no_file_that_is_read_before_the_options_imports_torch():
-    for name in ("cli", "config", "rows", "verify", "convert", "demo", "errors"):
+    for name in ("cli", "config", "rows", "verify", "convert", "check", "demo", "errors"):
         imported = imports_of(ROOT / "dqo" / f"{name}.py", top_level_only=True)
         assert not imported & {"torch", "transformers", "dqo_kernels"}, name

@@ -1,0 +1,51 @@
+import re
+
+import pytest
+
+from dqo.check_view import token_texts, view
+from dqo.episodes import make_episodes
+from dqo.new_model import bpe_tokenizer
+from dqo.rows import read_rows
+from tests.dqo.helpers import tokenizer
+
+STEPS = {"steps": [[0, 6], [6, 8]], "step_rewards": [-1.0, 0.5]}
+
+
+def episode(tok=None, prompt="1+2=", completion="1+2=3\n#3", **changes):
+    tok = tok or tokenizer()
+    rows = read_rows([{"prompt": prompt, "completion": completion, "reward": 1.0} | changes])
+    options = {"vocab_size": len(tok), "max_length": 4096, "process_reward": "additive"}
+    return make_episodes(rows, tok, **options)[0]
+
+
+def test_plain_text_shows_tokens_steps_rewards_and_eos():
+    shown = view(episode(**STEPS), tokenizer(), colour=False).split("\n", 1)
+    assert shown[0] == "row 1: right, reward 1, 4 + 9 tokens, ends in EOS; tokens are paid +0.5 together"
+    eos = tokenizer().eos_token
+    assert shown[1] == f"[prompt] 1+2=\n[response] 1│+│2│=│3│\\n\n{{-1}}║#│3{{+0.5}}║{eos}{{+1}}"
+
+
+def test_colours_change_nothing_but_the_separators_of_tokens():
+    plain, painted = (view(episode(**STEPS), tokenizer(), colour) for colour in (False, True))
+    assert "\x1b[2m" in painted and "\x1b[7m" in painted and "\x1b[31;1m{-1}" in painted
+    assert re.sub(r"\x1b\[[0-9;]*m", "", painted) == plain.replace("│", "")
+    assert not any(line.count("\x1b[0m") * 2 != line.count("\x1b[") for line in painted.split("\n"))
+
+
+def test_a_response_that_was_cut_shows_no_eos():
+    shown = view(episode(finish_reason="length"), tokenizer(), colour=False)
+    assert "does not end" in shown and tokenizer().eos_token not in shown
+
+
+def test_the_middle_of_a_long_response_and_the_beginning_of_a_long_prompt_are_left_out():
+    steps = {"steps": [[0, 200], [200, 400]], "step_rewards": [0.25, 0.5]}
+    shown = view(episode(prompt="2" * 90, completion="1" * 400, **steps), tokenizer(), colour=False)
+    assert "... 201 tokens, paid +0.25 ..." in shown
+    assert "[prompt] ... " + "2" * 60 + "\n" in shown
+    assert shown.count("1│") + shown.count("1{") == 140 + 59
+
+
+@pytest.mark.parametrize("text", ["two plus two is four\nso four", "½ of élan"])
+def test_token_texts_keep_the_spaces_and_make_the_text(text):
+    tok = bpe_tokenizer([text] * 20, 400)
+    assert "".join(token_texts(tok, tok(text)["input_ids"])) == text
