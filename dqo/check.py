@@ -140,22 +140,6 @@ def warnings(rows: list[Row]) -> list[str]:
     return found
 
 
-def token_warnings(rows: list[Row], tokenizer) -> list[str]:
-    found = []
-    stored = [row.completion_ids for row in rows if row.completion_ids is not None and row.finish_reason == "stop"]
-    if stored and not any(ids[-1] == tokenizer.eos_token_id for ids in stored):
-        found.append(
-            f'0 of {len(stored):,} completions end in EOS although finish_reason is "stop"; it is added to each. Sample with '
-            "this tokenizer's EOS, or keep it in completion_ids"
-        )
-    if tokenizer.chat_template is not None and isinstance(rows[0].prompt, str):
-        found.append(
-            "the tokenizer has a chat template, and the prompts are strings: they are used as they are, without it. For a chat "
-            "model give messages (dqo convert --messages)"
-        )
-    return found
-
-
 def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
     from dqo.models import load_tokenizer, vocabulary_size  # imports torch
 
@@ -189,7 +173,13 @@ def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
         },
     )
     print(histogram(lengths))
-    _warn(token_warnings(rows, tokenizer))
+    if tokenizer.chat_template is not None and isinstance(rows[0].prompt, str):
+        _warn(
+            [
+                "the tokenizer has a chat template, and the prompts are strings: they are used as they are, without it. For a "
+                "chat model give messages (dqo convert --messages)"
+            ]
+        )
     if over:  # refused, or cut
         episodes = made(config.max_length)
     shown = sorted({round(i) for i in np.linspace(0, len(episodes) - 1, min(config.rows, len(episodes)))})

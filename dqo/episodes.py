@@ -106,6 +106,17 @@ def _check_vocabulary(row: Row, ids: list[int], vocab_size: int) -> None:
         )
 
 
+def _warn_without_eos(rows: list[Row], eos_id: int) -> None:
+    stored = [row.completion_ids for row in rows if row.completion_ids is not None and row.finish_reason == "stop"]
+    if stored and not any(ids[-1] == eos_id for ids in stored):
+        logger.warning(
+            '0 of %d completions end in EOS (%d) although finish_reason is "stop"; it is added to each. Keep it in '
+            "completion_ids, or sample with this tokenizer's EOS",
+            len(stored),
+            eos_id,
+        )
+
+
 @dataclass(slots=True)
 class _Tokens:
     """A row on tokens, before rewards and cuts."""
@@ -244,6 +255,7 @@ def make_episodes(
         _tokens(row, prompt, ids, ends, tokenizer.eos_token_id, vocab_size, max_length)
         for row, prompt, (ids, ends) in zip(rows, prompt_ids(tokenizer, rows), _completions(tokenizer, rows))
     ]
+    _warn_without_eos(rows, tokenizer.eos_token_id)
     lengths = [tokens.length for tokens in tokenized]
     over = [tokens for tokens in tokenized if tokens.length > max_length]
     if over:

@@ -38,7 +38,8 @@ def read_records(source: Any) -> tuple[str, list[Record], list[Problem]]:
         return "rows", *_from_iterable(source)
     path = Path(source)
     if not path.exists():
-        if isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix not in _SUFFIXES:
+        hub = isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix not in _SUFFIXES
+        if hub and not path.parent.is_dir():  # in a folder that is there it is a misspelt file
             return source, *_from_hub(source)
         siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such file.{did_you_mean(path.name, siblings)} Expected a .jsonl or .parquet file")
@@ -109,11 +110,11 @@ def _from_parquet(path: Path) -> tuple[list[Record], list[Problem]]:
     return [Record(i, f"{path.name}:{i}", row) for i, row in enumerate(rows, start=1)], []
 
 
-def _datasets(source: str):
+def _datasets(needed_by: str):
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"{source}: needs the package datasets: pip install datasets") from error
+        raise UserError(f"{needed_by} needs the package datasets: pip install datasets") from error
     return datasets
 
 
@@ -137,7 +138,7 @@ def _from_saved(path: Path) -> tuple[list[Record], list[Problem]]:
         raise UserError(
             f"{path}: is a folder; expected a .jsonl or .parquet file, or a folder that Dataset.save_to_disk wrote"
         )
-    datasets = _datasets(str(path))
+    datasets = _datasets(f"{path}: a saved data set")
     try:
         found = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:

@@ -60,16 +60,22 @@ _NEEDED = {
     "oreo": ("prompt", "response", "reward"),
 }
 _HINTS = (  # columns found -> what the file probably is
-    ({"chosen"}, "This looks like preference data: move what chosen and rejected share to a column prompt"),
+    (
+        {"chosen"},
+        "This looks like preference data: run `dqo convert trl-preference` on it, which moves what chosen and rejected share "
+        "to a column prompt",
+    ),
     (
         {"messages"},
         "This looks like chat data: move the last assistant message to completion, the messages before it to "
         "prompt, and add a reward",
     ),
-    (
-        {"question", "ground_truth"},
-        "This looks like GSM8K's graded solutions: run `dqo convert gsm8k-solutions` on it",
-    ),
+    ({"question", "ground_truth"}, "This looks like GSM8K's graded solutions: run `dqo convert gsm8k-solutions` on it"),
+    ({"question", "label", "labeler"}, "This looks like PRM800K: run `dqo convert prm800k` on it"),
+    ({"input", "label"}, "This looks like Math-Shepherd: run `dqo convert math-shepherd` on it"),
+    ({"question", "reasoning_steps"}, "This looks like MATH-APS: run `dqo convert math-aps` on it"),
+    ({"problem", "generations"}, "This looks like open-r1's data: run `dqo convert open-r1` on it"),
+    ({"prompt", "data_source"}, "This looks like verl's data: run `dqo convert verl` on it"),
     ({"question"}, "These look like problems without responses: sample responses and grade them first"),
     ({"problem"}, "These look like problems without responses: sample responses and grade them first"),
     (

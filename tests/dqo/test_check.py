@@ -148,7 +148,7 @@ def test_files_that_share_prompts_are_named(tmp_path, capsys):
         dqo_command(["check"])
 
 
-def test_stored_ids_without_eos_and_strings_for_a_chat_model_are_warned_of(tmp_path, capsys):
+def test_stored_ids_without_eos_and_strings_for_a_chat_model_are_warned_of(tmp_path, capsys, caplog):
     chat = tokenizer()
     chat.chat_template = "{{ messages[0].content }}"
     save(policy(), chat, tmp_path / "chat")
@@ -157,7 +157,7 @@ def test_stored_ids_without_eos_and_strings_for_a_chat_model_are_warned_of(tmp_p
         tmp_path, [row(prompt="1", completion="2") | stored, row(prompt="1", completion="3", reward=0.0) | stored]
     )
     out = printed(capsys, path, "--model_name_or_path", tmp_path / "chat")
-    assert '0 of 2 completions end in EOS although finish_reason is "stop"' in out
+    assert '0 of 2 completions end in EOS (2) although finish_reason is "stop"' in caplog.text
     assert "has a chat template, and the prompts are strings" in out
 
 

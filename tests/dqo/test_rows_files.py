@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import logging
 import sys
 
 import pytest
@@ -67,7 +68,7 @@ def test_an_empty_file_is_refused(content, tmp_path):
 
 
 def test_folders_and_unknown_kinds_of_files_are_refused(tmp_path):
-    says(refusal(tmp_path), "is a folder")
+    says(refusal(tmp_path), "is a folder", "Dataset.save_to_disk")
     message = refusal(write(tmp_path, GOOD, name="rows.csv"))
     says(message, "rows.csv: unknown kind of file '.csv'", ".jsonl or .parquet")
 
@@ -112,6 +113,56 @@ def test_a_dataset_is_read_by_its_rows():
         (1.0, [(0, 1)], "row 1"),
         (0.0, [(0, 1)], "row 2"),
     ]
+
+
+def test_saved_datasets_are_read(tmp_path, caplog):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list([GOOD, OTHER])
+    data.save_to_disk(tmp_path / "one")
+    assert [row.reward for row in read_rows(tmp_path / "one")] == [1.0, 0.0]
+    datasets.DatasetDict(train=data, test=data.select([1])).save_to_disk(tmp_path / "two")
+    with caplog.at_level(logging.WARNING):
+        assert len(read_rows(tmp_path / "two")) == 2
+    assert "split train of train, test" in caplog.text
+    assert len(read_rows(tmp_path / "two" / "test")) == 1
+    datasets.DatasetDict(a=data, b=data).save_to_disk(tmp_path / "three")
+    says(refusal(tmp_path / "three"), "has the splits a, b; choose one, as ... three/a")
+
+
+class Hub:
+    """Stands in for the package datasets: one data set of two splits."""
+
+    @staticmethod
+    def load_dataset(name):
+        if name != "org/graded.math":
+            raise ConnectionError(f"Couldn't reach {name} on the Hub\nand more")
+        return {"train": [GOOD, OTHER], "test": [OTHER]}
+
+
+def test_a_hub_name_is_loaded_where_no_file_has_it(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", Hub)
+    with caplog.at_level(logging.WARNING):
+        assert len(read_rows("org/graded.math")) == 2
+    assert "org/graded.math: split train of train, test" in caplog.text
+    assert len(read_rows("org/graded.math:test")) == 1
+    says(refusal("org/graded.math:tset"), "has no split 'tset'; it has train, test. Did you mean 'test'?")
+    says(
+        refusal("org/other"),
+        "org/other: there is no such file",
+        "cannot be loaded: Couldn't reach org/other on the Hub",
+    )
+    assert "and more" not in refusal("org/other")
+
+
+def test_what_looks_like_a_file_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    says(refusal("data/rollouts.jsonl"), "rollouts.jsonl: no such file")
+    says(refusal("/org/name"), "name: no such file")
+    says(refusal("org/name"), "as the name of a data set on the Hugging Face hub it needs the package datasets")
+    (tmp_path / "org").mkdir()
+    says(refusal("org/name"), "org/name: no such file.")
 
 
 def test_what_is_no_list_of_rows_is_refused():
