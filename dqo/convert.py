@@ -19,7 +19,7 @@ from dqo.convert_gsm8k import convert_gsm8k_solutions, without_annotations
 from dqo.convert_source import Converted
 from dqo.convert_steps import convert_math_aps, convert_math_shepherd, convert_prm800k
 from dqo.errors import UserError, did_you_mean
-from dqo.rows import Row, prompt_key, write_rows
+from dqo.rows import Row, prompt_key, read_rows, write_rows
 
 FORMATS: dict[str, Callable[..., Converted]] = {
     "gsm8k-solutions": convert_gsm8k_solutions,
@@ -63,7 +63,10 @@ def convert(
     rows, counts = FORMATS[format](source, **options)
     if not rows:
         raise UserError(f"{source}: no response is left to write")
+    rows = read_rows(rows)  # the checks of training, which name the source's line
     if not keep_annotations:
+        if any(row.completion_ids for row in rows):
+            raise UserError(f"{source}: has completion_ids, which annotations cannot be taken out of; keep them")
         rows = [without_annotations(row) if isinstance(row.completion, str) else row for row in rows]
     if messages:
         rows = [as_messages(row) for row in rows]

@@ -167,7 +167,7 @@ def convert_verl(source: str | Path) -> Converted:
         if scored and not isinstance(record.values[scored], list):
             record.values[scored] = [record.values[scored]]
         scores = _each(record, scored, len(responses)) if scored else None
-        truth = record.values.get("reward_model", {}).get("ground_truth") if scores is None else None
+        truth = _inside(record, "reward_model", "ground_truth")
         if scores is None and not isinstance(truth, (str, int, float)):
             raise UserError(
                 f"{record.source}: has no scores, and reward_model.ground_truth is {shown(truth)}; add a column scores with "
@@ -198,6 +198,11 @@ def convert_verl(source: str | Path) -> Converted:
     return Converted(rows, {"graded_here": graded, "without_an_answer": graded - readable} if graded else {})
 
 
+def _inside(record: Record, name: str, key: str) -> Any:
+    value = record.values.get(name)
+    return value.get(key) if isinstance(value, dict) else None
+
+
 def _final_answer(response: str) -> str | None:
     box = boxed(response)
     if box:
@@ -207,15 +212,15 @@ def _final_answer(response: str) -> str | None:
 
 
 def _verl_row(record: Record, prompt: Any, response: str, reward: float, index: int) -> Row:
-    extra = record.values.get("extra_info") if isinstance(record.values.get("extra_info"), dict) else {}
-    truth = (record.values.get("reward_model") or {}).get("ground_truth")
-    where = [record.values.get("data_source"), extra.get("split"), extra.get("index")]
+    truth = _inside(record, "reward_model", "ground_truth")
+    extra = [_inside(record, "extra_info", name) for name in ("split", "index")]
+    where = [part for part in (record.values.get("data_source"), *extra) if isinstance(part, (str, int))]
     return Row(
         prompt=prompt,
         completion=response if isinstance(prompt, str) else [{"role": "assistant", "content": response}],
         reward=reward,
         label=reward > 0.5,
         answer=truth if isinstance(truth, str) else None,
-        prompt_id="/".join(str(part) for part in where if part is not None) or None,
+        prompt_id="/".join(map(str, where)) or None,
         source=f"{record.source}, response {index + 1}",
     )

@@ -59,10 +59,15 @@ def convert_prm800k(source: str | Path) -> Converted:
 def _prm800k_paths(record: Record, steps: list[dict], counts: Counter) -> list[tuple[list[tuple[str, int]], bool]]:
     """(steps with their ratings, whether it is the chosen path) of every leaf."""
     paths, before = [], []
-    for step in steps:
+    for depth, step in enumerate(steps):
         leaves, after = [], None
+        completions = (step.get("completions") or []) if isinstance(step, dict) else None
+        if not isinstance(completions, list) or not all(isinstance(completion, dict) for completion in completions):
+            raise UserError(
+                f"{record.source}: label.steps[{depth}] is {shown(step)}; expected completions, each with text and rating"
+            )
         chosen = step.get("chosen_completion")
-        for i, completion in enumerate(step.get("completions") or []):
+        for i, completion in enumerate(completions):
             text, rating = completion.get("text"), completion.get("rating")
             if completion.get("flagged"):
                 counts["flagged_steps"] += 1

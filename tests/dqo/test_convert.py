@@ -71,6 +71,12 @@ def test_annotations_leave_any_format(tmp_path):
     assert row.steps == [(0, 16), (16, len(row.completion))]
 
 
+def test_annotations_stay_where_token_ids_hold_them(tmp_path):
+    source = written(tmp_path, KTO | {"completion_ids": [1, 2]})
+    with pytest.raises(UserError, match="has completion_ids, which annotations cannot be taken out of"):
+        convert("trl-kto", source, tmp_path / "out.jsonl", keep_annotations=False)
+
+
 def test_an_option_of_another_format_is_refused(tmp_path):
     with pytest.raises(UserError, match="step_penalty is an option of gsm8k-solutions; trl-kto has"):
         convert("trl-kto", written(tmp_path, KTO), tmp_path / "out.jsonl", step_penalty=0.5)
@@ -99,3 +105,77 @@ def test_parquet_is_read(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist([KTO]), tmp_path / "source.parquet")
     assert convert("trl-kto", tmp_path / "source.parquet", tmp_path / "out.jsonl")["rows"] == 1
     assert read_rows(tmp_path / "out.jsonl")[0].completion == " blue"
+
+
+STEP = {"completions": [{"text": "a # Answer\n2", "rating": 1, "flagged": False}], "human_completion": None}
+WHOLE = {
+    "gsm8k-solutions": {"question": "q", "ground_truth": "A: 1", "m": {"solution": "A: 1", "is_correct": True}},
+    "prm800k": {
+        "question": {"problem": "q", "ground_truth_answer": "2"},
+        "label": {"steps": [STEP | {"chosen_completion": 0}], "finish_reason": "solution"},
+    },
+    "math-shepherd": {
+        "input": "q Step 1: a. The answer is: 2 ки",
+        "label": "q Step 1: a. The answer is: 2 +",
+        "task": "MATH",
+    },
+    "math-aps": {
+        "question": "q",
+        "final_answer": "2",
+        "reasoning_steps": [{"solution_prefix": "q\n\\boxed{2}", "mc_value": 1.0}],
+    },
+    "trl-preference": {"prompt": "p", "chosen": "a", "rejected": "b"},
+    "trl-kto": KTO,
+    "trl-stepwise": {"prompt": "p", "completions": ["a", "b"], "labels": [True, True]},
+    "oreo": {"prompt": "p", "response": "a", "reward": 1.0},
+    "open-r1": {
+        "problem": "q",
+        "generations": ["a"],
+        "correctness_math_verify": [True],
+        "finish_reasons": ["stop"],
+        "uuid": "u",
+    },
+    "verl": {
+        "data_source": "d",
+        "prompt": [{"role": "user", "content": "q"}],
+        "reward_model": {"ground_truth": "2"},
+        "extra_info": {"index": 1},
+        "responses": ["#### 2"],
+        "scores": [1.0],
+    },
+}
+
+
+def places(value, path=()):
+    """Every path into a JSON value."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+def spoilt(value, path, wrong):
+    if not path:
+        return wrong
+    copied = dict(value) if isinstance(value, dict) else list(value)
+    copied[path[0]] = spoilt(value[path[0]], path[1:], wrong)
+    return copied
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_whatever_stands_in_a_field_the_rows_pass_every_check_or_the_source_is_refused(format, tmp_path):
+    """Every value inside a row is replaced by values of every other kind."""
+    assert convert(format, written(tmp_path, WHOLE[format]), tmp_path / "out.jsonl")["rows"] >= 1
+    refused = 0
+    for path in [path for path in places(WHOLE[format]) if path]:
+        for wrong in (None, True, -1.5, "", "text", [], [None], ["text"], {}, {"text": 1}):
+            source = written(tmp_path, WHOLE[format], spoilt(WHOLE[format], path, wrong))
+            try:
+                convert(format, source, tmp_path / "out.jsonl")
+                read_rows(tmp_path / "out.jsonl")
+            except UserError as error:
+                assert "source.jsonl" in str(error), (path, wrong)
+                refused += 1
+            except Exception as error:
+                raise AssertionError(f"{path} = {wrong!r}") from error
+    assert refused

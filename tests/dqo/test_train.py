@@ -183,6 +183,18 @@ def test_step_rewards_need_a_decision(files):
     run(files, process_reward="additive", max_steps=1)
 
 
+def test_potentials_reach_the_tokens_with_their_coefficient_and_the_objectives_discount(files):
+    rows = [
+        row | {"steps": [[0, 1], [1, len(row["completion"])]], "step_rewards": [0.5, 1.0]} for row in rollout_rows()
+    ]
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"process_reward": "potential", "process_coef": 2.0, "gamma": 0.5, "max_steps": 1, "eval_fraction": 0}
+    episode = run(files, **options).prepared.episodes()[0]
+    # Phi is 2 * 0.5 after the first token and 2 * 1 before EOS: 0.5 * 1 - 0, then 0.5 * 1 - 1 ..., at last R - 2
+    assert episode.rewards[:2].tolist() == [0.5, -0.5]
+    assert episode.rewards[-1] == episode.reward - 2.0
+
+
 def test_methods_that_find_nothing_to_train_on_say_so(files):
     rows = [row | {"prompt": f"{i % 10}+{i // 10}="} for i, row in enumerate(rollout_rows(prompts=4, samples=4))]
     (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
