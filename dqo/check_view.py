@@ -31,10 +31,12 @@ def view(episode: Episode, tokenizer, colour: bool) -> str:
         style = _EOS if ended and i == count - 1 else _TOKENS[i % 2]
         separator = "│" if not colour and i + 1 < count and i not in ends else ""
         reward = episode.rewards[i]
+        line_ends = text.endswith("\n")  # what the token is paid stands on its own line
         parts += [
-            paint(text.replace("\n", "\\n\n"), style),
+            paint(text.removesuffix("\n").replace("\n", "\\n\n") + "\\n" * line_ends, style),
             paint(f"{{{reward:+.4g}}}", _PAID if reward > 0 else _FINED) if reward else "",
             paint("║", _STEP) if i in ends else separator,
+            "\n" * line_ends,
         ]
     before = episode.prompt_ids[-_PROMPT:]
     cut = "... " if len(before) < len(episode.prompt_ids) else ""

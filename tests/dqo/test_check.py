@@ -95,7 +95,7 @@ def test_with_a_model_rows_are_shown_as_they_are_paid(tmp_path, model, capsys):
     options = ("--model_name_or_path", model, "--process_reward", "additive", "--process_coef", 2, "--reward_scale", 3)
     out = printed(capsys, path, *options, "--reward_shift", -1)
     assert out.count("[response]") == 3
-    assert "1│+│2│=│3│\\n\n{+0.5}║#│3{+1}║" in out and "{+2}" in out  # 3 * 1 - 1 on EOS
+    assert "1│+│2│=│3│\\n{+0.5}║\n#│3{+1}║" in out and "{+2}" in out  # 3 * 1 - 1 on EOS
     assert "12 to 13 (median 13)" in out
     assert "\x1b[" not in out
 
@@ -104,7 +104,7 @@ def test_potentials_are_shown_with_their_discount(tmp_path, model, capsys):
     options = ("--model_name_or_path", model, "--process_reward", "potential", "--gamma", 0.5, "--rows", 1)
     out = printed(capsys, written(tmp_path, ROWS), *options)
     assert out.count("[response]") == 1
-    assert "\\n\n{+0.125}║#{-0.125}│3║" in out  # 0.5 * 0.5 - 0.25 = 0 is not shown
+    assert "\\n{+0.125}║\n#{-0.125}│3║" in out  # 0.5 * 0.5 - 0.25 = 0 is not shown
 
 
 def test_truncation_changes_what_is_paid_and_kept(tmp_path, model, capsys):

@@ -22,7 +22,7 @@ def test_plain_text_shows_tokens_steps_rewards_and_eos():
     shown = view(episode(**STEPS), tokenizer(), colour=False).split("\n", 1)
     assert shown[0] == "row 1: right, reward 1, 4 + 9 tokens, ends in EOS; tokens are paid +0.5 together"
     eos = tokenizer().eos_token
-    assert shown[1] == f"[prompt] 1+2=\n[response] 1│+│2│=│3│\\n\n{{-1}}║#│3{{+0.5}}║{eos}{{+1}}"
+    assert shown[1] == f"[prompt] 1+2=\n[response] 1│+│2│=│3│\\n{{-1}}║\n#│3{{+0.5}}║{eos}{{+1}}"
 
 
 def test_colours_change_nothing_but_the_separators_of_tokens():
