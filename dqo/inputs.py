@@ -77,7 +77,7 @@ def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], 
     shared = {prompt_key(row) for row in rows} & {prompt_key(row) for row in held_out}
     if shared:
         raise UserError(
-            f"{len(shared)} prompts of the held-out rows are in the training rows too (first: {min(shared)[:60]}); held-out rows "
-            "must be of other problems"
+            f"{len(shared)} prompts of {config.eval_dataset_name or 'the held-out rows'} are in "
+            f"{config.dataset_name or 'the training rows'} too; held-out rows must be of other problems"
         )
     return rows, held_out

@@ -9,6 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dqo.episodes import Episode
+from dqo.models import hidden_positions
 from dqo.new_model import character_tokenizer, new_llama
 from dqo.tasks.arith import VOCABULARY, ArithTask
 
@@ -66,6 +67,11 @@ def episodes(count: int = 6, seed: int = 0, reference: bool = True, terminated: 
             )
         )
     return found
+
+
+def hidden_rows(model, batch, bf16: bool = False) -> torch.Tensor:
+    """(N, D): the hidden states of a batch's rows."""
+    return hidden_positions(model, batch, bf16)[batch.states]
 
 
 def gradients(*models) -> torch.Tensor:

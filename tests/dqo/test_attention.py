@@ -11,20 +11,15 @@ from dqo import attention
 from dqo.batches import collate, groups_of
 from dqo.errors import UserError
 from dqo.learner import Learner
-from dqo.models import hidden_positions
 from dqo.parallel import Processes
 from dqo.sample import generate
 from dqo.step import accumulate
 from dqo.value_models import value_rows
-from tests.dqo.helpers import episodes, gradients
+from tests.dqo.helpers import episodes, gradients, hidden_rows
 from tests.dqo.packing_models import PACKED, WINDOW, WITH_VALUES, critic_of, model, objective_and_critic, packing
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 IDS = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
-
-
-def hidden_rows(made, batch):
-    return hidden_positions(made, batch)[batch.states]
 
 
 @pytest.mark.parametrize("name", PACKED)

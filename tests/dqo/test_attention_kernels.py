@@ -8,9 +8,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 from dqo import attention
 from dqo.batches import collate, groups_of, packed_inputs
-from dqo.models import hidden_rows
 from dqo.step import accumulate
-from tests.dqo.helpers import episodes, gradients
+from tests.dqo.helpers import episodes, gradients, hidden_rows
 from tests.dqo.packing_models import WINDOW, model, objective_and_critic, packing
 
 LENGTHS = [5, 1, 9, 5, 2]
@@ -144,8 +143,8 @@ def test_under_autocast_a_kernel_gets_its_precision(monkeypatch):
         return torch.zeros_like(q)
 
     monkeypatch.setattr(attention, "_fused", lambda *_: (kernel, None))
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():  # rotary embeddings make float32 of q and k
-        hidden_rows(packing(model("llama")), collate(episodes(3), 0, packed=True))
+    with torch.no_grad():  # rotary embeddings make float32 of q and k
+        hidden_rows(packing(model("llama")), collate(episodes(3), 0, packed=True), bf16=True)
     assert seen == [{torch.bfloat16}] * 2
 
 

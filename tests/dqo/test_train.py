@@ -88,7 +88,7 @@ def test_neither_the_budget_nor_the_packing_changes_the_run(files, monkeypatch, 
         assert all(rows == 1 for rows, _ in shapes) and not any(rows == 1 for rows, _ in plain)
     else:
         assert all(rows * length <= 40 or rows == (2 if method == "dpo" else 1) for rows, length in shapes)
-        assert len(shapes) > len(plain) == 12
+        assert len(shapes) > len(plain)
     assert logged(files / "plain") == pytest.approx(logged(files / "other"), rel=1e-4)
     assert logged(files / "plain", "eval_loss") == pytest.approx(logged(files / "other", "eval_loss"), rel=1e-4)
 
