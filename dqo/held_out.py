@@ -39,7 +39,7 @@ def held_out_metrics(
     for batch, counts, _ in planned(groups, learner, processes, max_tokens, pad_id):
         loss, more = module(objective_sums, objective, batch, companion_mean=companion_mean)
         units = float(unit_count(groups_of(batch.episodes, size), objective.unit))
-        more |= {"loss": torch.stack([loss, loss.new_tensor(units)])}
+        more |= {"loss": torch.stack([loss, loss.new_tensor(units)])} | metrics.of_batch(batch)
         sums = metrics.add(sums, more if counts else metrics.none_of(more))
     found = metrics.finish(add_over_processes(sums, processes))
     result = {f"eval_{name}": value for name, value in found.items()}
