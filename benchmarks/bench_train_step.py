@@ -29,6 +29,7 @@ from benchmarks.units import TOKENS
 from dqo.batches import groups_of
 from dqo.episodes import Episode
 from dqo.learner import Learner
+from dqo.models import policy_stats
 from dqo.objectives import DPO, DQO, KTO, UNIT_EPISODES
 from dqo.parallel import Processes
 from dqo.reference import add_reference
@@ -97,8 +98,9 @@ def inputs(case: Case, device: torch.device) -> SimpleNamespace:
     episodes = _episodes(*lengths, MODELS[model]["vocab_size"])
     if case.variant == "kto":
         episodes = objective.prepare(episodes)
-    companions = [episode.companion for episode in episodes if episode.companion is not None]
-    add_reference(episodes + companions, _model(model, device), pad_id=0, max_tokens=2 * episodes[0].length, quiet=True)
+    reference = _model(model, device)
+    budget = 2 * sum(lengths[1:])  # two responses a batch
+    add_reference(episodes, lambda batch: policy_stats(reference, batch), 0, budget, device=device, quiet=True)
     policy = _model(model, device)
     value_model = value_model_from(policy) if objective.needs_values else None
     return SimpleNamespace(objective=objective, episodes=episodes, learner=Learner(policy, value_model))

@@ -13,7 +13,6 @@ Tensors are whole, however they were sharded: a run may go on with another numbe
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -22,7 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dqo.config import Options, dump_options
 from dqo.errors import UserError
+from dqo.files import aside as aside_of
+from dqo.files import remove_asides, sync, write_whole
 from dqo.learner import Learner
 from dqo.lora import has_adapter, merged_state
 from dqo.models import load_policy
@@ -53,14 +55,6 @@ def load_optimizer_tensors(optimizers: dict[str, torch.optim.Optimizer], tensors
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _trained(learner: Learner) -> dict[str, nn.Parameter]:
     """The parameters that are trained, of a run with adapters."""
     parts = {"policy": learner.policy} | ({} if learner.value_model is None else {"critic": learner.value_model})
@@ -88,6 +82,29 @@ def save_models(directory: Path, learner: Learner, tokenizer, processes: Process
             save_value_model(learner.value_model, critic, directory / "critic")
 
 
+def _sync_tree(directory: Path) -> None:
+    for path in [*sorted(directory.rglob("*")), directory]:
+        sync(path)
+
+
+def publish_models(directory: Path, learner: Learner, tokenizer, processes: Processes) -> None:
+    """Puts the models into a directory that holds other files. Each file is whole whenever it exists. All processes call it."""
+    beside = aside_of(directory / "models")
+    save_models(beside, learner, tokenizer, processes)
+    if not processes.main:
+        return
+    _sync_tree(beside)
+    folders = [beside, *(path for path in sorted(beside.rglob("*")) if path.is_dir())]
+    for folder in folders:
+        target = directory / folder.relative_to(beside)
+        target.mkdir(exist_ok=True)
+        for path in folder.iterdir():
+            if path.is_file():
+                path.replace(target / path.name)
+        sync(target)
+    shutil.rmtree(beside)
+
+
 def save_checkpoint(
     output_dir: Path,
     step: int,
@@ -100,28 +117,26 @@ def save_checkpoint(
 ) -> Path:
     """Writes checkpoint-<step> atomically: a directory of that name is whole, whatever happened. All processes must call it."""
     final = output_dir / f"checkpoint-{step}"
-    aside = output_dir / f".checkpoint-{step}.partial"
+    aside = aside_of(final)
     adapters = {}
     if has_adapter(learner.policy):
         adapters = {name: whole(parameter.detach()).contiguous() for name, parameter in _trained(learner).items()}
     target = {} if learner.target is None else whole_state(learner.target)
     optimizer = optimizer_tensors(optimizers)
-    if processes.main:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
     save_models(aside, learner, tokenizer, processes, value_model=not adapters)
     if processes.main:
         for name, tensors in (("adapters", adapters), ("target", target), ("optimizer", optimizer)):
             if tensors:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside / f"{name}.safetensors")
         (aside / STATE_FILE).write_text(json.dumps(state, indent=1))
-        for path in sorted(aside.rglob("*")):
-            _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
+        _sync_tree(aside)
+        if final.exists():
+            final.rename(aside_of(final))
         aside.rename(final)
-        _sync(output_dir)
+        sync(output_dir)
         for old in checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(old)
+            old.rename(aside_of(old))  # at once, then file by file: half a checkpoint must not look like one
+        remove_asides(output_dir)
     processes.barrier()
     return final
 
@@ -173,3 +188,21 @@ def check_same_run(checkpoint: Path, identity: dict) -> None:
             + "\nChoose another --output_dir, or repeat "
             "the options of that run"
         )
+
+
+def claim_output(options: Options, identity: dict, processes: Processes) -> Path | None:
+    """Makes output_dir this run's before anything else is written there; returns the checkpoint to go on from.
+
+    Raises:
+        UserError: when the checkpoint is of another run, which is then left as it is.
+    """
+    output_dir, named = Path(options.train.output_dir), options.train.resume_from_checkpoint
+    found = checkpoints(output_dir) if named in ("auto", "never") else [Path(named)]
+    if found:
+        check_same_run(found[-1], identity)
+    if processes.main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        remove_asides(output_dir)
+        write_whole(output_dir / "config.yaml", dump_options(options).encode())
+    processes.barrier()
+    return found[-1] if found else None

@@ -27,7 +27,11 @@ class TrainConfig:
     method: Literal["dqo", "sft", "rft", "dpo", "kto", "dro", "oreo"] = "dqo"
     """Objective; its own options are shown by `--method NAME --help`."""
     model_name_or_path: str | None = None
-    """Directory or hub name of the causal language model to train; also the reference policy."""
+    """Directory or hub name of the causal language model to train."""
+    ref_model_name_or_path: str | None = None
+    """Reference policy; None: the initial model."""
+    ref_cache_dir: str | None = None
+    """Directory of cached reference log-probabilities, shared between runs; None: output_dir/ref_cache."""
     dataset_name: str | None = None
     """Rollout file (.jsonl or .parquet): prompt, completion, reward."""
     output_dir: str = "out"

@@ -10,6 +10,7 @@ from typing import Any
 
 from dqo.config import Options
 from dqo.errors import UserError
+from dqo.files import is_aside
 from dqo.rows import Row, check_contrast, check_process_reward, duplicate_count, prompt_key, read_rows, split_by_prompt
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ def check_options(options: Options, given: Given | None = None) -> None:
         raise UserError("a model object needs its tokenizer: processing_class=...")
     if config.truncation == "bootstrap" and not options.objective.needs_values:
         raise UserError("truncation bootstrap needs a value model: --method dqo --value_model separate")
+    if config.ref_model_name_or_path is not None and not options.objective.needs_reference:
+        raise UserError(f"method {config.method} has no reference policy; remove --ref_model_name_or_path")
     packages = {"use_peft": "peft" if config.use_peft else None, "report_to": config.report_to}
     for option, package in packages.items():
         if package not in (None, "none") and importlib.util.find_spec(package) is None:
@@ -46,7 +49,7 @@ def check_options(options: Options, given: Given | None = None) -> None:
     used = Path(config.output_dir)
     if used.exists() and not used.is_dir():
         raise UserError(f"output_dir {used} is a file; choose a directory")
-    if not used.exists() or not any(used.iterdir()):
+    if not used.exists() or all(is_aside(path) for path in used.iterdir()):
         return
     if config.resume_from_checkpoint == "never":
         raise UserError(f"output_dir {used} is in use; choose another, or --resume_from_checkpoint auto to go on there")

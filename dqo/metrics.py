@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dqo.batches import Batch
+from dqo.errors import UserError
 from dqo.objectives.sums import mean_metric
 from dqo_kernels import TokenStats
 
@@ -87,6 +89,11 @@ class MetricsFile:
 
     def __init__(self, path: Path, position: int = 0):
         path.touch()
+        if path.stat().st_size < position:
+            raise UserError(
+                f"{path} is shorter than the checkpoint says: rows of finished steps are lost. Put the file back, or choose "
+                "another --output_dir"
+            )
         self.file = path.open("r+")
         self.file.truncate(position)
         self.file.seek(position)
@@ -96,6 +103,9 @@ class MetricsFile:
         self.file.flush()
 
     def position(self) -> int:
+        """Where the next row begins; every row before it is on the disk, because a checkpoint will rely on it."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
         return self.file.tell()
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 
 import torch
@@ -138,3 +139,10 @@ def weights_hash(model: PreTrainedModel) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def architecture_hash(model: PreTrainedModel) -> str:
+    """sha256 of the configuration, without names and versions: the weights alone do not say how they are used."""
+    told = model.config.to_dict()
+    described = {k: v for k, v in told.items() if not k.startswith("_") and k not in ("transformers_version", "dtype")}
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()

@@ -6,12 +6,14 @@ import copy
 import json
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dqo import attention
-from dqo.batches import groups_of
+from dqo.batches import Batch, groups_of
+from dqo.checkpoint import claim_output
 from dqo.config import Options, TrainConfig
 from dqo.episodes import Episode, fingerprint, make_episodes
 from dqo.errors import UserError
@@ -19,9 +21,12 @@ from dqo.inputs import Given
 from dqo.learner import Learner
 from dqo.lora import add_adapter, lora_config
 from dqo.models import (
+    architecture_hash,
     check_head,
+    final_softcap,
     load_policy,
     load_tokenizer,
+    policy_stats,
     ready,
     recompute_activations,
     vocabulary_size,
@@ -30,8 +35,10 @@ from dqo.models import (
 from dqo.objectives import UNIT_EPISODES
 from dqo.parallel import Processes
 from dqo.reference import add_reference, check_agreement, warn_about_behavior
+from dqo.reference_cache import ReferenceCache, ReferenceId
 from dqo.rows import Row
 from dqo.value_models import make_value_model
+from dqo_kernels import TokenStats
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +56,7 @@ FREE_OPTIONS = {
     "run_name",
     "output_dir",
     "resume_from_checkpoint",
+    "ref_cache_dir",
     "dry_run",
     "save_steps",
     "save_total_limit",
@@ -70,6 +78,7 @@ class Prepared:
     held_out: list[Episode]  # as the objective prepared them
     identity: dict  # hashes and options that a continued run must share
     per_step: int  # groups of an optimizer step
+    resumed: Path | None  # the checkpoint to go on from
 
     @property
     def pad_id(self) -> int:
@@ -113,37 +122,88 @@ def prepare(
         nothing = {"dpo": "no prompt has both a better and a worse response: 0 pairs", "rft": "no response is correct"}
         raise UserError(f"method {config.method}: {nothing.get(config.method, 'no response to train on')}")
     held_out = objective.prepare(tokenized(held_rows)) if held_rows else []
-    dtype = getattr(torch, config.dtype)
     policy = given.model
     if policy is None:
+        dtype = getattr(torch, config.dtype)
         policy = load_policy(config.model_name_or_path, processes.device, dtype, config.attn_implementation)
     else:
         ready(policy, processes.device)
-    options_that_bind = {name: value for name, value in options.flat().items() if name not in FREE_OPTIONS}
+    reference = _explicit_reference(config, given, vocab_size, processes.device)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes.world
+    options_that_bind = {name: value for name, value in options.flat().items() if name not in FREE_OPTIONS}
     identity = {
         "data": fingerprint(episodes),
         "model": weights_hash(policy),
         "responses or pairs a step": per_step,
         "options": json.loads(json.dumps(options_that_bind)),  # as a checkpoint gives them back
     }
+    identity["reference"] = identity["model"] if reference is None else weights_hash(reference)
+    resumed = claim_output(options, identity, processes)
 
     some_ids = (episodes[0].prompt_ids + episodes[0].completion_ids)[-64:]
-    check_head(policy, some_ids)
-    with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
-        attention.choose(policy, config.padding_free, some_ids)  # the value model inherits it
+    for model in (policy, reference):
+        if model is not None:
+            check_head(model, some_ids)
+            with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
+                attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
     if objective.needs_reference:
         together = distinct(episodes + held_out)
-        together += [e.companion for e in together if e.companion is not None]
-        add_reference(together, policy, tokenizer.pad_token_id, config.batch_tokens)
-        check_agreement(together, policy, tokenizer.pad_token_id)
-        warn_about_behavior(together)
-    learner = make_learner(options, given, policy)
+        _reference_columns(
+            config, together, policy, reference, tokenizer.pad_token_id, identity, processes, resumed is not None
+        )
+    learner = make_learner(options, given, policy, reference)
     groups = groups_of(episodes, UNIT_EPISODES[objective.unit])
-    return Prepared(processes, tokenizer, learner, groups, held_out, identity, per_step)
+    return Prepared(processes, tokenizer, learner, groups, held_out, identity, per_step, resumed)
 
 
-def make_learner(options: Options, given: Given, policy: PreTrainedModel) -> Learner:
+def _explicit_reference(config: TrainConfig, given: Given, vocab_size: int, device) -> PreTrainedModel | None:
+    """The reference policy, when it is not the initial policy."""
+    path = config.ref_model_name_or_path
+    if given.ref_model is None and path is None:
+        return None
+    found = vocabulary_size(path) if given.ref_model is None else given.ref_model.config.get_text_config().vocab_size
+    if found != vocab_size:
+        raise UserError(
+            f"the reference model {path or ''} has a vocabulary of {found}, the policy of {vocab_size}; a reference policy "
+            "shares the policy's tokens"
+        )
+    return load_policy(path, device) if given.ref_model is None else ready(given.ref_model, device)
+
+
+def _reference_columns(
+    config: TrainConfig,
+    episodes: list[Episode],
+    policy: PreTrainedModel,
+    explicit: PreTrainedModel | None,
+    pad_id: int,
+    identity: dict,
+    processes: Processes,
+    resuming: bool,
+) -> None:
+    """ref_logprobs and ref_lse of every episode, from the cache where it has them; checked where they can be."""
+    model = policy if explicit is None else explicit
+    dtype = "bfloat16" if config.bf16 or model.dtype == torch.bfloat16 else "float32"
+    numbers = ReferenceId(identity["reference"], architecture_hash(model), dtype, final_softcap(model))
+    name = config.ref_model_name_or_path or config.model_name_or_path or type(model).__name__
+    cache = ReferenceCache(config.ref_cache_dir or Path(config.output_dir) / "ref_cache", numbers, name)
+
+    def stats_of(batch: Batch) -> TokenStats:
+        return policy_stats(model, batch, config.bf16)
+
+    place = {"device": processes.device, "packed": attention.packs(model), "cache": cache}
+    ranks = {
+        "rank": processes.rank,
+        "world": processes.world,
+        "barrier": processes.barrier,
+        "quiet": not processes.main,
+    }
+    add_reference(episodes, stats_of, pad_id, config.batch_tokens, **place, **ranks)
+    if explicit is None and not resuming:
+        check_agreement(episodes, stats_of, pad_id, config.batch_tokens, dtype=dtype, **place)
+    warn_about_behavior(episodes)
+
+
+def make_learner(options: Options, given: Given, policy: PreTrainedModel, explicit: PreTrainedModel | None) -> Learner:
     """The policy, with an adapter where one was asked for, and what the objective needs beside it."""
     config, objective = options.train, options.objective
     peft_config = given.peft_config
@@ -155,8 +215,8 @@ def make_learner(options: Options, given: Given, policy: PreTrainedModel) -> Lea
         value_model = make_value_model(objective.value_model, policy, peft_config)
         if getattr(objective, "target_ema", None) is not None:
             target = copy.deepcopy(value_model)
-    if objective.needs_kl and peft_config is None:
-        reference = given.ref_model or copy.deepcopy(policy)
+    if objective.needs_kl:  # with an adapter the policy is its own reference
+        reference = copy.deepcopy(policy) if explicit is None and peft_config is None else explicit
     if peft_config is not None:
         add_adapter(policy, peft_config)
     if config.gradient_checkpointing:

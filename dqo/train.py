@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dqo import checkpoint, metrics, optim
 from dqo.batches import epoch_order
 from dqo.callbacks import Callbacks
-from dqo.config import Options, dump_options
+from dqo.config import Options
 from dqo.episodes import Episode
 from dqo.errors import UserError
 from dqo.held_out import held_out_metrics
@@ -59,7 +59,7 @@ class Trainer:
         self.counters = {"step": 0, "num_tokens": 0, "train_seconds": 0.0, "metrics_position": 0}
         self.window: dict[str, torch.Tensor] = {}  # this process's metric sums since the last logged row
 
-        resumed = self._resumable()
+        resumed = prepared.resumed
         if resumed is not None:
             self._load(resumed)
         critic = self.learner.value_model
@@ -77,20 +77,10 @@ class Trainer:
             checkpoint.load_optimizers(resumed, self.optimizers)
         self.log = None
         if self.processes.main:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            (self.output_dir / "config.yaml").write_text(dump_options(options))
             self.log = metrics.MetricsFile(self.output_dir / "metrics.jsonl", self.counters["metrics_position"])
         self.watch = Watch()
         self.trackers = Trackers(options, self.processes)
         self.callbacks = Callbacks(callbacks or [], options, self.learner, prepared.tokenizer, self.processes.main)
-
-    def _resumable(self) -> Path | None:
-        named = self.config.resume_from_checkpoint
-        found = checkpoint.checkpoints(self.output_dir) if named in ("auto", "never") else [Path(named)]
-        if not found:
-            return None
-        checkpoint.check_same_run(found[-1], self.prepared.identity)
-        return found[-1]
 
     def _load(self, resumed: Path) -> None:
         state = checkpoint.read_state(resumed)
@@ -100,7 +90,11 @@ class Trainer:
                 name: torch.tensor(value, device=self.learner.device) for name, value in state["window"].items()
             }
         checkpoint.load_models(resumed, self.learner)
-        self.say(f"going on from {resumed}, step {self.counters['step']} of {self.steps}")
+        step = self.counters["step"]
+        if step < self.steps:
+            self.say(f"going on from {resumed}, step {step} of {self.steps}")
+        else:
+            self.say(f"{self.output_dir} is finished, {step} steps: nothing is trained, its evaluation is repeated")
 
     def say(self, text: str) -> None:
         if self.processes.main:
@@ -232,9 +226,9 @@ class Trainer:
 
     def finish(self) -> None:
         """Writes the final models to output_dir, and closes the files."""
-        checkpoint.save_models(self.output_dir, self.learner, self.prepared.tokenizer, self.processes)
         if self.log is not None:
             self.log.close()
+        checkpoint.publish_models(self.output_dir, self.learner, self.prepared.tokenizer, self.processes)
         self.trackers.close()
         self.callbacks.train_end()
         self.processes.barrier()

@@ -1,0 +1,52 @@
+"""Files that are whole whenever they exist, whatever was killed: written aside, synced to the disk, renamed."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Forces a file, or the names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def aside(path: Path) -> Path:
+    """A hidden neighbour that no other process uses, to write to before it is renamed to `path`."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def is_aside(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".partial")
+
+
+def remove_asides(directory: Path, older_than: float = 0.0) -> None:
+    """Deletes what killed processes left half-written; in a shared directory `older_than` seconds spare the living."""
+    for path in directory.glob(".*.partial"):
+        try:
+            if older_than and time.time() - path.stat().st_mtime < older_than:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except FileNotFoundError:  # its writer renamed it, or a neighbour deleted it, at this moment
+            continue
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replaces `path` by `content` at once."""
+    beside = aside(path)
+    with beside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    sync(path.parent)

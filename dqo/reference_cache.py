@@ -1,0 +1,144 @@
+"""Reference log-probabilities on disk, one entry a response, found by what they were computed from and by nothing else.
+
+ref_cache/<sha256 of weights, architecture, dtype, softcap>/  numbers of one reference policy
+    segment-<sha256 of its content>.safetensors               keys (n, 32), lengths (n,), logprobs and lse (sum of lengths,)
+    meta.json                                                 the same in readable form; nothing reads it
+
+A segment is whole when it exists, so a killed run loses what it had not flushed and nothing else. An entry belongs to token ids,
+not to rows or files: other methods, other splits, smaller and larger files find what is there. A model directory that was
+overwritten has other weights, hence another folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from array import array
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from dqo.errors import UserError
+from dqo.files import remove_asides, write_whole
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # of a segment and of response_key
+_ABANDONED = 3600.0  # seconds; a segment is written within a few of them
+
+
+@dataclass(frozen=True)
+class ReferenceId:
+    """What the numbers depend on, beside the token ids."""
+
+    weights: str  # sha256 of the parameters
+    architecture: str  # sha256 of the configuration: equal weights compute other numbers with another rope_theta
+    dtype: str  # of the forward pass, "float32" or "bfloat16"
+    softcap: float | None  # of the final logits
+
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps([FORMAT, asdict(self)], sort_keys=True).encode()).hexdigest()
+
+
+def response_key(prompt_ids: list[int], completion_ids: list[int]) -> bytes:
+    """sha256 of both lists of ids and of where one ends."""
+    ids = array("q", [len(prompt_ids)])
+    ids.extend(prompt_ids)
+    ids.extend(completion_ids)
+    return hashlib.sha256(ids.tobytes()).digest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Of one response, float32 (T,) each."""
+
+    logprobs: np.ndarray
+    lse: np.ndarray
+
+
+class ReferenceCache:
+    """The entries of one reference policy under `root`. Any number of processes may read and add at the same time."""
+
+    def __init__(self, root: str | Path, identity: ReferenceId, model_name: str):
+        self.directory = Path(root) / identity.key()
+        self.identity, self.model_name = identity, model_name
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"ref_cache_dir {root} cannot be written: {error.strerror}; choose another") from error
+        remove_asides(self.directory, older_than=_ABANDONED)
+
+    def lookup(self, lengths: dict[bytes, int]) -> dict[bytes, Entry]:
+        """The entries that are there of the responses asked for, {key: number of completion tokens}."""
+        found: dict[bytes, Entry] = {}
+        for path in self._segments():
+            try:
+                self._take(path, lengths, found)
+            except (SafetensorError, ValueError) as error:
+                logger.warning(
+                    "%s is damaged (%s) and is not used: its responses are computed again; delete it", path, error
+                )
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        return found
+
+    def add(self, entries: dict[bytes, Entry]) -> None:
+        """Writes one segment."""
+        if not entries:
+            return
+        values = list(entries.values())
+        content = save(
+            {
+                "keys": np.frombuffer(b"".join(entries), np.uint8).reshape(-1, 32),
+                "lengths": np.array([len(e.logprobs) for e in values], np.int64),
+                "logprobs": np.concatenate([e.logprobs for e in values]),
+                "lse": np.concatenate([e.lse for e in values]),
+            }
+        )
+        name = f"segment-{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
+        write_whole(self.directory / name, content)
+
+    def describe(self) -> None:
+        """Rewrites meta.json, for people."""
+        responses = tokens = 0
+        for path in self._segments():
+            try:
+                with safe_open(path, framework="numpy") as file:
+                    lengths = file.get_tensor("lengths")
+            except SafetensorError:  # lookup has named it
+                continue
+            responses, tokens = responses + len(lengths), tokens + int(lengths.sum())
+        meta = {"model": self.model_name, **asdict(self.identity), "format": FORMAT}
+        meta |= {"responses": responses, "tokens": tokens}
+        write_whole(self.directory / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
+
+    def _segments(self) -> list[Path]:
+        return sorted(self.directory.glob("segment-*.safetensors"))
+
+    def _take(self, path: Path, wanted: dict[bytes, int], found: dict[bytes, Entry]) -> None:
+        """Copies what is wanted and not found yet out of one segment."""
+        with safe_open(path, framework="numpy") as file:
+            raw, lengths = file.get_tensor("keys").tobytes(), file.get_tensor("lengths")
+            keys = [raw[i : i + 32] for i in range(0, len(raw), 32)]
+            if len(keys) != len(lengths):
+                raise ValueError(f"{len(keys)} keys, {len(lengths)} lengths")
+            chosen = [i for i, key in enumerate(keys) if key in wanted and key not in found]
+            if not chosen:
+                return
+            logprobs, lse = file.get_tensor("logprobs"), file.get_tensor("lse")
+        ends = lengths.cumsum()
+        if not len(logprobs) == len(lse) == ends[-1]:
+            raise ValueError(f"lengths add up to {ends[-1]}, {len(logprobs)} logprobs, {len(lse)} lse")
+        counts = lengths[chosen]
+        if counts.tolist() != [wanted[keys[i]] for i in chosen]:
+            raise ValueError("lengths differ from the responses'")
+        into = counts.cumsum()  # one block a segment, holding nothing that is not wanted; entries are views of it
+        rows = np.arange(into[-1]) + np.repeat(ends[chosen] - into, counts)
+        logprobs, lse = logprobs[rows], lse[rows]
+        bounds = [0, *into.tolist()]
+        for i, begin, end in zip(chosen, bounds, bounds[1:]):
+            found[keys[i]] = Entry(logprobs[begin:end], lse[begin:end])
