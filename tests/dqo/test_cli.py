@@ -43,7 +43,7 @@ def test_training_on_a_file_ends_with_a_report_and_its_numbers(files):
     assert [m["name"] for m in report["methods"]] == ["base", "dqo"]
     assert (files / "out" / "report.html").stat().st_size > 1000
     again = training(files, "--eval_fraction", 0.3, *evaluated)
-    assert again.returncode == 0 and "going on from" in again.stdout + again.stderr
+    assert again.returncode == 0 and "is finished, 3 steps" in again.stdout + again.stderr
 
 
 def test_the_written_config_reproduces_the_options(files):
