@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dqo import metrics
+from dqo.errors import UserError
 from dqo.objectives.sums import moments, response_metrics, sequence_means, sequence_sums
 from dqo_kernels import TokenStats
 
@@ -91,3 +92,25 @@ def test_a_metrics_file_is_cut_back_to_its_position(tmp_path):
     second.close()
     assert [row["step"] for row in metrics.read_metrics(path)] == [1, 3]
     assert json.loads(path.read_text().splitlines()[-1]) == {"step": 3}
+
+
+def test_rows_before_a_position_are_on_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(metrics.os, "fsync", lambda descriptor: synced.append((tmp_path / "m.jsonl").read_text()))
+    log = metrics.MetricsFile(tmp_path / "m.jsonl")
+    log.write({"step": 1})
+    assert log.position() == len('{"step": 1}\n')
+    assert synced == ['{"step": 1}\n']
+
+
+def test_a_file_that_lost_rows_is_not_continued(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=r"m.jsonl is shorter than the checkpoint says"):
+        metrics.MetricsFile(tmp_path / "m.jsonl", 24)
+    assert (tmp_path / "m.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_rows_after_a_position_are_cut_off_before_any_is_written(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    metrics.MetricsFile(tmp_path / "m.jsonl", 12).close()
+    assert (tmp_path / "m.jsonl").read_text() == '{"step": 1}\n'

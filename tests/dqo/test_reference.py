@@ -11,16 +11,12 @@ import torch
 
 from dqo import reference
 from dqo.batches import collate
-from dqo.config import load_options
 from dqo.errors import UserError
 from dqo.models import policy_stats
-from dqo.new_model import save
-from dqo.prepare import check_options, load_rows, prepare
 from dqo.reference import AGREEMENT_BOUNDS, add_reference, check_agreement, warn_about_behavior
 from dqo.reference_cache import ReferenceCache, ReferenceId
-from dqo.train import train
 from tests.dqo import forked
-from tests.dqo.helpers import episodes, policy, rollout_rows, tokenizer
+from tests.dqo.helpers import episodes, policy
 
 IDENTITY = ReferenceId(weights="w", architecture="a", dtype="float32", softcap=None)
 PER_BATCH = 40  # padded tokens; a few responses
@@ -271,7 +267,7 @@ def test_a_policy_that_is_not_its_reference_is_stopped_at_step_0(cache):
     with pytest.raises(UserError) as error:
         agreed(members, model, cache=cache)
     assert "differ from the initial policy's by up to 0.0" in str(error.value)
-    assert "rounding in float32 explains 1e-05" in str(error.value)
+    assert "rounding in float32 explains 3e-05" in str(error.value)
     assert " of 20 responses: row " in str(error.value)
     assert "adapter" in str(error.value) and "dropout" in str(error.value) and "not causal" in str(error.value)
     assert f"delete {cache.directory}" in str(error.value)
@@ -340,8 +336,7 @@ def test_the_bound_is_that_of_the_dtype():
                 parameter *= 4.0
 
     def in_bfloat16(batch):
-        with torch.autocast("cpu", torch.bfloat16):
-            return policy_stats(model, batch)
+        return policy_stats(model, batch, bf16=True)
 
     members = fresh(60)
     add_reference(members, lambda batch: policy_stats(model, batch), 0, PER_BATCH, quiet=True)
@@ -365,115 +360,3 @@ def test_stored_log_probabilities_of_another_distribution_are_noticed(caplog):
         e.behavior_logprobs = e.ref_logprobs / np.float32(0.5)
     warn_about_behavior(members)
     assert "differ from the reference policy's by" in caplog.text
-
-
-@pytest.fixture
-def files(tmp_path):
-    save(policy(), tokenizer(), tmp_path / "model")
-    save(policy(seed=1), tokenizer(), tmp_path / "other")
-    (tmp_path / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rollout_rows())))
-    return tmp_path
-
-
-def options_of(files, **changes):
-    settings = {
-        "dataset_name": files / "rollouts.jsonl",
-        "model_name_or_path": files / "model",
-        "output_dir": files / "out",
-        "per_device_train_batch_size": 8,
-        "max_steps": 2,
-    } | changes
-    return load_options([part for name, value in settings.items() for part in (f"--{name}", str(value))])
-
-
-def prepared(files, **changes):
-    options = options_of(files, **changes)
-    check_options(options)
-    return prepare(options, *load_rows(options))
-
-
-@pytest.fixture
-def forwards(monkeypatch):
-    """How many responses prepare.py computes or checks."""
-    from dqo import prepare as module
-
-    calls = []
-    monkeypatch.setattr(
-        module, "policy_stats", lambda model, batch: calls.append(len(batch.episodes)) or policy_stats(model, batch)
-    )
-    return calls
-
-
-def test_the_cache_lies_in_the_output_directory_or_where_it_is_asked_for(files, forwards):
-    prepared(files)
-    assert list((files / "out" / "ref_cache").glob("*/segment-*"))
-    before = sum(forwards)
-    prepared(files, output_dir=files / "out2", ref_cache_dir=files / "shared")
-    assert not (files / "out2" / "ref_cache").exists() and list((files / "shared").glob("*/segment-*"))
-    computed = sum(forwards) - before
-    prepared(files, output_dir=files / "out3", ref_cache_dir=files / "shared", method="dpo")
-    checked = sum(forwards) - before - computed
-    assert 0 < checked < computed  # the agreement check alone
-
-
-def test_a_model_directory_that_was_overwritten_reuses_nothing(files):
-    shared = {"ref_cache_dir": files / "shared"}
-    first = prepared(files, **shared).episodes()
-    for path in (files / "model").iterdir():
-        path.unlink()
-    (files / "model").rmdir()
-    save(policy(seed=1), tokenizer(), files / "model")
-    second = prepared(files, output_dir=files / "out2", **shared).episodes()
-    assert len(list((files / "shared").iterdir())) == 2
-    assert not any(np.array_equal(a.ref_lse, b.ref_lse) for a, b in zip(first, second))
-
-
-def test_stale_values_in_the_cache_are_stopped_with_the_cure(files):
-    from safetensors.numpy import load_file, save_file
-
-    prepared(files)
-    (path,) = (files / "out" / "ref_cache").glob("*/segment-*")
-    save_file(load_file(path) | {"logprobs": load_file(path)["logprobs"] - 1}, path)
-    with pytest.raises(UserError, match=f"stale values in the cache: delete {path.parent}"):
-        prepared(files)
-
-
-def test_another_reference_is_used_and_not_compared_with_the_policy(files):
-    finished = train(options_of(files, ref_model_name_or_path=files / "other", eval_fraction=0.3))
-    other = policy(seed=1)
-    for e in finished.prepared.episodes()[:5]:
-        assert np.allclose(e.ref_logprobs, policy_stats(other, collate([e], 0)).logprobs.detach(), atol=1e-5)
-    rows = [json.loads(line) for line in (files / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["eval_kl"] > 1e-6  # at step 0 the policy is not its reference
-    meta = json.loads(next((files / "out" / "ref_cache").glob("*/meta.json")).read_text())
-    assert meta["model"] == str(files / "other")
-    train(options_of(files, ref_model_name_or_path=files / "other", eval_fraction=0.3))
-    with pytest.raises(UserError, match="option ref_model_name_or_path: .*other' then, None now"):
-        train(options_of(files, eval_fraction=0.3))
-    save(policy(seed=2), tokenizer(), files / "third")
-    (files / "third" / "model.safetensors").replace(files / "other" / "model.safetensors")
-    with pytest.raises(UserError, match="reference: .* then, .* now"):
-        train(options_of(files, ref_model_name_or_path=files / "other", eval_fraction=0.3))
-
-
-def test_a_reference_of_another_vocabulary_is_refused(files):
-    from dqo.new_model import bpe_tokenizer, new_llama
-
-    words = bpe_tokenizer(["one two three", "1+2=3"], 300)
-    save(new_llama(words, hidden_size=16, layers=1, heads=2), words, files / "words")
-    with pytest.raises(UserError, match=r"ref_model_name_or_path .*words has a vocabulary of \d+, .*model of \d+"):
-        prepared(files, ref_model_name_or_path=files / "words")
-
-
-def test_a_method_without_reference_refuses_one(files):
-    with pytest.raises(UserError, match="method sft has no reference policy; remove --ref_model_name_or_path"):
-        prepared(files, method="sft", ref_model_name_or_path=files / "other")
-    prepared(files, method="sft")
-    assert not (files / "out" / "ref_cache").exists()
-
-
-def test_a_continued_run_is_not_compared_again(files, forwards):
-    train(options_of(files))
-    before = sum(forwards)
-    train(options_of(files))
-    assert sum(forwards) == before
