@@ -7,6 +7,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,7 +122,7 @@ def prepare(
     if not episodes:
         nothing = {"dpo": "no prompt has both a better and a worse response: 0 pairs", "rft": "no response is correct"}
         raise UserError(f"method {config.method}: {nothing.get(config.method, 'no response to train on')}")
-    held_out = objective.prepare(tokenized(held_rows)) if held_rows else []
+    held_out = _held_out(objective, tokenized(held_rows)) if held_rows else []
     policy = given.model
     if policy is None:
         dtype = getattr(torch, config.dtype)
@@ -154,6 +155,19 @@ def prepare(
     learner = make_learner(options, given, policy, reference)
     groups = groups_of(episodes, UNIT_EPISODES[objective.unit])
     return Prepared(processes, tokenizer, learner, groups, held_out, identity, per_step, resumed)
+
+
+def _held_out(objective: Any, episodes: list[Episode]) -> list[Episode]:
+    """As the objective prepares them; none, with a warning, where they are too few for it."""
+    try:
+        found = objective.prepare(episodes)
+    except UserError as error:
+        found, reason = [], str(error)
+    else:
+        reason = "the method finds nothing to compare in them"
+    if not found:
+        logger.warning("the %d held-out responses are not evaluated: %s", len(episodes), reason)
+    return found
 
 
 def _explicit_reference(config: TrainConfig, given: Given, vocab_size: int, device) -> PreTrainedModel | None:

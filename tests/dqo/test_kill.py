@@ -38,6 +38,7 @@ def arguments(data, output_dir):
         "output_dir": output_dir,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
+        "max_batch_tokens": 300,  # several batches a reference pass
         "max_steps": 21,
         "logging_steps": 4,  # windows end neither with checkpoints nor with epochs
         "save_steps": 3,

@@ -128,3 +128,10 @@ def test_a_continued_run_is_not_compared_again(files, forwards):
     before = sum(forwards)
     train(options_of(files))
     assert sum(forwards) == before
+
+
+def test_held_out_rows_too_few_for_the_method_are_left_out_with_a_warning(files, caplog):
+    one_prompt = rollout_rows(prompts=1, seed=9)
+    (files / "held_out.jsonl").write_text("\n".join(map(json.dumps, one_prompt)))
+    found = prepared(files, method="kto", eval_dataset_name=files / "held_out.jsonl")
+    assert found.held_out == [] and "are not evaluated: kto needs responses of at least two prompts" in caplog.text
