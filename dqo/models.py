@@ -55,8 +55,8 @@ def load_policy(
     """A causal language model, dropout off: a policy that differs from itself has no log-ratio of 0."""
     try:
         policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model_name_or_path {path!r} cannot be loaded as a causal language model: {error}") from error
+    except (OSError, ValueError, ImportError) as error:  # the last: an attention whose package is missing
+        raise UserError(f"{path!r} cannot be loaded as a causal language model: {error}") from error
     return ready(policy, device)
 
 

@@ -103,16 +103,21 @@ class Trainer:
     def train_step(self, step: int, groups: list[list[Episode]]) -> dict[str, float]:
         """Gradients and updates; returns what is not a mean over the data."""
         train_policy = step >= self.value_warmup or "critic" not in self.models
-        sums, tokens = accumulate(
-            self.module,
-            self.learner,
-            self.objective,
-            groups,
-            self.config.batch_tokens,
-            self.prepared.pad_id,
-            self.processes,
-            train_policy,
-        )
+        try:
+            sums, tokens = accumulate(
+                self.module,
+                self.learner,
+                self.objective,
+                groups,
+                self.config.batch_tokens,
+                self.prepared.pad_id,
+                self.processes,
+                train_policy,
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError(self._out_of_memory(step)) from error
+        except UserError as error:
+            raise UserError(f"step {step + 1}: {error}") from error
         self.window = metrics.add(self.window, sums)
         self.counters["num_tokens"] += tokens
         factor = optim.schedule(step, self.steps, self.warmup, self.config.lr_scheduler_type)
@@ -130,6 +135,14 @@ class Trainer:
         if self.learner.target is not None:
             update_target(self.learner, self.objective.target_ema)
         return logged
+
+    def _out_of_memory(self, step: int) -> str:
+        tokens, peak = self.config.batch_tokens, metrics.peak_memory_gb()
+        return (
+            f"step {step + 1}: out of memory on {self.learner.device} (peak {peak:.1f} GB) with micro-batches of up to "
+            f"{tokens:,} tokens; the result does not depend on their size: --max_batch_tokens {max(1, tokens // 2)}. More is saved by "
+            "--gradient_checkpointing, --bf16, and --use_peft"
+        )
 
     def held_out(self) -> dict[str, float]:
         return held_out_metrics(

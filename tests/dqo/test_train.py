@@ -36,7 +36,7 @@ def weights(directory):
     return {f"{file}/{name}": tensor for file in files for name, tensor in load_file(directory / file).items()}
 
 
-@pytest.mark.parametrize("method", ["dqo", "sft", "rft", "dpo"])
+@pytest.mark.parametrize("method", ["dqo", "sft", "rft", "dpo", "kto", "dro", "oreo"])
 def test_the_loss_falls(files, method):
     finished = run(files, method=method, max_steps=40, eval_fraction=0)
     losses = logged(files / "out")
@@ -209,3 +209,63 @@ def test_the_saved_policy_and_critic_are_plain_transformers_models(files):
     plain = AutoModelForCausalLM.from_pretrained(finished.output_dir)
     assert torch.equal(plain.lm_head.weight, finished.prepared.learner.policy.lm_head.weight)
     assert AutoModelForTokenClassification.from_pretrained(finished.output_dir / "critic").config.num_labels == 1
+
+
+def test_out_of_memory_says_what_to_change(files, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("dqo.train.accumulate", full)
+    with pytest.raises(UserError, match=r"step 1: out of memory on cpu .* up to 8,192 tokens.*--max_batch_tokens 4096"):
+        run(files)
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_step_and_rows(files, monkeypatch):
+    from dqo.prepare import prepare
+
+    def broken(*arguments):
+        prepared = prepare(*arguments)
+        for e in prepared.episodes():
+            e.rewards[:] = float("nan") if e.source.endswith(":3") else e.rewards
+        return prepared
+
+    monkeypatch.setattr("dqo.train.prepare", broken)
+    with pytest.raises(UserError, match=r"step \d+: the loss is nan on a batch with rows rollouts.jsonl:"):
+        run(files, eval_fraction=0)
+
+
+def test_an_attention_whose_package_is_missing_is_refused(files):
+    with pytest.raises(UserError, match="cannot be loaded .*[Ff]lash"):
+        run(files, attn_implementation="flash_attention_2")
+
+
+@pytest.mark.parametrize("change", [{"attn_implementation": "eager"}, {"gradient_checkpointing": True}], ids=str)
+def test_memory_options_change_speed_not_the_run(files, change):
+    flag = [f"--{name}" for name, value in change.items() if value is True]
+    plain = {name: value for name, value in change.items() if value is not True}
+    run(files, output_dir=files / "plain")
+    train(load_options([*arguments(files, output_dir=files / "other", **plain), *flag]))
+    assert logged(files / "plain") == pytest.approx(logged(files / "other"), rel=1e-4)
+
+
+def test_a_run_in_bf16_is_near_one_in_float32(files):
+    run(files, output_dir=files / "plain")
+    train(load_options([*arguments(files, output_dir=files / "half"), "--bf16"]))
+    assert logged(files / "plain") == pytest.approx(logged(files / "half"), rel=0.1)
+    assert logged(files / "plain") != logged(files / "half")
+    assert all(tensor.dtype == torch.float32 for tensor in weights(files / "half").values())
+
+
+def test_the_moving_average_is_saved_and_taken_up_again(files):
+    whole = run(files, output_dir=files / "whole", target_ema=0.9, lam=0.5, save_steps=5)
+    import shutil
+
+    shutil.copytree(files / "whole", files / "out")
+    for name in ("checkpoint-12", "model.safetensors"):
+        path = files / "out" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    resumed = run(files, target_ema=0.9, lam=0.5, save_steps=5)
+    assert weights(whole.output_dir).keys() == weights(resumed.output_dir).keys()
+    assert all(torch.equal(a, weights(resumed.output_dir)[n]) for n, a in weights(whole.output_dir).items())
+    one, two = (load_file(d / "checkpoint-12" / "target.safetensors") for d in (files / "whole", files / "out"))
+    assert all(torch.equal(one[name], two[name]) for name in one)

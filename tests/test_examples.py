@@ -1,0 +1,65 @@
+"""The examples do what they say."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dqo.config import load_options
+from dqo.train import train
+from tests.dqo.conftest import files  # noqa: F401
+from tests.dqo.helpers import arguments
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_tested():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "bare_torch",
+        "transformers_trainer",
+        "load_policy_and_critic",
+    }
+
+
+def test_the_bare_loop_learns_what_is_rewarded():
+    before, after = example("bare_torch").main(steps=120)
+    assert before < 0.02 and after > 0.1
+
+
+def test_the_transformers_trainer_lowers_the_loss_and_takes_any_accumulation(files):  # noqa: F811
+    module = example("transformers_trainer")
+
+    def losses(output, **options):
+        settings = {"max_steps": 20, "learning_rate": 1e-3, "logging_steps": 5, "seed": 1, "use_cpu": True} | options
+        log = module.main(str(files / "model"), str(files / "rollouts.jsonl"), str(files / output), **settings)
+        return [row["loss"] for row in log if "loss" in row]
+
+    whole = losses("whole", per_device_train_batch_size=16)
+    split = losses("split", per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    assert whole[-1] < whole[0]
+    assert split == pytest.approx(whole, rel=1e-3)
+    assert (files / "whole" / "model.safetensors").exists()
+
+
+def test_plain_transformers_load_policy_and_critic(files):  # noqa: F811
+    run = train(load_options(arguments(files)))
+    shown = subprocess.run(
+        [sys.executable, str(EXAMPLES / "load_policy_and_critic.py"), str(run.output_dir), "1+2="],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    ids = run.prepared.tokenizer("1+2=")["input_ids"]
+    with torch.no_grad():
+        expected = run.prepared.learner.value_model(torch.tensor([ids])).logits[0, :, 0].tolist()
+    assert [float(line.split()[0]) for line in shown[: len(ids)]] == pytest.approx(expected, abs=1e-3)
