@@ -140,8 +140,8 @@ class Trainer:
         tokens, peak = self.config.batch_tokens, metrics.peak_memory_gb()
         return (
             f"step {step + 1}: out of memory on {self.learner.device} (peak {peak:.1f} GB) with micro-batches of up to "
-            f"{tokens:,} tokens; the result does not depend on their size: --max_batch_tokens {max(1, tokens // 2)}. More is saved by "
-            "--gradient_checkpointing, --bf16, and --use_peft"
+            f"{tokens:,} tokens; the result does not depend on their size: --max_batch_tokens {max(1, tokens // 2)}. "
+            "More is saved by --gradient_checkpointing, --bf16, and --use_peft"
         )
 
     def held_out(self) -> dict[str, float]:
