@@ -17,6 +17,8 @@ from tyro.conf import Positional
 
 from dqo.errors import UserError, did_you_mean
 
+FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # of those that a launcher starts: it speaks for all
+
 
 def train_main() -> None:
     """Entry point of `dqo-train`."""
@@ -29,7 +31,8 @@ def main() -> None:
 
 
 def _run(command: Callable[[], None]) -> None:
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    level = logging.WARNING if FIRST_PROCESS else logging.ERROR
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
     try:
         command()
     except UserError as error:
@@ -50,22 +53,25 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
     from dqo.config import dump_options, load_options
 
     options = load_options(arguments, prog)
-    if options.train.dry_run:
-        from dqo.inputs import check_options, load_rows
+    from dqo.inputs import check_options, load_rows, read_tasks
 
-        check_options(options)
-        rows, held_out = load_rows(options)
+    check_options(options)
+    tasks = read_tasks(options.train.eval_tasks)
+    rows = load_rows(options)
+    if options.train.dry_run:
+        train_rows, held_out = rows
         print(dump_options(options), end="")
-        print(f"# {len(rows):,} rows to train on, {len(held_out):,} held out; nothing was loaded or written")
+        print(f"# {len(train_rows):,} rows to train on, {len(held_out):,} held out; nothing was loaded or written")
         return None
-    print(
-        f"dqo-train: {options.train.method} on {options.train.dataset_name} -> {options.train.output_dir}", flush=True
-    )
-    from dqo.run_report import finish, read_tasks
+    if FIRST_PROCESS:
+        print(
+            f"dqo-train: {options.train.method} on {options.train.dataset_name} -> {options.train.output_dir}",
+            flush=True,
+        )
+    from dqo.run_report import finish  # torch from here on
     from dqo.train import train
 
-    tasks = read_tasks(options.train.eval_tasks)
-    run = train(options)
+    run = train(options, rows=rows)
     run.prepared.processes.leave()
     if run.prepared.processes.main:
         print(finish(options, run, tasks))

@@ -12,6 +12,7 @@ from dqo.config import Options
 from dqo.errors import UserError
 from dqo.files import is_aside
 from dqo.rows import Row, check_contrast, check_process_reward, duplicate_count, prompt_key, read_rows, split_by_prompt
+from dqo.rows_files import read_records
 
 logger = logging.getLogger(__name__)
 
@@ -84,3 +85,19 @@ def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], 
             f"{config.dataset_name or 'the training rows'} too; held-out rows must be of other problems"
         )
     return rows, held_out
+
+
+def read_tasks(path: str | None) -> list[dict]:
+    """The rows of eval_tasks, each with the strings prompt and answer; before anything is trained."""
+    if path is None:
+        return []
+    _, records, problems = read_records(path)
+    wrong = [problem.source for problem in problems]
+    wrong += [
+        record.source
+        for record in records
+        if not all(isinstance(record.values.get(name), str) for name in ("prompt", "answer"))
+    ]
+    if wrong:
+        raise UserError(f"{', '.join(wrong[:10])}: a row of eval_tasks is an object with the strings prompt and answer")
+    return [record.values for record in records]

@@ -7,32 +7,14 @@ import datetime
 
 from dqo import findings
 from dqo.config import Options, TrainConfig, command_line
-from dqo.errors import UserError
 from dqo.evaluate import Problem, evaluate
 from dqo.metrics import peak_memory_gb
 from dqo.models import load_policy
 from dqo.report import console_table, write_report
-from dqo.rows_files import read_records
 from dqo.train import Run
 from dqo.verify import gsm8k_correct
 
 VERIFIERS = {"gsm8k": gsm8k_correct}
-
-
-def read_tasks(path: str | None) -> list[dict]:
-    """The rows of eval_tasks, each with the strings prompt and answer; before anything is trained."""
-    if path is None:
-        return []
-    _, records, problems = read_records(path)
-    wrong = [problem.source for problem in problems]
-    wrong += [
-        record.source
-        for record in records
-        if not all(isinstance(record.values.get(name), str) for name in ("prompt", "answer"))
-    ]
-    if wrong:
-        raise UserError(f"{', '.join(wrong[:10])}: a row of eval_tasks is an object with the strings prompt and answer")
-    return [record.values for record in records]
 
 
 def problems_of(rows: list[dict], tokenizer, verifier: str) -> list[Problem]:

@@ -26,6 +26,7 @@ from dqo.learner import Learner, update_target
 from dqo.models import load_policy
 from dqo.parallel import add_over_processes, start, wrap
 from dqo.prepare import Prepared, prepare
+from dqo.rows import Row
 from dqo.step import accumulate
 from dqo.trackers import Trackers
 from dqo.value_models import load_critic
@@ -247,22 +248,25 @@ class Trainer:
         self.processes.barrier()
 
 
-def begin(options: Options, given: Given | None = None) -> Trainer:
-    """Everything up to the first step. `given` are objects in the place of options.
+Rows = tuple[list[Row], list[Row]]  # to train on, held out
+
+
+def begin(options: Options, given: Given | None = None, rows: Rows | None = None) -> Trainer:
+    """Everything up to the first step. `given` are objects in the place of options; `rows`: what `load_rows` found.
 
     Raises:
         UserError: for options, rows or a model that do not fit, before any work is lost.
     """
     given = given or Given()
     check_options(options, given)
-    rows, held_rows = load_rows(options, given)
+    train_rows, held_rows = rows or load_rows(options, given)
     processes = start(options.train.use_cpu, options.train.fsdp)
-    return Trainer(options, prepare(options, given, rows, held_rows, processes), given.callbacks)
+    return Trainer(options, prepare(options, given, train_rows, held_rows, processes), given.callbacks)
 
 
-def train(options: Options, description: str | None = None) -> Run:
+def train(options: Options, description: str | None = None, rows: Rows | None = None) -> Run:
     """Trains, or goes on with a run that was killed in the same output_dir. `description` labels the progress bar."""
-    trainer = begin(options)
+    trainer = begin(options, rows=rows)
     held_out = trainer.run(description or options.train.method)
     trainer.finish()
     return run_of(trainer, held_out)

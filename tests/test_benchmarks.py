@@ -96,7 +96,7 @@ def test_a_training_step_takes_every_gradient(case):
     x = train_step.inputs(case, CPU)
     gradients = train_step._ours(x, "reference")
     taken = gradients.backward(gradients.forward())
-    models = [x.policy] + ([x.value_model] if case.variant == "dqo" else [])
+    models = list(x.learner.children())
     assert len(taken) == sum(len(list(model.parameters())) for model in models)
     assert all(p.grad is None for model in models for p in model.parameters())  # the next step starts from nothing
 
@@ -107,7 +107,7 @@ def test_a_training_step_takes_every_gradient(case):
     assert set(found["reference"]) == {"forward", "both"}
     record = found["reference"]["both"]
     assert record["tokens"] == 4 * 16 and record["tokens_per_s"] > 0
-    assert record["peak_extra_bytes"] >= sum(p.nbytes for p in x.policy.parameters())
+    assert record["peak_extra_bytes"] >= sum(p.nbytes for p in x.learner.policy.parameters())
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.dqo.conftest import files  # noqa: F401
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -13,6 +15,23 @@ README = (ROOT / "README.md").read_text()
 def blocks(language: str) -> list[str]:
     found = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
     return [text for name, text in found if name == language]
+
+
+def python_with(text: str) -> str:
+    (found,) = [block for block in blocks("python") if text in block]
+    return found
+
+
+def test_the_trainer_runs_as_it_is_written(files, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.chdir(files)
+    written = (
+        python_with("DQOTrainer(")
+        .replace("DIR_OR_HUB_NAME", "model")
+        .replace("max_steps=100", "max_steps=2, eval_fraction=0.3")
+    )
+    exec(written, {})
+    assert "eval_loss" in capsys.readouterr().out
+    assert (files / "final" / "critic").exists() and (files / "out" / "model.safetensors").exists()
 
 
 def test_the_drop_in_runs_and_trains_logits_and_values():
@@ -25,7 +44,7 @@ def test_the_drop_in_runs_and_trains_logits_and_values():
         "ref_logprobs": -torch.rand(2, 5),
         "mask": torch.arange(5) < torch.tensor([[5], [3]]),
     }
-    exec(blocks("python")[0], names)
+    exec(python_with("soft_bellman_loss("), names)
     assert names["logits"].grad.abs().sum() > 0 and names["values"].grad.abs().sum() > 0
     assert not names["logits"].grad[1, 3:].any()
 
@@ -39,8 +58,7 @@ def test_a_loss_of_ones_own_runs_without_logits():
         "cu_seqlens": torch.tensor([0, 5, 9]),
         "advantages": torch.randn(9),
     }
-    first, second = blocks("python")
-    exec(second, names)
+    exec(python_with("linear_row_loss("), names)
     assert names["hidden"].grad.abs().sum() > 0 and names["weight"].grad.abs().sum() > 0
     assert names["metrics"]["entropy"] > 0
 
@@ -50,11 +68,11 @@ def commands() -> list[str]:
     return [re.sub(r"\s+#.*", "", line) for line in lines]
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("dqo-train --")])
+@pytest.mark.parametrize("command", [c for c in commands() if "dqo-train --" in c or "dqo.train --" in c])
 def test_every_training_command_resolves(command):
     from dqo.config import load_options
 
-    load_options(command.split()[1:])
+    load_options(re.split(r"dqo.train ", command)[1].split())
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("dqo ")])
