@@ -129,10 +129,13 @@ def _filled(groups: list[Group], max_tokens: int, packed: bool) -> list[list[Gro
     """Groups in micro-batches of at most `max_tokens` positions; a group that alone has more is a micro-batch of its own."""
     if not packed:  # in order of length, to save padding, the longest first, so that memory runs out at once or never
         batches: list[list[Group]] = []
+        held, longest = 0, 0
         for group in sorted(groups, key=_longest, reverse=True):
-            if not batches or _positions([*batches[-1], group], packed) > max_tokens:
+            if not batches or (held + len(group)) * longest > max_tokens:
                 batches.append([])
+                held, longest = 0, _longest(group)
             batches[-1].append(group)
+            held += len(group)
         return batches
     # The largest first, each into the fullest batch that still holds it (best fit decreasing).
     batches, room = [], []  # room: (positions left, index of the batch), sorted

@@ -198,6 +198,11 @@ def claim_output(options: Options, identity: dict, processes: Processes) -> Path
     """
     output_dir, named = Path(options.train.output_dir), options.train.resume_from_checkpoint
     found = checkpoints(output_dir) if named in ("auto", "never") else [Path(named)]
+    if found and not (found[-1] / STATE_FILE).is_file():
+        raise UserError(
+            f"resume_from_checkpoint {found[-1]} is no checkpoint (it has no {STATE_FILE}); give a checkpoint-N directory, or "
+            '"auto" for the last one in output_dir'
+        )
     if found:
         check_same_run(found[-1], identity)
     if processes.main:

@@ -94,7 +94,7 @@ class TrainConfig:
     value_warmup_steps: float = 0
     """First steps that train the value model alone; below 1 a share of all steps."""
     per_device_train_batch_size: int = 16
-    """Responses (pairs for dpo) in an optimizer step, times gradient_accumulation_steps."""
+    """Responses (pairs for dpo) in an optimizer step, times gradient_accumulation_steps, times processes."""
     gradient_accumulation_steps: int = 1
     """See per_device_train_batch_size."""
     max_batch_tokens: int | None = None

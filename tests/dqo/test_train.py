@@ -269,3 +269,13 @@ def test_the_moving_average_is_saved_and_taken_up_again(files):
     assert all(torch.equal(a, weights(resumed.output_dir)[n]) for n, a in weights(whole.output_dir).items())
     one, two = (load_file(d / "checkpoint-12" / "target.safetensors") for d in (files / "whole", files / "out"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_named_checkpoint_is_gone_on_from_and_anything_else_is_refused(files, capsys):
+    run(files, save_steps=5, save_total_limit=5)
+    with pytest.raises(UserError, match="model is no checkpoint .*give a checkpoint-N directory"):
+        run(files, resume_from_checkpoint=files / "model")
+    whole = metrics_without_speed(files / "out")
+    resumed = run(files, save_steps=5, save_total_limit=5, resume_from_checkpoint=files / "out" / "checkpoint-5")
+    assert "step 5 of 12" in capsys.readouterr().out
+    assert metrics_without_speed(resumed.output_dir) == whole
