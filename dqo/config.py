@@ -19,6 +19,8 @@ import yaml
 from dqo.errors import UserError, did_you_mean
 from dqo.objectives import OBJECTIVES
 
+CPU_BATCH_TOKENS = 4096  # more leave the caches: 8,192 cost a third of the speed with a model of 1 M parameters
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -99,7 +101,7 @@ class TrainConfig:
     """See per_device_train_batch_size."""
     max_batch_tokens: int | None = None
     """Tokens of a micro-batch, padding included, for memory and speed: the updates do not depend on it. None:
-    per_device_train_batch_size * max_length, what that many of the longest responses take."""
+    per_device_train_batch_size * max_length, what that many of the longest responses take; on a CPU at most 4,096."""
     padding_free: bool | None = None
     """Pack responses into one row instead of padding them. None: where flash-attn or torch's own attention for packed sequences
     runs (GPU, bfloat16); True insists."""
@@ -142,10 +144,10 @@ class TrainConfig:
     dry_run: bool = False
     """Check options and data, print them, and stop before a model is loaded."""
 
-    @property
-    def batch_tokens(self) -> int:
+    def batch_tokens(self, device_type: str) -> int:
         """The micro-batches' budget."""
-        return self.max_batch_tokens or self.per_device_train_batch_size * self.max_length
+        whole = self.per_device_train_batch_size * self.max_length
+        return self.max_batch_tokens or (min(whole, CPU_BATCH_TOKENS) if device_type == "cpu" else whole)
 
     def problems(self) -> list[tuple[str, str]]:
         """(field, what is wrong) of every value out of range."""

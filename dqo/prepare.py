@@ -211,9 +211,9 @@ def _reference_columns(
         "barrier": processes.barrier,
         "quiet": not processes.main,
     }
-    add_reference(episodes, stats_of, pad_id, config.batch_tokens, **place, **ranks)
+    add_reference(episodes, stats_of, pad_id, config.batch_tokens(processes.device.type), **place, **ranks)
     if explicit is None and not resuming:
-        check_agreement(episodes, stats_of, pad_id, config.batch_tokens, dtype=dtype, **place)
+        check_agreement(episodes, stats_of, pad_id, config.batch_tokens(processes.device.type), dtype=dtype, **place)
     warn_about_behavior(episodes)
 
 

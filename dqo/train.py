@@ -52,6 +52,7 @@ class Trainer:
         self.config, self.objective, self.prepared = options.train, options.objective, prepared
         self.learner, self.processes = prepared.learner, prepared.processes
         self.output_dir = Path(self.config.output_dir)
+        self.max_tokens = self.config.batch_tokens(self.processes.device.type)
         self.per_epoch = math.ceil(len(prepared.groups) / prepared.per_step)  # the last step of an epoch may be short
         epochs = round(self.config.num_train_epochs * self.per_epoch)
         self.steps = self.config.max_steps if self.config.max_steps > 0 else epochs
@@ -110,7 +111,7 @@ class Trainer:
                 self.learner,
                 self.objective,
                 groups,
-                self.config.batch_tokens,
+                self.max_tokens,
                 self.prepared.pad_id,
                 self.processes,
                 train_policy,
@@ -138,7 +139,7 @@ class Trainer:
         return logged
 
     def _out_of_memory(self, step: int) -> str:
-        tokens, peak = self.config.batch_tokens, metrics.peak_memory_gb()
+        tokens, peak = self.max_tokens, metrics.peak_memory_gb()
         return (
             f"step {step + 1}: out of memory on {self.learner.device} (peak {peak:.1f} GB) with micro-batches of up to "
             f"{tokens:,} tokens; the result does not depend on their size: --max_batch_tokens {max(1, tokens // 2)}. "
@@ -151,7 +152,7 @@ class Trainer:
             self.learner,
             self.objective,
             self.prepared.held_out,
-            self.config.batch_tokens,
+            self.max_tokens,
             self.prepared.pad_id,
             self.processes,
         )

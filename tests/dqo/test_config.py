@@ -98,8 +98,10 @@ def test_values_of_files_are_checked_with_their_line(tmp_path, line, message):
 
 def test_the_budget_of_a_micro_batch_is_that_of_its_longest_responses_unless_given():
     arguments = ["--per_device_train_batch_size", "3", "--max_length", "50"]
-    assert load_options(arguments).train.batch_tokens == 150
-    assert load_options([*arguments, "--max_batch_tokens", "70"]).train.batch_tokens == 70
+    assert load_options(arguments).train.batch_tokens("cpu") == 150
+    assert load_options([*arguments, "--max_batch_tokens", "70"]).train.batch_tokens("cpu") == 70
+    large = load_options(["--per_device_train_batch_size", "16", "--max_length", "1024"]).train
+    assert (large.batch_tokens("cuda"), large.batch_tokens("cpu")) == (16384, 4096)
 
 
 def test_a_missing_file_is_named(tmp_path):

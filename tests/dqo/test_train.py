@@ -216,7 +216,7 @@ def test_out_of_memory_says_what_to_change(files, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("dqo.train.accumulate", full)
-    with pytest.raises(UserError, match=r"step 1: out of memory on cpu .* up to 8,192 tokens.*--max_batch_tokens 4096"):
+    with pytest.raises(UserError, match=r"step 1: out of memory on cpu .* up to 4,096 tokens.*--max_batch_tokens 2048"):
         run(files)
 
 
