@@ -2,9 +2,9 @@
 
     dqo demo --output_dir dqo-demo && python -m benchmarks.objectives dqo-demo      (about eight minutes on two cores)
 
-The same number of updates for all, at one set of options each (OPTIONS): those of rft, dpo and dqo are the demonstration's, tried
-on another seed; those of kto, dro, oreo and of the step rewards are first guesses, so the table ranks nothing. A method that is not
-there yet is trained; the table is printed and goes to results/objectives.json.
+The same number of updates for all, at one set of options each (OPTIONS). Those of rft, dpo and dqo are the demonstration's, tried
+on another seed; those of kto, dro, oreo and of the step rewards are first guesses, so the table ranks nothing. A method that is
+not there yet is trained; the table is printed and goes to results/objectives.json.
 """
 
 from __future__ import annotations
