@@ -72,9 +72,11 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
     from dqo.train import train
 
     run = train(options, rows=rows)
-    run.prepared.processes.leave()
-    if run.prepared.processes.main:
+    processes = run.prepared.processes
+    processes.leave()
+    if processes.main:
         print(finish(options, run, tasks))
+    processes.end()
 
 
 def demo_command(arguments: list[str], prog: str = "dqo demo") -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,14 @@ class Processes:
         if self.world > 1:
             dist.barrier()
             dist.destroy_process_group()
+
+    def end(self) -> None:
+        """The end of the program. One of several processes ends here and at once: in an ordinary exit threads of gloo that are
+        still there now and then abort it (torch 2.13), after all its work is done."""
+        if self.world > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
 
 def start(use_cpu: bool = False, fsdp: bool = False) -> Processes:

@@ -22,3 +22,4 @@ for arguments in json.loads(Path(sys.argv[1]).read_text()):
         found = {"world": trainer.processes.world, "sharded": sharded, "held_out": run.held_out}
         (run.output_dir / "found.json").write_text(json.dumps(found))
 trainer.processes.leave()
+trainer.processes.end()
