@@ -152,12 +152,9 @@ def _filled(groups: list[Group], max_tokens: int, packed: bool) -> list[list[Gro
     return batches
 
 
-def micro_batches(groups: list[Group], max_tokens: int, packed: bool = False) -> list[Group]:
-    """One optimizer step's groups in micro-batches of at most `max_tokens` positions, padding included."""
-    return [list(chain(*batch)) for batch in _filled(groups, max_tokens, packed)]
-
-
-def _dealt(groups: list[Group], world: int) -> list[list[Group]]:
+def dealt(groups: list[Group], world: int) -> list[list[Group]]:
+    """Each process's part of an optimizer step: the largest groups first, each to the process with the fewest tokens, so that no
+    two differ by more than one group's."""
     shares: list[list[Group]] = [[] for _ in range(world)]
     tokens = [0] * world
     for group in sorted(groups, key=_tokens, reverse=True):
@@ -167,12 +164,6 @@ def _dealt(groups: list[Group], world: int) -> list[list[Group]]:
     return shares
 
 
-def share(groups: list[Group], rank: int, world: int) -> list[Group]:
-    """One process's part of an optimizer step: the largest groups first, each to the process with the fewest tokens, so that no
-    two differ by more than one group's."""
-    return _dealt(groups, world)[rank]
-
-
 def micro_batch_plan(
     groups: list[Group], world: int, max_tokens: int, packed: bool = False
 ) -> list[list[Group | None]]:
@@ -180,7 +171,7 @@ def micro_batch_plan(
 
     A process with fewer splits its largest; where there is nothing left to split the rest are None: an empty pass.
     """
-    plans = [_filled(part, max_tokens, packed) for part in _dealt(groups, world)]
+    plans = [_filled(part, max_tokens, packed) for part in dealt(groups, world)]
     count = max(len(plan) for plan in plans)
     result = []
     for plan in plans:

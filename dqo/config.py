@@ -19,7 +19,7 @@ import yaml
 from dqo.errors import UserError, did_you_mean
 from dqo.objectives import OBJECTIVES
 
-CPU_BATCH_TOKENS = 4096  # more leave the caches: 8,192 cost a third of the speed with a model of 1 M parameters
+CPU_BATCH_TOKENS = 4096  # more leave the caches: 8,192 cost a quarter of the speed with a model of 1 M parameters
 
 
 @dataclass(frozen=True)

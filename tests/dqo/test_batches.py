@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dqo.batches import collate, epoch_order, groups_of, micro_batch_plan, micro_batches, share, unit_count
+from dqo.batches import collate, dealt, epoch_order, groups_of, micro_batch_plan, unit_count
 from tests.dqo.helpers import episodes
 
 
@@ -52,6 +52,11 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
     assert epoch_order(50, 3, 7) == epoch_order(50, 3, 7)
     assert epoch_order(50, 3, 7) != epoch_order(50, 4, 7) != epoch_order(50, 4, 8)
     assert sorted(epoch_order(50, 3, 7)) == list(range(50))
+
+
+def micro_batches(groups, max_tokens, packed=False):
+    """Those of one process alone."""
+    return micro_batch_plan(groups, 1, max_tokens, packed)[0]
 
 
 @st.composite
@@ -120,7 +125,7 @@ def test_padded_batches_hold_like_lengths():
 @given(groups=steps(), world=st.integers(1, 5))
 @settings(max_examples=100, deadline=None)
 def test_shares_are_a_partition_with_balanced_tokens(groups, world):
-    shares = [share(groups, rank, world) for rank in range(world)]
+    shares = [dealt(groups, world)[rank] for rank in range(world)]
     assert sources(group for part in shares for group in part) == sources(groups)
     tokens = [sum(e.length for group in part for e in group) for part in shares]
     assert max(tokens) - min(tokens) <= max(sum(e.length for e in group) for group in groups)
@@ -135,14 +140,14 @@ def test_a_plan_gives_every_process_its_share_in_as_many_micro_batches(groups, w
     for rank, part in enumerate(plan):
         batches = [batch for batch in part if batch is not None]
         assert part == batches + [None] * (len(part) - len(batches))
-        assert sources(regrouped(batches, size)) == sources(share(groups, rank, world))
+        assert sources(regrouped(batches, size)) == sources(dealt(groups, world)[rank])
         assert all(positions(batch, packed) <= max_tokens or len(batch) == size for batch in batches)
         if len(batches) < len(part):  # nothing was left to split
             assert all(len(batch) == size for batch in batches)
         computed = [positions(batch, packed) for batch in batches]
         assert computed == sorted(computed, reverse=True)
     assert max(len(part) for part in plan) == max(
-        len(micro_batches(share(groups, rank, world), max_tokens, packed)) for rank in range(world)
+        len(micro_batches(dealt(groups, world)[rank], max_tokens, packed)) for rank in range(world)
     )
 
 
