@@ -26,7 +26,7 @@ from dqo.errors import UserError
 from dqo.files import aside as aside_of
 from dqo.files import remove_asides, sync, write_whole
 from dqo.learner import Learner
-from dqo.lora import has_adapter, merged_state
+from dqo.lora import has_adapter, merged_state, save_adapter
 from dqo.models import load_policy
 from dqo.parallel import Processes, like, load_whole_state, whole, whole_state
 from dqo.value_models import load_critic, save_value_model
@@ -76,7 +76,10 @@ def save_models(directory: Path, learner: Learner, tokenizer, processes: Process
             critic = merged_state(learner.value_model)
         critic = {name: whole(tensor) for name, tensor in critic.items()}
     if processes.main:
-        learner.policy.save_pretrained(directory, state_dict=policy)
+        if has_adapter(learner.policy):
+            save_adapter(learner.policy, policy, directory)
+        else:
+            learner.policy.save_pretrained(directory, state_dict=policy)
         tokenizer.save_pretrained(directory)
         if critic is not None:
             save_value_model(learner.value_model, critic, directory / "critic")

@@ -20,7 +20,7 @@ from dqo.episodes import Episode, fingerprint, make_episodes
 from dqo.errors import UserError
 from dqo.inputs import Given
 from dqo.learner import Learner
-from dqo.lora import add_adapter, lora_config
+from dqo.lora import add_adapter, adapter_off, lora_config
 from dqo.models import (
     architecture_hash,
     check_head,
@@ -139,7 +139,6 @@ def prepare(
         "options": json.loads(json.dumps(options_that_bind)),  # as a checkpoint gives them back
     }
     identity["reference"] = identity["model"] if reference is None else weights_hash(reference)
-    resumed = claim_output(options, identity, processes)
 
     some_ids = (episodes[0].prompt_ids + episodes[0].completion_ids)[-64:]
     for model in (policy, reference):
@@ -147,12 +146,17 @@ def prepare(
             check_head(model, some_ids)
             with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
                 attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
+    learner = make_learner(options, given, policy, reference)
+    resumed = claim_output(options, identity, processes)
     if objective.needs_reference:
         together = distinct(episodes + held_out)
         _reference_columns(
             config, together, policy, reference, tokenizer.pad_token_id, identity, processes, resumed is not None
         )
-    learner = make_learner(options, given, policy, reference)
+    if config.gradient_checkpointing:
+        for model in (policy, learner.value_model):
+            if isinstance(model, PreTrainedModel):
+                recompute_activations(model)
     groups = groups_of(episodes, UNIT_EPISODES[objective.unit])
     return Prepared(processes, tokenizer, learner, groups, held_out, identity, per_step, resumed)
 
@@ -202,7 +206,8 @@ def _reference_columns(
     cache = ReferenceCache(config.ref_cache_dir or Path(config.output_dir) / "ref_cache", numbers, name)
 
     def stats_of(batch: Batch) -> TokenStats:
-        return policy_stats(model, batch, config.bf16)
+        with adapter_off(model):
+            return policy_stats(model, batch, config.bf16)
 
     place = {"device": processes.device, "packed": attention.packs(model), "cache": cache}
     ranks = {
@@ -232,12 +237,14 @@ def make_learner(options: Options, given: Given, policy: PreTrainedModel, explic
     if objective.needs_kl:  # with an adapter the policy is its own reference
         reference = copy.deepcopy(policy) if explicit is None and peft_config is None else explicit
     if peft_config is not None:
-        add_adapter(policy, peft_config)
-    if config.gradient_checkpointing:
-        for model in (policy, value_model):
-            if isinstance(model, PreTrainedModel):
-                recompute_activations(model)
+        add_adapter(policy, peft_config, base_name(policy))
     return Learner(policy, value_model, reference, target, bf16=config.bf16)
+
+
+def base_name(policy: PreTrainedModel) -> str | None:
+    """Where the weights of `policy` lie: a directory by its whole path, which holds wherever the adapter is read, or a hub name."""
+    name = policy.name_or_path
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
 
 
 def _vocabulary_size(config: TrainConfig, given: Given) -> int:

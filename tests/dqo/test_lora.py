@@ -114,16 +114,19 @@ def flags(files, **changes):
     return [*found, *(f"--{k}" for k, v in (SETTINGS | changes).items() if v is True)]
 
 
-def test_a_run_trains_the_adapter_and_plain_transformers_load_policy_and_critic(files):
-    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+def test_a_run_trains_the_adapter_and_peft_and_transformers_load_policy_and_critic(files, monkeypatch):
+    from transformers import AutoModelForTokenClassification
 
-    run = train(load_options(flags(files)))
+    monkeypatch.chdir(files)  # what is saved holds elsewhere
+
+    run = train(load_options(flags(files, model_name_or_path="model")))
+    monkeypatch.chdir(files.parent)
     rows = [json.loads(line) for line in (files / "out" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["eval_kl"] == pytest.approx(0.0, abs=1e-9)
     assert rows[-1]["eval_kl"] > 1e-5
     assert (files / "out" / "adapter_model.safetensors").exists() and not (files / "out" / "model.safetensors").exists()
     learner, batch = run.prepared.learner, collate(episodes(5), 0)
-    plain = AutoModelForCausalLM.from_pretrained(files / "out")
+    plain = peft.AutoPeftModelForCausalLM.from_pretrained(files / "out").merge_and_unload()
     assert torch.allclose(policy_stats(plain, batch).logprobs, policy_stats(learner.policy, batch).logprobs, atol=1e-5)
     critic = AutoModelForTokenClassification.from_pretrained(files / "out" / "critic")
     ids = torch.tensor([[3, 4, 5, 6]])
