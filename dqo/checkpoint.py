@@ -1,5 +1,6 @@
 """Checkpoints: transformers' layout plus optimizer states and counters, safetensors and JSON, written aside and renamed.
 
+base_model/      config.json model.safetensors                what the policy's adapter is of, where that lies nowhere else
 checkpoint-600/  config.json model.safetensors tokenizer*     the policy; with LoRA its adapter, in peft's layout
                  critic/                                      the value model, AutoModelForTokenClassification
                  adapters.safetensors                         LoRA: what is trained of policy and value model
@@ -20,13 +21,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dqo.config import Options, dump_options
 from dqo.errors import UserError
 from dqo.files import aside as aside_of
 from dqo.files import remove_asides, sync, write_whole
 from dqo.learner import Learner
-from dqo.lora import has_adapter, merged_state, save_adapter
+from dqo.lora import base_state, has_adapter, merged_state, save_adapter
 from dqo.models import load_policy
 from dqo.parallel import Processes, like, load_whole_state, whole, whole_state
 from dqo.value_models import load_critic, save_value_model
@@ -83,6 +85,21 @@ def save_models(directory: Path, learner: Learner, tokenizer, processes: Process
         tokenizer.save_pretrained(directory)
         if critic is not None:
             save_value_model(learner.value_model, critic, directory / "critic")
+
+
+def save_base(policy: PreTrainedModel, directory: Path, again: bool) -> None:
+    """The model under the adapter of `policy`, as transformers loads it; `again`: also where it is there already."""
+    if directory.exists() and not again:
+        return
+    aside = aside_of(directory)
+    with torch.device("meta"):
+        plain = type(policy)(policy.config).to(policy.dtype)  # only its names and config are used
+    plain.generation_config = policy.generation_config
+    plain.save_pretrained(aside, state_dict=base_state(whole_state(policy)))
+    _sync_tree(aside)
+    if directory.exists():
+        directory.rename(aside_of(directory))
+    aside.rename(directory)
 
 
 def _sync_tree(directory: Path) -> None:

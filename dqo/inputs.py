@@ -11,6 +11,8 @@ from typing import Any
 from dqo.config import Options
 from dqo.errors import UserError
 from dqo.files import is_aside
+from dqo.lora_options import check_lora_config
+from dqo.model_objects import check_model_object
 from dqo.rows import Row, check_contrast, check_process_reward, duplicate_count, prompt_key, read_rows, split_by_prompt
 from dqo.rows_files import read_records
 
@@ -43,6 +45,11 @@ def check_options(options: Options, given: Given | None = None) -> None:
         raise UserError("truncation bootstrap needs a value model: --method dqo --value_model separate")
     if config.ref_model_name_or_path is not None and not options.objective.needs_reference:
         raise UserError(f"method {config.method} has no reference policy; remove --ref_model_name_or_path")
+    for name, model in (("model", given.model), ("ref_model", given.ref_model)):
+        if model is not None:
+            check_model_object(name, model)
+    if given.peft_config is not None:
+        check_lora_config(given.peft_config)
     packages = {"use_peft": "peft" if config.use_peft else None, "report_to": config.report_to}
     for option, package in packages.items():
         if package not in (None, "none") and importlib.util.find_spec(package) is None:

@@ -129,13 +129,15 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+def base_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a model's state dict would be without its adapters."""
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if "lora_" not in name}
+
+
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the same model with its adapters added to its weights, under the names it had without them."""
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if "lora_" not in name:
-            state[name.replace(".base_layer.", ".")] = tensor
+    state = base_state(model.state_dict())
     for name, layer in _adapted(model):
         delta = layer.get_delta_weight(ADAPTER)
         state[f"{name}.weight"] = state[f"{name}.weight"] + delta.to(state[f"{name}.weight"].dtype)

@@ -12,12 +12,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
 
+from dqo.adapters import adapter_base, merge
 from dqo.batches import Batch
 from dqo.errors import UserError
+from dqo.model_objects import check_not_quantised
 from dqo_kernels import TokenStats, linear_token_stats
 
 transformers_logging.disable_progress_bar()
@@ -29,6 +32,8 @@ def load_tokenizer(path: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
+        if base := adapter_base(path):
+            return load_tokenizer(base)
         raise UserError(f"model_name_or_path {path!r} has no tokenizer: {error}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path!r} has no eos_token; a response could never end")
@@ -38,12 +43,25 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
+def load_config(path: str) -> PretrainedConfig:
+    """The configuration of a model, or of an adapter's base."""
+    base = adapter_base(path)
+    if base is not None:
+        try:
+            return load_config(base)
+        except UserError as error:
+            raise UserError(f"{path!r} is an adapter of {base!r}, which cannot be loaded: {error}") from error
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path!r} has no model config: {error}") from error
+    check_not_quantised(path, config)
+    return config
+
+
 def vocabulary_size(path: str) -> int:
     """Rows of the model's head, from its config alone."""
-    try:
-        return AutoConfig.from_pretrained(path).get_text_config().vocab_size
-    except (OSError, ValueError) as error:
-        raise UserError(f"model_name_or_path {path!r} has no model config: {error}") from error
+    return load_config(path).get_text_config().vocab_size
 
 
 def load_policy(
@@ -52,7 +70,12 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model, dropout off: a policy that differs from itself has no log-ratio of 0."""
+    """A causal language model, an adapter merged into its base; dropout off: a policy must not differ from itself."""
+    load_config(path)  # refuses what should not be loaded
+    base = adapter_base(path)
+    if base is not None:
+        logger.warning("%s is an adapter of %s: it is merged into it", path, base)
+        return merge(load_policy(base, device, dtype, attn_implementation), path, base)
     try:
         policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
     except (OSError, ValueError, ImportError) as error:  # the last: an attention whose package is missing

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dqo import attention
 from dqo.batches import Batch, groups_of
-from dqo.checkpoint import claim_output
+from dqo.checkpoint import claim_output, save_base
 from dqo.config import Options, TrainConfig
 from dqo.episodes import Episode, fingerprint, make_episodes
 from dqo.errors import UserError
 from dqo.inputs import Given
 from dqo.learner import Learner
-from dqo.lora import add_adapter, adapter_off, lora_config
+from dqo.lora import adapter_off, add_adapter, has_adapter, lora_config
 from dqo.models import (
     architecture_hash,
     check_head,
@@ -148,6 +148,8 @@ def prepare(
                 attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
     learner = make_learner(options, given, policy, reference)
     resumed = claim_output(options, identity, processes)
+    if has_adapter(policy) and not policy.name_or_path and processes.main:
+        save_base(policy, base_of(policy, config), again=resumed is None)
     if objective.needs_reference:
         together = distinct(episodes + held_out)
         _reference_columns(
@@ -237,14 +239,15 @@ def make_learner(options: Options, given: Given, policy: PreTrainedModel, explic
     if objective.needs_kl:  # with an adapter the policy is its own reference
         reference = copy.deepcopy(policy) if explicit is None and peft_config is None else explicit
     if peft_config is not None:
-        add_adapter(policy, peft_config, base_name(policy))
+        add_adapter(policy, peft_config, str(base_of(policy, config)))
     return Learner(policy, value_model, reference, target, bf16=config.bf16)
 
 
-def base_name(policy: PreTrainedModel) -> str | None:
-    """Where the weights of `policy` lie: a directory by its whole path, which holds wherever the adapter is read, or a hub name."""
-    name = policy.name_or_path
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
+def base_of(policy: PreTrainedModel, config: TrainConfig) -> Path | str:
+    """Where the adapter's base lies: a hub name, or a directory by its whole path, so that it holds anywhere. Weights
+    that lie nowhere (made in Python, or merged from an adapter) get a directory in output_dir."""
+    name = policy.name_or_path or Path(config.output_dir) / "base_model"
+    return Path(name).resolve() if Path(name).is_dir() or not policy.name_or_path else name
 
 
 def _vocabulary_size(config: TrainConfig, given: Given) -> int:

@@ -28,6 +28,8 @@ LEVELS = [
         "rows_formats",
         "report",
         "lora_options",
+        "model_objects",
+        "adapters",
         *(f"objectives.{name}" for name in ("dpo", "dqo", "kto", "dro", "oreo")),
     },
     {"rows_files", "rows_checks", "objectives", "answers"},
