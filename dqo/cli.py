@@ -84,8 +84,10 @@ def demo_command(arguments: list[str], prog: str = "dqo demo") -> None:
     import tyro
 
     from dqo.demo import DemoConfig, run_demo
+    from dqo.requirements import check_packages
 
     config = tyro.cli(DemoConfig, args=arguments, prog=prog, use_underscores=True)
+    check_packages()
     logging.getLogger("dqo").setLevel(logging.ERROR)  # samples of a small model repeat each other: nothing to warn of
     print(
         f"dqo: demonstration (seed {config.seed}) -> {config.output_dir}; `dqo-train --help` for your own data",

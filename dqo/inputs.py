@@ -13,6 +13,7 @@ from dqo.errors import UserError
 from dqo.files import is_aside
 from dqo.lora_options import check_lora_config
 from dqo.model_objects import check_model_object
+from dqo.requirements import check_packages
 from dqo.rows import Row, check_contrast, check_process_reward, duplicate_count, prompt_key, read_rows, split_by_prompt
 from dqo.rows_files import read_records
 
@@ -35,6 +36,7 @@ class Given:
 def check_options(options: Options, given: Given | None = None) -> None:
     """Checks across options and against the file system, before any file is read."""
     config, given = options.train, given or Given()
+    check_packages(["peft"] if config.use_peft or given.peft_config is not None else [])
     if config.dataset_name is None and given.dataset is None:
         raise UserError("--dataset_name is missing: a .jsonl or .parquet file with prompt, completion, reward")
     if config.model_name_or_path is None and given.model is None:
@@ -50,10 +52,8 @@ def check_options(options: Options, given: Given | None = None) -> None:
             check_model_object(name, model)
     if given.peft_config is not None:
         check_lora_config(given.peft_config)
-    packages = {"use_peft": "peft" if config.use_peft else None, "report_to": config.report_to}
-    for option, package in packages.items():
-        if package not in (None, "none") and importlib.util.find_spec(package) is None:
-            raise UserError(f"{option} needs the package {package}: pip install {package}")
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise UserError(f"report_to needs the package {config.report_to}: pip install {config.report_to}")
     used = Path(config.output_dir)
     if used.exists() and not used.is_dir():
         raise UserError(f"output_dir {used} is a file; choose a directory")

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,10 +27,24 @@ ADAPTER = "default"  # peft's name of a model's first adapter; it is part of the
 
 def lora_config(rank: int, alpha: float, target_modules: tuple[str, ...] | None) -> Any:
     """A peft.LoraConfig without dropout: a policy that differs from itself has no log-ratio of 0."""
-    from peft import LoraConfig
-
-    return LoraConfig(
+    return _peft().LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=target_modules and list(target_modules)
+    )
+
+
+def _peft() -> ModuleType:
+    """The package, or one line: later versions of it and of transformers may not import side by side."""
+    try:
+        import peft
+    except Exception as error:
+        raise UserError(_cannot("be imported", error)) from error
+    return peft
+
+
+def _cannot(what: str, error: Exception) -> str:
+    return (
+        f"peft {version('peft')} beside transformers {version('transformers')} cannot {what}: {error}. Versions that work "
+        "together are in the project's constraints.txt"
     )
 
 
@@ -44,8 +59,6 @@ def add_adapter(model: PreTrainedModel, config: Any, base: str | None = None) ->
         UserError: when `config` is not plain LoRA; when no layer has such a name, or when it is the head's, which the statistics
             read whole; when peft cannot do it.
     """
-    from peft import inject_adapter_in_model
-
     check_lora_config(config)
     config = copy.deepcopy(config)
     config.target_modules = set(_layer_names(model, "target_modules", config.target_modules))
@@ -54,13 +67,10 @@ def add_adapter(model: PreTrainedModel, config: Any, base: str | None = None) ->
     config.task_type, config.inference_mode, config.base_model_name_or_path = "CAUSAL_LM", False, base
     model.requires_grad_(False)
     try:
-        inject_adapter_in_model(config, model, ADAPTER)
+        _peft().inject_adapter_in_model(config, model, ADAPTER)
         adapter_state(model)  # what the first checkpoint will need
     except Exception as error:
-        raise UserError(
-            f"peft {version('peft')} with transformers {version('transformers')} cannot add adapters to "
-            f"{type(model).__name__}: {error}"
-        ) from error
+        raise UserError(_cannot(f"add adapters to {type(model).__name__}", error)) from error
     _check_layers(model, config)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

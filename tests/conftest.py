@@ -4,6 +4,15 @@ imported, those in CUDA C++ emulated (kernels/cuda_emulated.py)."""
 import os
 
 import pytest
+
+from dqo.errors import UserError
+from dqo.requirements import check_packages
+
+try:
+    check_packages(["test"])
+except UserError as error:
+    pytest.exit(f"{error} (all that the tests need: pip install -e '.[test]')", returncode=2)
+
 import torch
 
 if not torch.cuda.is_available():

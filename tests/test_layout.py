@@ -30,6 +30,7 @@ LEVELS = [
         "lora_options",
         "model_objects",
         "adapters",
+        "requirements",
         *(f"objectives.{name}" for name in ("dpo", "dqo", "kto", "dro", "oreo")),
     },
     {"rows_files", "rows_checks", "objectives", "answers"},
@@ -146,6 +147,6 @@ def test_every_objective_is_one_file_and_one_test():
 
 
 def test_no_file_that_is_read_before_the_options_imports_torch():
-    for name in ("cli", "config", "rows", "verify", "convert", "check", "demo", "errors"):
+    for name in ("cli", "config", "rows", "verify", "convert", "check", "demo", "errors", "requirements", "inputs"):
         imported = imports_of(ROOT / "dqo" / f"{name}.py", top_level_only=True)
         assert not imported & {"torch", "transformers", "dqo_kernels"}, name

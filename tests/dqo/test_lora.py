@@ -1,6 +1,7 @@
 """LoRA: adapters are all that is trained, and the policy without its adapter is the reference."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -104,6 +105,25 @@ def test_the_reference_of_an_exact_kl_is_the_policy_with_its_adapter_off():
     assert toggled > 0.1
     assert torch.equal(toggled, beside)
     assert nothing == 0
+
+
+@pytest.mark.parametrize("function", ["inject_adapter_in_model", "get_peft_model_state_dict"])
+def test_versions_that_cannot_work_together_are_one_line_before_any_work(files, monkeypatch, function):
+    def broken(*_, **__):
+        raise ImportError("peft>=0.22.0 is required")
+
+    monkeypatch.setattr(peft, function, broken)
+    with pytest.raises(UserError) as error:
+        train(load_options(flags(files)))
+    assert str(error.value).startswith(f"peft {peft.__version__} beside transformers ")
+    assert "cannot add adapters to Llama" in str(error.value) and "peft>=0.22.0 is required" in str(error.value)
+    assert not (files / "out").exists()
+
+
+def test_a_peft_that_cannot_be_imported_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)  # import raises
+    with pytest.raises(UserError, match="peft .* beside transformers .* cannot be imported: .*constraints.txt"):
+        lora_config(2, 4.0, None)
 
 
 SETTINGS = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2}
