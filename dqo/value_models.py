@@ -4,7 +4,8 @@
     head       a two-layer perceptron on the policy's detached hidden states, its last layer zero
 
 Both say V = 0 at the start. `separate` is saved as AutoModelForTokenClassification (num_labels=1), as other trainers load a
-critic; `head` as critic/value_head.safetensors, which no class of transformers describes.
+critic; where transformers has no such class for an architecture, `load_critic` makes it of the trunk and transformers' generic
+head. `head` as critic/value_head.safetensors, which no class of transformers describes.
 """
 
 from __future__ import annotations
@@ -15,8 +16,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForTokenClassification, PreTrainedModel
+from transformers import (
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForTokenClassification
 
+from dqo.architecture import trunk_of
 from dqo.batches import Batch
 from dqo.errors import UserError
 from dqo.lora import add_adapter
@@ -55,19 +65,40 @@ def score_of(value_model: PreTrainedModel) -> nn.Linear:
     return [m for m in value_model.modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
 
 
+def _with_critic_class(config: PreTrainedConfig) -> PreTrainedConfig:
+    """`config`, or its text model's, after transformers knows a token-classification class for it: its own, or its generic one
+    on the trunk of this architecture."""
+    if type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        return config
+    config = config.get_text_config()
+    if type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        return config
+    trunk = MODEL_MAPPING[type(config)]
+    family = next(base for base in trunk.__mro__[1:] if issubclass(base, PreTrainedModel))
+    name = f"{trunk.__name__.removesuffix('Model')}ForTokenClassification"
+    critic = type(name, (GenericForTokenClassification, family), {"config_class": type(config), "__module__": __name__})
+    AutoModelForTokenClassification.register(type(config), critic)
+    return config
+
+
 def value_model_from(policy: PreTrainedModel) -> PreTrainedModel:
-    """A separate value model: the policy's trunk, copied, with one zero output a token, so that V = 0 at the start."""
-    config = copy.deepcopy(policy.config)
+    """A separate value model: the policy's trunk, copied, with one zero output a token, so that V = 0 at the start.
+
+    Raises:
+        UserError: for a decoder that transformers has no model of without its encoder or its head.
+    """
+    config = copy.deepcopy(_with_critic_class(policy.config))
     config.num_labels, config.classifier_dropout = 1, 0.0
     config.architectures = None
-    try:
-        value_model = AutoModelForTokenClassification.from_config(config, dtype=policy.dtype)
-    except ValueError as error:
+    value_model = AutoModelForTokenClassification.from_config(config, dtype=policy.dtype)
+    trunk = trunk_of(value_model)
+    own = next((part for part in policy.modules() if type(part) is type(trunk)), None)  # the text model of several
+    if own is None:
         raise UserError(
-            f"transformers has no token-classification model for {policy.config.model_type!r}, so it has no separate value "
-            "model here; use --value_model head or --value_model none"
-        ) from error
-    value_model.base_model.load_state_dict(policy.base_model.state_dict())
+            f"transformers has no model of {type(trunk_of(policy)).__name__} alone, so it has no separate value model here; use "
+            "--value_model head or --value_model none"
+        )
+    trunk.load_state_dict(own.state_dict())
     score = score_of(value_model)
     nn.init.zeros_(score.weight)
     if score.bias is not None:
@@ -111,6 +142,7 @@ def load_critic(path: Path, device: torch.device | str = "cpu") -> nn.Module:
         head = ValueHead(state["inner.weight"].shape[0])
         head.load_state_dict(state)
         return head.to(device)
+    _with_critic_class(AutoConfig.from_pretrained(path))
     value_model, loading = AutoModelForTokenClassification.from_pretrained(
         path, dtype=torch.float32, output_loading_info=True
     )
