@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 # No rotary positions and no table of them either: nothing ends at the number that their configurations give.
 ENDLESS = {"inkling_text", "inkling2_text", "inkling2_loop_text", "jamba", "kimi_linear", "nemotron_h", "rwkv", "xglm"}
 # The table's first rows are the pad token's and those before it.
-AFTER_PAD = {"camembert", "data2vec-text", "prophetnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+AFTER_PAD = {"camembert", "data2vec-text", "prophetnet", "roberta", "roberta-prelayernorm", "xlm-roberta"}
+AFTER_PAD |= {"xlm-roberta-xl", "xmod"}
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 
 
