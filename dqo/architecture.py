@@ -15,14 +15,19 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dqo.errors import UserError
 
 
-def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its head: token ids -> hidden states."""
+def name_trunk(model: PreTrainedModel) -> PreTrainedModel:
+    """Makes `model.base_model` the trunk, token ids -> hidden states, where a class (Llama 4, Mllama) names a part it has not.
+
+    Raises:
+        UserError: for a model whose trunk cannot be told from its head.
+    """
     if model.base_model is not model:
-        return model.base_model
-    inner = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+        return model
+    inner = [name for name, part in model.named_children() if isinstance(part, PreTrainedModel)]
     if len(inner) != 1:
         raise UserError(f"{type(model).__name__} has no trunk that could be told from its head; it is not supported")
-    return inner[0]
+    model.base_model_prefix = inner[0]
+    return model
 
 
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:

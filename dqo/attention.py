@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-from dqo.architecture import trunk_of
 from dqo.batches import packed_inputs
 from dqo.errors import UserError
 
@@ -276,7 +275,7 @@ def check_packing(model: nn.Module, first: list[int], second: list[int]) -> None
     def hidden(sequences: list[list[int]], packed: bool) -> Tensor:
         ids = torch.tensor([[i for sequence in sequences for i in sequence]], device=inner.device)
         inputs = packed_inputs([len(s) for s in sequences], inner.device) if packed else {}
-        return trunk_of(inner)(input_ids=ids, use_cache=False, **inputs).last_hidden_state[0].float()
+        return inner.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state[0].float()
 
     def distance(a: Tensor, b: Tensor) -> float:
         return ((a - b).norm(dim=-1) / b.norm(dim=-1)).max().item()

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dqo.architecture import trunk_of
 from dqo.episodes import Episode
 from dqo.errors import UserError
 from dqo.models import head_stats
@@ -133,7 +132,7 @@ def check_model(model: PreTrainedModel, ids: list[int], pad_id: int) -> None:
 def _hidden(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
     """(B, L, D)."""
     inputs = torch.tensor(rows, device=model.device)
-    return trunk_of(model)(input_ids=inputs, use_cache=False).last_hidden_state
+    return model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:

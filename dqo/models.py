@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dqo.architecture import disable_dropout, trunk_of
+from dqo.architecture import disable_dropout, name_trunk
 from dqo.batches import Batch
 from dqo.errors import UserError
 from dqo_kernels import TokenStats, linear_token_stats
@@ -63,11 +63,11 @@ def load_policy(
 
 
 def ready(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
-    """Nothing random in it, and parameters in memory of their own: a file's mapping is not aligned, matrix kernels round
+    """Nothing random in it, its trunk known, parameters in memory of their own: a file's mapping is not aligned, kernels round
     differently on unaligned memory, and a continued run must equal an unbroken one bit for bit."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    return disable_dropout(model).to(device)
+    return disable_dropout(name_trunk(model)).to(device)
 
 
 def final_softcap(model: PreTrainedModel) -> float | None:
@@ -77,7 +77,7 @@ def final_softcap(model: PreTrainedModel) -> float | None:
 def hidden_positions(model: PreTrainedModel, batch: Batch, bf16: bool = False) -> Tensor:
     """(P, D): last hidden states of all positions of a batch, flattened; bfloat16 where `bf16`, from products in bfloat16."""
     with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bf16):
-        output = trunk_of(model)(input_ids=batch.input_ids, use_cache=False, **batch.model_inputs)
+        output = model.base_model(input_ids=batch.input_ids, use_cache=False, **batch.model_inputs)
     hidden = output.last_hidden_state.flatten(0, 1)
     return hidden.bfloat16() if bf16 else hidden
 

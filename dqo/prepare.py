@@ -22,7 +22,7 @@ from dqo.errors import UserError
 from dqo.fitness import check_config, check_model, check_positions, check_tokenizer
 from dqo.inputs import Given
 from dqo.learner import Learner
-from dqo.lora import add_adapter, adapter_off, lora_config
+from dqo.lora import adapter_off, add_adapter, lora_config
 from dqo.models import (
     architecture_hash,
     final_softcap,
@@ -261,6 +261,6 @@ def make_learner(options: Options, given: Given, policy: PreTrainedModel, explic
 
 
 def base_name(policy: PreTrainedModel) -> str | None:
-    """Where the weights of `policy` lie: a directory by its whole path, which holds wherever the adapter is read, or a hub name."""
+    """Where the weights of `policy` lie: a directory by its whole path, which holds for any reader, or a hub name."""
     name = policy.name_or_path
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None

@@ -11,6 +11,7 @@ head. `head` as critic/value_head.safetensors, which no class of transformers de
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,13 +21,11 @@ from transformers import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
-    AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_layers import GenericForTokenClassification
 
-from dqo.architecture import trunk_of
 from dqo.batches import Batch
 from dqo.errors import UserError
 from dqo.lora import add_adapter
@@ -65,20 +64,22 @@ def score_of(value_model: PreTrainedModel) -> nn.Linear:
     return [m for m in value_model.modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
 
 
-def _with_critic_class(config: PreTrainedConfig) -> PreTrainedConfig:
-    """`config`, or its text model's, after transformers knows a token-classification class for it: its own, or its generic one
-    on the trunk of this architecture."""
-    if type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
-        return config
-    config = config.get_text_config()
-    if type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
-        return config
-    trunk = MODEL_MAPPING[type(config)]
+def _classifier(config: PreTrainedConfig) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """The configuration, or that of its text model, and the token-classification class for it: transformers' own, or where it
+    has none its generic head on the trunk of this architecture."""
+    known = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    if type(config) not in known:
+        config = config.get_text_config()
+    return config, known[type(config)] if type(config) in known else _generic_classifier(type(config))
+
+
+@cache
+def _generic_classifier(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    trunk = MODEL_MAPPING[config_class]
     family = next(base for base in trunk.__mro__[1:] if issubclass(base, PreTrainedModel))
     name = f"{trunk.__name__.removesuffix('Model')}ForTokenClassification"
-    critic = type(name, (GenericForTokenClassification, family), {"config_class": type(config), "__module__": __name__})
-    AutoModelForTokenClassification.register(type(config), critic)
-    return config
+    fields = {"config_class": config_class, "__module__": __name__}
+    return type(name, (GenericForTokenClassification, family), fields)
 
 
 def value_model_from(policy: PreTrainedModel) -> PreTrainedModel:
@@ -87,15 +88,15 @@ def value_model_from(policy: PreTrainedModel) -> PreTrainedModel:
     Raises:
         UserError: for a decoder that transformers has no model of without its encoder or its head.
     """
-    config = copy.deepcopy(_with_critic_class(policy.config))
+    config, classifier = _classifier(copy.deepcopy(policy.config))
     config.num_labels, config.classifier_dropout = 1, 0.0
     config.architectures = None
-    value_model = AutoModelForTokenClassification.from_config(config, dtype=policy.dtype)
-    trunk = trunk_of(value_model)
+    value_model = classifier._from_config(config, dtype=policy.dtype)
+    trunk = value_model.base_model
     own = next((part for part in policy.modules() if type(part) is type(trunk)), None)  # the text model of several
     if own is None:
         raise UserError(
-            f"transformers has no model of {type(trunk_of(policy)).__name__} alone, so it has no separate value model here; use "
+            f"transformers has no model of {type(policy.base_model).__name__} alone, so it has no separate value model here; use "
             "--value_model head or --value_model none"
         )
     trunk.load_state_dict(own.state_dict())
@@ -142,9 +143,9 @@ def load_critic(path: Path, device: torch.device | str = "cpu") -> nn.Module:
         head = ValueHead(state["inner.weight"].shape[0])
         head.load_state_dict(state)
         return head.to(device)
-    _with_critic_class(AutoConfig.from_pretrained(path))
-    value_model, loading = AutoModelForTokenClassification.from_pretrained(
-        path, dtype=torch.float32, output_loading_info=True
+    config, classifier = _classifier(AutoConfig.from_pretrained(path))
+    value_model, loading = classifier.from_pretrained(
+        path, config=config, dtype=torch.float32, output_loading_info=True
     )
     if loading["missing_keys"]:
         raise UserError(
