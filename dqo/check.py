@@ -141,15 +141,18 @@ def warnings(rows: list[Row]) -> list[str]:
 
 
 def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
-    from dqo.models import load_tokenizer, vocabulary_size  # imports torch
+    from dqo.fitness import check_config, check_positions, check_tokenizer  # imports torch
+    from dqo.models import load_config, load_tokenizer
 
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer, model_config = load_tokenizer(config.model_name_or_path), load_config(config.model_name_or_path)
+    check_config(model_config, config.model_name_or_path)
+    check_tokenizer(tokenizer, rows, model_config)
 
     def made(max_length: int) -> list[Episode]:
         return make_episodes(
             rows,
             tokenizer,
-            vocab_size=vocabulary_size(config.model_name_or_path),
+            vocab_size=model_config.get_text_config().vocab_size,
             max_length=max_length,
             process_reward=config.process_reward or "none",
             process_coef=config.process_coef,
@@ -182,6 +185,7 @@ def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
         )
     if over:  # refused, or cut
         episodes = made(config.max_length)
+    check_positions(model_config, episodes)
     shown = sorted({round(i) for i in np.linspace(0, len(episodes) - 1, min(config.rows, len(episodes)))})
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for i in shown:

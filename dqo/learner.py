@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from dqo import attention, metrics
 from dqo.batches import Batch
 from dqo.lora import adapter_off
-from dqo.models import head_of, hidden_positions, policy_stats
+from dqo.models import head_inputs, head_of, hidden_positions, policy_stats
 from dqo.objectives import UNIT_EPISODES
 from dqo.value_models import value_rows
 from dqo_kernels import linear_row_loss
@@ -31,6 +31,9 @@ class Learner(nn.Module):
         bf16: bool = False,
     ):
         super().__init__()
+        for model in (policy, value_model, reference, target):
+            if model is not None:
+                model.eval()  # adapters that came later too
         self.policy, self.value_model, self.reference, self.target = policy, value_model, reference, target
         self.bf16 = bf16
         for frozen in (reference, target):
@@ -82,7 +85,7 @@ def objective_sums(
 
     size = UNIT_EPISODES[objective.unit]
     loss, sums = linear_row_loss(
-        hidden[batch.states],
+        head_inputs(policy, hidden[batch.states]),
         head.pop("weight"),
         batch.actions,
         row_loss,
@@ -120,7 +123,8 @@ def _reference_head(learner: Learner, batch: Batch) -> dict[str, Tensor | None]:
     with adapter_off(model):
         hidden = hidden_positions(model, batch, learner.bf16)
     head = head_of(model, hidden.dtype)
-    return {"ref_hidden": hidden[batch.states], "ref_weight": head["weight"], "ref_bias": head["bias"]}
+    hidden = head_inputs(model, hidden[batch.states])
+    return {"ref_hidden": hidden, "ref_weight": head["weight"], "ref_bias": head["bias"]}
 
 
 @torch.no_grad()

@@ -7,17 +7,18 @@ import json
 import logging
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
 
 from dqo.adapters import adapter_base, merge
+from dqo.architecture import disable_dropout, name_trunk
 from dqo.batches import Batch
 from dqo.errors import UserError
 from dqo.model_objects import check_not_quantised
@@ -43,7 +44,7 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
-def load_config(path: str) -> PretrainedConfig:
+def load_config(path: str) -> PreTrainedConfig:
     """The configuration of a model, or of an adapter's base."""
     base = adapter_base(path)
     if base is not None:
@@ -59,18 +60,13 @@ def load_config(path: str) -> PretrainedConfig:
     return config
 
 
-def vocabulary_size(path: str) -> int:
-    """Rows of the model's head, from its config alone."""
-    return load_config(path).get_text_config().vocab_size
-
-
 def load_policy(
     path: str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model, an adapter merged into its base; dropout off: a policy must not differ from itself."""
+    """A causal language model, an adapter merged into its base, with nothing random in it: a policy must not differ from itself."""
     load_config(path)  # refuses what should not be loaded
     base = adapter_base(path)
     if base is not None:
@@ -84,34 +80,15 @@ def load_policy(
 
 
 def ready(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
-    """Dropout off, and parameters in memory of their own: a file's mapping is not aligned, matrix kernels round differently on
-    unaligned memory, and a continued run must equal an unbroken one bit for bit."""
+    """Nothing random in it, its trunk known, parameters in memory of their own: a file's mapping is not aligned, kernels round
+    differently on unaligned memory, and a continued run must equal an unbroken one bit for bit."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    return disable_dropout(model).to(device)
-
-
-def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    return model
-
-
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Gradient checkpointing. It is a matter of training mode; dropout is off in it too."""
-    arguments = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # the name that will stay
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
-    model.train()
+    return disable_dropout(name_trunk(model)).to(device)
 
 
 def final_softcap(model: PreTrainedModel) -> float | None:
-    return getattr(model.config, "final_logit_softcapping", None)
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 
 def hidden_positions(model: PreTrainedModel, batch: Batch, bf16: bool = False) -> Tensor:
@@ -129,30 +106,31 @@ def head_of(model: PreTrainedModel, dtype: torch.dtype) -> dict:
     return {"weight": head.weight.to(dtype), "bias": bias, "softcap": final_softcap(model)}
 
 
-def _head_stats(policy: PreTrainedModel, hidden: Tensor, actions: Tensor) -> TokenStats:
+def _logit_factor(config: PreTrainedConfig) -> float:
+    """What the model multiplies its logits by; a factor that is not known here is found by `fitness.check_head`."""
+    if config.model_type.startswith("cohere"):
+        return config.logit_scale
+    if config.model_type == "hyperclovax":
+        return config.logits_scaling
+    # Granite and its kin, Falcon-H1; 1 in others
+    return getattr(config, "lm_head_multiplier", 1.0) / getattr(config, "logits_scaling", 1.0)
+
+
+def head_inputs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Hidden states as the head wants them: times what the model multiplies its logits by."""
+    factor = _logit_factor(model.config.get_text_config())
+    return hidden if factor == 1 else hidden * factor
+
+
+def head_stats(policy: PreTrainedModel, hidden: Tensor, actions: Tensor) -> TokenStats:
+    """(N, D) hidden states and (N,) tokens -> (N,) statistics."""
     head = head_of(policy, hidden.dtype)
-    return linear_token_stats(hidden, head.pop("weight"), actions, **head)
+    return linear_token_stats(head_inputs(policy, hidden), head.pop("weight"), actions, **head)
 
 
 def policy_stats(policy: PreTrainedModel, batch: Batch, bf16: bool = False) -> TokenStats:
     """(N,) statistics of the rows; the head is applied to no other position."""
-    return _head_stats(policy, hidden_positions(policy, batch, bf16)[batch.states], batch.actions)
-
-
-@torch.no_grad()
-def check_head(policy: PreTrainedModel, ids: list[int]) -> None:
-    """Refuses a model whose logits are not softcap(head(hidden)): its statistics would be silently wrong. `ids` are a few tokens,
-    two at least: the logits of all of them are made, which nothing else does."""
-    inputs = torch.tensor([ids], device=policy.device)
-    logits, actions = policy(input_ids=inputs, use_cache=False).logits[0, :-1].float(), inputs[0, 1:]
-    expected = logits.log_softmax(-1).gather(-1, actions[:, None])[:, 0]
-    hidden = policy.base_model(input_ids=inputs, use_cache=False).last_hidden_state[0, :-1]
-    difference = (_head_stats(policy, hidden, actions).logprobs - expected).abs().max().item()
-    if not difference < 1e-3:
-        raise UserError(
-            f"{type(policy).__name__} does more to its logits than a linear head and a softcap (log-probabilities differ by "
-            f"{difference:.3g}); it is not supported"
-        )
+    return head_stats(policy, hidden_positions(policy, batch, bf16)[batch.states], batch.actions)
 
 
 def weights_hash(model: PreTrainedModel) -> str:

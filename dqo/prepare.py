@@ -10,27 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dqo import attention
+from dqo.architecture import recompute_activations
 from dqo.batches import Batch, groups_of
 from dqo.checkpoint import claim_output, save_base
 from dqo.config import Options, TrainConfig
 from dqo.episodes import Episode, fingerprint, make_episodes
 from dqo.errors import UserError
+from dqo.fitness import check_config, check_model, check_positions, check_tokenizer
 from dqo.inputs import Given
 from dqo.learner import Learner
 from dqo.lora import adapter_off, add_adapter, has_adapter, lora_config
 from dqo.models import (
     architecture_hash,
-    check_head,
     final_softcap,
+    load_config,
     load_policy,
     load_tokenizer,
     policy_stats,
     ready,
-    recompute_activations,
-    vocabulary_size,
     weights_hash,
 )
 from dqo.objectives import UNIT_EPISODES
@@ -101,10 +101,15 @@ def prepare(
     """Tokenises the rows, loads the models and computes the reference columns."""
     config, objective = options.train, options.objective
     tokenizer = given.tokenizer or load_tokenizer(config.model_name_or_path)
-    vocab_size = _vocabulary_size(config, given)
+    model_config = load_config(config.model_name_or_path) if given.model is None else given.model.config
+    check_config(model_config, config.model_name_or_path or type(given.model).__name__)
+    check_tokenizer(tokenizer, train_rows + held_rows, model_config)
+    vocab_size = model_config.get_text_config().vocab_size
+
+    reference_config = _reference_config(config, given, vocab_size)
 
     def tokenized(rows: list[Row]) -> list[Episode]:
-        return make_episodes(
+        made = make_episodes(
             rows,
             tokenizer,
             vocab_size=vocab_size,
@@ -117,6 +122,9 @@ def prepare(
             reward_scale=config.reward_scale,
             reward_shift=config.reward_shift,
         )
+        for its_config in filter(None, (model_config, reference_config)):
+            check_positions(its_config, made)
+        return made
 
     episodes = objective.prepare(tokenized(train_rows))
     if not episodes:
@@ -129,7 +137,10 @@ def prepare(
         policy = load_policy(config.model_name_or_path, processes.device, dtype, config.attn_implementation)
     else:
         ready(policy, processes.device)
-    reference = _explicit_reference(config, given, vocab_size, processes.device)
+    reference = _explicit_reference(config, given, processes.device)
+    some_ids = (episodes[0].prompt_ids + episodes[0].completion_ids)[-64:]
+    for model in filter(None, (policy, reference)):
+        check_model(model, some_ids, tokenizer.pad_token_id)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes.world
     options_that_bind = {name: value for name, value in options.flat().items() if name not in FREE_OPTIONS}
     identity = {
@@ -140,12 +151,9 @@ def prepare(
     }
     identity["reference"] = identity["model"] if reference is None else weights_hash(reference)
 
-    some_ids = (episodes[0].prompt_ids + episodes[0].completion_ids)[-64:]
-    for model in (policy, reference):
-        if model is not None:
-            check_head(model, some_ids)
-            with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
-                attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
+    for model in filter(None, (policy, reference)):
+        with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
+            attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
     learner = make_learner(options, given, policy, reference)
     resumed = claim_output(options, identity, processes)
     if has_adapter(policy) and not policy.name_or_path and processes.main:
@@ -155,10 +163,6 @@ def prepare(
         _reference_columns(
             config, together, policy, reference, tokenizer.pad_token_id, identity, processes, resumed is not None
         )
-    if config.gradient_checkpointing:
-        for model in (policy, learner.value_model):
-            if isinstance(model, PreTrainedModel):
-                recompute_activations(model)
     groups = groups_of(episodes, UNIT_EPISODES[objective.unit])
     return Prepared(processes, tokenizer, learner, groups, held_out, identity, per_step, resumed)
 
@@ -176,18 +180,27 @@ def _held_out(objective: Any, episodes: list[Episode]) -> list[Episode]:
     return found
 
 
-def _explicit_reference(config: TrainConfig, given: Given, vocab_size: int, device) -> PreTrainedModel | None:
-    """The reference policy, when it is not the initial policy."""
+def _reference_config(config: TrainConfig, given: Given, vocab_size: int) -> PreTrainedConfig | None:
+    """Of the reference policy, when it is not the initial policy; refused when it has other tokens."""
     path = config.ref_model_name_or_path
     if given.ref_model is None and path is None:
         return None
-    found = vocabulary_size(path) if given.ref_model is None else given.ref_model.config.get_text_config().vocab_size
-    if found != vocab_size:
+    its_config = load_config(path) if given.ref_model is None else given.ref_model.config
+    check_config(its_config, path or type(given.ref_model).__name__)
+    if (found := its_config.get_text_config().vocab_size) != vocab_size:
         raise UserError(
             f"the reference model {path or ''} has a vocabulary of {found}, the policy of {vocab_size}; a reference policy "
             "shares the policy's tokens"
         )
-    return load_policy(path, device) if given.ref_model is None else ready(given.ref_model, device)
+    return its_config
+
+
+def _explicit_reference(config: TrainConfig, given: Given, device: torch.device) -> PreTrainedModel | None:
+    """The reference policy, when it is not the initial policy."""
+    if given.ref_model is not None:
+        return ready(given.ref_model, device)
+    path = config.ref_model_name_or_path
+    return None if path is None else load_policy(path, device)
 
 
 def _reference_columns(
@@ -240,6 +253,12 @@ def make_learner(options: Options, given: Given, policy: PreTrainedModel, explic
         reference = copy.deepcopy(policy) if explicit is None and peft_config is None else explicit
     if peft_config is not None:
         add_adapter(policy, peft_config, str(base_of(policy, config)))
+    # a caller's model may have transformers' own, which works in training mode only
+    asked = any(getattr(part, "gradient_checkpointing", False) for part in policy.modules())
+    if config.gradient_checkpointing or asked:
+        for model in (policy, value_model):
+            if isinstance(model, PreTrainedModel):
+                recompute_activations(model)
     return Learner(policy, value_model, reference, target, bf16=config.bf16)
 
 
@@ -248,9 +267,3 @@ def base_of(policy: PreTrainedModel, config: TrainConfig) -> Path | str:
     that lie nowhere (made in Python, or merged from an adapter) get a directory in output_dir."""
     name = policy.name_or_path or Path(config.output_dir) / "base_model"
     return Path(name).resolve() if Path(name).is_dir() or not policy.name_or_path else name
-
-
-def _vocabulary_size(config: TrainConfig, given: Given) -> int:
-    if given.model is not None:
-        return given.model.config.get_text_config().vocab_size
-    return vocabulary_size(config.model_name_or_path)

@@ -10,7 +10,7 @@ from dqo import DQOConfig, DQOTrainer
 from dqo.adapters import adapter_base
 from dqo.config import load_options
 from dqo.errors import UserError
-from dqo.models import load_policy, load_tokenizer, vocabulary_size
+from dqo.models import load_config, load_policy, load_tokenizer
 from dqo.train import train
 from tests.dqo.helpers import arguments, policy, rollout_rows, tokenizer
 
@@ -38,7 +38,7 @@ def test_our_adapter_is_the_next_runs_model_and_reference(files, caplog):
     policy_1 = first.prepared.learner.policy
     assert torch.allclose(logits(load_policy(str(files / "first"))), logits(policy_1), atol=1e-5)
     assert f"{files / 'first'} is an adapter of {files / 'model'}: it is merged into it" in caplog.text
-    assert vocabulary_size(str(files / "first")) == vocabulary_size(str(files / "model"))
+    assert load_config(str(files / "first")).vocab_size == load_config(str(files / "model")).vocab_size
 
     names = {"model_name_or_path": files / "first", "ref_model_name_or_path": files / "first"}
     second = run(files, "second", method="dqo", value_model="none", **names)
@@ -84,7 +84,7 @@ def test_an_adapter_without_tokenizer_has_its_bases(adapter):
 def test_a_missing_base_is_one_line_that_names_both(files, adapter):
     shutil.rmtree(files / "model")
     with pytest.raises(UserError) as error:
-        vocabulary_size(str(adapter))
+        load_config(str(adapter))
     assert f"'{adapter}' is an adapter of '{files / 'model'}', which cannot be loaded" in str(error.value)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from dqo import attention
+from dqo.architecture import recompute_activations
 from dqo.batches import collate, groups_of
 from dqo.errors import UserError
 from dqo.learner import Learner
@@ -75,7 +76,7 @@ def test_recomputing_activations_gives_the_same_gradients(name, monkeypatch):
     recomputing = [m and packing(m).train() for m in (made, critic)]
     for m in recomputing:
         if m is not None:
-            m.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_activations(m)
     calls, by_length = [], attention._by_length
     monkeypatch.setattr(attention, "_by_length", lambda *x: calls.append(x[3]) or by_length(*x))
     found_loss, found = gradient(*recomputing, objective)
