@@ -80,7 +80,7 @@ _FORWARD = library.Operation(
     "str policy_target, str is_level, float? is_cap, float? is_floor, float policy_scale, float value_coef, float kl_coef) -> "
     "(Tensor loss, Tensor policy_loss, Tensor value_loss, Tensor kl_loss, Tensor logprobs, Tensor ref_logprobs, Tensor lse, "
     "Tensor entropy, Tensor kl, Tensor returns, Tensor advantages, Tensor weights, Tensor grad_logits, Tensor grad_values)",
-    _forward,
+    lambda *arguments: _forward(*library.in_memory("soft_bellman_loss", arguments)),
     _fake_forward,
 )
 
