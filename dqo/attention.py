@@ -193,7 +193,7 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scaling: flo
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) if q.shape[1] != x.shape[1] else x for x in (k, v))
     outputs, order = [], []
     for length, members in starts.items():
-        at = torch.tensor(members)[:, None] + torch.arange(length)
+        at = torch.tensor(members, device="cpu")[:, None] + torch.arange(length, device="cpu")
         order.append(at.flatten())
         index = order[-1].to(q.device)
         # (sequences, H, L, D)

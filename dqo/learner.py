@@ -91,7 +91,7 @@ def objective_sums(
         row_loss,
         batch.cu_seqlens,
         rows=columns,
-        cu_groups=torch.arange(0, len(batch.episodes) + 1, size),
+        cu_groups=torch.arange(0, len(batch.episodes) + 1, size, device="cpu"),
         seqlens=[len(e.completion_ids) for e in batch.episodes],
         loss_scale=loss_scale,
         **head,

@@ -48,10 +48,10 @@ def generate(
     for start in tqdm(range(0, len(order), batch_size), desc=description, unit="batch", disable=quiet, leave=False):
         indices = order[start : start + batch_size]
         longest = max(len(prompts[i]) for i in indices)
-        ids = torch.full((len(indices), longest), pad_id)
+        ids = torch.full((len(indices), longest), pad_id, device="cpu")
         attention = torch.zeros_like(ids)
         for row, i in enumerate(indices):
-            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
+            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i], device="cpu")
             attention[row, longest - len(prompts[i]) :] = 1
         with unpacked(policy):
             output = policy.generate(

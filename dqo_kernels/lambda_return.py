@@ -92,8 +92,7 @@ def lambda_return(
         RuntimeError: the requested backend cannot run.
     """
     checks.floating("rewards", rewards)
-    if rewards.dim() != 1:
-        checks.fail("rewards", "shape (N,)", f"shape {tuple(rewards.shape)}")
+    checks.rows_only("rewards", rewards, "(N,)", 1)
     n = rewards.shape[0]
     checks.tensor("values", values, (n,), rewards)
     checks.cu_seqlens(cu_seqlens, n, rewards)
@@ -106,8 +105,9 @@ def lambda_return(
     dtype = compute_dtype(rewards, values, bootstrap)
     chosen = dispatch.choose("lambda_return", rewards.device.type, backend, dtype)
     rewards, values = rewards.to(dtype), values.to(dtype)
+    cu_seqlens = checks.owned_index(cu_seqlens)
     bootstrap = rewards.new_zeros(sequences) if bootstrap is None else bootstrap.to(dtype)
     if chosen == "reference":
         return lambda_return_reference(rewards, values, bootstrap, sequence_index(cu_seqlens, n), gamma, lam)
-    tensors = (x.contiguous() for x in (rewards, values, bootstrap, cu_seqlens.long()))
+    tensors = (x.contiguous() for x in (rewards, values, bootstrap, cu_seqlens))
     return _FORWARD(*tensors, float(gamma), float(lam), chosen)

@@ -235,7 +235,7 @@ def statistics(
     """TokenStats of arguments that have been checked."""
     dtype = logits.dtype if ref_logits is None else torch.promote_types(logits.dtype, ref_logits.dtype)
     chosen = dispatch.choose("token_stats", logits.device.type, backend, dtype)
-    actions = actions.long().contiguous()
+    actions = checks.owned_index(actions)
     if isinstance(temperature, Tensor):
         temperature = temperature.detach()
     if chosen == "reference":
@@ -289,7 +289,8 @@ def token_stats(
         RuntimeError: the requested backend cannot run.
     """
     checks.logits("logits", logits)
-    if logits.dim() != 2 or logits.shape[1] < 1:
+    checks.rows_only("logits", logits, "(N, V)", 2)
+    if logits.shape[1] < 1:
         checks.fail("logits", "shape (N, V)", f"shape {tuple(logits.shape)}")
     n, vocab = logits.shape
     slices = VocabSlices.of(group, vocab, n, logits)

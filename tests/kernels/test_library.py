@@ -158,12 +158,12 @@ def test_a_second_derivative_is_refused_where_there_is_none():
     logits = torch.randn(3, 5, requires_grad=True)
     stats = token_stats(logits, torch.zeros(3, dtype=torch.long), backend="cpp")
     (gradient,) = torch.autograd.grad(stats.entropy.sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="token_stats_backward.*second derivative.*reference"):
+    with pytest.raises(RuntimeError, match="token_stats .*second derivative.*reference"):
         gradient.square().sum().backward()
     rewards = torch.randn(3, requires_grad=True)
     returns = lambda_return(rewards, rewards, torch.tensor([0, 3]), backend="cpp")
     (gradient,) = torch.autograd.grad(returns.square().sum(), rewards, create_graph=True)
-    with pytest.raises(RuntimeError, match="lambda_return_backward"):
+    with pytest.raises(RuntimeError, match="lambda_return .*second"):
         gradient.sum().backward()
 
 
