@@ -15,6 +15,8 @@ SOURCES = sorted([*ROOT.glob("dqo/**/*.py"), *ROOT.glob("dqo_kernels/**/*.py")])
 LEVELS = [
     {
         "errors",
+        "terms",
+        "math_worker",
         "files",
         "statistics",
         "tasks.arith",
@@ -23,9 +25,9 @@ LEVELS = [
         "objectives.sft",
         "objectives.rft",
     },
-    {"verify", "rows_formats", "report", *(f"objectives.{name}" for name in ("dpo", "dqo", "kto", "dro", "oreo"))},
-    {"rows_files", "rows_checks", "objectives", "answers"},
-    {"rows"},
+    {"verify", "answers", "rows_formats", "report", *(f"objectives.{name}" for name in ("dpo", "dqo", "kto", "dro", "oreo"))},
+    {"rows_files", "rows_checks", "objectives", "math_grader"},
+    {"rows", "verifiers"},
     {"convert_source", "episodes", "new_model", "reference_cache"},
     {"batches", "config", "parallel", "convert_gsm8k", "convert_steps", "convert_forms"},
     {"attention", "check_view", "convert", "metrics", "models", "inputs", "optim", "trackers", "watch"},
