@@ -16,6 +16,7 @@ LEVELS = [
     {
         "errors",
         "terms",
+        "rows_hints",
         "math_worker",
         "files",
         "statistics",
