@@ -56,7 +56,7 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
     from dqo.inputs import check_options, load_rows, read_tasks
 
     check_options(options)
-    tasks = read_tasks(options.train.eval_tasks)
+    tasks = read_tasks(options.train.eval_tasks, options.train.verifier)
     rows = load_rows(options)
     if options.train.dry_run:
         train_rows, held_out = rows

@@ -62,8 +62,8 @@ class TrainConfig:
     """Share of the prompts held out of dataset_name."""
     eval_tasks: str | None = None
     """Problems to answer after training (.jsonl: prompt, answer)."""
-    verifier: Literal["gsm8k"] | None = None
-    """How answers to eval_tasks are graded."""
+    verifier: Literal["gsm8k", "math"] | None = None
+    """How answers to eval_tasks are graded: gsm8k compares the number after ####, math (extra math) the last boxed answer."""
     num_generations: int = 4
     """Sampled answers a problem, beside the greedy one."""
     max_completion_length: int = 256

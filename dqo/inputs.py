@@ -16,6 +16,7 @@ from dqo.model_objects import check_model_object
 from dqo.requirements import check_packages
 from dqo.rows import Row, check_contrast, check_process_reward, duplicate_count, prompt_key, read_rows, split_by_prompt
 from dqo.rows_files import read_records
+from dqo.verifiers import check_answers
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,8 @@ def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], 
     return rows, held_out
 
 
-def read_tasks(path: str | None) -> list[dict]:
-    """The rows of eval_tasks, each with the strings prompt and answer; before anything is trained."""
+def read_tasks(path: str | None, verifier: str) -> list[dict]:
+    """The rows of eval_tasks, each with the strings prompt and answer, and its source; the verifier can grade by all answers."""
     if path is None:
         return []
     _, records, problems = read_records(path)
@@ -107,4 +108,6 @@ def read_tasks(path: str | None) -> list[dict]:
     ]
     if wrong:
         raise UserError(f"{', '.join(wrong[:10])}: a row of eval_tasks is an object with the strings prompt and answer")
-    return [record.values for record in records]
+    tasks = [{**record.values, "source": record.source} for record in records]
+    check_answers(tasks, verifier)
+    return tasks

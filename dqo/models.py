@@ -66,7 +66,7 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model, an adapter merged into its base, with nothing random in it: a policy must not differ from itself."""
+    """A causal language model with nothing random in it: a policy must not differ from itself. An adapter is merged into its base."""
     load_config(path)  # refuses what should not be loaded
     base = adapter_base(path)
     if base is not None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dqo.errors import UserError, closest
+from dqo.rows_hints import renaming_hint, structure_hint
 
 FIELDS = (
     "prompt",
@@ -59,30 +60,6 @@ _NEEDED = {
     "stepwise": ("prompt", "completions", "labels"),
     "oreo": ("prompt", "response", "reward"),
 }
-_HINTS = (  # columns found -> what the file probably is
-    (
-        {"chosen"},
-        "This looks like preference data: run `dqo convert trl-preference` on it, which moves what chosen and rejected share "
-        "to a column prompt",
-    ),
-    (
-        {"messages"},
-        "This looks like chat data: move the last assistant message to completion, the messages before it to "
-        "prompt, and add a reward",
-    ),
-    ({"question", "ground_truth"}, "This looks like GSM8K's graded solutions: run `dqo convert gsm8k-solutions` on it"),
-    ({"question", "label", "labeler"}, "This looks like PRM800K: run `dqo convert prm800k` on it"),
-    ({"input", "label"}, "This looks like Math-Shepherd: run `dqo convert math-shepherd` on it"),
-    ({"question", "reasoning_steps"}, "This looks like MATH-APS: run `dqo convert math-aps` on it"),
-    ({"problem", "generations"}, "This looks like open-r1's data: run `dqo convert open-r1` on it"),
-    ({"prompt", "data_source"}, "This looks like verl's data: run `dqo convert verl` on it"),
-    ({"question"}, "These look like problems without responses: sample responses and grade them first"),
-    ({"problem"}, "These look like problems without responses: sample responses and grade them first"),
-    (
-        {"prompt", "completion"},
-        "This looks like demonstrations: give every row the reward 1.0 to train on all of them",
-    ),
-)
 
 
 @dataclass(slots=True)
@@ -140,7 +117,12 @@ def check_columns(name: str, records: list[Record]) -> str:
             if meant[key] and meant[key] not in record.values:
                 misspelt[key] += 1
                 first.setdefault(key, record.source)
-    if misspelt:
+    missing = [column for column in _NEEDED[form] if column not in found]
+    if form == "flat" and "reward" not in found and "label" not in found:
+        missing.append("reward (or label)")
+    names = set(map(str, found))
+    structure = structure_hint(names) if missing else ""
+    if misspelt and not structure:
         raise UserError(
             "\n".join(
                 f"{first[key]}: unknown column '{key}' (in {count} of {len(records)} rows). "
@@ -148,15 +130,12 @@ def check_columns(name: str, records: list[Record]) -> str:
                 for key, count in misspelt.items()
             )
         )
-    missing = [column for column in _NEEDED[form] if column not in found]
-    if form == "flat" and "reward" not in found and "label" not in found:
-        missing.append("reward (or label)")
     if missing:
         needed = "prompt, completion and reward (or label)" if form == "flat" else " and ".join(_NEEDED[form])
-        hint = next((f". {hint}" for columns, hint in _HINTS if columns <= set(found)), "")
+        hint = structure or renaming_hint(names)
         raise UserError(
             f"{name}: no row has {' or '.join(missing)}; needs the columns {needed}; "
-            f"found {', '.join(map(str, found))}{hint}"
+            f"found {', '.join(map(str, found))}{f'. {hint}' if hint else ''}"
         )
     return form
 

@@ -12,20 +12,12 @@ from dqo.metrics import peak_memory_gb
 from dqo.models import load_policy
 from dqo.report import console_table, write_report
 from dqo.train import Run
-from dqo.verify import gsm8k_correct
-
-VERIFIERS = {"gsm8k": gsm8k_correct}
+from dqo.verifiers import graded_by
 
 
 def problems_of(rows: list[dict], tokenizer, verifier: str) -> list[Problem]:
-    correct = VERIFIERS[verifier]
     return [
-        Problem(
-            row["prompt"],
-            list(tokenizer(row["prompt"])["input_ids"]),
-            lambda text, answer=row["answer"]: correct(text, answer),
-        )
-        for row in rows
+        Problem(row["prompt"], list(tokenizer(row["prompt"])["input_ids"]), graded_by(verifier, row)) for row in rows
     ]
 
 

@@ -134,7 +134,7 @@ COLUMNS = {
     ),
     "no reward": (
         {"prompt": "p", "completion": "c"},
-        "no row has reward (or label) ... demonstrations ... reward 1.0",
+        "no row has reward (or label) ... demonstrations ... the reward 1.0",
     ),
     "preference": (
         {"chosen": "a", "rejected": "b"},
