@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
@@ -36,6 +37,20 @@ def load_tokenizer(path: str):
         logger.warning("the tokenizer of %s has no pad token: EOS pads, and masks come from lengths", path)
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def stop_ids(source: str | PreTrainedModel) -> list[int]:
+    """End tokens of the generation_config of a model or of its directory or hub name; of one that transformers made from the
+    model's config, none: there an id is often a class's default, and means nothing in the tokenizer."""
+    if isinstance(source, str):
+        try:
+            config = GenerationConfig.from_pretrained(source)
+        except (OSError, ValueError):  # most small models have none
+            return []
+    else:
+        config = getattr(source, "generation_config", None)
+    found = None if config is None or config._from_model_config else config.eos_token_id
+    return [found] if isinstance(found, int) else list(found or ())
 
 
 def vocabulary_size(path: str) -> int:

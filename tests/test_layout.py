@@ -24,7 +24,7 @@ LEVELS = [
         "objectives.rft",
     },
     {"verify", "rows_formats", "report", *(f"objectives.{name}" for name in ("dpo", "dqo", "kto", "dro", "oreo"))},
-    {"rows_files", "rows_checks", "objectives", "answers"},
+    {"rows_files", "rows_checks", "objectives", "answers", "ends"},
     {"rows"},
     {"convert_source", "episodes", "new_model", "reference_cache"},
     {"batches", "config", "parallel", "convert_gsm8k", "convert_steps", "convert_forms"},
