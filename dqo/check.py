@@ -8,7 +8,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tyro.conf import Positional
@@ -141,9 +141,11 @@ def warnings(rows: list[Row]) -> list[str]:
 
 
 def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
-    from dqo.models import load_tokenizer, vocabulary_size  # imports torch
+    from dqo.ends import ends_of
+    from dqo.models import load_tokenizer, stop_ids, vocabulary_size  # imports torch
 
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer, stops = load_tokenizer(config.model_name_or_path), stop_ids(config.model_name_or_path)
+    ends = ends_of(tokenizer, stops, messages=not isinstance(rows[0].prompt, str))
 
     def made(max_length: int) -> list[Episode]:
         return make_episodes(
@@ -151,6 +153,8 @@ def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
             tokenizer,
             vocab_size=vocabulary_size(config.model_name_or_path),
             max_length=max_length,
+            stop_ids=stops,
+            skip_bad_rows=config.skip_bad_rows,
             process_reward=config.process_reward or "none",
             process_coef=config.process_coef,
             gamma=config.gamma,
@@ -169,6 +173,7 @@ def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
             "prompts": _range(len(episode.prompt_ids) for episode in episodes),
             "responses": _range(len(episode.completion_ids) for episode in episodes),
             "together": f"{_range(lengths)}; {sum(lengths):,} in all",
+            "end": _ends_text(tokenizer, ends),
             "over max_length": f"{over / len(lengths):.1%} ({over:,}) have more than {config.max_length:,}",
         },
     )
@@ -186,6 +191,14 @@ def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for i in shown:
         print(f"\n{view(episodes[i], tokenizer, colour)}")
+
+
+def _ends_text(tokenizer, ends: Any) -> str:
+    def named(token: int) -> str:
+        return f"{tokenizer.convert_ids_to_tokens(token)} ({token})"
+
+    others = ", ".join(named(token) for token in sorted(ends.stops - {ends.trained}))
+    return f"{named(ends.trained)} is trained" + (f"; {others} ends a response too" if others else "")
 
 
 def histogram(lengths: list[int], bins: int = 10) -> str:

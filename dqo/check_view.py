@@ -19,7 +19,7 @@ def view(episode: Episode, tokenizer, colour: bool) -> str:
     paint = _painted if colour else _plain
     ids, count = episode.completion_ids, len(episode.completion_ids)
     texts = token_texts(tokenizer, ids)
-    ended = ids[-1] == tokenizer.eos_token_id
+    ended = episode.ended
     ends = set(episode.step_ends)
     parts = []
     for i, text in enumerate(texts):
@@ -41,7 +41,8 @@ def view(episode: Episode, tokenizer, colour: bool) -> str:
     before = episode.prompt_ids[-_PROMPT:]
     cut = "... " if len(before) < len(episode.prompt_ids) else ""
     prompt = paint(cut + "".join(token_texts(tokenizer, before)), _DIM)
-    end = "ends in EOS" if ended else "does not end" + ("" if episode.terminated else ", bootstrapped")
+    last = "EOS" if ids[-1] == tokenizer.eos_token_id else texts[-1]
+    end = f"ends in {last}" if ended else "does not end" + ("" if episode.terminated else ", bootstrapped")
     header = (
         f"{episode.source}: {'right' if episode.label else 'wrong'}, reward {episode.reward:g}, "
         f"{len(episode.prompt_ids):,} + {count:,} tokens, {end}; tokens are paid {episode.rewards.sum():+.4g} together"

@@ -167,7 +167,7 @@ def init_command(arguments: list[str]) -> None:
 
     config = tyro.cli(InitConfig, args=arguments, prog="dqo init", use_underscores=True)
     from dqo import new_model
-    from dqo.episodes import completion_text
+    from dqo.chat import completion_text
     from dqo.rows import read_rows
 
     rows = read_rows(config.dataset_name)

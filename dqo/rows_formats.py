@@ -35,6 +35,8 @@ FIELDS = (
     "answer",
     "prompt_id",
     "sampling",
+    "tools",
+    "chat_template_kwargs",
 )
 _HARMLESS = {
     "answer",
@@ -42,7 +44,8 @@ _HARMLESS = {
     "sampling",
     "env_mask",
 }  # nothing is lost when a column like these is ignored
-_OF_THE_PROMPT = ("prompt", "prompt_ids", "prompt_id", "answer", "sampling")
+_OF_TEMPLATES = ("tools", "chat_template_kwargs")  # of messages
+_OF_THE_PROMPT = ("prompt", "prompt_ids", "prompt_id", "answer", "sampling", *_OF_TEMPLATES)
 _EACH = {  # columns of a grouped row with one value for each completion -> the field they become
     "rewards": "reward",
     "labels": "label",

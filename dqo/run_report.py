@@ -11,6 +11,7 @@ from dqo.evaluate import Problem, evaluate
 from dqo.metrics import peak_memory_gb
 from dqo.models import load_policy
 from dqo.report import console_table, write_report
+from dqo.row_tokens import string_prompt_ids
 from dqo.train import Run
 from dqo.verify import gsm8k_correct
 
@@ -19,13 +20,10 @@ VERIFIERS = {"gsm8k": gsm8k_correct}
 
 def problems_of(rows: list[dict], tokenizer, verifier: str) -> list[Problem]:
     correct = VERIFIERS[verifier]
+    ids = string_prompt_ids(tokenizer, [row["prompt"] for row in rows])
     return [
-        Problem(
-            row["prompt"],
-            list(tokenizer(row["prompt"])["input_ids"]),
-            lambda text, answer=row["answer"]: correct(text, answer),
-        )
-        for row in rows
+        Problem(row["prompt"], prompt, lambda text, answer=row["answer"]: correct(text, answer))
+        for row, prompt in zip(rows, ids)
     ]
 
 

@@ -21,8 +21,8 @@ class Response:
 
 @contextmanager
 def without_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """The model has a fresh generation_config inside, its own again outside: `generate` takes every field that its argument leaves
-    open (min_p, no_repeat_ngram_size, num_beams ...) from the model's."""
+    """The model has a fresh generation_config inside, its own again outside: `generate` takes every field that its argument
+    leaves open (min_p, no_repeat_ngram_size, num_beams ...) from the model's."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # under peft's wrapper
     own = inner.generation_config
     inner.generation_config = GenerationConfig()
