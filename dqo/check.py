@@ -15,7 +15,7 @@ from tyro.conf import Positional
 
 from dqo.check_view import view
 from dqo.episodes import Episode, make_episodes
-from dqo.errors import UserError
+from dqo.errors import UserError, printable
 from dqo.rows import Row, check_contrast, check_process_reward, duplicate_count, prompt_key, read_rows
 
 _BAR = 40  # characters of the longest bar
@@ -234,11 +234,11 @@ def _range(values: Iterable[float]) -> str:
 
 
 def _table(title: str, rows: dict[str, str]) -> None:
-    print(f"{title}:")
+    print(f"{printable(title)}:")
     for name, text in rows.items():
-        print(f"{name:>20}  {text}")
+        print(f"{printable(name):>20}  {printable(text)}")
 
 
 def _warn(messages: list[str]) -> None:
     for message in messages:
-        print(f"{'warning':>20}  {message}")
+        print(f"{'warning':>20}  {printable(message)}")

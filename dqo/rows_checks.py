@@ -25,6 +25,7 @@ _OURS = {  # what apply_chat_template is called with
         "return_dict",
     ),
     *("padding", "truncation", "max_length", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    "sanitize_control_tokens",
 }
 _ROUNDING = 1e-5  # a log-probability this little above 0 is 0 up to a sampler's rounding
 

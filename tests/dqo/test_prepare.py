@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dqo.batches import collate
+from dqo.checkpoint import STATE_FILE
 from dqo.config import load_options
 from dqo.errors import UserError
 from dqo.inputs import Given, check_options, load_rows
@@ -150,7 +151,7 @@ def at(monkeypatch, day):
 def test_a_run_whose_template_writes_the_date_goes_on_the_next_day_with_the_same_ids(files, monkeypatch):
     tok = tokenizer()
     tok.chat_template = "{{ strftime_now('%d') }}+{% for m in messages %}{{ m.content }}{% endfor %}"
-    save(policy(), tok, files / "model")
+    save(policy(), tok, files / "chat")
     chats = [
         row
         | {"prompt": [{"role": "user", "content": row["prompt"]}]}
@@ -159,16 +160,17 @@ def test_a_run_whose_template_writes_the_date_goes_on_the_next_day_with_the_same
     ]
     (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, chats)))
     at(monkeypatch, 5)
-    train(options_of(files))
+    options = {"model_name_or_path": files / "chat"}
+    train(options_of(files, **options))
     at(monkeypatch, 6)
-    found = prepared(files)
+    found = prepared(files, **options)
     assert found.resumed is not None
     assert all(tok.decode(e.prompt_ids).startswith("05+") for e in found.episodes())
-    assert tok.decode(prepared(files, output_dir=files / "new").episodes()[0].prompt_ids).startswith("06+")
+    assert tok.decode(prepared(files, output_dir=files / "new", **options).episodes()[0].prompt_ids).startswith("06+")
 
-    path = files / "out" / "checkpoint-2" / "state.json"  # of a run that kept no time
+    path = found.resumed / STATE_FILE  # of a run that kept no time
     state = json.loads(path.read_text())
     state["identity"].pop("time that the chat template was told")
     path.write_text(json.dumps(state))
     with pytest.raises(UserError, match="time that the chat template was told: None then, 2026-01-06"):
-        prepared(files)
+        prepared(files, **options)
