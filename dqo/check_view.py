@@ -1,7 +1,8 @@
 """A response on its tokens, as training sees it: for a terminal with colours, or as plain text.
 
 The prompt is dim, tokens of the response alternate in colour (plain: "│" between them), "║" ends a step, "{+0.5}" is what the
-token before it is paid, a line break is shown as \\n too, control characters as \\x1b. Long prompts and responses are cut in the middle.
+token before it is paid, a line break is shown as \\n too, control characters as \\x1b. Long prompts and responses are cut in the
+middle.
 """
 
 from __future__ import annotations

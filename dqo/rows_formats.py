@@ -46,6 +46,8 @@ _HARMLESS = {
     "prompt_id",
     "sampling",
     "env_mask",
+    "tools",
+    "chat_template_kwargs",
 }  # nothing is lost when a column like these is ignored
 _OF_TEMPLATES = ("tools", "chat_template_kwargs")  # of messages
 _OF_THE_PROMPT = ("prompt", "prompt_ids", "prompt_id", "answer", "sampling", *_OF_TEMPLATES)
