@@ -8,14 +8,14 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tyro.conf import Positional
 
 from dqo.check_view import view
 from dqo.episodes import Episode, make_episodes
-from dqo.errors import UserError
+from dqo.errors import UserError, printable
 from dqo.rows import Row, check_contrast, check_process_reward, duplicate_count, prompt_key, read_rows
 
 _BAR = 40  # characters of the longest bar
@@ -141,12 +141,15 @@ def warnings(rows: list[Row]) -> list[str]:
 
 
 def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
+    from dqo.ends import ends_of
     from dqo.fitness import check_config, check_positions, check_tokenizer  # imports torch
-    from dqo.models import load_config, load_tokenizer
+    from dqo.models import load_config, load_tokenizer, stop_ids
 
     tokenizer, model_config = load_tokenizer(config.model_name_or_path), load_config(config.model_name_or_path)
     check_config(model_config, config.model_name_or_path)
     check_tokenizer(tokenizer, rows, model_config)
+    stops = stop_ids(config.model_name_or_path)
+    ends = ends_of(tokenizer, stops, messages=not isinstance(rows[0].prompt, str))
 
     def made(max_length: int) -> list[Episode]:
         return make_episodes(
@@ -154,6 +157,8 @@ def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
             tokenizer,
             vocab_size=model_config.get_text_config().vocab_size,
             max_length=max_length,
+            stop_ids=stops,
+            skip_bad_rows=config.skip_bad_rows,
             process_reward=config.process_reward or "none",
             process_coef=config.process_coef,
             gamma=config.gamma,
@@ -172,6 +177,7 @@ def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
             "prompts": _range(len(episode.prompt_ids) for episode in episodes),
             "responses": _range(len(episode.completion_ids) for episode in episodes),
             "together": f"{_range(lengths)}; {sum(lengths):,} in all",
+            "end": _ends_text(tokenizer, ends),
             "over max_length": f"{over / len(lengths):.1%} ({over:,}) have more than {config.max_length:,}",
         },
     )
@@ -190,6 +196,14 @@ def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for i in shown:
         print(f"\n{view(episodes[i], tokenizer, colour)}")
+
+
+def _ends_text(tokenizer, ends: Any) -> str:
+    def named(token: int) -> str:
+        return f"{tokenizer.convert_ids_to_tokens(token)} ({token})"
+
+    others = ", ".join(named(token) for token in sorted(ends.stops - {ends.trained}))
+    return f"{named(ends.trained)} is trained" + (f"; {others} ends a response too" if others else "")
 
 
 def histogram(lengths: list[int], bins: int = 10) -> str:
@@ -225,11 +239,11 @@ def _range(values: Iterable[float]) -> str:
 
 
 def _table(title: str, rows: dict[str, str]) -> None:
-    print(f"{title}:")
+    print(f"{printable(title)}:")
     for name, text in rows.items():
-        print(f"{name:>20}  {text}")
+        print(f"{printable(name):>20}  {printable(text)}")
 
 
 def _warn(messages: list[str]) -> None:
     for message in messages:
-        print(f"{'warning':>20}  {message}")
+        print(f"{'warning':>20}  {printable(message)}")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from dqo.errors import UserError, did_you_mean
+from dqo.errors import UserError, did_you_mean, printable
 
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # of those that a launcher starts: it speaks for all
 
@@ -30,9 +30,18 @@ def main() -> None:
     _run(lambda: dqo_command(sys.argv[1:]))
 
 
+class _Formatter(logging.Formatter):
+    """Warnings may quote data."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _run(command: Callable[[], None]) -> None:
     level = logging.WARNING if FIRST_PROCESS else logging.ERROR
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=level)
     try:
         command()
     except UserError as error:
@@ -169,7 +178,7 @@ def init_command(arguments: list[str]) -> None:
 
     config = tyro.cli(InitConfig, args=arguments, prog="dqo init", use_underscores=True)
     from dqo import new_model
-    from dqo.episodes import completion_text
+    from dqo.chat import completion_text
     from dqo.rows import read_rows
 
     rows = read_rows(config.dataset_name)

@@ -163,7 +163,7 @@ def write_rollouts(task: ArithTask, recipe: Recipe, base: Path, path: Path, seed
     answers = generate(
         policy,
         tokenizer(problems)["input_ids"],
-        eos_id=tokenizer.eos_token_id,
+        stop_ids=[tokenizer.eos_token_id],
         pad_id=tokenizer.pad_token_id,
         num_generations=recipe.samples,
         max_new_tokens=max_new_tokens(recipe),

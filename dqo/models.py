@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -60,13 +61,27 @@ def load_config(path: str) -> PreTrainedConfig:
     return config
 
 
+def stop_ids(source: str | PreTrainedModel) -> list[int]:
+    """End tokens of the generation_config of a model or of its directory or hub name; of one that transformers made from the
+    model's config, none: there an id is often a class's default, and means nothing in the tokenizer."""
+    if isinstance(source, str):
+        try:
+            config = GenerationConfig.from_pretrained(adapter_base(source) or source)
+        except (OSError, ValueError):  # most small models have none
+            return []
+    else:
+        config = getattr(source, "generation_config", None)
+    found = None if config is None or config._from_model_config else config.eos_token_id
+    return [found] if isinstance(found, int) else list(found or ())
+
+
 def load_policy(
     path: str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model with nothing random in it: a policy must not differ from itself. An adapter is merged into its base."""
+    """A causal language model with nothing random in it: a policy must not differ from itself. An adapter is merged in."""
     load_config(path)  # refuses what should not be loaded
     base = adapter_base(path)
     if base is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import logging
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from dqo import attention
 from dqo.architecture import recompute_activations
 from dqo.batches import Batch, groups_of
-from dqo.checkpoint import claim_output, save_base
+from dqo.chat import reads_clock
+from dqo.checkpoint import checkpoints, claim_output, read_state, save_base
 from dqo.config import Options, TrainConfig
 from dqo.episodes import Episode, fingerprint, make_episodes
 from dqo.errors import UserError
@@ -31,10 +33,11 @@ from dqo.models import (
     load_tokenizer,
     policy_stats,
     ready,
+    stop_ids,
     weights_hash,
 )
 from dqo.objectives import UNIT_EPISODES
-from dqo.parallel import Processes
+from dqo.parallel import Processes, gather_objects
 from dqo.reference import add_reference, check_agreement, warn_about_behavior
 from dqo.reference_cache import ReferenceCache, ReferenceId
 from dqo.rows import Row
@@ -66,6 +69,9 @@ FREE_OPTIONS = {
     "num_generations",
     "max_completion_length",
 }
+
+
+_TEMPLATE_TIME = "time that the chat template was told"  # in the identity of runs whose template reads the clock
 
 
 @dataclass
@@ -107,6 +113,7 @@ def prepare(
     vocab_size = model_config.get_text_config().vocab_size
 
     reference_config = _reference_config(config, given, vocab_size)
+    template_time = _template_time(config, tokenizer, processes)
 
     def tokenized(rows: list[Row]) -> list[Episode]:
         made = make_episodes(
@@ -114,6 +121,9 @@ def prepare(
             tokenizer,
             vocab_size=vocab_size,
             max_length=config.max_length,
+            stop_ids=stop_ids(given.model or config.model_name_or_path),
+            template_time=template_time,
+            skip_bad_rows=config.skip_bad_rows,
             process_reward=config.process_reward or "none",
             process_coef=config.process_coef,
             gamma=getattr(objective, "gamma", 1.0),
@@ -149,6 +159,8 @@ def prepare(
         "responses or pairs a step": per_step,
         "options": json.loads(json.dumps(options_that_bind)),  # as a checkpoint gives them back
     }
+    if template_time is not None:
+        identity[_TEMPLATE_TIME] = template_time.isoformat()
     identity["reference"] = identity["model"] if reference is None else weights_hash(reference)
 
     for model in filter(None, (policy, reference)):
@@ -165,6 +177,26 @@ def prepare(
         )
     groups = groups_of(episodes, UNIT_EPISODES[objective.unit])
     return Prepared(processes, tokenizer, learner, groups, held_out, identity, per_step, resumed)
+
+
+def _template_time(config: TrainConfig, tokenizer, processes: Processes) -> datetime.datetime | None:
+    """What a chat template that reads the clock takes for now: the time of the run that goes on, whose ids must come again; of a
+    new run the clock of the first process. None where no template reads it."""
+    if not reads_clock(tokenizer):
+        return None
+    named = config.resume_from_checkpoint
+    found = checkpoints(Path(config.output_dir)) if named in ("auto", "never") else [Path(named)]
+    for checkpoint in reversed(found):
+        try:
+            return datetime.datetime.fromisoformat(read_state(checkpoint)["identity"][_TEMPLATE_TIME])
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # not a checkpoint, or of a run without it: named when it is claimed
+            continue
+    return gather_objects([datetime.datetime.now()], processes)[0]
 
 
 def _held_out(objective: Any, episodes: list[Episode]) -> list[Episode]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +14,19 @@ from dqo.errors import UserError
 from dqo.rows_formats import Record, shown
 from dqo.verify import line_spans
 
+_OURS = {  # what apply_chat_template is called with
+    *(
+        "conversation",
+        "messages",
+        "tools",
+        "tokenize",
+        "add_generation_prompt",
+        "continue_final_message",
+        "return_dict",
+    ),
+    *("padding", "truncation", "max_length", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    "sanitize_control_tokens",
+}
 _ROUNDING = 1e-5  # a log-probability this little above 0 is 0 up to a sampler's rounding
 
 
@@ -77,6 +91,7 @@ def checked(record: Record, common: Common, reward_threshold: float) -> dict[str
         "answer": _word(values.get("answer"), "answer"),
         "prompt_id": _word(values.get("prompt_id"), "prompt_id"),
         "sampling": _sampling(values.get("sampling")),
+        **({} if isinstance(prompt, str) else _of_templates(values)),
     }
 
 
@@ -112,13 +127,15 @@ def _completion(value: Any, name: str) -> tuple[str | list[dict], str]:
     completion = _conversation(value, name)
     if isinstance(completion, str):
         text = completion
-    elif len(completion) != 1 or completion[0]["role"] != "assistant" or "content" not in completion[0]:
+    elif len(completion) != 1 or completion[0]["role"] != "assistant":
         raise UserError(
             f"{name} has messages of {shown([m['role'] for m in completion])}; expected one, of assistant, "
             "with content. What comes before it belongs to prompt"
         )
     else:
-        text = completion[0]["content"]
+        text = completion[0].get("content", "")
+        if completion[0].get("tool_calls"):  # a response without content
+            return completion, text
     if not text.strip():
         raise UserError(f"{name} is empty or only whitespace ({shown(text)}); expected a response, drop the row")
     return completion, text
@@ -270,6 +287,27 @@ def _word(value: Any, name: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise UserError(f"{name} is {shown(value)}; expected a string")
     return value if value is None else _text(value, name)
+
+
+def _of_templates(values: dict[str, Any]) -> dict[str, Any]:
+    """What chat templates are told of beside the messages: tools (a list, or its JSON text, as TRL takes it) and other names."""
+    tools, more = values.get("tools"), values.get("chat_template_kwargs")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"tools is {shown(tools)}, a string that is not JSON; expected a list of objects"
+            ) from error
+    if tools is not None and not (isinstance(tools, (list, tuple)) and all(isinstance(tool, dict) for tool in tools)):
+        raise UserError(f"tools is {shown(tools)}; expected a list of objects, the schemas of functions")
+    if more is not None and (not isinstance(more, dict) or not all(isinstance(name, str) for name in more)):
+        raise UserError(
+            f'chat_template_kwargs is {shown(more)}; expected an object such as {{"enable_thinking": false}}'
+        )
+    if taken := sorted(_OURS & set(more or ())):
+        raise UserError(f"chat_template_kwargs sets {', '.join(taken)}, which is decided here; leave it out")
+    return {"tools": list(tools) if tools else None, "chat_template_kwargs": more or None}
 
 
 def _sampling(value: Any) -> dict | None:

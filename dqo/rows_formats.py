@@ -14,13 +14,16 @@ taken for a right solution.
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dqo.errors import UserError, closest
+from dqo.errors import UserError, closest, printable
 from dqo.rows_hints import renaming_hint, structure_hint
+
+logger = logging.getLogger(__name__)
 
 FIELDS = (
     "prompt",
@@ -36,14 +39,19 @@ FIELDS = (
     "answer",
     "prompt_id",
     "sampling",
+    "tools",
+    "chat_template_kwargs",
 )
 _HARMLESS = {
     "answer",
     "prompt_id",
     "sampling",
     "env_mask",
+    "tools",
+    "chat_template_kwargs",
 }  # nothing is lost when a column like these is ignored
-_OF_THE_PROMPT = ("prompt", "prompt_ids", "prompt_id", "answer", "sampling")
+_OF_TEMPLATES = ("tools", "chat_template_kwargs")  # of messages
+_OF_THE_PROMPT = ("prompt", "prompt_ids", "prompt_id", "answer", "sampling", *_OF_TEMPLATES)
 _EACH = {  # columns of a grouped row with one value for each completion -> the field they become
     "rewards": "reward",
     "labels": "label",
@@ -59,6 +67,11 @@ _NEEDED = {
     "preference": ("prompt", "chosen", "rejected"),
     "stepwise": ("prompt", "completions", "labels"),
     "oreo": ("prompt", "response", "reward"),
+}
+_USED = {  # columns that are read besides; in the other forms all of FIELDS
+    "grouped": (*_OF_THE_PROMPT, *_EACH),
+    "preference": _OF_THE_PROMPT,
+    "stepwise": tuple(name for name in FIELDS if name not in ("completion", "steps", "step_rewards")),
 }
 
 
@@ -137,7 +150,22 @@ def check_columns(name: str, records: list[Record]) -> str:
             f"{name}: no row has {' or '.join(missing)}; needs the columns {needed}; "
             f"found {', '.join(map(str, found))}{f'. {hint}' if hint else ''}"
         )
+    _name_unused(name, records, form)
     return form
+
+
+def _name_unused(name: str, records: list[Record], form: str) -> None:
+    """One line for the columns that nothing reads."""
+    used = {*_NEEDED[form], *(_USED.get(form) or (*FIELDS, "env_mask"))}
+    if not any(isinstance(record.values.get("prompt"), (list, tuple)) for record in records):
+        used -= set(_OF_TEMPLATES)
+    counts = Counter(key for record in records for key in record.values if key not in used)
+    if not counts:
+        return
+    columns = ", ".join(f"{key!r} (in {count:,} rows)" for key, count in counts.items())
+    scores = "; the rewards of chosen and rejected are 1 and 0, write grouped rows (completions, rewards) for scores"
+    hint = scores if form == "preference" and any("score" in str(key) for key in counts) else ""
+    logger.warning("%s: columns that are not used: %s%s", name, printable(columns), hint)
 
 
 def to_flat(record: Record, form: str, reward_threshold: float) -> list[Record]:

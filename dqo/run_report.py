@@ -11,14 +11,14 @@ from dqo.evaluate import Problem, evaluate
 from dqo.metrics import peak_memory_gb
 from dqo.models import load_policy
 from dqo.report import console_table, write_report
+from dqo.row_tokens import string_prompt_ids
 from dqo.train import Run
 from dqo.verifiers import graded_by
 
 
 def problems_of(rows: list[dict], tokenizer, verifier: str) -> list[Problem]:
-    return [
-        Problem(row["prompt"], list(tokenizer(row["prompt"])["input_ids"]), graded_by(verifier, row)) for row in rows
-    ]
+    ids = string_prompt_ids(tokenizer, [row["prompt"] for row in rows])
+    return [Problem(row["prompt"], prompt, graded_by(verifier, row)) for row, prompt in zip(rows, ids)]
 
 
 def changed_options(options: Options) -> dict:

@@ -283,7 +283,7 @@ def test_a_model_that_cannot_be_packed_is_padded_when_nobody_insists(monkeypatch
 def test_generating_uses_the_models_own_attention_and_leaves_it_packing():
     made = model("mistral")
     prompts = [[4, 5, 6], [7], [8, 9, 10, 11, 12]]
-    options = {"eos_id": 2, "pad_id": 0, "temperature": 0.0, "max_new_tokens": 8, "quiet": True}
+    options = {"stop_ids": [2], "pad_id": 0, "temperature": 0.0, "max_new_tokens": 8, "quiet": True}
     copied = packing(made)
     assert generate(copied, prompts, **options) == generate(made, prompts, **options)
     assert attention.packs(copied) and not attention.packs(made)

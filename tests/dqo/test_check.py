@@ -11,7 +11,7 @@ from dqo.check import CheckConfig, check, histogram, summary, warnings
 from dqo.cli import dqo_command
 from dqo.config import TrainConfig
 from dqo.errors import UserError
-from dqo.new_model import save
+from dqo.new_model import new_llama, save
 from dqo.rows import read_rows
 from tests.dqo.helpers import policy, tokenizer
 
@@ -187,3 +187,22 @@ def test_options_are_those_of_training():
         name: theirs[name] for name in ours.keys() & theirs.keys()
     }
     assert ours.keys() - theirs.keys() == {"data", "rows", "gamma"}
+
+
+def test_the_end_that_is_trained_and_the_others_are_named(tmp_path, capsys):
+    chat = tokenizer()
+    chat.add_special_tokens({"extra_special_tokens": ["<|im_end|>"]})
+    chat.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    model = new_llama(chat, hidden_size=16, layers=1, heads=2, max_length=64)
+    model.generation_config.eos_token_id, model.generation_config._from_model_config = [1, 2], False
+    save(model, chat, tmp_path / "chat")
+    messages = [
+        {"prompt": [{"role": "user", "content": "1"}], "completion": [{"role": "assistant", "content": text}]}
+        for text in "23"
+    ]
+    path = written(tmp_path, [messages[0] | {"reward": 1.0}, messages[1] | {"reward": 0.0}])
+    out = printed(capsys, path, "--model_name_or_path", tmp_path / "chat")
+    assert "end  <|im_end|> (19) is trained; <bos> (1), <eos> (2) ends a response too\n" in out
+    path = written(tmp_path, [row(prompt="1", completion="2"), row(prompt="1", completion="3", reward=0.0)])
+    out = printed(capsys, path, "--model_name_or_path", tmp_path / "chat")
+    assert "end  <eos> (2) is trained; <bos> (1), <|im_end|> (19) ends a response too\n" in out

@@ -1,5 +1,6 @@
 """The reference's columns of a run: from which model, from which cache, checked when."""
 
+import datetime
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from dqo.batches import collate
+from dqo.checkpoint import STATE_FILE
 from dqo.config import load_options
 from dqo.errors import UserError
 from dqo.inputs import Given, check_options, load_rows
@@ -135,3 +137,40 @@ def test_held_out_rows_too_few_for_the_method_are_left_out_with_a_warning(files,
     (files / "held_out.jsonl").write_text("\n".join(map(json.dumps, one_prompt)))
     found = prepared(files, method="kto", eval_dataset_name=files / "held_out.jsonl")
     assert found.held_out == [] and "are not evaluated: kto needs responses of at least two prompts" in caplog.text
+
+
+def at(monkeypatch, day):
+    class Day(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, day)
+
+    monkeypatch.setattr("datetime.datetime", Day)
+
+
+def test_a_run_whose_template_writes_the_date_goes_on_the_next_day_with_the_same_ids(files, monkeypatch):
+    tok = tokenizer()
+    tok.chat_template = "{{ strftime_now('%d') }}+{% for m in messages %}{{ m.content }}{% endfor %}"
+    save(policy(), tok, files / "chat")
+    chats = [
+        row
+        | {"prompt": [{"role": "user", "content": row["prompt"]}]}
+        | {"completion": [{"role": "assistant", "content": row["completion"]}]}
+        for row in rollout_rows()
+    ]
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    at(monkeypatch, 5)
+    options = {"model_name_or_path": files / "chat"}
+    train(options_of(files, **options))
+    at(monkeypatch, 6)
+    found = prepared(files, **options)
+    assert found.resumed is not None
+    assert all(tok.decode(e.prompt_ids).startswith("05+") for e in found.episodes())
+    assert tok.decode(prepared(files, output_dir=files / "new", **options).episodes()[0].prompt_ids).startswith("06+")
+
+    path = found.resumed / STATE_FILE  # of a run that kept no time
+    state = json.loads(path.read_text())
+    state["identity"].pop("time that the chat template was told")
+    path.write_text(json.dumps(state))
+    with pytest.raises(UserError, match="time that the chat template was told: None then, 2026-01-06"):
+        prepared(files, **options)

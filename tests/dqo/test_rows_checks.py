@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from dqo.rows import read_rows
 from tests.dqo.row_cases import ASSISTANT, GOOD, IDS, OTHER, USER, refusal, says, write
 
 BAD = {
@@ -148,3 +149,29 @@ def test_a_row_without_label_among_labelled_rows_is_refused(tmp_path):
 
 def test_rewards_that_are_all_null_are_refused(tmp_path):
     says(refusal(write(tmp_path, {**GOOD, "reward": None})), "rollouts.jsonl:1: reward is null")
+
+
+CHAT = {
+    "prompt": [{"role": "user", "content": "1"}],
+    "completion": [{"role": "assistant", "content": "2"}],
+    "reward": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"tools": "no JSON"}, 'tools is "no JSON", a string that is not JSON; expected a list of objects'),
+        ({"tools": {"name": "add"}}, 'tools is {"name": "add"}; expected a list of objects'),
+        ({"tools": ["add"]}, 'tools is ["add"]; expected a list of objects'),
+        ({"chat_template_kwargs": ["x"]}, 'chat_template_kwargs is ["x"]; expected an object'),
+        ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs sets tokenize, which is decided here"),
+    ],
+)
+def test_what_templates_are_told_of_has_its_kind(change, message):
+    assert message in refusal([CHAT | change])
+
+
+def test_tools_may_be_their_json_text():
+    (row,) = read_rows([CHAT | {"tools": '[{"name": "add"}]'}])
+    assert row.tools == [{"name": "add"}]
