@@ -15,6 +15,7 @@ SOURCES = sorted([*ROOT.glob("dqo/**/*.py"), *ROOT.glob("dqo_kernels/**/*.py")])
 LEVELS = [
     {
         "errors",
+        "command_options",
         "files",
         "statistics",
         "tasks.arith",
@@ -23,8 +24,14 @@ LEVELS = [
         "objectives.sft",
         "objectives.rft",
     },
-    {"verify", "rows_formats", "report", *(f"objectives.{name}" for name in ("dpo", "dqo", "kto", "dro", "oreo"))},
-    {"rows_files", "rows_checks", "objectives", "answers"},
+    {
+        "option_values",
+        "verify",
+        "rows_formats",
+        "report",
+        *(f"objectives.{name}" for name in ("dpo", "dqo", "kto", "dro", "oreo")),
+    },
+    {"rows_files", "rows_checks", "objectives", "answers", "option_files"},
     {"rows"},
     {"convert_source", "episodes", "new_model", "reference_cache"},
     {"batches", "config", "parallel", "convert_gsm8k", "convert_steps", "convert_forms"},
