@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from dqo import signals
 from dqo.errors import UserError, did_you_mean
 
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # of those that a launcher starts: it speaks for all
@@ -28,6 +29,7 @@ def main() -> None:
 
 
 def _run(command: Callable[[], None]) -> None:
+    signals.install()
     level = logging.WARNING if FIRST_PROCESS else logging.ERROR
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
     try:
@@ -35,6 +37,10 @@ def _run(command: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (KeyboardInterrupt, SystemExit):
+        if signals.noted():
+            signals.leave()
+        raise
     except BrokenPipeError:  # `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

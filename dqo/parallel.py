@@ -36,6 +36,14 @@ class Processes:
         if self.world > 1:
             dist.barrier()
 
+    def largest(self, number: int) -> int:
+        """The largest of a small number that each process has; all processes must call it."""
+        if self.world == 1:
+            return number
+        found = torch.tensor(number, dtype=torch.int32, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
     def leave(self) -> None:
         """The end of everything that the processes do together."""
         if self.world > 1:

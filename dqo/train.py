@@ -6,7 +6,13 @@ accelerate launch --multi_gpu --num_processes 2 -m dqo.train --dataset_name ... 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    from dqo import signals
+
+    signals.install()
+
 import math
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dqo import checkpoint, metrics, optim
+from dqo import checkpoint, metrics, optim, signals
 from dqo.batches import epoch_order
 from dqo.callbacks import Callbacks
 from dqo.config import Options
@@ -191,11 +197,20 @@ class Trainer:
         return add_over_processes(self.window, self.processes)
 
     def run(self, description: str) -> dict[str, float]:
-        """All steps that are left; returns the held-out metrics after the last."""
-        config, counters = self.config, self.counters
-        self.callbacks.train_begin(counters["step"], self.steps)
-        if counters["step"] == 0:
+        """All steps that are left; returns the held-out metrics after the last.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when the step is over and a checkpoint is written.
+        """
+        self.callbacks.train_begin(self.counters["step"], self.steps)
+        if self.counters["step"] == 0:
             self.evaluate_held_out(0)
+        with signals.waiting():
+            self._steps(description)
+        return self.evaluate_held_out(self.counters["step"])
+
+    def _steps(self, description: str) -> None:
+        config, counters = self.config, self.counters
         bar = tqdm(
             total=self.steps, initial=counters["step"], desc=description, unit="step", disable=not self.processes.main
         )
@@ -232,12 +247,24 @@ class Trainer:
             if config.eval_steps and (step + 1) % config.eval_steps == 0 and step + 1 < self.steps:
                 self.evaluate_held_out(step + 1)
             stop = self.callbacks.step_end(step + 1, (step + 1) / self.per_epoch)
-            if (step + 1) % config.save_steps == 0 or step + 1 == self.steps or stop:
+            number = self.processes.largest(signals.noted())  # of all processes, which stop together
+            if (step + 1) % config.save_steps == 0 or step + 1 == self.steps or stop or number:
                 self.save()
+            if number:
+                bar.close()
+                self._stop_by(number)
             if stop:
                 break
         bar.close()
-        return self.evaluate_held_out(counters["step"])
+
+    def _stop_by(self, number: int) -> None:
+        name, step = signal.Signals(number).name, self.counters["step"]
+        where = self.output_dir / f"checkpoint-{step}"
+        self.say(
+            f"{name}: stopped after step {step} of {self.steps}; {where} is written, the same command goes on there"
+        )
+        self.trackers.close()
+        raise signals.interruption(number)
 
     def finish(self) -> None:
         """Writes the final models to output_dir, and closes the files."""

@@ -17,6 +17,7 @@ LEVELS = [
         "errors",
         "command_options",
         "files",
+        "signals",
         "statistics",
         "tasks.arith",
         "report_plots",
