@@ -24,6 +24,7 @@ from dqo import checkpoint, metrics, optim, signals
 from dqo.batches import epoch_order
 from dqo.callbacks import Callbacks
 from dqo.config import Options
+from dqo.damage import loading
 from dqo.episodes import Episode
 from dqo.errors import UserError
 from dqo.held_out import held_out_metrics
@@ -69,7 +70,8 @@ class Trainer:
 
         resumed = prepared.resumed
         if resumed is not None:
-            self._load(resumed)
+            with loading(resumed):
+                self._load(resumed)
         critic = self.learner.value_model
         self.module = wrap(self.learner, self.processes, self.config.bf16, critic is not None and self.value_warmup > 0)
         self.models = {"policy": self.learner.policy} | ({} if critic is None else {"critic": critic})
@@ -82,10 +84,12 @@ class Trainer:
             for name, model in self.models.items()
         }
         if resumed is not None:
-            checkpoint.load_optimizers(resumed, self.optimizers)
+            with loading(resumed):
+                checkpoint.load_optimizers(resumed, self.optimizers)
         self.log = None
         if self.processes.main:
-            self.log = metrics.MetricsFile(self.output_dir / "metrics.jsonl", self.counters["metrics_position"])
+            position, crc32 = self.counters["metrics_position"], self.counters.get("metrics_crc32")
+            self.log = metrics.MetricsFile(self.output_dir / "metrics.jsonl", position, crc32)
         self.watch = Watch()
         self.trackers = Trackers(options, self.processes)
         self.callbacks = Callbacks(callbacks or [], options, self.learner, prepared.tokenizer, self.processes.main)
@@ -181,6 +185,7 @@ class Trainer:
         state = {"identity": self.prepared.identity, "window": {name: pair.tolist() for name, pair in window.items()}}
         if self.log is not None:
             self.counters["metrics_position"] = self.log.position()
+            self.counters["metrics_crc32"] = self.log.crc32
         checkpoint.save_checkpoint(
             self.output_dir,
             self.counters["step"],

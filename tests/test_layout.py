@@ -26,6 +26,7 @@ LEVELS = [
         "objectives.rft",
     },
     {
+        "damage",
         "option_values",
         "verify",
         "rows_formats",
