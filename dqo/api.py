@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
 from dqo import checkpoint
-from dqo.config import options_of
+from dqo.config import check_values, options_of
 from dqo.errors import UserError
 from dqo.inputs import Given
 from dqo.metrics import read_metrics
@@ -82,6 +82,7 @@ class DQOTrainer:
         named |= {"dataset_name": train_dataset, "eval_dataset_name": eval_dataset}
         named = {name: str(value) for name, value in named.items() if isinstance(value, (str, Path))}
         self.options = dataclasses.replace(options, train=dataclasses.replace(options.train, **named))
+        check_values(self.options)
 
         def unless_named(value: Any) -> Any:
             return None if isinstance(value, (str, Path)) else value

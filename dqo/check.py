@@ -55,6 +55,15 @@ class CheckConfig:
     skip_bad_rows: bool = False
     """Leave out rows that fail the checks, and say how many."""
 
+    def problems(self) -> list[tuple[str, str]]:
+        """(field, what is wrong) of every value out of range."""
+        found = [
+            (name, f"must be at least {least}, got {getattr(self, name)}")
+            for name, least in (("rows", 0), ("max_length", 1))
+            if getattr(self, name) < least
+        ]
+        return found if 0 <= self.gamma <= 1 else [*found, ("gamma", f"must be in [0, 1], got {self.gamma}")]
+
 
 def check(config: CheckConfig) -> None:
     """Prints what the files hold.

@@ -6,14 +6,14 @@ checkpoint-600/  config.json model.safetensors tokenizer*     the policy; with L
                  adapters.safetensors                         LoRA: what is trained of policy and value model
                  target.safetensors                           the value model's moving average, where there is one
                  optimizer.safetensors                        AdamW states of both
-                 dqo_state.json                               step, counters, metrics position, hashes, options
+                 dqo_state.json                               step, counters, metrics position, hashes, options, checksums
 
 Tensors are whole, however they were sharded: a run may go on with another number of processes.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dqo.config import Options, dump_options
+from dqo.damage import STATE_FILE, check_whole, newest_whole, put_away, read_state, write_state
 from dqo.errors import UserError
 from dqo.files import aside as aside_of
 from dqo.files import remove_asides, sync, write_whole
@@ -33,7 +34,7 @@ from dqo.models import load_policy
 from dqo.parallel import Processes, like, load_whole_state, whole, whole_state
 from dqo.value_models import load_critic, save_value_model
 
-STATE_FILE = "dqo_state.json"
+logger = logging.getLogger(__name__)
 
 
 def optimizer_tensors(optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -148,7 +149,7 @@ def save_checkpoint(
         for name, tensors in (("adapters", adapters), ("target", target), ("optimizer", optimizer)):
             if tensors:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside / f"{name}.safetensors")
-        (aside / STATE_FILE).write_text(json.dumps(state, indent=1))
+        write_state(aside, state)
         _sync_tree(aside)
         if final.exists():
             final.rename(aside_of(final))
@@ -182,10 +183,6 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.partition("-")[2]))
 
 
-def read_state(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / STATE_FILE).read_text())
-
-
 def load_optimizers(checkpoint: Path, optimizers: dict[str, torch.optim.Optimizer]) -> None:
     load_optimizer_tensors(optimizers, load_file(checkpoint / "optimizer.safetensors"))
 
@@ -214,20 +211,38 @@ def claim_output(options: Options, identity: dict, processes: Processes) -> Path
     """Makes output_dir this run's before anything else is written there; returns the checkpoint to go on from.
 
     Raises:
-        UserError: when the checkpoint is of another run, which is then left as it is.
+        UserError: when the checkpoint is of another run, or damaged and no other is whole; everything is then left as it is.
     """
-    output_dir, named = Path(options.train.output_dir), options.train.resume_from_checkpoint
-    found = checkpoints(output_dir) if named in ("auto", "never") else [Path(named)]
-    if found and not (found[-1] / STATE_FILE).is_file():
-        raise UserError(
-            f"resume_from_checkpoint {found[-1]} is no checkpoint (it has no {STATE_FILE}); give a checkpoint-N directory, or "
-            '"auto" for the last one in output_dir'
-        )
-    if found:
-        check_same_run(found[-1], identity)
+    output_dir = Path(options.train.output_dir)
+    chosen, damaged = processes.from_main(lambda: _chosen(options, identity))
     if processes.main:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_asides(output_dir)
+        for path, message in damaged.items():
+            logger.warning("%s. It is now %s; going on from %s", message, put_away(path), chosen)
         write_whole(output_dir / "config.yaml", dump_options(options).encode())
     processes.barrier()
-    return found[-1] if found else None
+    return chosen
+
+
+def _chosen(options: Options, identity: dict) -> tuple[Path | None, dict[Path, str]]:
+    """The checkpoint to go on from, and the damaged ones behind it."""
+    output_dir, named = Path(options.train.output_dir), options.train.resume_from_checkpoint
+    if named in ("auto", "never"):
+        chosen, damaged = newest_whole(checkpoints(output_dir))
+        if damaged and chosen is None:
+            raise UserError(
+                f"{next(iter(damaged.values()))}, and no other checkpoint in {output_dir} is whole; put its files back, or "
+                "choose another --output_dir"
+            )
+    else:
+        chosen, damaged = Path(named), {}
+        if not (chosen / STATE_FILE).is_file():
+            raise UserError(
+                f"resume_from_checkpoint {chosen} is no checkpoint (it has no {STATE_FILE}); give a checkpoint-N directory, or "
+                '"auto" for the last one in output_dir'
+            )
+        check_whole(chosen)
+    if chosen is not None:
+        check_same_run(chosen, identity)
+    return chosen, damaged

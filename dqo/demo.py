@@ -31,6 +31,9 @@ class DemoConfig:
     seed: int = 0
     """Of problems, model and samples; the task's hard entries stay the same."""
 
+    def problems(self) -> list[tuple[str, str]]:
+        return [] if self.seed >= 0 else [("seed", f"must be at least 0, got {self.seed}")]
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dqo.config import Options
+from dqo.damage import STATE_FILE
 from dqo.errors import UserError
 from dqo.files import is_aside
 from dqo.lora_options import check_lora_config
@@ -62,7 +63,7 @@ def check_options(options: Options, given: Given | None = None) -> None:
         return
     if config.resume_from_checkpoint == "never":
         raise UserError(f"output_dir {used} is in use; choose another, or --resume_from_checkpoint auto to go on there")
-    if not (used / "config.yaml").exists():
+    if not (used / "config.yaml").exists() and not list(used.glob(f"checkpoint-*/{STATE_FILE}")):
         raise UserError(f"output_dir {used} holds other files; choose a new or empty directory")
 
 

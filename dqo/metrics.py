@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import zlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dqo.batches import Batch
+from dqo.damage import put_away
 from dqo.errors import UserError
+from dqo.files import write_whole
 from dqo.objectives.sums import mean_metric
 from dqo_kernels import TokenStats
+
+logger = logging.getLogger(__name__)
 
 
 def add(total: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -85,22 +91,37 @@ def finish(sums: dict[str, Tensor]) -> dict[str, float]:
 
 
 class MetricsFile:
-    """metrics.jsonl: one object a line, append-only, cut back to a checkpoint's position on resume."""
+    """metrics.jsonl: one object a line, append-only, cut back to a checkpoint's position on resume.
 
-    def __init__(self, path: Path, position: int = 0):
+    Args:
+        position, crc32: what the checkpoint says of the rows before it. When they are not there as they were, those that can be
+            read are kept, and a warning says so: they decide nothing about the models.
+    """
+
+    def __init__(self, path: Path, position: int = 0, crc32: int | None = None):
         path.touch()
-        if path.stat().st_size < position:
-            raise UserError(
-                f"{path} is shorter than the checkpoint says: rows of finished steps are lost. Put the file back, or choose "
-                "another --output_dir"
-            )
+        rows = path.read_bytes()[:position]
+        lost = None
+        if len(rows) < position:
+            lost = "is shorter than the checkpoint says"
+        elif (crc32 is not None and zlib.crc32(rows) != crc32) or len(_readable(rows)) < len(rows):
+            lost = "was altered"
+        if lost is not None:
+            rows = _readable(rows)
+            away = put_away(path)
+            write_whole(path, rows)
+            count = rows.count(b"\n")
+            logger.warning("%s %s: rows of finished steps are lost, %d are left; it is now %s", path, lost, count, away)
         self.file = path.open("r+")
-        self.file.truncate(position)
-        self.file.seek(position)
+        self.file.truncate(len(rows))
+        self.file.seek(len(rows))
+        self.crc32 = zlib.crc32(rows)  # of all rows
 
     def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        line = json.dumps(row) + "\n"
+        self.file.write(line)
         self.file.flush()
+        self.crc32 = zlib.crc32(line.encode(), self.crc32)
 
     def position(self) -> int:
         """Where the next row begins; every row before it is on the disk, because a checkpoint will rely on it."""
@@ -112,8 +133,28 @@ class MetricsFile:
         self.file.close()
 
 
+def _row(line: bytes) -> dict | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _readable(rows: bytes) -> bytes:
+    return b"".join(line for line in rows.splitlines(keepends=True) if line.endswith(b"\n") and _row(line) is not None)
+
+
 def read_metrics(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of metrics.jsonl.
+
+    Raises:
+        UserError: for a line that is none.
+    """
+    rows = [_row(line) for line in path.read_bytes().splitlines()]
+    if None in rows:
+        raise UserError(f"{path}:{rows.index(None) + 1}: not a row of metrics; the file was altered")
+    return rows
 
 
 def peak_memory_gb() -> float:

@@ -12,13 +12,17 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dqo.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,29 @@ class Processes:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+    def largest(self, number: int) -> int:
+        """The largest of a small number that each process has; all processes must call it."""
+        if self.world == 1:
+            return number
+        found = torch.tensor(number, dtype=torch.int32, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def from_main(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns, or the UserError that it raises, in the first process, which alone calls it."""
+        if self.world == 1:
+            return function()
+        found: list[Any] = [None, None]
+        if self.main:
+            try:
+                found[0] = function()
+            except UserError as error:
+                found[1] = str(error)
+        dist.broadcast_object_list(found)
+        if found[1] is not None:
+            raise UserError(found[1])
+        return found[0]
 
     def leave(self) -> None:
         """The end of everything that the processes do together."""

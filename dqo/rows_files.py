@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dqo.errors import UserError, did_you_mean
+from dqo.option_values import name_problem
 from dqo.rows_formats import Record
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ def read_records(source: Any) -> tuple[str, list[Record], list[Problem]]:
     """
     if not isinstance(source, (str, Path)):
         return "rows", *_from_iterable(source)
+    if (problem := name_problem(str(source))) is not None:
+        raise UserError(f"the name of a rollout file {problem}")
     path = Path(source)
     if not path.exists():
         hub = isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix not in _SUFFIXES

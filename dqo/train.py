@@ -6,7 +6,13 @@ accelerate launch --multi_gpu --num_processes 2 -m dqo.train --dataset_name ... 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    from dqo import signals
+
+    signals.install()
+
 import math
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +20,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dqo import checkpoint, metrics, optim
+from dqo import checkpoint, metrics, optim, signals
 from dqo.batches import epoch_order
 from dqo.callbacks import Callbacks
 from dqo.config import Options
+from dqo.damage import loading
 from dqo.episodes import Episode
 from dqo.errors import UserError
 from dqo.held_out import held_out_metrics
@@ -63,7 +70,8 @@ class Trainer:
 
         resumed = prepared.resumed
         if resumed is not None:
-            self._load(resumed)
+            with loading(resumed):
+                self._load(resumed)
         critic = self.learner.value_model
         self.module = wrap(self.learner, self.processes, self.config.bf16, critic is not None and self.value_warmup > 0)
         self.models = {"policy": self.learner.policy} | ({} if critic is None else {"critic": critic})
@@ -76,10 +84,12 @@ class Trainer:
             for name, model in self.models.items()
         }
         if resumed is not None:
-            checkpoint.load_optimizers(resumed, self.optimizers)
+            with loading(resumed):
+                checkpoint.load_optimizers(resumed, self.optimizers)
         self.log = None
         if self.processes.main:
-            self.log = metrics.MetricsFile(self.output_dir / "metrics.jsonl", self.counters["metrics_position"])
+            position, crc32 = self.counters["metrics_position"], self.counters.get("metrics_crc32")
+            self.log = metrics.MetricsFile(self.output_dir / "metrics.jsonl", position, crc32)
         self.watch = Watch()
         self.trackers = Trackers(options, self.processes)
         self.callbacks = Callbacks(callbacks or [], options, self.learner, prepared.tokenizer, self.processes.main)
@@ -175,6 +185,7 @@ class Trainer:
         state = {"identity": self.prepared.identity, "window": {name: pair.tolist() for name, pair in window.items()}}
         if self.log is not None:
             self.counters["metrics_position"] = self.log.position()
+            self.counters["metrics_crc32"] = self.log.crc32
         checkpoint.save_checkpoint(
             self.output_dir,
             self.counters["step"],
@@ -191,11 +202,20 @@ class Trainer:
         return add_over_processes(self.window, self.processes)
 
     def run(self, description: str) -> dict[str, float]:
-        """All steps that are left; returns the held-out metrics after the last."""
-        config, counters = self.config, self.counters
-        self.callbacks.train_begin(counters["step"], self.steps)
-        if counters["step"] == 0:
+        """All steps that are left; returns the held-out metrics after the last.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when the step is over and a checkpoint is written.
+        """
+        self.callbacks.train_begin(self.counters["step"], self.steps)
+        if self.counters["step"] == 0:
             self.evaluate_held_out(0)
+        with signals.waiting():
+            self._steps(description)
+        return self.evaluate_held_out(self.counters["step"])
+
+    def _steps(self, description: str) -> None:
+        config, counters = self.config, self.counters
         bar = tqdm(
             total=self.steps, initial=counters["step"], desc=description, unit="step", disable=not self.processes.main
         )
@@ -232,12 +252,24 @@ class Trainer:
             if config.eval_steps and (step + 1) % config.eval_steps == 0 and step + 1 < self.steps:
                 self.evaluate_held_out(step + 1)
             stop = self.callbacks.step_end(step + 1, (step + 1) / self.per_epoch)
-            if (step + 1) % config.save_steps == 0 or step + 1 == self.steps or stop:
+            number = self.processes.largest(signals.noted())  # of all processes, which stop together
+            if (step + 1) % config.save_steps == 0 or step + 1 == self.steps or stop or number:
                 self.save()
+            if number:
+                bar.close()
+                self._stop_by(number)
             if stop:
                 break
         bar.close()
-        return self.evaluate_held_out(counters["step"])
+
+    def _stop_by(self, number: int) -> None:
+        name, step = signal.Signals(number).name, self.counters["step"]
+        where = self.output_dir / f"checkpoint-{step}"
+        self.say(
+            f"{name}: stopped after step {step} of {self.steps}; {where} is written, the same command goes on there"
+        )
+        self.trackers.close()
+        raise signals.interruption(number)
 
     def finish(self) -> None:
         """Writes the final models to output_dir, and closes the files."""

@@ -57,8 +57,9 @@ class DQO:
                 found.append((name, f"must be in [0, 1], got {getattr(self, name)}"))
         if self.is_cap is not None and self.is_floor is not None and self.is_floor > self.is_cap:
             found.append(("is_floor", f"must be at most is_cap = {self.is_cap}, got {self.is_floor}"))
-        if not self.kl_coef >= 0:
-            found.append(("kl_coef", f"must be at least 0, got {self.kl_coef}"))
+        for name in ("kl_coef", "policy_scale", "value_coef"):
+            if not getattr(self, name) >= 0:
+                found.append((name, f"must be at least 0, got {getattr(self, name)}"))
         if self.target_ema is not None:
             if not 0 <= self.target_ema < 1:
                 found.append(("target_ema", f"must be in [0, 1) or None, got {self.target_ema}"))
