@@ -309,7 +309,7 @@ def options_of(values: dict[str, Any], source: str) -> Options:
     given = {name: (value, source) for name, value in values.items()}
     train, objective = _resolve(OBJECTIVES[_method([], given)], given)
     options = Options(train, objective, dict.fromkeys(values, source))
-    _refuse(options)
+    check_values(options)
     return options
 
 
@@ -335,18 +335,14 @@ def load_options(arguments: list[str], prog: str = "dqo-train") -> Options:
             name = argument[2:].partition("=")[0].replace("-", "_").removeprefix("no_")
             sources[name] = f"--{name}"
     options = Options(flags.train, flags.objective, sources)
-    _refuse(options)
+    check_values(options)
     return options
 
 
-def _refuse(options: Options) -> None:
+def check_values(options: Options) -> None:
+    """Raises a UserError that names every value out of range, and where it came from."""
     if {"max_steps", "num_train_epochs"} <= options.sources.keys():
         raise UserError("max_steps and num_train_epochs are both set; remove one")
-    check_ranges(options)
-
-
-def check_ranges(options: Options) -> None:
-    """Refuses values out of range, all in one message."""
     problems = options.train.problems() + options.objective.problems()
     if problems:
         raise UserError(

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Mapping
 
-from dqo.config import Options, check_ranges
+from dqo.config import Options, check_values
 from dqo.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def obey(options: Options, environment: Mapping[str, str] = os.environ) -> Optio
         return options
     sources = options.sources | {option: setting for option, (_, setting) in asked.items()}
     obeyed = dataclasses.replace(options, train=dataclasses.replace(config, **changes), sources=sources)
-    check_ranges(obeyed)
+    check_values(obeyed)
     return obeyed
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
 
 from dqo.errors import UserError
 from dqo.launcher import blocks_to_shard
@@ -35,6 +36,11 @@ class Processes:
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Prints once, beside progress bars."""
+        if self.main:
+            tqdm.write(text)
 
     def barrier(self) -> None:
         if self.world > 1:

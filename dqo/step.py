@@ -109,3 +109,12 @@ def _not_finite(loss: Tensor, batch: Batch) -> str:
         f"the loss is {loss.item()} on a batch with rows {rows} ...; lower the learning rate or raise beta, and look for rewards "
         "or stored logprobs that are far too large"
     )
+
+
+def out_of_memory(device: torch.device, max_tokens: int) -> str:
+    """What to change when memory has run out with micro-batches of `max_tokens`."""
+    return (
+        f"out of memory on {device} (peak {metrics.peak_memory_gb():.1f} GB) with micro-batches of up to {max_tokens:,} tokens; "
+        f"the result does not depend on their size: --max_batch_tokens {max(1, max_tokens // 2)}. More is saved by "
+        "--gradient_checkpointing, --bf16, and --use_peft"
+    )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import EvalPrediction
@@ -29,11 +30,10 @@ from dqo.learner import Learner, update_target
 from dqo.models import load_policy
 from dqo.parallel import add_over_processes, start, wrap
 from dqo.prepare import Prepared, distinct, prepare
-from dqo.rows import Row
-from dqo.step import accumulate
-from dqo.trackers import Trackers
+from dqo.recorder import Recorder
+from dqo.rows import Row, prompt_key
+from dqo.step import accumulate, out_of_memory
 from dqo.value_models import load_critic
-from dqo.watch import Watch
 
 
 @dataclass
@@ -61,6 +61,7 @@ class Trainer:
         self.steps = self.config.max_steps if self.config.max_steps > 0 else optim.steps_of(epochs, self.per_epoch)
         # skipped: steps left out because a callback ended their epoch
         self.counters = {"step": 0, "skipped": 0, "num_tokens": 0, "train_seconds": 0.0, "metrics_position": 0}
+        self.train_prompts: set[str] = set()
         self.window: dict[str, torch.Tensor] = {}  # this process's metric sums since the last logged row
         self.evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation's step and metrics
         self.compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
@@ -84,14 +85,10 @@ class Trainer:
         }
         if resumed is not None:
             checkpoint.load_optimizers(resumed, self.optimizers)
-        self.log = None
-        if self.processes.main:
-            self.log = metrics.MetricsFile(self.output_dir / "metrics.jsonl", self.counters["metrics_position"])
-        self.watch = Watch()
-        self.trackers = Trackers(options, self.processes)
         policy_optimizer = self.optimizers["policy"]
         models = self.learner, prepared.tokenizer
         self.callbacks = Callbacks(callbacks or [], options, *models, self.processes, policy_optimizer)
+        self.recorder = Recorder(options, self.processes, self.callbacks, self.counters["metrics_position"])
         self.stays_stopped = False
         if "callbacks" in state:
             history = metrics.rows_until(self.output_dir / "metrics.jsonl", self.counters["metrics_position"])
@@ -119,18 +116,16 @@ class Trainer:
         checkpoint.load_models(resumed, self.learner)
         step = self.counters["step"]
         if self.position < self.steps:
-            self.say(f"going on from {resumed}, step {step} of {self.steps}")
+            self.processes.say(f"going on from {resumed}, step {step} of {self.steps}")
         else:
-            self.say(f"{self.output_dir} is finished, {step} steps: nothing is trained, its evaluation is repeated")
+            self.processes.say(
+                f"{self.output_dir} is finished, {step} steps: nothing is trained, its evaluation is repeated"
+            )
 
     @property
     def position(self) -> int:
         """Steps of the plan that are behind: made, or left out."""
         return self.counters["step"] + self.counters["skipped"]
-
-    def say(self, text: str) -> None:
-        if self.processes.main:
-            tqdm.write(text)
 
     def train_step(self, step: int, groups: list[list[Episode]]) -> dict[str, float]:
         """Gradients and updates; returns what is not a mean over the data."""
@@ -148,7 +143,7 @@ class Trainer:
                 lambda: self.callbacks.call("on_substep_end"),
             )
         except torch.OutOfMemoryError as error:
-            raise UserError(self._out_of_memory(step)) from error
+            raise UserError(f"step {step + 1}: {out_of_memory(self.learner.device, self.max_tokens)}") from error
         except UserError as error:
             raise UserError(f"step {step + 1}: {error}") from error
         self.window = metrics.add(self.window, sums)
@@ -174,14 +169,6 @@ class Trainer:
             update_target(self.learner, self.objective.target_ema)
         return logged
 
-    def _out_of_memory(self, step: int) -> str:
-        tokens, peak = self.max_tokens, metrics.peak_memory_gb()
-        return (
-            f"step {step + 1}: out of memory on {self.learner.device} (peak {peak:.1f} GB) with micro-batches of up to "
-            f"{tokens:,} tokens; the result does not depend on their size: --max_batch_tokens {max(1, tokens // 2)}. "
-            "More is saved by --gradient_checkpointing, --bf16, and --use_peft"
-        )
-
     def held_out(self, episodes: list[Episode] | None = None) -> dict[str, float]:
         """Metrics of the held-out rows, or of others that the objective prepared, with what compute_metrics makes of them."""
         episodes = self.prepared.held_out if episodes is None else episodes
@@ -190,17 +177,21 @@ class Trainer:
             self.module, self.learner, self.objective, episodes, *place, self.callbacks.prediction_step
         )
         if self.compute_metrics is not None and episodes:
-            given = EvalPrediction(*predictions(self.module, self.learner, distinct(episodes), *place))
-            more = metrics.plain(self.compute_metrics(given))
+            more = metrics.plain(self.compute_metrics(EvalPrediction(*self.predictions(distinct(episodes)))))
             found |= {n if n.startswith("eval_") else f"eval_{n}": value for n, value in more.items()}
         return found
+
+    def predictions(self, episodes: list[Episode]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """See `held_out.predictions`."""
+        place = self.max_tokens, self.prepared.pad_id, self.processes
+        return predictions(self.module, self.learner, episodes, *place)
 
     def evaluate_held_out(self, step: int) -> dict[str, float]:
         """Evaluates and records, once a step; a best evaluation asks for a checkpoint."""
         if self.evaluated is None or self.evaluated[0] != step:
             row = {"step": step, **self.held_out()}
             if len(row) > 1:
-                self.record(row, evaluation=True)
+                self.recorder.record(row, evaluation=True)
             found = {name: value for name, value in row.items() if name != "step"}
             self.evaluated = step, found
             if step > 0:
@@ -217,30 +208,21 @@ class Trainer:
             return None
         best = Path(state.best_model_checkpoint)
         if not best.is_dir():
-            self.say(f"WARNING: {best}, the best by {self.config.best_metric}, is gone: the last step's models stay")
+            self.processes.say(
+                f"WARNING: {best}, the best by {self.config.best_metric}, is gone: the last step's models stay"
+            )
             return None
         checkpoint.load_models(best, self.learner)
-        self.say(
+        self.processes.say(
             f"models of step {state.best_global_step}: {self.config.best_metric} {state.best_metric:.6g} is the best"
         )
         return self.held_out()
 
-    def record(self, row: dict, evaluation: bool = False) -> None:
-        """A row to the callbacks, which may add to it, then to metrics.jsonl and the tracker."""
-        step = row["step"]
-        self.callbacks.log(row)
-        if evaluation:
-            self.callbacks.evaluated(row)
-        row |= metrics.plain(row) | {"step": step}
-        if self.log is not None:
-            self.log.write(row)
-        self.trackers.log(row)
-
     def save(self) -> None:
         window = self._window()
         state = {"identity": self.prepared.identity, "window": {name: pair.tolist() for name, pair in window.items()}}
-        if self.log is not None:
-            self.counters["metrics_position"] = self.log.position()
+        if (position := self.recorder.position()) is not None:
+            self.counters["metrics_position"] = position
         state |= {"counters": self.counters, "steps": self.steps, "callbacks": self.callbacks.stored()}
         if self.evaluated is not None and self.evaluated[0] == self.counters["step"]:
             state["evaluation"] = self.evaluated[1]
@@ -272,7 +254,7 @@ class Trainer:
             total=self.steps, initial=self.position, desc=description, unit="step", disable=not self.processes.main
         )
         order_epoch, order = -1, []
-        self.mark, self.at_mark = time.perf_counter(), dict(counters)
+        self.recorder.start(counters)
         while self.position < self.steps and not events.control.should_training_stop:
             epoch, index = divmod(self.position, self.per_epoch)
             if epoch != order_epoch:
@@ -323,39 +305,24 @@ class Trainer:
             self.evaluate_held_out(self.counters["step"])
 
     def _log_step(self, logged: dict[str, float], bar: tqdm) -> None:
-        """A row of the steps since the last one."""
-        counters, now = self.counters, time.perf_counter()
-        row = {
-            "step": counters["step"],
-            "epoch": self.position / self.per_epoch,
-            **metrics.finish(self._window()),
-            **logged,
-        }
-        row["num_tokens"] = counters["num_tokens"]
-        row["perf/tokens_per_second"] = (counters["num_tokens"] - self.at_mark["num_tokens"]) / (now - self.mark)
-        row["perf/step_time"] = (now - self.mark) / (counters["step"] - self.at_mark["step"])
-        row["perf/peak_memory_gb"] = metrics.peak_memory_gb()
-        self.record(row)
-        for warning in self.watch.warnings(row):
-            self.say(f"WARNING: {warning}")
-        bar.set_postfix_str(metrics.on_the_bar(row))
-        self.window, self.mark, self.at_mark = {}, now, dict(counters)
+        means = metrics.finish(self._window()) | logged
+        self.recorder.record_steps(self.counters, self.position / self.per_epoch, means, bar)
+        self.window = {}
 
     def finish(self) -> None:
         """Writes the final models to output_dir, and closes the files."""
         checkpoint.publish_models(self.output_dir, self.learner, self.prepared.tokenizer, self.processes)
         self.callbacks.call("on_train_end")
-        if self.log is not None:
-            self.log.close()
-        self.trackers.close()
+        self.recorder.close()
         self.processes.barrier()
 
 
 Rows = tuple[list[Row], list[Row]]  # to train on, held out
 
 
-def begin(options: Options, given: Given | None = None, rows: Rows | None = None) -> Trainer:
-    """Everything up to the first step. `given` are objects in the place of options; `rows`: what `load_rows` found.
+def begin(options: Options, given: Given | None = None, rows: Rows | None = None, announce: bool = False) -> Trainer:
+    """Everything up to the first step. `given` are objects in the place of options; `rows`: what `load_rows` found; `announce`
+    prints how many rows are trained on and held out.
 
     Raises:
         UserError: for options, rows or a model that do not fit, before any work is lost.
@@ -366,12 +333,17 @@ def begin(options: Options, given: Given | None = None, rows: Rows | None = None
     check_callbacks(given.callbacks, options.train)
     train_rows, held_rows = rows or load_rows(options, given)
     processes = start(options.train.use_cpu, options.train.fsdp)
-    return Trainer(options, prepare(options, given, train_rows, held_rows, processes), given.callbacks)
+    trainer = Trainer(options, prepare(options, given, train_rows, held_rows, processes), given.callbacks)
+    trainer.train_prompts = {prompt_key(row) for row in train_rows}
+    if announce:
+        split = given.eval_dataset is None and options.train.eval_dataset_name is None
+        processes.say(trainer.prepared.counts(options.train.eval_fraction if split else None))
+    return trainer
 
 
 def train(options: Options, description: str | None = None, rows: Rows | None = None) -> Run:
     """Trains, or goes on with a run that was killed in the same output_dir. `description` labels the progress bar."""
-    trainer = begin(options, rows=rows)
+    trainer = begin(options, rows=rows, announce=description is None)
     held_out = trainer.run(description or options.train.method)
     trainer.finish()
     return run_of(trainer, held_out)

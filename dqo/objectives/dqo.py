@@ -71,6 +71,14 @@ class DQO:
     def prepare(self, episodes: list) -> list:
         return episodes
 
+    def clipped(self, weights):
+        """(N,) bool: which weights are at their cap or floor; none are where there is none, nor at level none."""
+        logs, none = weights.log(), weights.new_zeros(weights.shape).bool()
+        cap, floor = self.is_cap, self.is_floor
+        above = none if cap is None or self.is_level == "none" else logs >= cap - 1e-6 * max(1.0, abs(cap))
+        below = none if floor is None or self.is_level == "none" else logs <= floor + 1e-6 * max(1.0, abs(floor))
+        return above | below
+
     def __call__(self, stats, rows, cu_seqlens):
         from dqo.objectives.sums import Regression, mean_metric, regression_metrics, response_metrics
         from dqo_kernels import soft_bellman
@@ -99,13 +107,13 @@ class DQO:
         loss = self.policy_scale * terms.policy_loss.sum()
         if self.target == "detach":
             loss = loss + self.value_coef * terms.value_loss.sum()
-        weights, capped = terms.weights, 1.0 if self.is_cap is None else 2.718281828459045**self.is_cap * (1 - 1e-6)
+        weights = terms.weights
         values = rows["values"] if self.needs_values else self.beta * (stats.lse - rows["ref_lse"])
         scaled_ratio = self.beta * (stats.logprobs - rows["ref_logprobs"])
         fitted = Regression(values, terms.returns, scaled_ratio, terms.advantages)
         metrics = regression_metrics(terms.policy_loss, terms.value_loss, fitted) | {
             "sampling/importance_sampling_ratio/mean": mean_metric(weights),
-            "importance_weight/clipped_frac": mean_metric((weights >= capped).to(weights.dtype)),
+            "importance_weight/clipped_frac": mean_metric(self.clipped(weights).to(weights.dtype)),
         }
         if self.needs_kl:
             loss = loss + self.kl_coef * stats.kl.sum()
