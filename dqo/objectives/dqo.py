@@ -71,14 +71,6 @@ class DQO:
     def prepare(self, episodes: list) -> list:
         return episodes
 
-    def clipped(self, weights):
-        """(N,) bool: which weights are at their cap or floor; none are where there is none, nor at level none."""
-        logs, none = weights.log(), weights.new_zeros(weights.shape).bool()
-        cap, floor = self.is_cap, self.is_floor
-        above = none if cap is None or self.is_level == "none" else logs >= cap - 1e-6 * max(1.0, abs(cap))
-        below = none if floor is None or self.is_level == "none" else logs <= floor + 1e-6 * max(1.0, abs(floor))
-        return above | below
-
     def __call__(self, stats, rows, cu_seqlens):
         from dqo.objectives.sums import Regression, mean_metric, regression_metrics, response_metrics
         from dqo_kernels import soft_bellman
@@ -107,15 +99,28 @@ class DQO:
         loss = self.policy_scale * terms.policy_loss.sum()
         if self.target == "detach":
             loss = loss + self.value_coef * terms.value_loss.sum()
-        weights = terms.weights
         values = rows["values"] if self.needs_values else self.beta * (stats.lse - rows["ref_lse"])
         scaled_ratio = self.beta * (stats.logprobs - rows["ref_logprobs"])
         fitted = Regression(values, terms.returns, scaled_ratio, terms.advantages)
         metrics = regression_metrics(terms.policy_loss, terms.value_loss, fitted) | {
-            "sampling/importance_sampling_ratio/mean": mean_metric(weights),
-            "importance_weight/clipped_frac": mean_metric(self.clipped(weights).to(weights.dtype)),
+            "sampling/importance_sampling_ratio/mean": mean_metric(terms.weights),
+            "importance_weight/clipped_frac": mean_metric(self._clipped(stats, rows, cu_seqlens)),
         }
         if self.needs_kl:
             loss = loss + self.kl_coef * stats.kl.sum()
             metrics["loss/kl"] = mean_metric(stats.kl)
         return loss, metrics | response_metrics(stats, rows, cu_seqlens, self.beta)
+
+    def _clipped(self, stats, rows, cu_seqlens):
+        """(N,) 1.0 where the log importance weight was beyond its cap or floor, by more than rounding."""
+        from dqo_kernels.packed import sequence_index
+        from dqo_kernels.soft_bellman import importance_weights
+
+        logprobs = stats.logprobs.detach()
+        ratio = logprobs - rows.get("behavior_logprobs", rows["ref_logprobs"])
+        sequence = sequence_index(cu_seqlens, logprobs.shape[0])
+        whole = importance_weights(ratio, sequence, cu_seqlens, self.is_level, None, None).log()
+        bounded = self.is_level != "none"
+        above = whole > (self.is_cap + 1e-6 if bounded and self.is_cap is not None else float("inf"))
+        below = whole < (self.is_floor - 1e-6 if bounded and self.is_floor is not None else -float("inf"))
+        return (above | below).to(logprobs.dtype)

@@ -3,6 +3,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import accelerate.tracking
+import accelerate.utils
 import pytest
 import torch
 
@@ -53,7 +54,7 @@ class Wandb(ModuleType):
 def test_a_run_has_its_name_within_a_project(tmp_path, monkeypatch, tracker, changes, environment, project, name):
     module = Wandb()
     monkeypatch.setitem(sys.modules, tracker, module)
-    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [tracker])
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [accelerate.utils.LoggerType(tracker)])
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)

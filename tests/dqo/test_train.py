@@ -280,18 +280,24 @@ def test_a_named_checkpoint_is_gone_on_from_and_anything_else_is_refused(files, 
     assert metrics_without_speed(resumed.output_dir) == whole
 
 
+def run_epochs(files, epochs, **changes):
+    plain = arguments(files, **changes)
+    at = plain.index("--max_steps")
+    return train(load_options([*plain[:at], *plain[at + 2 :], "--num_train_epochs", str(epochs)]))
+
+
 @pytest.mark.parametrize("epochs, steps", [(0.625, 4), (1e-9, 1), (1.5, 9), (0.5, 3)])
 def test_epochs_are_whole_steps_rounded_up(files, epochs, steps):
-    """Six steps an epoch."""
-    finished = run(files, max_steps=-1, num_train_epochs=epochs)
+    """Six steps an epoch: 44 responses, 8 a step."""
+    finished = run_epochs(files, epochs)
     assert finished.steps == steps
     assert json.loads((files / "out" / f"checkpoint-{steps}" / "dqo_state.json").read_text())["steps"] == steps
 
 
 def test_a_checkpoint_of_the_former_rounding_goes_on_with_its_steps(files):
     """Checkpoints did not tell the number of steps when 1.2 epochs of 6 steps were 7, and not 8."""
-    options = {"max_steps": -1, "num_train_epochs": 1.2, "save_steps": 4, "save_total_limit": 5}
-    assert run(files, **options).steps == 8
+    options = {"save_steps": 4, "save_total_limit": 5}
+    assert run_epochs(files, 1.2, **options).steps == 8
     shutil.rmtree(files / "out" / "checkpoint-8")
     state_file = files / "out" / "checkpoint-4" / "dqo_state.json"
     state = json.loads(state_file.read_text())
@@ -299,7 +305,7 @@ def test_a_checkpoint_of_the_former_rounding_goes_on_with_its_steps(files):
         del state[name]
     del state["counters"]["skipped"]
     state_file.write_text(json.dumps(state))
-    assert run(files, **options).steps == 7
+    assert run_epochs(files, 1.2, **options).steps == 7
     assert [path.name for path in checkpoints(files / "out")] == ["checkpoint-4", "checkpoint-7"]
 
 
@@ -315,7 +321,7 @@ def test_how_much_is_trained_on_and_held_out_is_printed(files, capsys):
         tokens = sum(len(row["prompt"]) + len(row["completion"]) + 1 for row in members)
         prompts = len({row["prompt"] for row in members})
         (line,) = [line for line in printed if line.startswith(f"{name}: ")]
-        assert line.startswith(f"{name}: {len(members)} responses to {prompts} prompts, {tokens} tokens")
+        assert line.startswith(f"{name}: {len(members)} responses to {prompts} prompts, {tokens:,} tokens")
         assert line.endswith("(eval_fraction 0.2 is a share of the prompts)") == (name == "held out")
 
 
