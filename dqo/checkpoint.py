@@ -135,8 +135,10 @@ def save_checkpoint(
     state: dict,
     keep: int,
     processes: Processes,
+    best: Path | None = None,
 ) -> Path:
-    """Writes checkpoint-<step> atomically: a directory of that name is whole, whatever happened. All processes must call it."""
+    """Writes checkpoint-<step> atomically: a directory of that name is whole, whatever happened. All processes must call it.
+    `keep` of them stay; the newest and `best` always do."""
     final = output_dir / f"checkpoint-{step}"
     aside = aside_of(final)
     adapters = {}
@@ -155,20 +157,28 @@ def save_checkpoint(
             final.rename(aside_of(final))
         aside.rename(final)
         sync(output_dir)
-        for old in checkpoints(output_dir)[:-keep]:
+        for old in surplus(checkpoints(output_dir), keep, best):
             old.rename(aside_of(old))  # at once, then file by file: half a checkpoint must not look like one
         remove_asides(output_dir)
     processes.barrier()
     return final
 
 
+def surplus(found: list[Path], keep: int, best: Path | None) -> list[Path]:
+    """Those of `found`, oldest first, that are more than `keep`; neither the newest nor `best` is one of them."""
+    kept = found[-keep:]
+    if best in found and best not in kept:
+        kept = [best, *found[-max(1, keep - 1) :]]
+    return [path for path in found if path not in kept]
+
+
 def load_models(checkpoint: Path, learner: Learner) -> None:
-    """Copies a checkpoint's weights into a learner that is not wrapped yet."""
+    """Copies a checkpoint's weights into a learner, sharded or not."""
     if has_adapter(learner.policy):
         saved = load_file(checkpoint / "adapters.safetensors")
         with torch.no_grad():
             for name, parameter in _trained(learner).items():
-                parameter.copy_(saved[name])
+                parameter.copy_(like(saved[name], parameter))
     else:
         load_whole_state(learner.policy, load_policy(str(checkpoint)).state_dict())
         if learner.value_model is not None:

@@ -63,9 +63,10 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
     if "-h" not in arguments and flags <= {f.name for f in dataclasses.fields(DemoConfig)}:
         return demo_command(arguments, prog)
     from dqo.config import dump_options, load_options
-
-    options = load_options(arguments, prog)
     from dqo.inputs import check_options, load_rows, read_tasks
+    from dqo.launcher import obey
+
+    options = obey(load_options(arguments, prog))
 
     check_options(options)
     tasks = read_tasks(options.train.eval_tasks, options.train.verifier)

@@ -128,13 +128,22 @@ class TrainConfig:
     save_steps: int = 500
     """Steps between checkpoints; one is always written at the end."""
     save_total_limit: int = 2
-    """Checkpoints kept."""
+    """Checkpoints kept; the best by metric_for_best_model and the newest always are."""
+    metric_for_best_model: str | None = None
+    """Held-out metric, with or without eval_, that says which evaluation is the best so far; such a one is followed by a
+    checkpoint, which is kept. None: loss under load_best_model_at_end, else no metric."""
+    greater_is_better: bool | None = None
+    """Whether the best has the greatest metric_for_best_model; None: unless its name ends in loss."""
+    load_best_model_at_end: bool = False
+    """The models written at the end are those of the best evaluation, not of the last step."""
     resume_from_checkpoint: str = "auto"
     """"auto" goes on from the last checkpoint in output_dir, "never" refuses a used output_dir; or a checkpoint's directory."""
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Tracker that gets the rows of metrics.jsonl too."""
     run_name: str | None = None
     """The tracker's name of the run; None: output_dir."""
+    project: str | None = None
+    """Project of the tracker (wandb, trackio) that the run is in; None: WANDB_PROJECT, or dqo."""
     use_cpu: bool = False
     """Train on the CPU although there is an accelerator."""
     fsdp: bool = False
@@ -143,6 +152,17 @@ class TrainConfig:
     """Of the data order and of generated answers."""
     dry_run: bool = False
     """Check options and data, print them, and stop before a model is loaded."""
+
+    @property
+    def best_metric(self) -> str | None:
+        """metric_for_best_model, with its default."""
+        return self.metric_for_best_model or ("loss" if self.load_best_model_at_end else None)
+
+    @property
+    def best_is_greatest(self) -> bool:
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return self.best_metric is not None and not self.best_metric.endswith("loss")
 
     def batch_tokens(self, device_type: str) -> int:
         """The micro-batches' budget."""
@@ -177,6 +197,14 @@ class TrainConfig:
         need(self.max_batch_tokens is None or self.max_batch_tokens >= 1, "max_batch_tokens", "at least 1")
         need(self.seed >= 0, "seed", "at least 0")
         need(self.max_steps == -1 or self.max_steps > 0, "max_steps", "positive, or -1 for num_train_epochs")
+        if self.best_metric is not None:
+            option = "metric_for_best_model" if self.metric_for_best_model else "load_best_model_at_end"
+            need(self.eval_steps > 0, "eval_steps", f"above 0 with {option}, which compares evaluations")
+        need(
+            self.best_metric or self.greater_is_better is None,
+            "greater_is_better",
+            "None without metric_for_best_model",
+        )
         need(self.eval_tasks is None or self.verifier is not None, "verifier", "set when eval_tasks is given")
         return found
 

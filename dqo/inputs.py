@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dqo.config import Options
+from dqo.config import Options, TrainConfig
 from dqo.damage import STATE_FILE
 from dqo.errors import UserError
 from dqo.files import is_aside
@@ -67,14 +67,16 @@ def check_options(options: Options, given: Given | None = None) -> None:
         raise UserError(f"output_dir {used} holds other files; choose a new or empty directory")
 
 
+def read(config: TrainConfig, source: Any) -> list[Row]:
+    """Rows as the options say."""
+    return read_rows(source, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold)
+
+
 def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], list[Row]]:
     """Rows to train on and rows held out, by problem; every check of the data that needs no model."""
     config, given = options.train, given or Given()
 
-    def read(source: Any) -> list[Row]:
-        return read_rows(source, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold)
-
-    rows = read(config.dataset_name if given.dataset is None else given.dataset)
+    rows = read(config, config.dataset_name if given.dataset is None else given.dataset)
     check_process_reward(rows, config.dataset_name or "the data set", config.process_reward)
     if options.objective.needs_contrast:  # sft, rft and kto may train on right responses alone
         warning = check_contrast(rows)
@@ -86,14 +88,21 @@ def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], 
     held_source = config.eval_dataset_name if given.eval_dataset is None else given.eval_dataset
     if held_source is None:
         return split_by_prompt(rows, config.eval_fraction, config.seed) if config.eval_fraction else (rows, [])
-    held_out = read(held_source)
-    shared = {prompt_key(row) for row in rows} & {prompt_key(row) for row in held_out}
+    held_out = read(config, held_source)
+    names = config.eval_dataset_name or "eval_dataset", config.dataset_name or "the training rows"
+    shared_prompts({prompt_key(row) for row in rows}, held_out, *names)
+    return rows, held_out
+
+
+def shared_prompts(trained: set[str], rows: list[Row], name: str, trained_name: str) -> None:
+    """Refuses rows for evaluation whose prompts are trained on; `trained` are the prompt keys of those."""
+    shared = [row for row in rows if prompt_key(row) in trained]
     if shared:
         raise UserError(
-            f"{len(shared)} prompts of {config.eval_dataset_name or 'the held-out rows'} are in "
-            f"{config.dataset_name or 'the training rows'} too; held-out rows must be of other problems"
+            f"{len({prompt_key(row) for row in shared})} prompts of {name} are in {trained_name} too (the first: "
+            f"{shared[0].source or repr(shared[0].prompt)[:80]}); take their rows out of one of the two, or give no evaluation "
+            "rows: eval_fraction holds prompts out"
         )
-    return rows, held_out
 
 
 def read_tasks(path: str | None, verifier: str) -> list[dict]:

@@ -8,7 +8,9 @@ import math
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,6 +159,14 @@ def read_metrics(path: Path) -> list[dict]:
     return rows
 
 
+def rows_until(path: Path, position: int) -> list[dict]:
+    """The rows of metrics.jsonl before a checkpoint's position."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        return [json.loads(line) for line in file.read(position).splitlines()]
+
+
 def peak_memory_gb() -> float:
     """Of the GPU where there is one, else of the process."""
     if torch.cuda.is_available():
@@ -164,6 +174,22 @@ def peak_memory_gb() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as metrics.jsonl holds it: callbacks may have added tensors or numpy numbers.
+
+    Raises:
+        UserError: for what is neither a number nor a string.
+    """
+    found = {}
+    for name, value in row.items():
+        if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
+            value = value.item()
+        if not isinstance(value, (bool, int, float, str, type(None))):
+            raise UserError(f"a callback logged {name!r} as a {type(value).__name__}; expected one number or a string")
+        found[name] = value
+    return found
 
 
 def on_the_bar(row: dict[str, float]) -> str:

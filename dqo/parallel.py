@@ -21,6 +21,10 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
+
+from dqo.errors import UserError
+from dqo.launcher import blocks_to_shard
 
 from dqo.errors import UserError
 
@@ -31,10 +35,16 @@ class Processes:
     world: int
     device: torch.device
     fsdp: bool = False
+    local_rank: int = 0  # on its machine
 
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Prints once, beside progress bars."""
+        if self.main:
+            tqdm.write(text)
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -81,9 +91,8 @@ class Processes:
 def start(use_cpu: bool = False, fsdp: bool = False) -> Processes:
     """Joins the process group of the launcher; one process without a launcher."""
     state = PartialState(cpu=use_cpu or not torch.accelerator.is_available())
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # set by accelerate launch --use_fsdp
-    sharded = (fsdp or asked) and state.num_processes > 1
-    return Processes(state.process_index, state.num_processes, state.device, sharded)
+    sharded = fsdp and state.num_processes > 1
+    return Processes(state.process_index, state.num_processes, state.device, sharded, state.local_process_index)
 
 
 def wrap(module: nn.Module, processes: Processes, bf16: bool = False, some_unused: bool = False) -> nn.Module:
@@ -103,7 +112,14 @@ def wrap(module: nn.Module, processes: Processes, bf16: bool = False, some_unuse
     precision = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    blocks = {name for part in module.modules() for name in (getattr(part, "_no_split_modules", None) or ())}
+    own = {name for part in module.modules() for name in (getattr(part, "_no_split_modules", None) or ())}
+    blocks = blocks_to_shard() or own
+    missing = blocks_to_shard() - {type(part).__name__ for part in module.modules()}
+    if missing:
+        raise UserError(
+            f"FSDP_TRANSFORMER_CLS_TO_WRAP={', '.join(sorted(missing))}: the model has no such module; its own blocks are "
+            f"{', '.join(sorted(own)) or 'unknown'}"
+        )
     for part in module.modules():
         if type(part).__name__ in blocks:
             fully_shard(part, mesh=mesh, mp_policy=precision)

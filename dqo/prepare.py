@@ -6,9 +6,10 @@ import copy
 import datetime
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ from dqo.config import Options, TrainConfig
 from dqo.episodes import Episode, fingerprint, make_episodes
 from dqo.errors import UserError
 from dqo.fitness import check_config, check_model, check_positions, check_tokenizer
-from dqo.inputs import Given
+from dqo.inputs import Given, read
 from dqo.learner import Learner
 from dqo.lora import adapter_off, add_adapter, has_adapter, lora_config
 from dqo.models import (
@@ -40,7 +41,7 @@ from dqo.objectives import UNIT_EPISODES
 from dqo.parallel import Processes, gather_objects
 from dqo.reference import add_reference, check_agreement, warn_about_behavior
 from dqo.reference_cache import ReferenceCache, ReferenceId
-from dqo.rows import Row
+from dqo.rows import Row, check_process_reward
 from dqo.value_models import make_value_model
 from dqo_kernels import TokenStats
 
@@ -58,12 +59,16 @@ FREE_OPTIONS = {
     "fsdp",
     "report_to",
     "run_name",
+    "project",
     "output_dir",
     "resume_from_checkpoint",
     "ref_cache_dir",
     "dry_run",
     "save_steps",
     "save_total_limit",
+    "metric_for_best_model",
+    "greater_is_better",
+    "load_best_model_at_end",
     "eval_tasks",
     "verifier",
     "num_generations",
@@ -86,6 +91,8 @@ class Prepared:
     identity: dict  # hashes and options that a continued run must share
     per_step: int  # groups of an optimizer step
     resumed: Path | None  # the checkpoint to go on from
+    tokenized: Callable[[list[Row]], list[Episode]]  # as the options say
+    reference: PreTrainedModel | None  # where it is not the initial policy
 
     @property
     def pad_id(self) -> int:
@@ -94,6 +101,15 @@ class Prepared:
     def episodes(self) -> list[Episode]:
         """The distinct episodes that are trained on."""
         return distinct([e for group in self.groups for e in group])
+
+    def counts(self, eval_fraction: float | None) -> str:
+        """How much is trained on and held out, a line each; `eval_fraction`: the share of the prompts that was asked for."""
+        lines = []
+        for name, episodes in (("training on", self.episodes()), ("held out", distinct(self.held_out))):
+            prompts, tokens = len({e.prompt_index for e in episodes}), sum(e.length for e in episodes)
+            lines.append(f"{name}: {len(episodes):,} responses to {prompts:,} prompts, {tokens:,} tokens")
+        share = "" if eval_fraction is None else f" (eval_fraction {eval_fraction:g} is a share of the prompts)"
+        return "\n".join(lines) + share
 
 
 def distinct(episodes: list[Episode]) -> list[Episode]:
@@ -176,7 +192,45 @@ def prepare(
             config, together, policy, reference, tokenizer.pad_token_id, identity, processes, resumed is not None
         )
     groups = groups_of(episodes, UNIT_EPISODES[objective.unit])
-    return Prepared(processes, tokenizer, learner, groups, held_out, identity, per_step, resumed)
+    return Prepared(processes, tokenizer, learner, groups, held_out, identity, per_step, resumed, tokenized, reference)
+
+
+class Evaluated(NamedTuple):
+    """Rows for evaluation on tokens."""
+
+    all: list[Episode]
+    objective: list[Episode]  # as the objective prepared them
+
+
+def evaluation_episodes(options: Options, given: Given, prepared: Prepared, source: Any) -> tuple[Evaluated, list[Row]]:
+    """Further rows, with their reference columns, when training has begun.
+
+    Args:
+        source: anything that read_rows takes.
+
+    Raises:
+        UserError: when the reference policy was a model object that has been trained in place.
+    """
+    config, objective = options.train, options.objective
+    rows = read(config, source)
+    check_process_reward(rows, "the rows for evaluation", config.process_reward)
+    episodes = prepared.tokenized(rows)
+    prepared_ones = _held_out(objective, episodes)
+    if objective.needs_reference:
+        learner = prepared.learner
+        reference = prepared.reference or learner.reference
+        if reference is None and not has_adapter(learner.policy):
+            if given.model is not None:
+                raise UserError(
+                    "the reference policy of these rows was the given model, which is trained in place: give ref_model, or give "
+                    "the rows to the constructor as eval_dataset"
+                )
+            place = prepared.processes.device, getattr(torch, config.dtype), config.attn_implementation
+            reference = load_policy(config.model_name_or_path, *place)
+        run = prepared.pad_id, prepared.identity, prepared.processes, True
+        with adapter_off(learner.policy):
+            _reference_columns(config, distinct(episodes + prepared_ones), learner.policy, reference, *run)
+    return Evaluated(episodes, prepared_ones), rows
 
 
 def _template_time(config: TrainConfig, tokenizer, processes: Processes) -> datetime.datetime | None:

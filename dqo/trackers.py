@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dqo.config import Options
@@ -22,7 +23,11 @@ class Trackers:
             cpu=processes.device.type == "cpu", log_with=config.report_to, project_dir=config.output_dir
         )
         plain = {n: v if isinstance(v, (int, float, str, bool)) else str(v) for n, v in options.flat().items()}
-        self.accelerator.init_trackers(config.run_name or Path(config.output_dir).name, plain)
+        run = config.run_name or Path(config.output_dir).resolve().name
+        project = config.project or os.environ.get("WANDB_PROJECT") or "dqo"
+        if config.report_to == "tensorboard":  # has no projects: its directory is output_dir/run
+            project = run
+        self.accelerator.init_trackers(project, plain, {"wandb": {"name": run}, "trackio": {"name": run}})
 
     def log(self, row: dict) -> None:
         if self.accelerator is not None:
