@@ -26,8 +26,6 @@ from tqdm import tqdm
 from dqo.errors import UserError
 from dqo.launcher import blocks_to_shard
 
-from dqo.errors import UserError
-
 
 @dataclass(frozen=True)
 class Processes:
