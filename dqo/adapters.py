@@ -49,5 +49,7 @@ def merge(model: PreTrainedModel, path: str, base: str) -> PreTrainedModel:
             merged = PeftModel.from_pretrained(model, path).merge_and_unload()
     except Exception as error:
         raise UserError(f"the adapter {path} cannot be merged into its base {base}: {error}") from error
+    if hasattr(merged, "peft_config"):  # peft 0.18 leaves it
+        del merged.peft_config
     merged.name_or_path = ""  # these weights lie in no directory
     return merged.requires_grad_(True)
