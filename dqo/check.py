@@ -141,11 +141,10 @@ def warnings(rows: list[Row]) -> list[str]:
 
 
 def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
-    from dqo.fitness import check_config, check_positions, check_tokenizer  # imports torch
+    from dqo.fitness import check_positions, check_tokenizer  # imports torch
     from dqo.models import load_config, load_tokenizer
 
     tokenizer, model_config = load_tokenizer(config.model_name_or_path), load_config(config.model_name_or_path)
-    check_config(model_config, config.model_name_or_path)
     check_tokenizer(tokenizer, rows, model_config)
 
     def made(max_length: int) -> list[Episode]:

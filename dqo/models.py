@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from dqo.architecture import disable_dropout, name_trunk
@@ -41,11 +42,20 @@ def load_tokenizer(path: str):
 
 
 def load_config(path: str) -> PreTrainedConfig:
-    """A model's configuration, without its weights."""
+    """The configuration of a causal language model, without its weights."""
     try:
-        return AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"model_name_or_path {path!r} has no model config: {error}") from error
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{path!r} is an encoder and a decoder ({config.model_type}); only causal language models are trained"
+        )
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"{path!r} ({config.model_type}) is no causal language model; transformers has no AutoModelForCausalLM of it"
+        )
+    return config
 
 
 def load_policy(

@@ -19,7 +19,7 @@ from dqo.checkpoint import claim_output
 from dqo.config import Options, TrainConfig
 from dqo.episodes import Episode, fingerprint, make_episodes
 from dqo.errors import UserError
-from dqo.fitness import check_config, check_model, check_positions, check_tokenizer
+from dqo.fitness import check_model, check_positions, check_tokenizer
 from dqo.inputs import Given
 from dqo.learner import Learner
 from dqo.lora import adapter_off, add_adapter, lora_config
@@ -102,7 +102,6 @@ def prepare(
     config, objective = options.train, options.objective
     tokenizer = given.tokenizer or load_tokenizer(config.model_name_or_path)
     model_config = load_config(config.model_name_or_path) if given.model is None else given.model.config
-    check_config(model_config, config.model_name_or_path or type(given.model).__name__)
     check_tokenizer(tokenizer, train_rows + held_rows, model_config)
     vocab_size = model_config.get_text_config().vocab_size
 
@@ -184,7 +183,6 @@ def _reference_config(config: TrainConfig, given: Given, vocab_size: int) -> Pre
     if given.ref_model is None and path is None:
         return None
     its_config = load_config(path) if given.ref_model is None else given.ref_model.config
-    check_config(its_config, path or type(given.ref_model).__name__)
     if (found := its_config.get_text_config().vocab_size) != vocab_size:
         raise UserError(
             f"the reference model {path or ''} has a vocabulary of {found}, the policy of {vocab_size}; a reference policy "
