@@ -86,10 +86,17 @@ def final_softcap(model: PreTrainedModel) -> float | None:
 
 def hidden_positions(model: PreTrainedModel, batch: Batch, bf16: bool = False) -> Tensor:
     """(P, D): last hidden states of all positions of a batch, flattened; bfloat16 where `bf16`, from products in bfloat16."""
+    return hidden_and_router(model, batch, bf16, {})[0]
+
+
+def hidden_and_router(
+    model: PreTrainedModel, batch: Batch, bf16: bool, wanted: dict
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """The hidden states, see `hidden_positions`, and with `wanted` {"output_router_logits": True} each layer's (P, experts)."""
     with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bf16):
-        output = model.base_model(input_ids=batch.input_ids, use_cache=False, **batch.model_inputs)
+        output = model.base_model(input_ids=batch.input_ids, use_cache=False, **batch.model_inputs, **wanted)
     hidden = output.last_hidden_state.flatten(0, 1)
-    return hidden.bfloat16() if bf16 else hidden
+    return hidden.bfloat16() if bf16 else hidden, getattr(output, "router_logits", None)
 
 
 def head_of(model: PreTrainedModel, dtype: torch.dtype) -> dict:

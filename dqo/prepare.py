@@ -37,6 +37,7 @@ from dqo.objectives import UNIT_EPISODES
 from dqo.parallel import Processes
 from dqo.reference import add_reference, check_agreement, warn_about_behavior
 from dqo.reference_cache import ReferenceCache, ReferenceId
+from dqo.router import check_router
 from dqo.rows import Row
 from dqo.value_models import make_value_model
 from dqo_kernels import TokenStats
@@ -140,6 +141,7 @@ def prepare(
     some_ids = (episodes[0].prompt_ids + episodes[0].completion_ids)[-64:]
     for model in filter(None, (policy, reference)):
         check_model(model, some_ids, tokenizer.pad_token_id)
+    check_router(policy, config.router_aux_loss_coef)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes.world
     options_that_bind = {name: value for name, value in options.flat().items() if name not in FREE_OPTIONS}
     identity = {
@@ -255,7 +257,7 @@ def make_learner(options: Options, given: Given, policy: PreTrainedModel, explic
         for model in (policy, value_model):
             if isinstance(model, PreTrainedModel):
                 recompute_activations(model)
-    return Learner(policy, value_model, reference, target, bf16=config.bf16)
+    return Learner(policy, value_model, reference, target, config.bf16, config.router_aux_loss_coef)
 
 
 def base_name(policy: PreTrainedModel) -> str | None:

@@ -35,7 +35,7 @@ LEVELS = [
     {"convert_source", "episodes", "new_model", "reference_cache"},
     {"architecture", "batches", "config", "parallel", "convert_gsm8k", "convert_steps", "convert_forms"},
     {"attention", "check_view", "convert", "metrics", "models", "inputs", "optim", "trackers", "watch"},
-    {"check", "fitness", "lora", "reference", "sample"},
+    {"check", "fitness", "lora", "reference", "router", "sample"},
     {"value_models", "evaluate"},
     {"learner"},
     {"callbacks", "checkpoint", "step"},
