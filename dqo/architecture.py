@@ -46,6 +46,7 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     names = set(model._no_split_modules or ())
     found = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
     found = found or [part for part in model.modules() if type(part).__name__ in names]
+    found = found or [part for parts in model.modules() if isinstance(parts, nn.ModuleList) for part in parts]
     inside = {id(part) for layer in found for part in layer.modules() if part is not layer}
     return [layer for layer in found if id(layer) not in inside]
 

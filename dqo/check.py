@@ -151,11 +151,10 @@ def warnings(rows: list[Row]) -> list[str]:
 
 def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
     from dqo.ends import ends_of
-    from dqo.fitness import check_config, check_positions, check_tokenizer  # imports torch
+    from dqo.fitness import check_positions, check_tokenizer  # imports torch
     from dqo.models import load_config, load_tokenizer, stop_ids
 
     tokenizer, model_config = load_tokenizer(config.model_name_or_path), load_config(config.model_name_or_path)
-    check_config(model_config, config.model_name_or_path)
     check_tokenizer(tokenizer, rows, model_config)
     stops = stop_ids(config.model_name_or_path)
     ends = ends_of(tokenizer, stops, messages=not isinstance(rows[0].prompt, str))

@@ -56,6 +56,11 @@ class TrainConfig:
     lora_target_modules: tuple[str, ...] | None = None
     """Names of the linear layers that get one; None: all of the trunk."""
 
+    router_aux_loss_coef: float | None = None
+    """Factor of the load-balancing loss of a mixture-of-experts policy's router; None or 0: it is not applied. It is of the real
+    tokens of a micro-batch, and a step's is the mean over its micro-batches by tokens: the one loss that depends on how a step is
+    split, exact when a step is one micro-batch."""
+
     eval_dataset_name: str | None = None
     """Rollout file held out for evaluation; without it eval_fraction of the prompts is held out."""
     eval_fraction: float = 0.1
@@ -186,6 +191,8 @@ class TrainConfig:
         for name in ("learning_rate", "critic_learning_rate", "num_train_epochs", "max_grad_norm", "adam_epsilon"):
             need(getattr(self, name) > 0, name, "positive")
         need(self.lora_alpha > 0, "lora_alpha", "positive")
+        coefficient = self.router_aux_loss_coef or 0.0
+        need(0 <= coefficient < math.inf, "router_aux_loss_coef", "at least 0 and finite")
         need(
             self.dtype == "float32" or self.use_peft, "dtype", "float32 without use_peft (--bf16 computes in bfloat16)"
         )

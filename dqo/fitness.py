@@ -12,7 +12,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dqo.episodes import Episode
 from dqo.errors import UserError
@@ -27,18 +26,6 @@ ENDLESS = {"inkling_text", "inkling2_text", "inkling2_loop_text", "jamba", "kimi
 AFTER_PAD = {"camembert", "data2vec-text", "prophetnet", "roberta", "roberta-prelayernorm", "xlm-roberta"}
 AFTER_PAD |= {"xlm-roberta-xl", "xmod"}
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
-
-
-def check_config(config: PreTrainedConfig, name: str) -> None:
-    """Refuses a configuration that is of no causal language model."""
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"{name} is an encoder and a decoder ({config.model_type}); only causal language models are trained"
-        )
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(
-            f"{name} ({config.model_type}) is no causal language model: transformers has no AutoModelForCausalLM of it"
-        )
 
 
 def check_tokenizer(tokenizer, rows: list[Row], config: PreTrainedConfig) -> None:
@@ -164,7 +151,7 @@ def check_head(policy: PreTrainedModel, ids: list[int]) -> None:
         found = head_stats(policy, _hidden(policy, [ids])[0, :-1], actions).logprobs
     expected = logits.float().log_softmax(-1).gather(-1, actions[:, None])[:, 0]
     difference = (found - expected).abs().max().item()
-    rounding = 2 * torch.finfo(logits.dtype).eps * logits.abs().max().item()
+    rounding = 2 * torch.finfo(policy.dtype).eps * logits.abs().max().item()
     if not difference < 1e-3 + rounding:
         raise UserError(
             f"{type(policy).__name__} does more to its logits than a linear head, a factor and a softcap (log-probabilities "

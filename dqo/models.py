@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from dqo.adapters import adapter_base, merge
@@ -57,6 +58,14 @@ def load_config(path: str) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path!r} has no model config: {error}") from error
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{path!r} is an encoder and a decoder ({config.model_type}); only causal language models are trained"
+        )
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"{path!r} ({config.model_type}) is no causal language model; transformers has no AutoModelForCausalLM of it"
+        )
     check_not_quantised(path, config)
     return config
 
@@ -108,10 +117,17 @@ def final_softcap(model: PreTrainedModel) -> float | None:
 
 def hidden_positions(model: PreTrainedModel, batch: Batch, bf16: bool = False) -> Tensor:
     """(P, D): last hidden states of all positions of a batch, flattened; bfloat16 where `bf16`, from products in bfloat16."""
+    return hidden_and_router(model, batch, bf16, {})[0]
+
+
+def hidden_and_router(
+    model: PreTrainedModel, batch: Batch, bf16: bool, wanted: dict
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """The hidden states, see `hidden_positions`, and with `wanted` {"output_router_logits": True} each layer's (P, experts)."""
     with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bf16):
-        output = model.base_model(input_ids=batch.input_ids, use_cache=False, **batch.model_inputs)
+        output = model.base_model(input_ids=batch.input_ids, use_cache=False, **batch.model_inputs, **wanted)
     hidden = output.last_hidden_state.flatten(0, 1)
-    return hidden.bfloat16() if bf16 else hidden
+    return hidden.bfloat16() if bf16 else hidden, getattr(output, "router_logits", None)
 
 
 def head_of(model: PreTrainedModel, dtype: torch.dtype) -> dict:

@@ -22,7 +22,7 @@ from dqo.checkpoint import checkpoints, claim_output, read_state, save_base
 from dqo.config import Options, TrainConfig
 from dqo.episodes import Episode, fingerprint, make_episodes
 from dqo.errors import UserError
-from dqo.fitness import check_config, check_model, check_positions, check_tokenizer
+from dqo.fitness import check_model, check_positions, check_tokenizer
 from dqo.inputs import Given, read
 from dqo.learner import Learner
 from dqo.lora import adapter_off, add_adapter, has_adapter, lora_config
@@ -41,6 +41,7 @@ from dqo.objectives import UNIT_EPISODES
 from dqo.parallel import Processes, gather_objects
 from dqo.reference import add_reference, check_agreement, warn_about_behavior
 from dqo.reference_cache import ReferenceCache, ReferenceId
+from dqo.router import check_router
 from dqo.rows import Row, check_process_reward
 from dqo.value_models import make_value_model
 from dqo_kernels import TokenStats
@@ -124,7 +125,6 @@ def prepare(
     config, objective = options.train, options.objective
     tokenizer = given.tokenizer or load_tokenizer(config.model_name_or_path)
     model_config = load_config(config.model_name_or_path) if given.model is None else given.model.config
-    check_config(model_config, config.model_name_or_path or type(given.model).__name__)
     check_tokenizer(tokenizer, train_rows + held_rows, model_config)
     vocab_size = model_config.get_text_config().vocab_size
 
@@ -167,6 +167,7 @@ def prepare(
     some_ids = (episodes[0].prompt_ids + episodes[0].completion_ids)[-64:]
     for model in filter(None, (policy, reference)):
         check_model(model, some_ids, tokenizer.pad_token_id)
+    check_router(policy, config.router_aux_loss_coef)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes.world
     options_that_bind = {name: value for name, value in options.flat().items() if name not in FREE_OPTIONS}
     identity = {
@@ -272,7 +273,6 @@ def _reference_config(config: TrainConfig, given: Given, vocab_size: int) -> Pre
     if given.ref_model is None and path is None:
         return None
     its_config = load_config(path) if given.ref_model is None else given.ref_model.config
-    check_config(its_config, path or type(given.ref_model).__name__)
     if (found := its_config.get_text_config().vocab_size) != vocab_size:
         raise UserError(
             f"the reference model {path or ''} has a vocabulary of {found}, the policy of {vocab_size}; a reference policy "
@@ -345,7 +345,7 @@ def make_learner(options: Options, given: Given, policy: PreTrainedModel, explic
         for model in (policy, value_model):
             if isinstance(model, PreTrainedModel):
                 recompute_activations(model)
-    return Learner(policy, value_model, reference, target, bf16=config.bf16)
+    return Learner(policy, value_model, reference, target, config.bf16, config.router_aux_loss_coef)
 
 
 def base_of(policy: PreTrainedModel, config: TrainConfig) -> Path | str:

@@ -85,11 +85,13 @@ def accumulate(
     units, size = unit_count(groups, objective.unit), UNIT_EPISODES[objective.unit]
     companion_mean = mean_over_companions(module, learner, objective, groups, processes, max_tokens, pad_id)
     sums: dict[str, Tensor] = {}
+    tokens = sum(e.length for group in groups for e in group)
     for batch, counts, last in Planned(groups, learner, processes, max_tokens, pad_id):
         # the wrappers average over the processes what is to be summed
         scale = processes.world / units if counts else 0.0
+        share = processes.world * batch.tokens / tokens if counts else 0.0
         with without_sync(module, last):
-            loss, more = module(objective_sums, objective, batch, train_policy, scale, companion_mean)
+            loss, more = module(objective_sums, objective, batch, train_policy, scale, companion_mean, share)
             if not torch.isfinite(loss):
                 raise UserError(_not_finite(loss, batch))
             if loss.requires_grad:
@@ -100,7 +102,7 @@ def accumulate(
         sums = metrics.add(sums, more if counts else metrics.none_of(more))
         if not last:
             substep_end()
-    return sums, sum(e.length for group in groups for e in group)
+    return sums, tokens
 
 
 def _not_finite(loss: Tensor, batch: Batch) -> str:

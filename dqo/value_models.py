@@ -78,7 +78,8 @@ def _generic_classifier(config_class: type[PreTrainedConfig]) -> type[PreTrained
     trunk = MODEL_MAPPING[config_class]
     family = next(base for base in trunk.__mro__[1:] if issubclass(base, PreTrainedModel))
     name = f"{trunk.__name__.removesuffix('Model')}ForTokenClassification"
-    fields = {"config_class": config_class, "__module__": __name__}
+    # transformers reads the file of the module to learn what attention and experts the class may be set to
+    fields = {"config_class": config_class, "__module__": trunk.__module__}
     return type(name, (GenericForTokenClassification, family), fields)
 
 

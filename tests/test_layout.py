@@ -57,7 +57,7 @@ LEVELS = [
     {"convert_forms", "convert_gsm8k", "convert_steps", "parallel", "row_tokens"},
     {"callback_args", "convert", "episodes", "optim", "trackers"},
     {"batches", "check_view"},
-    {"attention", "check", "metrics", "models", "reference"},
+    {"attention", "check", "metrics", "models", "reference", "router"},
     {"fitness", "sample", "value_models"},
     {"evaluate", "learner"},
     {"callbacks", "checkpoint", "step"},
