@@ -73,7 +73,8 @@ def unread_keys(tokenizer, rows: list[Row]) -> Counter[str]:
 
 
 def _read(key: str, source: str) -> bool:
-    return any(name in source for name in (_REASONING if key in _REASONING else {key}))
+    names = "|".join(map(re.escape, _REASONING if key in _REASONING else {key}))
+    return re.search(rf"(?<!\w)(?:{names})(?!\w)", source) is not None
 
 
 def prompt_text(tokenizer, row: Row) -> str:
@@ -105,7 +106,8 @@ def completion_after(tokenizer, row: Row, prompt: str, end: str) -> Completion:
     """
     content = completion_text(row)
     message = {} if isinstance(row.completion, str) else row.completion[-1]
-    more = sorted(key for key in message.keys() - _PLAIN if _read(key, template_text(tokenizer)))
+    source = template_text(tokenizer)
+    more = sorted(key for key, value in message.items() if value and key not in _PLAIN and _read(key, source))
     if not more:
         return _opened_once(prompt, Completion(content))
     whole = _render(tokenizer, row, [*row.prompt, message])

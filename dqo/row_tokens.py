@@ -88,8 +88,9 @@ def _encoded(rows: list[Row], tokenizer, ends: Ends, specials: Specials, cuts: C
     for i, row in enumerate(rows):
         needs_text = row.completion_ids is None or row.steps is not None
         try:
-            prompt = None
-            if needs_text or row.prompt_ids is None:
+            if row.prompt_ids is not None:
+                prompt = tokenizer.decode(row.prompt_ids) if needs_text else None
+            else:
                 key = prompt_key(row)
                 if key not in prompts:
                     prompts[key] = prompt_text(tokenizer, row)

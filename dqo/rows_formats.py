@@ -8,7 +8,10 @@
 
 A stepwise row joins its steps with newlines. Its step rewards are its labels as numbers; its reward, unless
 given, is 1 when every label is right (true, or above the threshold) and else 0: steps that are all right are
-taken for a right solution.
+taken for a right solution. A preference row's score_chosen and score_rejected are not read, as is said when they are there:
+scores of any scale in the place of 1 and 0 would be other rewards, and equal ones no preference.
+
+With messages a row may have `tools` and `chat_template_kwargs`, which go to the chat template as TRL's do.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """The reference's columns of a run: from which model, from which cache, checked when."""
 
+import dataclasses
 import datetime
 import json
 
@@ -174,3 +175,32 @@ def test_a_run_whose_template_writes_the_date_goes_on_the_next_day_with_the_same
     path.write_text(json.dumps(state))
     with pytest.raises(UserError, match="time that the chat template was told: None then, 2026-01-06"):
         prepared(files, **options)
+
+
+def test_the_models_end_tokens_and_skipped_rows_reach_training(files, caplog):
+    tok, model = tokenizer(), policy()
+    tok.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if n %}{{ raise_exception('no') }}{% endif %}"
+    )
+    model.generation_config.eos_token_id, model.generation_config._from_model_config = [7], False
+    save(model, tok, files / "chat")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+            "completion_ids": [3 + i % 3, 5, 7],
+            "finish_reason": "stop",
+            "reward": row["reward"],
+        }
+        for i, row in enumerate(rollout_rows())
+    ]
+    rows[4]["chat_template_kwargs"] = {"n": 1}
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"model_name_or_path": files / "chat"}
+    with pytest.raises(UserError, match="^rollouts.jsonl:5: the chat template refuses the messages: no$"):
+        prepared(files, **options)
+    options = options_of(files, **options)
+    options = dataclasses.replace(options, train=dataclasses.replace(options.train, skip_bad_rows=True))
+    episodes = prepare(options, Given(), *load_rows(options), Processes(0, 1, torch.device("cpu"))).episodes()
+    assert {e.completion_ids[-1] for e in episodes} == {7} and len(episodes) == len(rows) - 1
+    assert "They are dropped; 31 rows are left" in caplog.text

@@ -250,3 +250,19 @@ def test_an_error_of_the_template_names_the_row_and_can_be_skipped(caplog):
     tok.chat_template = {"rag": CHATML}
     with pytest.raises(UserError, match="row 1: the chat template refuses the messages: .*no default"):
         made([good], tok)
+
+
+def test_empty_extras_and_words_within_words_are_nothing_that_the_template_reads(caplog):
+    tok = chatml()
+    tok.chat_template = REASONING
+    row = {"prompt": user("two"), "completion": answer("four", reasoning_content="", tool_calls=[], unc=1)}
+    (e,) = made([row], tok)
+    assert tok.decode(e.completion_ids) == "four<|im_end|>"
+    assert "does not read: 'unc' (1 rows)" in caplog.text  # a part of "function" is not the key
+
+
+def test_stored_ids_of_messages_with_steps_need_no_template():
+    row = {"prompt": user("1+"), "completion": answer("2"), "steps": [[0, 1]], "step_rewards": [0.5]}
+    ids = CHARACTERS("2", add_special_tokens=False)["input_ids"]
+    (e,) = made([row | {"prompt_ids": [4], "completion_ids": [*ids, EOS]}], CHARACTERS, process_reward="additive")
+    assert e.rewards.tolist() == [0.5, 1.0]
