@@ -29,7 +29,7 @@ LEVELS = [
     {"verify", "answers", "rows_formats", "report", *(f"objectives.{name}" for name in ("dpo", "dqo", "kto", "dro", "oreo"))},
     {"rows_files", "rows_checks", "objectives", "math_grader"},
     {"rows", "verifiers"},
-    {"convert_source", "episodes", "new_model", "reference_cache"},
+    {"rows_warnings", "convert_source", "episodes", "new_model", "reference_cache"},
     {"batches", "config", "parallel", "convert_gsm8k", "convert_steps", "convert_forms"},
     {"attention", "check_view", "convert", "metrics", "models", "inputs", "optim", "trackers", "watch"},
     {"check", "lora", "reference", "sample"},
