@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 import sys
@@ -16,10 +17,11 @@ from tyro.conf import Positional
 from dqo.check_view import view
 from dqo.episodes import Episode, make_episodes
 from dqo.errors import UserError, printable
-from dqo.rows import Row, check_contrast, check_process_reward, duplicate_count, prompt_key, read_rows
+from dqo.objectives import OBJECTIVES
+from dqo.rows import Row, check_process_reward, duplicate_count, prompt_key, read_rows
+from dqo.rows_warnings import row_warnings
 
 _BAR = 40  # characters of the longest bar
-_UNENDED = 0.1  # share of responses that did not end, from which on it is worth a warning
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class CheckConfig:
     """A response without label counts as correct above this reward."""
     skip_bad_rows: bool = False
     """Leave out rows that fail the checks, and say how many."""
+    method: Literal["dqo", "sft", "rft", "dpo", "kto", "dro", "oreo"] | None = None
+    """Warn of what this objective would make of the rows; None: of what any may."""
+    beta: float | None = None
+    """KL temperature of the method; None: its default."""
 
     def problems(self) -> list[tuple[str, str]]:
         """(field, what is wrong) of every value out of range."""
@@ -73,11 +79,12 @@ def check(config: CheckConfig) -> None:
     """
     if not config.data:
         raise UserError("no file to check; give one or more: dqo check rollouts.jsonl")
+    objective = _objective(config)
     prompts: dict[str, set[str]] = {}
     for path in config.data:
         rows = read_rows(path, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold)
         _table(path, summary(rows))
-        _warn(warnings(rows))
+        _warn(row_warnings(rows, config, objective))
         if config.process_reward is None and any(row.step_rewards is not None for row in rows):
             _warn(
                 [
@@ -95,6 +102,22 @@ def check(config: CheckConfig) -> None:
                 * bool(shared)
             )
         prompts[path] = {prompt_key(row) for row in rows}
+
+
+def _objective(config: CheckConfig) -> Any:
+    if config.method is None:
+        if config.beta is not None:
+            raise UserError("--beta is an option of a method; give --method too")
+        return None
+    made = OBJECTIVES[config.method]
+    if config.beta is None:
+        return made()
+    if "beta" not in {f.name for f in dataclasses.fields(made)}:
+        raise UserError(f"method {config.method} has no beta; remove --beta")
+    objective = made(beta=config.beta)
+    for name, what in objective.problems():
+        raise UserError(f"{name} {what}")
+    return objective
 
 
 def summary(rows: list[Row]) -> dict[str, str]:
@@ -121,31 +144,6 @@ def summary(rows: list[Row]) -> dict[str, str]:
     optional = ("completion_ids", "logprobs", "answer", "prompt_id", "sampling")
     present = {name: sum(getattr(row, name) is not None for row in rows) for name in optional}
     found["other fields"] = ", ".join(f"{name} {count:,}" for name, count in present.items() if count) or "none"
-    return found
-
-
-def warnings(rows: list[Row]) -> list[str]:
-    """What is allowed and yet probably a mistake, or keeps some method from learning."""
-    found = []
-    try:
-        contrast = check_contrast(rows)
-    except UserError as error:  # training refuses these, but for sft and rft
-        contrast = str(error)
-    labels: dict[str, set[bool]] = defaultdict(set)
-    for row in rows:
-        labels[prompt_key(row)].add(row.label)
-    if contrast:
-        found.append(contrast)
-    elif not any(len(both) > 1 for both in labels.values()):
-        found.append("no prompt has both a correct and a wrong response: methods that go by labels find no contrast")
-    repeated = duplicate_count(rows)
-    if repeated:
-        found.append(f"{repeated:,} of {len(rows):,} rows repeat another row's prompt and completion")
-    cut = sum(row.finish_reason == "length" for row in rows) / len(rows)
-    if cut > _UNENDED:
-        found.append(
-            f"{cut:.1%} of the responses did not end; --truncation terminal pays them as they are, bootstrap and drop do not"
-        )
     return found
 
 

@@ -192,7 +192,7 @@ class TrainConfig:
             need(getattr(self, name) > 0, name, "positive")
         need(self.lora_alpha > 0, "lora_alpha", "positive")
         coefficient = self.router_aux_loss_coef or 0.0
-        need(0 <= coefficient < math.inf, "router_aux_loss_coef", "at least 0 and finite")
+        need(coefficient >= 0, "router_aux_loss_coef", "at least 0")
         need(
             self.dtype == "float32" or self.use_peft, "dtype", "float32 without use_peft (--bf16 computes in bfloat16)"
         )

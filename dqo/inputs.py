@@ -15,8 +15,9 @@ from dqo.files import is_aside
 from dqo.lora_options import check_lora_config
 from dqo.model_objects import check_model_object
 from dqo.requirements import check_packages
-from dqo.rows import Row, check_contrast, check_process_reward, duplicate_count, prompt_key, read_rows, split_by_prompt
+from dqo.rows import Row, check_process_reward, prompt_key, read_rows, split_by_prompt
 from dqo.rows_files import read_records
+from dqo.rows_warnings import row_warnings
 from dqo.verifiers import check_answers
 
 logger = logging.getLogger(__name__)
@@ -78,13 +79,8 @@ def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], 
 
     rows = read(config, config.dataset_name if given.dataset is None else given.dataset)
     check_process_reward(rows, config.dataset_name or "the data set", config.process_reward)
-    if options.objective.needs_contrast:  # sft, rft and kto may train on right responses alone
-        warning = check_contrast(rows)
-        if warning:
-            logger.warning(warning)
-    duplicates = duplicate_count(rows)
-    if duplicates:
-        logger.warning("%d of %d rows repeat another row's prompt and completion", duplicates, len(rows))
+    for warning in row_warnings(rows, config, options.objective):
+        logger.warning(warning)
     held_source = config.eval_dataset_name if given.eval_dataset is None else given.eval_dataset
     if held_source is None:
         return split_by_prompt(rows, config.eval_fraction, config.seed) if config.eval_fraction else (rows, [])

@@ -27,6 +27,11 @@ _OURS = {  # what apply_chat_template is called with
     *("padding", "truncation", "max_length", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs"),
     "sanitize_control_tokens",
 }
+_FLOAT32 = 3.4028234663852886e38  # the largest number that training can hold
+_TRUE, _FALSE = (
+    {"1", "true", "yes", "y", "+", "correct", "right", "good"},
+    {"0", "false", "no", "n", "-", "incorrect", "wrong", "bad"},
+)
 _ROUNDING = 1e-5  # a log-probability this little above 0 is 0 up to a sampler's rounding
 
 
@@ -146,7 +151,14 @@ def number(value: Any, name: str) -> float:
     if isinstance(value, bool):
         raise UserError(f"{name} is {shown(value)}, a bool; expected a number: {float(value)}, or use the label column")
     if isinstance(value, str):
-        raise UserError(f"{name} is {shown(value)}, a string; expected a number: cast it with float()")
+        cure = ": cast it with float()"
+        try:
+            float(value)
+        except ValueError:
+            truth = _truth(value)
+            known = f": {float(truth or 0)}, or use the label column with {str(truth).lower()}"
+            cure = ", or drop the row" if truth is None else known
+        raise UserError(f"{name} is {shown(value)}, a string; expected a number{cure}")
     if not isinstance(value, Real):
         raise UserError(f"{name} is {shown(value)}; expected a number, or drop the row")
     try:
@@ -157,7 +169,17 @@ def number(value: Any, name: str) -> float:
         raise UserError(
             f"{name} is {shown(result)}; expected a finite number: score the response again, or drop the row"
         )
+    if abs(result) > _FLOAT32:
+        raise UserError(
+            f"{name} is {shown(result)}, outside of float32, in which training computes; scale it, or drop the row"
+        )
     return result
+
+
+def _truth(value: Any) -> bool | None:
+    """What people who write no booleans mean; None where it is not known."""
+    word = str(value).strip().lower().removesuffix(".0")
+    return True if word in _TRUE else False if word in _FALSE else None
 
 
 def _outcome(record: Record, common: Common, reward_threshold: float) -> tuple[float, bool]:
@@ -165,8 +187,10 @@ def _outcome(record: Record, common: Common, reward_threshold: float) -> tuple[f
     values = record.values
     name, label = record.name("reward"), values.get("label")
     if label is not None and not isinstance(label, bool):
+        truth = _truth(label)
+        meant = "" if truth is None else f": write {str(truth).lower()}"
         raise UserError(
-            f"{record.name('label')} is {shown(label)}; labels are true or false. "
+            f"{record.name('label')} is {shown(label)}; labels are true or false{meant}. "
             "For graded scores use the reward column"
         )
     if "reward" in values:
@@ -190,7 +214,8 @@ def _each(value: Any, name: str, check: Callable[[Any, str], Any]) -> list:
 
 def _numbers(value: Any, name: str) -> list[float]:
     usual = isinstance(value, (list, tuple)) and set(map(type, value)) == {float}  # and fast
-    return list(value) if usual and all(map(math.isfinite, value)) else _each(value, name, number)
+    usual = usual and all(map(math.isfinite, value)) and max(map(abs, value)) <= _FLOAT32
+    return list(value) if usual else _each(value, name, number)
 
 
 def _steps(record: Record, text: str) -> tuple[list[tuple[int, int]] | None, list[float] | None]:

@@ -219,6 +219,8 @@ WARNED = {
         "no prompt has responses with different rewards (2 responses, 2 prompts)",
     ),
     "duplicates": (lines(RIGHT, RIGHT, WRONG), "1 of 3 rows repeat another row's prompt and completion"),
+    "unended": (lines(RIGHT | {"finish_reason": "length"}, WRONG), "50.0% of the responses did not end"),
+    "large rewards": (lines(RIGHT | {"reward": 30}, WRONG), "asks for log(pi/ref) of 300 nats"),
 }
 
 
@@ -232,7 +234,7 @@ def test_what_is_allowed_and_odd_is_warned_of(name, tmp_path, model, caplog, cap
         dqo_command(["train", "--dataset_name", str(path), *options])
     assert part in caplog.text
     capsys.readouterr()
-    dqo_command(["check", str(path)])
+    dqo_command(["check", str(path), "--method", "dqo"])
     assert part in capsys.readouterr().out
 
 
