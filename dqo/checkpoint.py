@@ -27,7 +27,7 @@ from dqo.config import Options, dump_options
 from dqo.damage import STATE_FILE, check_whole, newest_whole, put_away, read_state, write_state
 from dqo.errors import UserError
 from dqo.files import aside as aside_of
-from dqo.files import remove_asides, sync, write_whole
+from dqo.files import remove_asides, sync, write_whole, writing
 from dqo.learner import Learner
 from dqo.lora import base_state, has_adapter, merged_state, save_adapter
 from dqo.models import load_policy
@@ -111,19 +111,20 @@ def _sync_tree(directory: Path) -> None:
 def publish_models(directory: Path, learner: Learner, tokenizer, processes: Processes) -> None:
     """Puts the models into a directory that holds other files. Each file is whole whenever it exists. All processes call it."""
     beside = aside_of(directory / "models")
-    save_models(beside, learner, tokenizer, processes)
-    if not processes.main:
-        return
-    _sync_tree(beside)
-    folders = [beside, *(path for path in sorted(beside.rglob("*")) if path.is_dir())]
-    for folder in folders:
-        target = directory / folder.relative_to(beside)
-        target.mkdir(exist_ok=True)
-        for path in folder.iterdir():
-            if path.is_file():
-                path.replace(target / path.name)
-        sync(target)
-    shutil.rmtree(beside)
+    with writing(directory, beside):
+        save_models(beside, learner, tokenizer, processes)
+        if not processes.main:
+            return
+        _sync_tree(beside)
+        folders = [beside, *(path for path in sorted(beside.rglob("*")) if path.is_dir())]
+        for folder in folders:
+            target = directory / folder.relative_to(beside)
+            target.mkdir(exist_ok=True)
+            for path in folder.iterdir():
+                if path.is_file():
+                    path.replace(target / path.name)
+            sync(target)
+        shutil.rmtree(beside)
 
 
 def save_checkpoint(
@@ -146,17 +147,20 @@ def save_checkpoint(
         adapters = {name: whole(parameter.detach()).contiguous() for name, parameter in _trained(learner).items()}
     target = {} if learner.target is None else whole_state(learner.target)
     optimizer = optimizer_tensors(optimizers)
-    save_models(aside, learner, tokenizer, processes, value_model=not adapters)
+    with writing(final, aside):
+        save_models(aside, learner, tokenizer, processes, value_model=not adapters)
+        if processes.main:
+            for name, tensors in (("adapters", adapters), ("target", target), ("optimizer", optimizer)):
+                if tensors:
+                    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+                    save_file(contiguous, aside / f"{name}.safetensors")
+            write_state(aside, state)
+            _sync_tree(aside)
+            if final.exists():
+                final.rename(aside_of(final))
+            aside.rename(final)
+            sync(output_dir)
     if processes.main:
-        for name, tensors in (("adapters", adapters), ("target", target), ("optimizer", optimizer)):
-            if tensors:
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside / f"{name}.safetensors")
-        write_state(aside, state)
-        _sync_tree(aside)
-        if final.exists():
-            final.rename(aside_of(final))
-        aside.rename(final)
-        sync(output_dir)
         for old in surplus(checkpoints(output_dir), keep, best):
             old.rename(aside_of(old))  # at once, then file by file: half a checkpoint must not look like one
         remove_asides(output_dir)
@@ -226,7 +230,8 @@ def claim_output(options: Options, identity: dict, processes: Processes) -> Path
     output_dir = Path(options.train.output_dir)
     chosen, damaged = processes.from_main(lambda: _chosen(options, identity))
     if processes.main:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        with writing(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
         remove_asides(output_dir)
         for path, message in damaged.items():
             logger.warning("%s. It is now %s; going on from %s", message, put_away(path), chosen)

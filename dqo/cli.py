@@ -6,6 +6,7 @@ torch is imported only by what needs it, so that help and wrong options answer a
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
 import sys
@@ -15,6 +16,18 @@ from pathlib import Path
 from dqo import signals
 from dqo.errors import UserError, did_you_mean, printable
 
+# What a machine does to any command, and no traceback explains.
+_ENVIRONMENT = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOSPC,
+    errno.EPERM,
+}
+_ENVIRONMENT |= {errno.EROFS, errno.ESTALE}
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # of those that a launcher starts: it speaks for all
 
 
@@ -53,6 +66,11 @@ def _run(command: Callable[[], None]) -> None:
     except BrokenPipeError:  # `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT:
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
 
 
 def train_command(arguments: list[str], prog: str = "dqo train") -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from dqo.config import Options, TrainConfig, command_line
 from dqo.errors import UserError
+from dqo.files import write_whole, writing
 from dqo.objectives import DPO, DQO, RFT, SFT, UNIT_EPISODES
 from dqo.tasks.arith import VOCABULARY, ArithTask
 
@@ -257,12 +258,17 @@ def _claim(output: Path, config: DemoConfig, recipe: Recipe) -> None:
     identity = {"seed": config.seed, "recipe": dataclasses.asdict(recipe)}
     marker = output / "demo.json"
     if marker.exists():
-        if json.loads(marker.read_text()) != identity:
+        try:
+            found = json.loads(marker.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{marker} is damaged; choose another output_dir, or delete {output}") from error
+        if found != identity:
             raise UserError(
                 f"output_dir {output} holds a demonstration with another seed or recipe; choose another directory"
             )
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output_dir {output} is in use; choose another with --output_dir")
-    output.mkdir(parents=True, exist_ok=True)
-    marker.write_text(json.dumps(identity, indent=1))
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+    write_whole(marker, json.dumps(identity, indent=1).encode())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from dqo.errors import UserError
 
 
 def sync(path: Path) -> None:
@@ -41,12 +45,30 @@ def remove_asides(directory: Path, older_than: float = 0.0) -> None:
             continue
 
 
+@contextlib.contextmanager
+def writing(path: Path, beside: Path | None = None) -> Iterator[None]:
+    """Whatever keeps `path` from being written, a full disk for one, becomes a UserError that names it. `beside`, which is
+    half-written then, is deleted."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and "(os error " not in str(error):  # as libraries written in Rust say it
+            raise
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                beside.unlink()
+        what = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be written: {what}. What was there before is whole") from error
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces `path` by `content` at once."""
     beside = aside(path)
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    sync(path.parent)
+    with writing(path, beside):
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        sync(path.parent)

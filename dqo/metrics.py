@@ -17,7 +17,7 @@ from torch import Tensor
 from dqo.batches import Batch
 from dqo.damage import put_away
 from dqo.errors import UserError
-from dqo.files import write_whole
+from dqo.files import write_whole, writing
 from dqo.objectives.sums import mean_metric
 from dqo_kernels import TokenStats
 
@@ -101,7 +101,9 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, position: int = 0, crc32: int | None = None):
-        path.touch()
+        self.path = path
+        with writing(path):
+            path.touch()
         rows = path.read_bytes()[:position]
         lost = None
         if len(rows) < position:
@@ -114,21 +116,22 @@ class MetricsFile:
             write_whole(path, rows)
             count = rows.count(b"\n")
             logger.warning("%s %s: rows of finished steps are lost, %d are left; it is now %s", path, lost, count, away)
-        self.file = path.open("r+")
+        self.file = path.open("r+b", buffering=0)  # nothing is left in a buffer when the disk is full
         self.file.truncate(len(rows))
         self.file.seek(len(rows))
         self.crc32 = zlib.crc32(rows)  # of all rows
 
     def write(self, row: dict) -> None:
-        line = json.dumps(row) + "\n"
-        self.file.write(line)
-        self.file.flush()
-        self.crc32 = zlib.crc32(line.encode(), self.crc32)
+        line = (json.dumps(row) + "\n").encode()
+        self.crc32 = zlib.crc32(line, self.crc32)
+        with writing(self.path):
+            while line:
+                line = line[self.file.write(line) :]
 
     def position(self) -> int:
         """Where the next row begins; every row before it is on the disk, because a checkpoint will rely on it."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with writing(self.path):
+            os.fsync(self.file.fileno())
         return self.file.tell()
 
     def close(self) -> None:

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dqo.errors import printable
+from dqo.files import write_whole, writing
 from dqo.report_plots import draw_all
 from dqo.statistics import (
     Interval,
@@ -99,9 +100,10 @@ def write_report(directory: str | Path, report: dict) -> Path:
         "report.html": _html(report, results, verdict),
     }
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        (directory / name).write_text(text, encoding="utf-8")
+        write_whole(directory / name, text.encode())
     return directory / "report.html"
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from dqo.config import Options
+from dqo.files import writing
 from dqo.parallel import Processes
 
 
@@ -15,6 +16,7 @@ class Trackers:
     def __init__(self, options: Options, processes: Processes):
         self.accelerator = None
         config = options.train
+        self.directory = Path(config.output_dir)
         if config.report_to == "none":
             return
         from accelerate import Accelerator
@@ -31,8 +33,10 @@ class Trackers:
 
     def log(self, row: dict) -> None:
         if self.accelerator is not None:
-            self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+            with writing(self.directory):
+                self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
     def close(self) -> None:
         if self.accelerator is not None:
-            self.accelerator.end_training()
+            with writing(self.directory):
+                self.accelerator.end_training()

@@ -163,8 +163,7 @@ def between_the_metrics_line_and_the_checkpoint(output_dir):
 
 def in_the_middle_of_a_metrics_line(output_dir):
     def half(log, row):
-        log.file.write(json.dumps(row)[:40])
-        log.file.flush()
+        log.file.write(json.dumps(row)[:40].encode())
 
     MetricsFile.write = at_call(5, MetricsFile.write, before=half)
 

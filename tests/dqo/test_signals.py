@@ -194,30 +194,24 @@ def test_in_another_thread_training_leaves_the_signals_alone(data, tmp_path):  #
     assert found == [6] and [signal.getsignal(n) for n in STATUS] == before
 
 
-def test_one_of_two_processes_is_signalled_and_both_stop_at_one_step(data, tmp_path):  # noqa: F811
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-        "--multi_gpu",
-    ]
+def launch(module, *options):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
     environment = {"OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT)}
+    command += ["--multi_gpu", "-m", module, *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_one_of_two_processes_is_signalled_and_both_stop_at_one_step(data, tmp_path):  # noqa: F811
     options = arguments(data, tmp_path / "out")
-    done = subprocess.run(
-        [*launch, "-m", "tests.dqo.run_signalled", *options],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = launch("tests.dqo.run_signalled", *options)
     assert done.returncode != 0
     assert re.findall(r"exitcode *: *(\d+)", done.stderr).count("143") >= 1, done.stderr[-3000:]
     assert "SIGTERM: stopped after step 5 of 21" in done.stdout
     state = json.loads((tmp_path / "out" / "checkpoint-5" / "dqo_state.json").read_text())
     assert state["counters"]["step"] == 5
     assert not re.search(r'File ".*/dqo/', done.stderr)  # the launcher's own traceback is there
+    (tmp_path / "out" / "checkpoint-5" / "optimizer.safetensors").write_bytes(b"")
+    done = launch("dqo.train", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("checkpoint-5 is damaged: optimizer.safetensors was altered or cut") == 1
+    assert f"going on from {tmp_path}/out/checkpoint-3, step 3 of 21" in done.stdout
