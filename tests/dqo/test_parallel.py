@@ -30,7 +30,13 @@ RUNS = {
     "packed": {"padding_free": "True", "max_batch_tokens": 60},
     "adapter": {"use_peft": True, "lora_r": 2, "kl_coef": 0.1},
     "checkpointing": {"gradient_checkpointing": True},
-    "best": {"eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 0.1, "save_total_limit": 1},
+    # the greatest loss is an early one: weights of an earlier step are put back into the wrapped models
+    "best": {
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": "True",
+    },
     "one group a step": {"per_device_train_batch_size": 1, "max_steps": 4},  # one process has nothing of it
 }
 
