@@ -53,8 +53,8 @@ class DQOTrainer:
     """Trains a policy, and its value model, on stored responses.
 
     Args:
-        model: directory or hub name of a causal language model, or such a model; it is trained in place. None: the option
-            model_name_or_path.
+        model: directory or hub name of a causal language model, or such a model; it is trained in place, in float32 unless
+            adapters are. None: the option model_name_or_path.
         args: the options.
         train_dataset, eval_dataset: path of a rollout file, hub name, list of dicts, or datasets.Dataset, in any form that a file
             may have. None: the options dataset_name and eval_dataset_name.
@@ -127,7 +127,10 @@ class DQOTrainer:
     def save_model(self, output_dir: str | Path) -> None:
         """Policy (or its adapter), tokenizer and critic/, as transformers loads them."""
         trainer = self._begin()
-        checkpoint.save_models(Path(output_dir), trainer.learner, trainer.prepared.tokenizer, trainer.processes)
+        prepared = trainer.prepared
+        checkpoint.save_models(
+            Path(output_dir), trainer.learner, prepared.tokenizer, trainer.processes, dtype=prepared.save_dtype
+        )
 
     @property
     def model(self) -> PreTrainedModel:

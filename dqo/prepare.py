@@ -25,6 +25,7 @@ from dqo.models import (
     architecture_hash,
     check_head,
     final_softcap,
+    load_config,
     load_policy,
     load_tokenizer,
     policy_stats,
@@ -59,6 +60,7 @@ FREE_OPTIONS = {
     "resume_from_checkpoint",
     "ref_cache_dir",
     "dry_run",
+    "save_dtype",
     "save_steps",
     "save_total_limit",
     "eval_tasks",
@@ -80,6 +82,7 @@ class Prepared:
     identity: dict  # hashes and options that a continued run must share
     per_step: int  # groups of an optimizer step
     resumed: Path | None  # the checkpoint to go on from
+    save_dtype: torch.dtype | None  # of the final models; None: as they are trained
 
     @property
     def pad_id(self) -> int:
@@ -129,6 +132,9 @@ def prepare(
         policy = load_policy(config.model_name_or_path, processes.device, dtype, config.attn_implementation)
     else:
         ready(policy, processes.device)
+    save_dtype = _save_dtype(config, given)
+    if not config.use_peft and given.peft_config is None:
+        policy.float()  # weights in 16 bits would not take small updates
     reference = _explicit_reference(config, given, vocab_size, processes.device)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes.world
     options_that_bind = {name: value for name, value in options.flat().items() if name not in FREE_OPTIONS}
@@ -160,7 +166,7 @@ def prepare(
             if isinstance(model, PreTrainedModel):
                 recompute_activations(model)
     groups = groups_of(episodes, UNIT_EPISODES[objective.unit])
-    return Prepared(processes, tokenizer, learner, groups, held_out, identity, per_step, resumed)
+    return Prepared(processes, tokenizer, learner, groups, held_out, identity, per_step, resumed, save_dtype)
 
 
 def _held_out(objective: Any, episodes: list[Episode]) -> list[Episode]:
@@ -241,6 +247,14 @@ def make_learner(options: Options, given: Given, policy: PreTrainedModel, explic
     if peft_config is not None:
         add_adapter(policy, peft_config, str(base_of(policy, config)))
     return Learner(policy, value_model, reference, target, bf16=config.bf16)
+
+
+def _save_dtype(config: TrainConfig, given: Given) -> torch.dtype | None:
+    """Of the final models: the option's, or that of the model's files; None (as trained) where adapters are trained."""
+    told = config.save_dtype
+    if told is None and not config.use_peft and given.peft_config is None:
+        told = load_config(config.model_name_or_path).dtype if given.model is None else given.model.dtype
+    return None if told is None else getattr(torch, str(told).removeprefix("torch."))
 
 
 def base_of(policy: PreTrainedModel, config: TrainConfig) -> Path | str:

@@ -243,7 +243,10 @@ class Trainer:
         """Writes the final models to output_dir, and closes the files."""
         if self.log is not None:
             self.log.close()
-        checkpoint.publish_models(self.output_dir, self.learner, self.prepared.tokenizer, self.processes)
+        prepared = self.prepared
+        checkpoint.publish_models(
+            self.output_dir, self.learner, prepared.tokenizer, self.processes, prepared.save_dtype
+        )
         self.trackers.close()
         self.callbacks.train_end()
         self.processes.barrier()
