@@ -85,8 +85,8 @@ class DQOTrainer:
     """Trains a policy, and its value model, on stored responses.
 
     Args:
-        model: directory or hub name of a causal language model, or such a model; it is trained in place. None: the option
-            model_name_or_path.
+        model: directory or hub name of a causal language model, or such a model; it is trained in place, in float32 unless
+            adapters are. None: the option model_name_or_path.
         args: the options.
         train_dataset, eval_dataset: path of a rollout file, hub name, list of dicts, or datasets.Dataset, in any form that a file
             may have. None: the options dataset_name and eval_dataset_name.
@@ -248,12 +248,12 @@ class DQOTrainer:
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Policy (or its adapter), tokenizer and critic/, as transformers loads them. None: the option output_dir."""
         trainer = self._begin()
+        prepared = trainer.prepared
+        models = trainer.learner, prepared.tokenizer, trainer.processes
         if output_dir is None:
-            checkpoint.publish_models(
-                trainer.output_dir, trainer.learner, trainer.prepared.tokenizer, trainer.processes
-            )
+            checkpoint.publish_models(trainer.output_dir, *models, dtype=prepared.save_dtype)
         else:
-            checkpoint.save_models(Path(output_dir), trainer.learner, trainer.prepared.tokenizer, trainer.processes)
+            checkpoint.save_models(Path(output_dir), *models, dtype=prepared.save_dtype)
 
     def save_state(self) -> None:
         """trainer_state.json in output_dir, as transformers writes it; a run goes on from checkpoints, not from this file."""

@@ -13,6 +13,8 @@ Tensors are whole, however they were sharded: a run may go on with another numbe
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
 import re
 import shutil
@@ -69,20 +71,45 @@ def _trained(learner: Learner) -> dict[str, nn.Parameter]:
     }
 
 
-def save_models(directory: Path, learner: Learner, tokenizer, processes: Processes, value_model: bool = True) -> None:
-    """Policy (or its adapter) and value model (its adapter merged) as transformers loads them. All processes must call it."""
-    policy = whole_state(learner.policy)
+def _in_dtype(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """A state dict with its numbers in `dtype`, but for what the model's class keeps in float32; tied tensors stay one."""
+    if dtype is None:
+        return state
+    exact = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    exact += getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    cast: dict[int, Tensor] = {}
+    for name, tensor in state.items():
+        kept = not tensor.is_floating_point() or any(part in name.split(".") for part in exact)
+        cast.setdefault(id(tensor), tensor if kept else tensor.to(dtype))
+    return {name: cast[id(tensor)] for name, tensor in state.items()}
+
+
+def save_models(
+    directory: Path,
+    learner: Learner,
+    tokenizer,
+    processes: Processes,
+    value_model: bool = True,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Policy (or its adapter) and value model (its adapter merged) as transformers loads them, in `dtype` or as they are. All
+    processes must call it."""
+    policy = _in_dtype(learner.policy, whole_state(learner.policy), dtype)
     critic = None
     if learner.value_model is not None and value_model:
         critic = learner.value_model.state_dict()
         if has_adapter(learner.value_model):
             critic = merged_state(learner.value_model)
-        critic = {name: whole(tensor) for name, tensor in critic.items()}
+        critic = _in_dtype(learner.value_model, {name: whole(tensor) for name, tensor in critic.items()}, dtype)
     if processes.main:
         if has_adapter(learner.policy):
             save_adapter(learner.policy, policy, directory)
         else:
             learner.policy.save_pretrained(directory, state_dict=policy)
+            if dtype is not None:  # it wrote the dtype that the weights have here
+                described = copy.deepcopy(learner.policy.config)
+                described.dtype = dtype
+                described.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         if critic is not None:
             save_value_model(learner.value_model, critic, directory / "critic")
@@ -108,11 +135,14 @@ def _sync_tree(directory: Path) -> None:
         sync(path)
 
 
-def publish_models(directory: Path, learner: Learner, tokenizer, processes: Processes) -> None:
-    """Puts the models into a directory that holds other files. Each file is whole whenever it exists. All processes call it."""
+def publish_models(
+    directory: Path, learner: Learner, tokenizer, processes: Processes, dtype: torch.dtype | None = None
+) -> None:
+    """Puts the models, in `dtype` or as they are, into a directory that holds other files. Each file is whole whenever it exists.
+    All processes must call it."""
     beside = aside_of(directory / "models")
     with writing(directory, beside):
-        save_models(beside, learner, tokenizer, processes)
+        save_models(beside, learner, tokenizer, processes, dtype=dtype)
         if not processes.main:
             return
         _sync_tree(beside)

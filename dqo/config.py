@@ -41,6 +41,9 @@ class TrainConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights as they are kept; bfloat16 only for the frozen ones under use_peft."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the models that are written to output_dir at the end; None: what the files of model_name_or_path have, and float32 for
+    adapters and their value model. Checkpoints keep the weights as they are trained, so that a run can go on exactly."""
     bf16: bool = False
     """Products in bfloat16 (autocast); weights, optimizer states and the loss stay float32."""
     attn_implementation: str | None = None

@@ -65,6 +65,7 @@ FREE_OPTIONS = {
     "resume_from_checkpoint",
     "ref_cache_dir",
     "dry_run",
+    "save_dtype",
     "save_steps",
     "save_total_limit",
     "metric_for_best_model",
@@ -94,6 +95,7 @@ class Prepared:
     resumed: Path | None  # the checkpoint to go on from
     tokenized: Callable[[list[Row]], list[Episode]]  # as the options say
     reference: PreTrainedModel | None  # where it is not the initial policy
+    save_dtype: torch.dtype | None  # of the final models; None: as they are trained
 
     @property
     def pad_id(self) -> int:
@@ -163,6 +165,9 @@ def prepare(
         policy = load_policy(config.model_name_or_path, processes.device, dtype, config.attn_implementation)
     else:
         ready(policy, processes.device)
+    save_dtype = _save_dtype(config, given)
+    if not config.use_peft and given.peft_config is None:
+        policy.float()  # weights in 16 bits would not take small updates
     reference = _explicit_reference(config, given, processes.device)
     some_ids = (episodes[0].prompt_ids + episodes[0].completion_ids)[-64:]
     for model in filter(None, (policy, reference)):
@@ -193,7 +198,9 @@ def prepare(
             config, together, policy, reference, tokenizer.pad_token_id, identity, processes, resumed is not None
         )
     groups = groups_of(episodes, UNIT_EPISODES[objective.unit])
-    return Prepared(processes, tokenizer, learner, groups, held_out, identity, per_step, resumed, tokenized, reference)
+    return Prepared(
+        processes, tokenizer, learner, groups, held_out, identity, per_step, resumed, tokenized, reference, save_dtype
+    )
 
 
 class Evaluated(NamedTuple):
@@ -346,6 +353,14 @@ def make_learner(options: Options, given: Given, policy: PreTrainedModel, explic
             if isinstance(model, PreTrainedModel):
                 recompute_activations(model)
     return Learner(policy, value_model, reference, target, config.bf16, config.router_aux_loss_coef)
+
+
+def _save_dtype(config: TrainConfig, given: Given) -> torch.dtype | None:
+    """Of the final models: the option's, or that of the model's files; None (as trained) where adapters are trained."""
+    told = config.save_dtype
+    if told is None and not config.use_peft and given.peft_config is None:
+        told = load_config(config.model_name_or_path).dtype if given.model is None else given.model.dtype
+    return None if told is None else getattr(torch, str(told).removeprefix("torch."))
 
 
 def base_of(policy: PreTrainedModel, config: TrainConfig) -> Path | str:

@@ -341,7 +341,10 @@ class Trainer:
 
     def finish(self) -> None:
         """Writes the final models to output_dir, and closes the files."""
-        checkpoint.publish_models(self.output_dir, self.learner, self.prepared.tokenizer, self.processes)
+        prepared = self.prepared
+        checkpoint.publish_models(
+            self.output_dir, self.learner, prepared.tokenizer, self.processes, prepared.save_dtype
+        )
         self.callbacks.call("on_train_end")
         self.recorder.close()
         self.processes.barrier()

@@ -134,6 +134,7 @@ def save_value_model(value_model: nn.Module, state: dict[str, Tensor], directory
         return
     with torch.device("meta"):
         plain = type(value_model)(value_model.config)  # without adapters or shards: only its names and config are used
+        plain.to(next(iter(state.values())).dtype)
     plain.save_pretrained(directory, state_dict=state)
 
 
