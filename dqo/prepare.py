@@ -19,10 +19,10 @@ from dqo.checkpoint import claim_output
 from dqo.config import Options, TrainConfig
 from dqo.episodes import Episode, fingerprint, make_episodes
 from dqo.errors import UserError
-from dqo.fitness import check_model, check_positions, check_tokenizer
+from dqo.fitness import check_adapter, check_model, check_positions, check_tokenizer
 from dqo.inputs import Given
 from dqo.learner import Learner
-from dqo.lora import adapter_off, add_adapter, lora_config
+from dqo.lora import adapter_off, add_adapter, has_adapter, lora_config
 from dqo.models import (
     architecture_hash,
     final_softcap,
@@ -156,6 +156,9 @@ def prepare(
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
             attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
     learner = make_learner(options, given, policy, reference)
+    for model in (policy, learner.value_model):
+        if isinstance(model, PreTrainedModel) and has_adapter(model):
+            check_adapter(model, some_ids)
     resumed = claim_output(options, identity, processes)
     if objective.needs_reference:
         together = distinct(episodes + held_out)
