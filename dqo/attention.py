@@ -231,7 +231,11 @@ def _head_dim(text: PreTrainedConfig) -> int:
     layers = [text]
     if getattr(text, "per_layer_config", None):
         layers = [text.per_layer_config[i] for i in range(text.num_hidden_layers)]
-    return max(getattr(t, "head_dim", None) or t.hidden_size // t.num_attention_heads for t in layers)
+    # without attention there is no head to be too wide
+    return max(
+        getattr(t, "head_dim", None) or t.hidden_size // getattr(t, "num_attention_heads", t.hidden_size)
+        for t in layers
+    )
 
 
 def _not_causal(config: PreTrainedConfig) -> str | None:
