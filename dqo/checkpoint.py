@@ -14,7 +14,6 @@ Tensors are whole, however they were sharded: a run may go on with another numbe
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import re
 import shutil

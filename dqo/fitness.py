@@ -116,6 +116,13 @@ def check_model(model: PreTrainedModel, ids: list[int], pad_id: int) -> None:
     check_head(model, ids)
 
 
+@torch.no_grad()
+def check_adapter(model: PreTrainedModel, ids: list[int]) -> None:
+    """Refuses a model that cannot be run with the adapters that it has: layers of its own kind look like linear ones to peft."""
+    with _readable_failure(f"{type(model).__name__} with adapters", "; name other layers by --lora_target_modules"):
+        _hidden(model, [ids])
+
+
 def _hidden(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
     """(B, L, D)."""
     inputs = torch.tensor(rows, device=model.device)
@@ -131,14 +138,14 @@ def _apart(found: Tensor, expected: Tensor) -> float:
 
 
 @contextmanager
-def _readable_failure(name: str) -> Iterator[None]:
+def _readable_failure(name: str, cure: str = "; it is not supported") -> Iterator[None]:
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name} cannot be run on token ids alone ({reason}); it is not supported") from error
+        raise UserError(f"{name} cannot be run on token ids alone ({reason}){cure}") from error
 
 
 @torch.no_grad()

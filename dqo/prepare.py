@@ -22,7 +22,7 @@ from dqo.checkpoint import checkpoints, claim_output, read_state, save_base
 from dqo.config import Options, TrainConfig
 from dqo.episodes import Episode, fingerprint, make_episodes
 from dqo.errors import UserError
-from dqo.fitness import check_model, check_positions, check_tokenizer
+from dqo.fitness import check_adapter, check_model, check_positions, check_tokenizer
 from dqo.inputs import Given, read
 from dqo.learner import Learner
 from dqo.lora import adapter_off, add_adapter, has_adapter, lora_config
@@ -189,6 +189,9 @@ def prepare(
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
             attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
     learner = make_learner(options, given, policy, reference)
+    for model in (policy, learner.value_model):
+        if isinstance(model, PreTrainedModel) and has_adapter(model):
+            check_adapter(model, some_ids)
     resumed = claim_output(options, identity, processes)
     if has_adapter(policy) and not policy.name_or_path and processes.main:
         save_base(policy, base_of(policy, config), again=resumed is None)

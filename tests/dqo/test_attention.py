@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.small_models import small_config
 from dqo import attention
 from dqo.architecture import recompute_activations
 from dqo.batches import collate, groups_of
@@ -309,3 +310,11 @@ def test_packing_is_not_saved_with_the_model(tmp_path):
     made.save_pretrained(tmp_path)
     assert attention.NAME not in (tmp_path / "config.json").read_text()
     assert not attention.packs(type(made).from_pretrained(tmp_path))
+
+
+def test_a_model_with_heads_of_several_sizes_says_why_its_batches_are_padded():
+    config = small_config("gemma4_text")
+    assert attention._head_dim(config) == max(
+        layer.head_dim for layer in (config.per_layer_config[i] for i in range(2))
+    )
+    assert "no attention kernel" in attention.unavailable(config, torch.device("cpu"), torch.float32)

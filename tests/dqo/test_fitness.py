@@ -211,3 +211,14 @@ def test_a_model_that_cannot_be_trained_is_refused_before_output_dir_is_used(fil
     with pytest.raises(UserError, match="RwkvForCausalLM changes its own weights"):
         trained_on(files)
     assert not (files / "out").exists()
+
+
+def test_adapters_on_layers_that_only_look_linear_are_refused_before_output_dir_is_used(files):
+    model = small_model("llama4", vocab_size=20)
+    tokens = AutoTokenizer.from_pretrained(files / "model")
+    model.save_pretrained(files / "model")
+    tokens.save_pretrained(files / "model")
+    flags = [*arguments(files), "--use_peft"]
+    with pytest.raises(UserError, match="Llama4ForCausalLM with adapters cannot be run .*--lora_target_modules"):
+        train(load_options(flags))
+    assert not (files / "out").exists()
