@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from dqo.errors import UserError
+from dqo.option_values import FLOAT32_MAX
 from dqo.rows_formats import Record, shown
 from dqo.verify import line_spans
 
@@ -140,6 +141,8 @@ def number(value: Any, name: str) -> float:
         raise UserError(
             f"{name} is {shown(result)}; expected a finite number: score the response again, or drop the row"
         )
+    if abs(result) > FLOAT32_MAX:
+        raise UserError(f"{name} is {result}; float32 holds at most {FLOAT32_MAX:.2g}: rescale it, or drop the row")
     return result
 
 
@@ -173,7 +176,9 @@ def _each(value: Any, name: str, check: Callable[[Any, str], Any]) -> list:
 
 def _numbers(value: Any, name: str) -> list[float]:
     usual = isinstance(value, (list, tuple)) and set(map(type, value)) == {float}  # and fast
-    return list(value) if usual and all(map(math.isfinite, value)) else _each(value, name, number)
+    if usual and all(map(math.isfinite, value)) and max(map(abs, value)) <= FLOAT32_MAX:
+        return list(value)
+    return _each(value, name, number)
 
 
 def _steps(record: Record, text: str) -> tuple[list[tuple[int, int]] | None, list[float] | None]:

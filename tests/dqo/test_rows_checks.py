@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from dqo.rows import read_rows
 from tests.dqo.row_cases import ASSISTANT, GOOD, IDS, OTHER, USER, refusal, says, write
 
 BAD = {
@@ -148,3 +149,19 @@ def test_a_row_without_label_among_labelled_rows_is_refused(tmp_path):
 
 def test_rewards_that_are_all_null_are_refused(tmp_path):
     says(refusal(write(tmp_path, {**GOOD, "reward": None})), "rollouts.jsonl:1: reward is null")
+
+
+@pytest.mark.parametrize("value", [1e39, -1e39, 10**200, 1.7e308])
+def test_numbers_that_float32_cannot_hold_are_refused_with_the_row(tmp_path, value):
+    for field, row in {
+        "reward": GOOD | {"reward": value},
+        "step_rewards[1]": GOOD | {"step_rewards": [0.0, value, 1.0]},
+        "logprobs[2]": GOOD | IDS | {"logprobs": [-0.1, -0.2, -abs(value)]},
+    }.items():
+        others = OTHER | (IDS if "logprobs" in row else {})
+        says(refusal(write(tmp_path, others, row)), f"rollouts.jsonl:2: {field} is", "float32 holds at most 3.4e+38")
+
+
+def test_the_largest_number_of_float32_is_a_number(tmp_path):
+    rows = read_rows(write(tmp_path, GOOD | {"reward": 3.4e38}, OTHER))
+    assert rows[0].reward == 3.4e38
