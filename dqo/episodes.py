@@ -18,6 +18,7 @@ import numpy as np
 from dqo.chat import clock_at
 from dqo.ends import ends_of
 from dqo.errors import UserError
+from dqo.option_values import FLOAT32_MAX
 from dqo.row_tokens import Tokens, tokenize_rows
 from dqo.rows import Row
 
@@ -98,6 +99,12 @@ def _episode(tokens: Tokens, prompt_index: int, pay: _Payment) -> Episode:
         np.add.at(rewards, ends, pay.process_coef * np.asarray(step_rewards))
     elif pay.process_reward == "potential":
         rewards += pay.process_coef * shaping(ends, step_rewards, length, pay.gamma, not bootstrapped)
+    beyond = np.flatnonzero(~(np.abs(rewards) <= FLOAT32_MAX))
+    if len(beyond):
+        raise UserError(
+            f"{row.source}: the reward of token {beyond[0] + 1} is {rewards[beyond[0]]:.3g} with the factors of reward_scale, "
+            f"reward_shift and process_coef; float32 holds at most {FLOAT32_MAX:.2g}: lower them, or drop the row"
+        )
     return Episode(
         prompt_ids=tokens.prompt,
         completion_ids=tokens.completion,

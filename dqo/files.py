@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import time
@@ -58,7 +59,8 @@ def writing(path: Path, beside: Path | None = None) -> Iterator[None]:
             shutil.rmtree(beside, ignore_errors=True)
             with contextlib.suppress(OSError):
                 beside.unlink()
-        what = getattr(error, "strerror", None) or " ".join(str(error).split())
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        what = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be written: {what}. What was there before is whole") from error
 
 

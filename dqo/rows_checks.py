@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from dqo.errors import UserError
+from dqo.option_values import FLOAT32_MAX
 from dqo.rows_formats import Record, shown
 from dqo.verify import line_spans
 
@@ -27,7 +28,6 @@ _OURS = {  # what apply_chat_template is called with
     *("padding", "truncation", "max_length", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs"),
     "sanitize_control_tokens",
 }
-_FLOAT32 = 3.4028234663852886e38  # the largest number that training can hold
 _TRUE, _FALSE = (
     {"1", "true", "yes", "y", "+", "correct", "right", "good"},
     {"0", "false", "no", "n", "-", "incorrect", "wrong", "bad"},
@@ -169,10 +169,8 @@ def number(value: Any, name: str) -> float:
         raise UserError(
             f"{name} is {shown(result)}; expected a finite number: score the response again, or drop the row"
         )
-    if abs(result) > _FLOAT32:
-        raise UserError(
-            f"{name} is {shown(result)}, outside of float32, in which training computes; scale it, or drop the row"
-        )
+    if abs(result) > FLOAT32_MAX:
+        raise UserError(f"{name} is {result}; float32 holds at most {FLOAT32_MAX:.2g}: rescale it, or drop the row")
     return result
 
 
@@ -214,8 +212,9 @@ def _each(value: Any, name: str, check: Callable[[Any, str], Any]) -> list:
 
 def _numbers(value: Any, name: str) -> list[float]:
     usual = isinstance(value, (list, tuple)) and set(map(type, value)) == {float}  # and fast
-    usual = usual and all(map(math.isfinite, value)) and max(map(abs, value)) <= _FLOAT32
-    return list(value) if usual else _each(value, name, number)
+    if usual and all(map(math.isfinite, value)) and max(map(abs, value)) <= FLOAT32_MAX:
+        return list(value)
+    return _each(value, name, number)
 
 
 def _steps(record: Record, text: str) -> tuple[list[tuple[int, int]] | None, list[float] | None]:

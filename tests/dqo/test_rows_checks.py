@@ -196,3 +196,19 @@ def test_what_templates_are_told_of_has_its_kind(change, message):
 def test_tools_may_be_their_json_text():
     (row,) = read_rows([CHAT | {"tools": '[{"name": "add"}]'}])
     assert row.tools == [{"name": "add"}]
+
+
+@pytest.mark.parametrize("value", [1e39, -1e39, 10**200, 1.7e308])
+def test_numbers_that_float32_cannot_hold_are_refused_with_the_row(tmp_path, value):
+    for field, row in {
+        "reward": GOOD | {"reward": value},
+        "step_rewards[1]": GOOD | {"step_rewards": [0.0, value, 1.0]},
+        "logprobs[2]": GOOD | IDS | {"logprobs": [-0.1, -0.2, -abs(value)]},
+    }.items():
+        others = OTHER | (IDS if "logprobs" in row else {})
+        says(refusal(write(tmp_path, others, row)), f"rollouts.jsonl:2: {field} is", "float32 holds at most 3.4e+38")
+
+
+def test_the_largest_number_of_float32_is_a_number(tmp_path):
+    rows = read_rows(write(tmp_path, GOOD | {"reward": 3.4e38}, OTHER))
+    assert rows[0].reward == 3.4e38
