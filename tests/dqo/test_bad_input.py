@@ -209,7 +209,7 @@ def test_without_pairs_dpo_is_refused(tmp_path, model):
 def test_held_out_prompts_that_are_trained_on_are_refused(tmp_path, model):
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text(lines(RIGHT, WRONG | {"prompt": "3+3="}))
-    part = "1 prompts of ... held_out.jsonl are in ... rollouts.jsonl too; held-out rows must be of other problems"
+    part = "1 prompts of ... held_out.jsonl are in ... rollouts.jsonl too (the first: held_out.jsonl:1); take their rows out"
     both_refuse(tmp_path, model, lines(RIGHT, WRONG), part, "--eval_dataset_name", held_out, both=False)
 
 
