@@ -126,10 +126,11 @@ def in_chunks(rows: int, n: int, per_row: list[Tensor | float | None], function)
         is_rows = isinstance(x, Tensor) and x.dim() > 0
         return x.split(rows) if is_rows else [x] * len(range(0, n, rows))
 
-    parts = [
-        checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False)
-        for chunk in zip(*map(pieces, per_row))
-    ]
+    chunks = zip(*map(pieces, per_row))
+    if dispatch.transformed():  # torch.func knows no recomputation: everything is held
+        parts = [function(*chunk) for chunk in chunks]
+    else:
+        parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return TokenStats(*(None if field[0] is None else torch.cat(field) for field in zip(*parts)))
 
 

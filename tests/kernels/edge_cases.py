@@ -60,9 +60,9 @@ def call(name: str, tensors: dict, backend: str | None = None) -> torch.Tensor:
     """A scalar that depends on everything that can be differentiated."""
     options = OPTIONS.get(name, {}) | {"backend": backend}
     if name == "linear_row_loss":
-        return dqo_kernels.linear_row_loss(
-            **tensors, row_loss=_row_loss, rows={"rewards": SCAN["rewards"].to(tensors["hidden"].dtype)}, **options
-        )[0]
+        return dqo_kernels.linear_row_loss(**tensors, row_loss=_row_loss, rows={"rewards": SCAN["rewards"]}, **options)[
+            0
+        ]
     out = getattr(dqo_kernels, name)(**tensors, **options)
     if name == "lambda_return":
         return (out * torch.arange(1.0, N + 1, device="cpu", dtype=out.dtype)).sin().sum()

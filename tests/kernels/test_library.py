@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dqo_kernels import dispatch, lambda_return, library, soft_bellman_loss, token_stats
+from tests.kernels.edge_cases import arguments, call, differentiated, live_of, same
 from tests.kernels.oracle import random_batch
 
 OPS = torch.ops.dqo_kernels
@@ -133,6 +134,20 @@ def test_a_compiled_function_of_the_loss_equals_the_eager_one(device, function, 
             results.append([loss, *shown, *torch.autograd.grad(loss, [logits, values])])
         for eager, other in zip(*results, strict=True):
             torch.testing.assert_close(other, eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear_token_stats", "linear_row_loss", "linear_soft_bellman_loss"])
+def test_the_linear_forms_break_a_compiled_graph_and_say_so(name):
+    tensors = arguments(name)
+    live = live_of(name, tensors)
+    for backend, fullgraph in (("reference", True), ("cpp", False)):
+        torch._dynamo.reset()
+        compiled = torch.compile(call, fullgraph=fullgraph, backend="eager")
+        value = compiled(name, tensors, backend)
+        same([value, *torch.autograd.grad(value, live)], differentiated(name, tensors, backend))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="no part of a compiled graph.*leave fullgraph out"):
+        torch.compile(call, fullgraph=True, backend="eager")(name, tensors, "cpp")
 
 
 def test_absent_gradients_are_absent_and_specialise_the_kernel(monkeypatch):
