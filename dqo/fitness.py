@@ -50,11 +50,12 @@ def position_limit(config: PreTrainedConfig) -> tuple[int | None, bool]:
     """How many positions the model was made for, None where its configuration has no such number; and whether it can be run on
     no more: learned and tabled positions end there, rotary ones, linear biases and recurrences do not."""
     text = config.get_text_config()
-    limit = next((found for found in (getattr(text, name, None) for name in POSITIONS) if isinstance(found, int)), None)
+    found = [getattr(text, name, None) for name in POSITIONS]
+    limit = next((number for number in found if isinstance(number, int) and number > 0), None)  # XLNet says -1
     if limit is None:
         return None, False
     if text.model_type in AFTER_PAD:
-        limit -= text.pad_token_id + 1
+        limit -= text.pad_token_id + 1 + (text.model_type == "prophetnet")  # which looks one position ahead
     rotary = getattr(text, "rope_parameters", None) is not None
     return limit, not (rotary or getattr(text, "alibi", False) or text.model_type in ENDLESS)
 
