@@ -6,6 +6,7 @@ import pytest
 
 from dqo.errors import UserError
 from dqo.inputs import read_tasks
+from dqo.math_grader import GRADER
 from dqo.verifiers import VERIFIERS, check_answers, graded_by
 
 
@@ -58,3 +59,10 @@ def test_a_verifier_that_fails_names_the_problem_and_calls_the_completion_wrong(
 def test_what_can_be_graded_is():
     correct = graded_by("gsm8k", task("1,000"))
     assert correct("#### 1000") and not correct("#### 1001")
+
+
+def test_a_missing_math_verify_is_named_before_training(monkeypatch):
+    GRADER.close()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the package math-verify: pip install 'math-verify>=0.8'"):
+        check_answers([task("4")], "math")
