@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Positive options outside of these have no use, and float32 and float64 part there: beta*beta or 1/temperature would be 0 or inf.
 SMALLEST, LARGEST = 1e-6, 1e6
+POSITIVE = f"a positive number in [{SMALLEST:g}, {LARGEST:g}]"  # compilers do not format floats
+FACTOR = f"a number in [{-LARGEST:g}, {LARGEST:g}]"
 INDEX_DTYPES = (
     *(torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
@@ -181,11 +183,11 @@ def unit_interval(name: str, value: float) -> None:
 
 
 def positive(name: str, value: float, alternative: str = "") -> None:
-    number(name, value, SMALLEST, LARGEST, f"a positive number in [{SMALLEST:g}, {LARGEST:g}]{alternative}")
+    number(name, value, SMALLEST, LARGEST, POSITIVE + alternative)
 
 
 def factor(name: str, value: float) -> None:
-    number(name, value, -LARGEST, LARGEST, f"a number in [{-LARGEST:g}, {LARGEST:g}]")
+    number(name, value, -LARGEST, LARGEST, FACTOR)
 
 
 def log_bound(name: str, value: float | None, none: float) -> None:
