@@ -62,7 +62,7 @@ def _add(metrics: dict[str, Tensor], more: dict[str, Tensor]) -> None:
 def _called(row_loss: RowLoss, stats: TokenStats, rows: dict[str, Tensor], cu_seqlens: Tensor) -> tuple[Tensor, dict]:
     """What the caller's function returns, if it is what we can use."""
     returned = row_loss(stats, rows, cu_seqlens)
-    expected = "to return (loss_sum, metric_sums), a scalar tensor and a dict of scalar tensors ({} for no metrics)"
+    expected = "to return (loss_sum, metric_sums), a scalar tensor and a dict of tensors ({} for no metrics)"
     if not isinstance(returned, tuple | list) or len(returned) != 2:
         several = isinstance(returned, tuple | list)
         checks.fail("row_loss", expected, f"{len(returned)} values" if several else type(returned).__name__)
@@ -70,7 +70,7 @@ def _called(row_loss: RowLoss, stats: TokenStats, rows: dict[str, Tensor], cu_se
     if not isinstance(metric_sums, dict):
         checks.fail("row_loss", expected, f"metric_sums of type {type(metric_sums).__name__}")
     for name, value in (("loss_sum", loss_sum), *((f"metric_sums[{k!r}]", v) for k, v in metric_sums.items())):
-        if not isinstance(value, Tensor) or value.dim():
+        if not isinstance(value, Tensor) or (value is loss_sum and value.dim()):
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
             checks.fail("row_loss", expected, f"{name} of {got}")
     live = [x for x in (*stats, *rows.values()) if x is not None and x.requires_grad]
