@@ -192,7 +192,6 @@ RETURNED = {
     "a number": (lambda loss: (1.0, {}), "got loss_sum of type float"),
     "rows": (lambda loss: (loss[None], {}), r"got loss_sum of shape \(1,\)"),
     "a metric that is a number": (lambda loss: (loss, {"kl": 0.5}), r"got metric_sums\['kl'\] of type float"),
-    "a metric of rows": (lambda loss: (loss, {"kl": loss[None]}), r"got metric_sums\['kl'\] of shape \(1,\)"),
     "a constant": (
         lambda loss: (loss.detach(), {}),
         "a loss_sum that depends on stats or rows, got one without a gradient",
