@@ -157,11 +157,12 @@ def init_command(arguments: list[str]) -> None:
     from dqo.config import parse_flags
 
     config = parse_flags(InitConfig, arguments, "dqo init")
-    from dqo import new_model
     from dqo.chat import completion_text
     from dqo.rows import read_rows
 
     rows = read_rows(config.dataset_name)
+    from dqo import new_model  # torch from here on
+
     texts = list({row.prompt: None for row in rows if isinstance(row.prompt, str)}) + [completion_text(r) for r in rows]
     tokenizer = new_model.bpe_tokenizer(texts, config.vocab_size)
     size = {"hidden_size": config.hidden_size, "layers": config.layers, "heads": config.heads}
