@@ -68,6 +68,8 @@ class CheckConfig:
             for name, least in (("rows", 0), ("max_length", 1))
             if getattr(self, name) < least
         ]
+        if self.beta is not None and self.beta <= 0:
+            found.append(("beta", f"must be positive, got {self.beta}"))
         return found if 0 <= self.gamma <= 1 else [*found, ("gamma", f"must be in [0, 1], got {self.gamma}")]
 
 

@@ -41,7 +41,7 @@ def sizes(directory):
     "size, file",
     [
         (700, "config.yaml"),
-        (1500, "segment-"),
+        (1900, "segment-"),
         (2500, "segment-|checkpoint-3"),
         (12_000, "checkpoint-3"),
     ],

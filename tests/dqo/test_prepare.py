@@ -17,6 +17,7 @@ from dqo.models import policy_stats
 from dqo.new_model import save
 from dqo.parallel import Processes
 from dqo.prepare import prepare
+from dqo.reference_cache import _name_of
 from dqo.train import train
 from tests.dqo.helpers import policy, rollout_rows, tokenizer
 
@@ -88,6 +89,7 @@ def test_stale_values_in_the_cache_are_stopped_with_the_cure(files):
     prepared(files)
     (path,) = (files / "out" / "ref_cache").glob("*/segment-*")
     save_file(load_file(path) | {"logprobs": load_file(path)["logprobs"] - 1}, path)
+    path.rename(path.parent / _name_of(path.read_bytes()))  # whole, and of another model
     with pytest.raises(UserError, match=f"stale values in the cache: delete {path.parent}"):
         prepared(files)
 
@@ -172,6 +174,7 @@ def test_a_run_whose_template_writes_the_date_goes_on_the_next_day_with_the_same
     path = found.resumed / STATE_FILE  # of a run that kept no time
     state = json.loads(path.read_text())
     state["identity"].pop("time that the chat template was told")
+    del state["files"], state["crc32"]  # nor checksums
     path.write_text(json.dumps(state))
     with pytest.raises(UserError, match="time that the chat template was told: None then, 2026-01-06"):
         prepared(files, **options)

@@ -89,7 +89,7 @@ def test_whether_it_is_applied_is_said(caplog):
     with pytest.raises(UserError, match="no auxiliary loss for the router of DeepseekV3ForCausalLM"):
         check_router(small_model("deepseek_v3"), 0.01)
     for value in ("-1", "nan", "inf"):
-        with pytest.raises(UserError, match="router_aux_loss_coef must be at least 0 and finite"):
+        with pytest.raises(UserError, match="router_aux_loss_coef must be (at least 0|a finite)"):
             load_options(["--router_aux_loss_coef", value])
 
 

@@ -301,7 +301,7 @@ def test_a_checkpoint_of_the_former_rounding_goes_on_with_its_steps(files):
     shutil.rmtree(files / "out" / "checkpoint-8")
     state_file = files / "out" / "checkpoint-4" / "dqo_state.json"
     state = json.loads(state_file.read_text())
-    for name in ("steps", "callbacks"):
+    for name in ("steps", "callbacks", "files", "crc32"):  # nor checksums
         del state[name]
     del state["counters"]["skipped"]
     state_file.write_text(json.dumps(state))
