@@ -86,10 +86,10 @@ def stored(name: str, value: Tensor) -> None:
         held = value.untyped_storage().nbytes()
     except (RuntimeError, NotImplementedError):  # it has none
         return
-    if not value.numel():
-        return
-    last = value.storage_offset() + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride()))
-    if held < (last + 1) * value.element_size():
+    span = value.numel()
+    if span and not value.is_contiguous():
+        span = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride()))
+    if span and held < (value.storage_offset() + span) * value.element_size():
         got = f"one whose storage has {held} bytes for shape {tuple(value.shape)} of {value.dtype}"
         fail(name, "a tensor with its numbers in memory", f"{got}: it was freed or resized")
 

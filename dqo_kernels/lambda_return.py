@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dqo_kernels import checks, dispatch, library
-from dqo_kernels.packed import compute_dtype, is_last_row, next_row, reverse_scan, sequence_index
+from dqo_kernels.packed import compute_dtype, is_last_row, next_row, reverse_scan, sequence_index, times
 
 
 def lambda_return_reference(
@@ -25,8 +25,8 @@ def lambda_return_reference(
 ) -> Tensor:
     """The definition, in differentiable torch."""
     after_last = is_last_row(sequence)
-    own = rewards + gamma * (1.0 - lam) * next_row(values, sequence, bootstrap)
-    own = torch.where(after_last, own + gamma * lam * bootstrap[sequence], own)
+    own = rewards + times(gamma * (1.0 - lam), next_row(values, sequence, bootstrap))
+    own = torch.where(after_last, own + times(gamma * lam, bootstrap[sequence]), own)
     return reverse_scan(own, gamma * lam, sequence)
 
 

@@ -73,21 +73,27 @@ def _called(row_loss: RowLoss, stats: TokenStats, rows: dict[str, Tensor], cu_se
         if not isinstance(value, Tensor) or (value is loss_sum and value.dim()):
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
             checks.fail("row_loss", expected, f"{name} of {got}")
-    live = [x for x in (*stats, *rows.values()) if x is not None and x.requires_grad]
-    if live and len(stats.logprobs) and torch.is_grad_enabled() and not loss_sum.requires_grad:
-        cure = "compute it from them with gradients on, or call linear_row_loss under torch.no_grad()"
-        checks.fail("row_loss", "a loss_sum that depends on stats or rows", f"one without a gradient; {cure}")
     return loss_sum, metric_sums
+
+
+def _check_dependence(depends: bool, wanted: bool, total: Tensor) -> None:
+    """A loss of which no run has a gradient trains nothing. That is meant where it is 0; another number has been detached."""
+    if depends or not wanted or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not bool(total):
+        return
+    cure = "compute it from them with gradients on, or call linear_row_loss under torch.no_grad()"
+    checks.fail("row_loss", "a loss_sum that depends on stats or rows", f"one without a gradient; {cure}")
 
 
 def _of_statistics(stats: TokenStats, row_loss: RowLoss, rows: dict[str, Tensor], pieces: Pieces, loss_scale):
     total, metrics = stats.logprobs[:0].sum(), {}  # a zero that can be differentiated, also without any sequence
+    depends, wanted = False, any(x is not None and x.requires_grad for x in (*stats, *rows.values()))
     for run, cu_seqlens in pieces:
         run_stats = TokenStats(*(None if field is None else field[run] for field in stats))
         own = {name: value[run] for name, value in rows.items()}
         loss_sum, metric_sums = _called(row_loss, run_stats, own, cu_seqlens)
-        total = total + loss_sum
+        total, depends = total + loss_sum, depends or loss_sum.requires_grad
         _add(metrics, metric_sums)
+    _check_dependence(depends, wanted, total)
     return total * loss_scale, metrics
 
 
@@ -119,7 +125,7 @@ def _late_bound(
     wants, gradients = engine.wanted, engine.gradients()
     live = torch.is_grad_enabled()
     row_gradients = {name: torch.zeros_like(x) for name, x in rows.items() if live and x.requires_grad}
-    total, metrics = torch.zeros((), dtype=engine.dtype, device=engine.actions.device), {}
+    total, metrics, depends = torch.zeros((), dtype=engine.dtype, device=engine.actions.device), {}, False
     for run, cu_seqlens in pieces:
         fields, kept = engine.statistics(run.start, run.stop)
         leaves = [fields[i].requires_grad_(any(wants)) for i in ((0, 1, 2) if engine.ref is None else (0, 1, 2, 7))]
@@ -127,7 +133,7 @@ def _late_bound(
         stats = TokenStats(*fields[:3]) if engine.ref is None else TokenStats(*fields[:3], *fields[5:8])
         loss_sum, metric_sums = _called(row_loss, stats, own, cu_seqlens)
         loss_sum = loss_sum * loss_scale
-        total = total + loss_sum.detach()
+        total, depends = total + loss_sum.detach(), depends or loss_sum.requires_grad
         _add(metrics, metric_sums)
         differentiated = [x for x in (*leaves, *own.values()) if x.requires_grad]
         if not loss_sum.requires_grad or not differentiated:
@@ -140,6 +146,7 @@ def _late_bound(
         coefficients = [arrived.get(id(leaf)) for leaf in leaves] + [None] * (4 - len(leaves))
         if any(wants):
             engine.differentiate(run.start, run.stop, [x.detach() for x in fields], kept, coefficients, gradients)
+    _check_dependence(depends, any(wants) or bool(row_gradients), total)
     fields = kept = None
     engine.release()  # makes room for casts of the gradients
     if not any(wants) and not row_gradients:

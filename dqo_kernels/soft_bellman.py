@@ -29,6 +29,7 @@ from dqo_kernels.packed import (
     sequence_index,
     sequence_total,
     suffix_sum,
+    times,
 )
 
 POLICY_TARGETS = ("return", "td", "one_step")
@@ -117,7 +118,7 @@ def soft_bellman_reference(
     if policy_target == "return":
         ahead = next_return
     elif policy_target == "td":
-        ahead = (1.0 - lam) * next_value + lam * next_return
+        ahead = times(1.0 - lam, next_value) + times(lam, next_return)
     else:
         ahead = next_value
     advantages = rewards + gamma * ahead - baseline

@@ -339,3 +339,13 @@ def test_a_transform_chooses_the_backend_that_knows_it():
 
     torch.func.grad(spied)(torch.ones(2))
     assert found == ["reference"] and dispatch.choose("token_stats", "cpu") != "reference"
+
+
+@pytest.mark.parametrize("wrong", [float("inf"), float("-inf"), float("nan")])
+def test_what_has_no_part_in_a_return_makes_it_neither_infinite_nor_nan(wrong, backend):
+    cu_seqlens, rewards = torch.tensor([0, 2, 4]), torch.ones(4)
+    values, ends = torch.full((4,), wrong), torch.full((2,), wrong)
+    lambda_one = dqo_kernels.lambda_return(rewards, values, cu_seqlens, lam=1.0, backend=backend)
+    assert lambda_one.tolist() == [2, 1, 2, 1]
+    alone = dqo_kernels.lambda_return(rewards, values, cu_seqlens, gamma=0.0, bootstrap=ends, backend=backend)
+    assert alone.tolist() == [1, 1, 1, 1]

@@ -212,6 +212,16 @@ def test_what_the_function_returned_is_compared_with_what_is_expected(returned, 
         linear_row_loss(hidden, weight, actions, function, boundaries, rows={}, backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_a_loss_of_constant_zeros_trains_nothing(backend):
+    hidden, weight = torch.ones(4, 3, requires_grad=True), torch.randn(5, 3)
+    actions, boundaries = torch.zeros(4, dtype=torch.long), torch.tensor([0, 4])
+    loss, _ = linear_row_loss(
+        hidden, weight, actions, lambda *_: (torch.zeros(()), {}), boundaries, rows={}, backend=backend
+    )
+    assert not torch.autograd.grad(loss, hidden)[0].any()
+
+
 def test_a_loss_without_a_gradient_is_fine_where_none_is_wanted():
     def function(stats, rows, cu_seqlens):
         return stats.logprobs.sum().detach(), {}
