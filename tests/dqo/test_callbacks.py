@@ -23,6 +23,8 @@ from dqo.errors import UserError
 from dqo.parallel import Processes
 from dqo.train import Trainer
 
+pytestmark = pytest.mark.slow
+
 ALONE = Processes(0, 1, torch.device("cpu"))
 EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
 SHORT = {"max_steps": 6, "logging_steps": 2, "learning_rate": 1e-3, "critic_learning_rate": 1e-2, "eval_fraction": 0.2}

@@ -15,6 +15,8 @@ from dqo.errors import UserError
 from dqo.train import train
 from tests.dqo.test_kill import arguments, assert_same_run, data, finish, metrics_without_speed, unbroken  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 SEED = random.SystemRandom().randrange(2**32)  # set it to the printed one to see a failure again
 
 

@@ -20,6 +20,8 @@ from tests.dqo import forked
 from tests.dqo.helpers import policy, tokenizer
 from tests.dqo.test_kill import arguments, assert_same_run, data, finish, unbroken  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 
 def limited(options, output, size):
     """`dqo-train` in a process that can write no file longer than `size` bytes; the kernel says EFBIG where a full disk says

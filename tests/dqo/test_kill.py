@@ -19,6 +19,8 @@ from tests.dqo import forked
 from tests.dqo.forked import KILLED_HERE, die, train_with
 from tests.dqo.helpers import policy, rollout_rows, tokenizer
 
+pytestmark = pytest.mark.slow
+
 KILLS = 10
 SEED = random.SystemRandom().randrange(2**32)  # set it to the printed one to see a failure again
 

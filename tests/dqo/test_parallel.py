@@ -14,6 +14,8 @@ from dqo.parallel import Processes, add_over_processes, gather_objects, like, wh
 from dqo.train import train
 from tests.dqo.helpers import arguments
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
 

@@ -17,6 +17,8 @@ from dqo.checkpoint import checkpoints, read_state
 from tests.dqo import forked
 from tests.dqo.test_kill import arguments, assert_same_run, data, finish, unbroken  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
