@@ -8,6 +8,8 @@ from tests.kernels import edge_cases
 from tests.kernels.edge_cases import arguments, call, differentiated, live_of, same
 from tests.kernels.oracle import random_batch
 
+pytestmark = pytest.mark.slow
+
 OPS = torch.ops.dqo_kernels
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
