@@ -20,7 +20,7 @@ TRAINED = [
     "mpt",
 ]
 TRAINED += ["gemma2", "gemma3", "gemma4_text", "qwen3_5", "olmo2", "granite", "cohere2", "mixtral", "qwen2_moe", "lfm2"]
-TRAINED += ["recurrent_gemma", "xlstm", "modernbert-decoder"]
+TRAINED += ["recurrent_gemma", "xlstm"]
 
 
 @pytest.mark.slow
