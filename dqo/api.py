@@ -12,18 +12,46 @@ trainer.train()
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import TrainOutput
+import transformers
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from dqo import checkpoint
-from dqo.config import options_of
-from dqo.errors import UserError
-from dqo.inputs import Given
+from dqo import checkpoint, hub
+from dqo.callbacks import check_callbacks, made
+from dqo.config import check_values, options_of
+from dqo.errors import UserError, did_you_mean
+from dqo.inputs import Given, read_tasks, shared_prompts
+from dqo.launcher import obey
 from dqo.metrics import read_metrics
-from dqo.train import Trainer, begin
+from dqo.prepare import evaluation_episodes
+from dqo.run_report import base_answers, finish
+from dqo.train import Trainer, begin, run_of
+
+# What users of transformers' and TRL's trainers may look for, and why it is not here.
+ABSENT = {
+    "hyperparameter_search": "run DQOTrainer once for each set of options",
+    "compute_loss": "the loss is the objective's; write another in dqo/objectives, or use dqo_kernels in a loop of your own",
+    "training_step": "a step is made of micro-batches whose loss is divided once; use callbacks, or a loop of your own",
+    "prediction_step": "use predict, or compute_metrics",
+    "get_train_dataloader": "a step's responses come from an index of the rows, not from a DataLoader",
+    "get_eval_dataloader": "a step's responses come from an index of the rows, not from a DataLoader",
+    "get_test_dataloader": "a step's responses come from an index of the rows, not from a DataLoader",
+    "create_optimizer": "both optimizers are AdamW with the options adam_*, weight_decay and the learning rates",
+    "create_scheduler": "the schedule is lr_scheduler_type with warmup_steps",
+    "create_optimizer_and_scheduler": "both optimizers are AdamW, and the schedule is lr_scheduler_type",
+    "optimizer": "there are two, of policy and value model; callbacks get the policy's",
+    "lr_scheduler": "the schedule is a function of the step: lr_scheduler_type and warmup_steps",
+    "data_collator": "rows are tokenised and batched as their columns say",
+    "tokenizer": "it is processing_class",
+    "log_metrics": "train and evaluate return their metrics, and metrics.jsonl has them",
+    "save_metrics": "train and evaluate return their metrics, and metrics.jsonl has them",
+    "metrics_format": "train and evaluate return their metrics as numbers",
+    "init_hf_repo": "push_to_hub makes the repository",
+}
 
 
 class DQOConfig:
@@ -41,8 +69,12 @@ class DQOConfig:
         self.options = options_of({"method": method, **values}, "DQOConfig")
 
     def __getattr__(self, name: str) -> Any:
-        if name == "options" or name not in (flat := self.options.flat()):
+        if name == "options" or name.startswith("__"):
             raise AttributeError(name)
+        if name not in (flat := self.options.flat()):
+            raise AttributeError(
+                f"DQOConfig with method {flat['method']} has no option {name!r}.{did_you_mean(name, flat)}"
+            )
         return flat[name]
 
     def __repr__(self) -> str:
@@ -53,15 +85,17 @@ class DQOTrainer:
     """Trains a policy, and its value model, on stored responses.
 
     Args:
-        model: directory or hub name of a causal language model, or such a model; it is trained in place. None: the option
-            model_name_or_path.
+        model: directory or hub name of a causal language model, or such a model; it is trained in place, in float32 unless
+            adapters are. None: the option model_name_or_path.
         args: the options.
         train_dataset, eval_dataset: path of a rollout file, hub name, list of dicts, or datasets.Dataset, in any form that a file
             may have. None: the options dataset_name and eval_dataset_name.
         processing_class: the tokenizer; by default that of `model`.
         ref_model: reference policy, a path or a model; None: the policy as it is before training.
-        callbacks: transformers.TrainerCallback objects.
+        callbacks: transformers.TrainerCallback objects or classes.
         peft_config: a peft.LoraConfig; trains adapters.
+        compute_metrics: gets an EvalPrediction of the held-out responses at every evaluation, and returns numbers by name, which
+            are logged with eval_ before the name. Its predictions and label_ids are those of `predict`.
     """
 
     def __init__(
@@ -74,14 +108,20 @@ class DQOTrainer:
         ref_model: str | PreTrainedModel | None = None,
         callbacks: list | None = None,
         peft_config: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
     ):
         if args is not None and not isinstance(args, DQOConfig):
             raise UserError(f"args is a {type(args).__name__}; expected a DQOConfig")
-        options = (args or DQOConfig()).options
+        self.args = args or DQOConfig()
+        options = self.args.options
+        if options.train.dry_run:
+            raise UserError("dry_run is an option of the command line: dqo-train --dry_run; leave it out of DQOConfig")
         named = {"model_name_or_path": model, "ref_model_name_or_path": ref_model}
         named |= {"dataset_name": train_dataset, "eval_dataset_name": eval_dataset}
         named = {name: str(value) for name, value in named.items() if isinstance(value, (str, Path))}
-        self.options = dataclasses.replace(options, train=dataclasses.replace(options.train, **named))
+        named_options = dataclasses.replace(options, train=dataclasses.replace(options.train, **named))
+        check_values(named_options)
+        self.options = obey(named_options)
 
         def unless_named(value: Any) -> Any:
             return None if isinstance(value, (str, Path)) else value
@@ -93,18 +133,27 @@ class DQOTrainer:
             tokenizer=processing_class,
             ref_model=unless_named(ref_model),
             peft_config=peft_config,
-            callbacks=list(callbacks or ()),
+            callbacks=[made(callback) for callback in callbacks or ()],
         )
+        self.compute_metrics = compute_metrics
         self._trainer: Trainer | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ABSENT:
+            raise AttributeError(f"DQOTrainer has no {name}: {ABSENT[name]}")
+        if hasattr(transformers.Trainer, name):
+            raise AttributeError(f"DQOTrainer has no {name}, which transformers.Trainer has: its loop is dqo.train's")
+        raise AttributeError(f"DQOTrainer has no {name!r}.{did_you_mean(name, dir(type(self)))}")
 
     def _begin(self) -> Trainer:
         if self._trainer is None:
-            self._trainer = begin(self.options, self.given)
+            self._trainer = begin(self.options, self.given, announce=True)
+            self._trainer.compute_metrics = self.compute_metrics
         return self._trainer
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
-        """Trains to the end. A run that was killed in the same output_dir goes on where it was; `resume_from_checkpoint` is the
-        option of that name (True: "auto", False: "never").
+        """Trains to the end, answers eval_tasks and writes report.html, as the command line does. A run that was killed in the
+        same output_dir goes on where it was; `resume_from_checkpoint` is the option of that name (True: "auto", False: "never").
 
         Returns:
             (global_step, training_loss of the last logged row, metrics: those of the held-out rows).
@@ -113,21 +162,150 @@ class DQOTrainer:
             value = {True: "auto", False: "never"}.get(resume_from_checkpoint, resume_from_checkpoint)
             train = dataclasses.replace(self.options.train, resume_from_checkpoint=str(value))
             self.options = dataclasses.replace(self.options, train=train)
+        check_callbacks(self.given.callbacks, self.options.train)
+        tasks = read_tasks(self.options.train.eval_tasks, self.options.train.verifier)
+        base = None
+        if tasks and self.given.model is not None:  # it is trained in place: its answers are wanted before
+            base = base_answers(self.options, self.given.model, self.given.tokenizer, tasks)
         trainer = self._begin()
         held_out = trainer.run(self.options.train.method)
         trainer.finish()
+        run = run_of(trainer, held_out)
+        if trainer.processes.main:
+            print(finish(self.options, run, tasks, base))
         losses = [row["loss"] for row in self.log_history if "loss" in row]
         return TrainOutput(trainer.counters["step"], losses[-1] if losses else 0.0, held_out)
 
-    def evaluate(self) -> dict[str, float]:
-        """Metrics of the held-out rows, at the weights as they are."""
-        trainer = self._begin()
-        return trainer.held_out()
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Metrics of the held-out rows, or of others, at the weights as they are; on_evaluate is called with them.
 
-    def save_model(self, output_dir: str | Path) -> None:
-        """Policy (or its adapter), tokenizer and critic/, as transformers loads them."""
+        Args:
+            eval_dataset: rows as in the constructor.
+
+        Raises:
+            UserError: when they share prompts with the rows that are trained on.
+        """
         trainer = self._begin()
-        checkpoint.save_models(Path(output_dir), trainer.learner, trainer.prepared.tokenizer, trainer.processes)
+        episodes = None
+        if eval_dataset is not None:
+            found, rows = evaluation_episodes(self.options, self.given, trainer.prepared, eval_dataset)
+            shared_prompts(trainer.train_prompts, rows, "eval_dataset", "the rows that are trained on")
+            episodes = found.objective
+        metrics = trainer.held_out(episodes)
+        trainer.callbacks.evaluated(metrics)
+        return metrics
+
+    def predict(self, test_dataset: Any, metric_key_prefix: str = "test") -> PredictionOutput:
+        """What policy and value model say of N responses, at the weights as they are; on_predict is called with the metrics.
+
+        Args:
+            test_dataset: rows as in the constructor; they may be among those that are trained on.
+
+        Returns:
+            (predictions, label_ids, metrics). predictions: {name: (N,)} with logps and ref_logps (log-probabilities of the
+            responses, in nats), value_start and value_end (V of the first and of the last state), length (tokens) and label;
+            ref_logps and the values where the method has them. label_ids: (N,) the outcome rewards. metrics: those of
+            `evaluate`, with `metric_key_prefix`_ in the place of eval_.
+        """
+        trainer = self._begin()
+        episodes, _ = evaluation_episodes(self.options, self.given, trainer.prepared, test_dataset)
+        predictions, rewards = trainer.predictions(episodes.all)
+        metrics = trainer.held_out(episodes.objective)
+        metrics = {f"{metric_key_prefix}_{n.removeprefix('eval_')}": value for n, value in metrics.items()}
+        trainer.callbacks.call("on_predict", metrics=metrics)
+        return PredictionOutput(predictions, rewards, metrics)
+
+    def log(self, logs: dict[str, float]) -> None:
+        """A row of metrics.jsonl and the tracker, at the step where the training is; on_log is called with it."""
+        trainer = self._begin()
+        if trainer.recorder.closed:
+            raise UserError(
+                "the run is finished, and its metrics.jsonl is closed: call log before train ends, in a callback"
+            )
+        trainer.recorder.record({"step": trainer.counters["step"], **logs})
+
+    def add_callback(self, callback: TrainerCallback | type) -> None:
+        """Adds a callback, an object or a class."""
+        self._callbacks.append(made(callback))
+        check_callbacks(self._callbacks, self.options.train)
+
+    def pop_callback(self, callback: TrainerCallback | type) -> TrainerCallback | None:
+        """Takes a callback out, the first of a class or this object, and returns it; None where it is not there."""
+        for found in self._callbacks:
+            if isinstance(found, callback) if isinstance(callback, type) else found is callback:
+                self._callbacks.remove(found)
+                return found
+        return None
+
+    def remove_callback(self, callback: TrainerCallback | type) -> None:
+        """As pop_callback, without an answer."""
+        self.pop_callback(callback)
+
+    @property
+    def _callbacks(self) -> list[TrainerCallback]:
+        return self.given.callbacks if self._trainer is None else self._trainer.callbacks.callbacks
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Policy (or its adapter), tokenizer and critic/, as transformers loads them. None: the option output_dir."""
+        trainer = self._begin()
+        prepared = trainer.prepared
+        models = trainer.learner, prepared.tokenizer, trainer.processes
+        if output_dir is None:
+            checkpoint.publish_models(trainer.output_dir, *models, dtype=prepared.save_dtype)
+        else:
+            checkpoint.save_models(Path(output_dir), *models, dtype=prepared.save_dtype)
+
+    def save_state(self) -> None:
+        """trainer_state.json in output_dir, as transformers writes it; a run goes on from checkpoints, not from this file."""
+        trainer = self._begin()
+        if trainer.processes.main:
+            trainer.callbacks.state.save_to_json(str(trainer.output_dir / "trainer_state.json"))
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+    ) -> None:
+        """README.md in output_dir: base model, data, method, options and held-out metrics."""
+        trainer = self._begin()
+        if trainer.processes.main:
+            hub.write_model_card(trainer.output_dir, self.options, self.state, model_name, dataset_name, tags)
+
+    def push_to_hub(
+        self,
+        repo_id: str | None = None,
+        commit_message: str = "End of training",
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> str | None:
+        """Writes models and model card to output_dir, and uploads those files, no checkpoints and no data, to the hub.
+
+        Args:
+            repo_id: "name" or "organisation/name"; None: the name of output_dir.
+
+        Returns:
+            The commit's address, in the first process.
+        """
+        trainer = self._begin()
+        self.save_model()
+        self.create_model_card()
+        trainer.callbacks.call("on_push_begin")
+        if not trainer.processes.main:
+            return None
+        return hub.upload(trainer.output_dir, repo_id, commit_message, private, token, revision)
+
+    @property
+    def state(self) -> transformers.TrainerState:
+        """global_step, best_metric, log_history ..., as callbacks see it."""
+        return self._begin().callbacks.state
+
+    @property
+    def processing_class(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+        return self._begin().prepared.tokenizer
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this is the first of all processes, the one that writes."""
+        return self._begin().processes.main
 
     @property
     def model(self) -> PreTrainedModel:

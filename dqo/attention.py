@@ -193,7 +193,7 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scaling: flo
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) if q.shape[1] != x.shape[1] else x for x in (k, v))
     outputs, order = [], []
     for length, members in starts.items():
-        at = torch.tensor(members)[:, None] + torch.arange(length)
+        at = torch.tensor(members, device="cpu")[:, None] + torch.arange(length, device="cpu")
         order.append(at.flatten())
         index = order[-1].to(q.device)
         # (sequences, H, L, D)
@@ -223,8 +223,19 @@ def unavailable(config: PreTrainedConfig, device: torch.device, dtype: torch.dty
     text = config.get_text_config()
     if reason := _not_causal(config):
         return reason
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return _fused(torch.device(device), dtype, head_dim, getattr(text, "attn_logit_softcapping", None))[1]
+    return _fused(torch.device(device), dtype, _head_dim(text), getattr(text, "attn_logit_softcapping", None))[1]
+
+
+def _head_dim(text: PreTrainedConfig) -> int:
+    """The widest of all layers: some models (Gemma 4) have heads of several sizes."""
+    layers = [text]
+    if getattr(text, "per_layer_config", None):
+        layers = [text.per_layer_config[i] for i in range(text.num_hidden_layers)]
+    # without attention there is no head to be too wide
+    return max(
+        getattr(t, "head_dim", None) or t.hidden_size // getattr(t, "num_attention_heads", t.hidden_size)
+        for t in layers
+    )
 
 
 def _not_causal(config: PreTrainedConfig) -> str | None:

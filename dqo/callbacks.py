@@ -1,63 +1,184 @@
-"""transformers' TrainerCallbacks around our loop."""
+"""transformers' TrainerCallbacks around our loop, and the best checkpoint by a held-out metric.
+
+Called, in this order: on_init_end, on_train_begin, on_epoch_begin, on_step_begin, on_substep_end (after each micro-batch but a
+step's last), on_pre_optimizer_step, on_optimizer_step, on_step_end, on_log, on_prediction_step, on_evaluate, on_epoch_end,
+on_save, on_train_end; and on_predict and on_push_begin by DQOTrainer. lr_scheduler and train_dataloader are None: the schedule is
+a function of the step, and a step's responses come from an index. What on_log adds to `logs`, and on_evaluate to `metrics`, is in
+metrics.jsonl and goes to the tracker.
+"""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_callback import TrainerControl, TrainerState
+import torch
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 
-from dqo.config import Options
+from dqo.callback_args import CallbackArguments
+from dqo.config import Options, TrainConfig
+from dqo.errors import UserError, did_you_mean
 from dqo.learner import Learner
+from dqo.parallel import Processes
+
+BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
+
+
+def made(callback: Any) -> TrainerCallback:
+    """A callback given as an object or as its class, as transformers takes both.
+
+    Raises:
+        UserError: for anything else.
+    """
+    found = callback() if isinstance(callback, type) else callback
+    if not isinstance(found, TrainerCallback):
+        raise UserError(f"callbacks: {found!r} is a {type(found).__name__}; expected a transformers.TrainerCallback")
+    return found
+
+
+def check_callbacks(callbacks: list[TrainerCallback], config: TrainConfig) -> None:
+    """Refuses early stopping without what it looks at, before any work."""
+    if any(isinstance(made(callback), EarlyStoppingCallback) for callback in callbacks):
+        missing = [name for name in ("eval_steps", "metric_for_best_model") if not getattr(config, name)]
+        if config.load_best_model_at_end:
+            missing = [name for name in missing if name != "metric_for_best_model"]
+        if missing:
+            raise UserError(f"EarlyStoppingCallback needs {' and '.join(missing)}: set them in DQOConfig")
 
 
 class Callbacks:
-    """Calls on_train_begin, on_step_end, on_log, on_evaluate, on_save and on_train_end of each, in their order.
+    """The callbacks in their order, with one `args`, `state` and `control` for all.
 
-    Their `args` are the options by name; `state` has global_step, max_steps, epoch and log_history; of `control`,
-    should_training_stop is obeyed. model and processing_class are keyword arguments, as in transformers.
+    Of `control` all five switches are obeyed; they are set for what is due anyway before on_step_end, so that a callback may also
+    take them back.
     """
 
     def __init__(
         self,
-        callbacks: list[TrainerCallback],
+        callbacks: list[Any],
         options: Options,
         learner: Learner,
         tokenizer: PreTrainedTokenizerBase,
-        main: bool,
+        processes: Processes,
+        optimizer: torch.optim.Optimizer | None = None,
     ):
-        self.callbacks = callbacks
-        self.args = SimpleNamespace(**options.flat())
-        self.state = TrainerState(is_world_process_zero=main, is_local_process_zero=main)
+        config = options.train
+        self.config = config
+        self.callbacks = [made(callback) for callback in callbacks]
+        self.args = CallbackArguments(options, processes)
+        self.state = TrainerState(
+            is_world_process_zero=processes.main,
+            is_local_process_zero=processes.local_rank == 0,
+            logging_steps=config.logging_steps,
+            eval_steps=config.eval_steps,
+            save_steps=config.save_steps,
+            train_batch_size=config.per_device_train_batch_size,
+            num_train_epochs=config.num_train_epochs,
+        )
         self.control = TrainerControl()
-        self.models = {"model": learner.policy, "processing_class": tokenizer}
+        self.fixed = {"model": learner.policy, "processing_class": tokenizer, "optimizer": optimizer}
+        self.fixed |= {"lr_scheduler": None, "train_dataloader": None, "eval_dataloader": None}
 
-    def _call(self, event: str, **options: Any) -> None:
+    def call(self, event: str, **options: Any) -> TrainerControl:
         for callback in self.callbacks:
-            changed = getattr(callback, event)(self.args, self.state, self.control, **self.models, **options)
-            self.control = changed or self.control
+            found = getattr(callback, event)(self.args, self.state, self.control, **self.fixed | options)
+            self.control = found or self.control
+        return self.control
 
     def train_begin(self, step: int, steps: int) -> None:
         self.state.global_step, self.state.max_steps = step, steps
-        self._call("on_train_begin")
+        self.control.should_training_stop = False
+        self.call("on_train_begin")
 
-    def step_end(self, step: int, epoch: float) -> bool:
-        """Whether a callback wants the training to stop after this step."""
-        self.state.global_step, self.state.epoch = step, epoch
-        self._call("on_step_end")
-        return self.control.should_training_stop
+    def epoch_begin(self) -> None:
+        self.control.should_epoch_stop = False
+        self.call("on_epoch_begin")
+
+    def step_begin(self) -> None:
+        self.control.should_log = self.control.should_evaluate = self.control.should_save = False
+        self.call("on_step_begin")
+
+    def step_end(self, step: int, epoch: float, tokens: int, due: dict[str, bool]) -> TrainerControl:
+        """`due`: the switches that are set without any callback."""
+        self.state.global_step, self.state.epoch, self.state.num_input_tokens_seen = step, epoch, tokens
+        for name, value in due.items():
+            setattr(self.control, name, value)
+        return self.call("on_step_end")
 
     def log(self, row: dict[str, float]) -> None:
+        self.control.should_log = False
         self.state.global_step = int(row["step"])
         self.state.log_history.append(row)
-        self._call("on_log", logs=row)
+        self.call("on_log", logs=row)
 
-    def evaluate(self, found: dict[str, float]) -> None:
-        self._call("on_evaluate", metrics=found)
+    def evaluated(self, row: dict[str, float]) -> None:
+        self.control.should_evaluate = False
+        self.call("on_evaluate", metrics=row)
 
-    def save(self) -> None:
-        self._call("on_save")
+    def prediction_step(self, batches: Any) -> None:
+        """`batches`: has the number of micro-batches as its length."""
+        if self.callbacks:
+            self.call("on_prediction_step", eval_dataloader=batches)
 
-    def train_end(self) -> None:
-        self._call("on_train_end")
+    def saved(self) -> None:
+        self.control.should_save = False
+        self.call("on_save")
+
+    # The best checkpoint
+
+    def metric_name(self, metrics: dict[str, float]) -> str | None:
+        """The name of metric_for_best_model among `metrics`, which are the held-out rows'.
+
+        Raises:
+            UserError: when it is not there.
+        """
+        name = self.config.best_metric
+        if name is None:
+            return None
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if name not in metrics:
+            raise UserError(
+                f"metric_for_best_model {self.config.best_metric!r} is not among the held-out metrics: "
+                f"{', '.join(metrics)}.{did_you_mean(name, metrics)}"
+            )
+        return name
+
+    def note_best(self, step: int, metrics: dict[str, float], checkpoint: Path) -> None:
+        """Remembers the best evaluation, which is then followed by a checkpoint."""
+        name, state = self.metric_name(metrics), self.state
+        if name is None:
+            return
+        found, best = metrics[name], state.best_metric
+        better = found == found if best is None else (found > best if self.config.best_is_greatest else found < best)
+        if better:
+            state.best_metric, state.best_global_step, state.best_model_checkpoint = found, step, str(checkpoint)
+            self.control.should_save = True
+
+    # What a checkpoint keeps
+
+    def stored(self) -> dict:
+        """The best evaluation, and the states of callbacks that have one (transformers' ExportableState)."""
+        states = [[type(c).__name__, c.state()] for c in self.callbacks if isinstance(c, ExportableState)]
+        best = {name: getattr(self.state, name) for name in BEST}
+        return {**best, "callbacks": states, "stopped": self.control.should_training_stop}
+
+    def restore(self, stored: dict, checkpoint_dir: Path, log_history: list[dict]) -> bool:
+        """Takes up what `stored` returned. Returns whether the run had been stopped by callbacks that would stop it again: they
+        are given again, as they were."""
+        self.state.log_history = log_history
+        for name in BEST:
+            setattr(self.state, name, stored.get(name))
+        if self.state.best_global_step is not None:  # output_dir may have been moved
+            self.state.best_model_checkpoint = str(checkpoint_dir / f"checkpoint-{self.state.best_global_step}")
+        states = [c for c in self.callbacks if isinstance(c, ExportableState)]
+        saved = stored.get("callbacks", [])
+        same = bool(saved) and len(states) == len(saved)
+        for callback, (name, state) in zip(states, saved):
+            if type(callback).__name__ != name:
+                same = False
+                continue
+            same = same and callback.state()["args"] == state["args"]
+            for attribute, value in state["attributes"].items():
+                setattr(callback, attribute, value)
+        return same and stored.get("stopped", False)

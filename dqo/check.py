@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tyro.conf import Positional
 
 from dqo.check_view import view
 from dqo.episodes import Episode, make_episodes
-from dqo.errors import UserError
-from dqo.rows import Row, check_contrast, check_process_reward, duplicate_count, prompt_key, read_rows
+from dqo.errors import UserError, printable
+from dqo.objectives import OBJECTIVES
+from dqo.rows import Row, check_process_reward, duplicate_count, prompt_key, read_rows
+from dqo.rows_warnings import row_warnings
 
 _BAR = 40  # characters of the longest bar
-_UNENDED = 0.1  # share of responses that did not end, from which on it is worth a warning
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,21 @@ class CheckConfig:
     """A response without label counts as correct above this reward."""
     skip_bad_rows: bool = False
     """Leave out rows that fail the checks, and say how many."""
+    method: Literal["dqo", "sft", "rft", "dpo", "kto", "dro", "oreo"] | None = None
+    """Warn of what this objective would make of the rows; None: of what any may."""
+    beta: float | None = None
+    """KL temperature of the method; None: its default."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        """(field, what is wrong) of every value out of range."""
+        found = [
+            (name, f"must be at least {least}, got {getattr(self, name)}")
+            for name, least in (("rows", 0), ("max_length", 1))
+            if getattr(self, name) < least
+        ]
+        if self.beta is not None and self.beta <= 0:
+            found.append(("beta", f"must be positive, got {self.beta}"))
+        return found if 0 <= self.gamma <= 1 else [*found, ("gamma", f"must be in [0, 1], got {self.gamma}")]
 
 
 def check(config: CheckConfig) -> None:
@@ -64,11 +81,12 @@ def check(config: CheckConfig) -> None:
     """
     if not config.data:
         raise UserError("no file to check; give one or more: dqo check rollouts.jsonl")
+    objective = _objective(config)
     prompts: dict[str, set[str]] = {}
     for path in config.data:
         rows = read_rows(path, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold)
         _table(path, summary(rows))
-        _warn(warnings(rows))
+        _warn(row_warnings(rows, config, objective))
         if config.process_reward is None and any(row.step_rewards is not None for row in rows):
             _warn(
                 [
@@ -86,6 +104,22 @@ def check(config: CheckConfig) -> None:
                 * bool(shared)
             )
         prompts[path] = {prompt_key(row) for row in rows}
+
+
+def _objective(config: CheckConfig) -> Any:
+    if config.method is None:
+        if config.beta is not None:
+            raise UserError("--beta is an option of a method; give --method too")
+        return None
+    made = OBJECTIVES[config.method]
+    if config.beta is None:
+        return made()
+    if "beta" not in {f.name for f in dataclasses.fields(made)}:
+        raise UserError(f"method {config.method} has no beta; remove --beta")
+    objective = made(beta=config.beta)
+    for name, what in objective.problems():
+        raise UserError(f"{name} {what}")
+    return objective
 
 
 def summary(rows: list[Row]) -> dict[str, str]:
@@ -115,42 +149,24 @@ def summary(rows: list[Row]) -> dict[str, str]:
     return found
 
 
-def warnings(rows: list[Row]) -> list[str]:
-    """What is allowed and yet probably a mistake, or keeps some method from learning."""
-    found = []
-    try:
-        contrast = check_contrast(rows)
-    except UserError as error:  # training refuses these, but for sft and rft
-        contrast = str(error)
-    labels: dict[str, set[bool]] = defaultdict(set)
-    for row in rows:
-        labels[prompt_key(row)].add(row.label)
-    if contrast:
-        found.append(contrast)
-    elif not any(len(both) > 1 for both in labels.values()):
-        found.append("no prompt has both a correct and a wrong response: methods that go by labels find no contrast")
-    repeated = duplicate_count(rows)
-    if repeated:
-        found.append(f"{repeated:,} of {len(rows):,} rows repeat another row's prompt and completion")
-    cut = sum(row.finish_reason == "length" for row in rows) / len(rows)
-    if cut > _UNENDED:
-        found.append(
-            f"{cut:.1%} of the responses did not end; --truncation terminal pays them as they are, bootstrap and drop do not"
-        )
-    return found
-
-
 def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
-    from dqo.models import load_tokenizer, vocabulary_size  # imports torch
+    from dqo.ends import ends_of
+    from dqo.fitness import check_positions, check_tokenizer  # imports torch
+    from dqo.models import load_config, load_tokenizer, stop_ids
 
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer, model_config = load_tokenizer(config.model_name_or_path), load_config(config.model_name_or_path)
+    check_tokenizer(tokenizer, rows, model_config)
+    stops = stop_ids(config.model_name_or_path)
+    ends = ends_of(tokenizer, stops, messages=not isinstance(rows[0].prompt, str))
 
     def made(max_length: int) -> list[Episode]:
         return make_episodes(
             rows,
             tokenizer,
-            vocab_size=vocabulary_size(config.model_name_or_path),
+            vocab_size=model_config.get_text_config().vocab_size,
             max_length=max_length,
+            stop_ids=stops,
+            skip_bad_rows=config.skip_bad_rows,
             process_reward=config.process_reward or "none",
             process_coef=config.process_coef,
             gamma=config.gamma,
@@ -169,6 +185,7 @@ def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
             "prompts": _range(len(episode.prompt_ids) for episode in episodes),
             "responses": _range(len(episode.completion_ids) for episode in episodes),
             "together": f"{_range(lengths)}; {sum(lengths):,} in all",
+            "end": _ends_text(tokenizer, ends),
             "over max_length": f"{over / len(lengths):.1%} ({over:,}) have more than {config.max_length:,}",
         },
     )
@@ -182,10 +199,19 @@ def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
         )
     if over:  # refused, or cut
         episodes = made(config.max_length)
+    check_positions(model_config, episodes)
     shown = sorted({round(i) for i in np.linspace(0, len(episodes) - 1, min(config.rows, len(episodes)))})
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for i in shown:
         print(f"\n{view(episodes[i], tokenizer, colour)}")
+
+
+def _ends_text(tokenizer, ends: Any) -> str:
+    def named(token: int) -> str:
+        return f"{tokenizer.convert_ids_to_tokens(token)} ({token})"
+
+    others = ", ".join(named(token) for token in sorted(ends.stops - {ends.trained}))
+    return f"{named(ends.trained)} is trained" + (f"; {others} ends a response too" if others else "")
 
 
 def histogram(lengths: list[int], bins: int = 10) -> str:
@@ -221,11 +247,11 @@ def _range(values: Iterable[float]) -> str:
 
 
 def _table(title: str, rows: dict[str, str]) -> None:
-    print(f"{title}:")
+    print(f"{printable(title)}:")
     for name, text in rows.items():
-        print(f"{name:>20}  {text}")
+        print(f"{printable(name):>20}  {printable(text)}")
 
 
 def _warn(messages: list[str]) -> None:
     for message in messages:
-        print(f"{'warning':>20}  {message}")
+        print(f"{'warning':>20}  {printable(message)}")

@@ -1,12 +1,14 @@
 """A response on its tokens, as training sees it: for a terminal with colours, or as plain text.
 
 The prompt is dim, tokens of the response alternate in colour (plain: "│" between them), "║" ends a step, "{+0.5}" is what the
-token before it is paid, a line break is shown as \\n too. Long prompts and responses are cut in the middle.
+token before it is paid, a line break is shown as \\n too, control characters as \\x1b. Long prompts and responses are cut in the
+middle.
 """
 
 from __future__ import annotations
 
 from dqo.episodes import Episode
+from dqo.errors import printable
 
 _PROMPT, _HEAD, _TAIL = 60, 140, 60  # tokens shown: the prompt's last, the response's first and last
 _DIM, _STEP, _PAID, _FINED, _OFF = "\x1b[2m", "\x1b[33;1m", "\x1b[32;1m", "\x1b[31;1m", "\x1b[0m"
@@ -18,8 +20,8 @@ def view(episode: Episode, tokenizer, colour: bool) -> str:
     """The prompt's end, and the response with step ends and the reward of every token that has one."""
     paint = _painted if colour else _plain
     ids, count = episode.completion_ids, len(episode.completion_ids)
-    texts = token_texts(tokenizer, ids)
-    ended = ids[-1] == tokenizer.eos_token_id
+    texts = [printable(text) for text in token_texts(tokenizer, ids)]
+    ended = episode.ended
     ends = set(episode.step_ends)
     parts = []
     for i, text in enumerate(texts):
@@ -40,10 +42,11 @@ def view(episode: Episode, tokenizer, colour: bool) -> str:
         ]
     before = episode.prompt_ids[-_PROMPT:]
     cut = "... " if len(before) < len(episode.prompt_ids) else ""
-    prompt = paint(cut + "".join(token_texts(tokenizer, before)), _DIM)
-    end = "ends in EOS" if ended else "does not end" + ("" if episode.terminated else ", bootstrapped")
+    prompt = paint(cut + printable("".join(token_texts(tokenizer, before))), _DIM)
+    last = "EOS" if ids[-1] == tokenizer.eos_token_id else texts[-1]
+    end = f"ends in {last}" if ended else "does not end" + ("" if episode.terminated else ", bootstrapped")
     header = (
-        f"{episode.source}: {'right' if episode.label else 'wrong'}, reward {episode.reward:g}, "
+        f"{printable(episode.source)}: {'right' if episode.label else 'wrong'}, reward {episode.reward:g}, "
         f"{len(episode.prompt_ids):,} + {count:,} tokens, {end}; tokens are paid {episode.rewards.sum():+.4g} together"
     )
     return f"{header}\n[prompt] {prompt}\n[response] {''.join(parts)}"

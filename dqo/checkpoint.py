@@ -1,18 +1,20 @@
 """Checkpoints: transformers' layout plus optimizer states and counters, safetensors and JSON, written aside and renamed.
 
+base_model/      config.json model.safetensors                what the policy's adapter is of, where that lies nowhere else
 checkpoint-600/  config.json model.safetensors tokenizer*     the policy; with LoRA its adapter, in peft's layout
                  critic/                                      the value model, AutoModelForTokenClassification
                  adapters.safetensors                         LoRA: what is trained of policy and value model
                  target.safetensors                           the value model's moving average, where there is one
                  optimizer.safetensors                        AdamW states of both
-                 dqo_state.json                               step, counters, metrics position, hashes, options
+                 dqo_state.json                               step, counters, metrics position, hashes, options, checksums
 
 Tensors are whole, however they were sharded: a run may go on with another number of processes.
 """
 
 from __future__ import annotations
 
-import json
+import copy
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -20,18 +22,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dqo.config import Options, dump_options
+from dqo.damage import STATE_FILE, check_whole, newest_whole, put_away, read_state, write_state
 from dqo.errors import UserError
 from dqo.files import aside as aside_of
-from dqo.files import remove_asides, sync, write_whole
+from dqo.files import remove_asides, sync, write_whole, writing
 from dqo.learner import Learner
-from dqo.lora import has_adapter, merged_state
+from dqo.lora import base_state, has_adapter, merged_state, save_adapter
 from dqo.models import load_policy
 from dqo.parallel import Processes, like, load_whole_state, whole, whole_state
 from dqo.value_models import load_critic, save_value_model
 
-STATE_FILE = "dqo_state.json"
+logger = logging.getLogger(__name__)
 
 
 def optimizer_tensors(optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -66,20 +70,63 @@ def _trained(learner: Learner) -> dict[str, nn.Parameter]:
     }
 
 
-def save_models(directory: Path, learner: Learner, tokenizer, processes: Processes, value_model: bool = True) -> None:
-    """Policy (or its adapter) and value model (its adapter merged) as transformers loads them. All processes must call it."""
-    policy = whole_state(learner.policy)
+def _in_dtype(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """A state dict with its numbers in `dtype`, but for what the model's class keeps in float32; tied tensors stay one."""
+    if dtype is None:
+        return state
+    exact = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    exact += getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    cast: dict[int, Tensor] = {}
+    for name, tensor in state.items():
+        kept = not tensor.is_floating_point() or any(part in name.split(".") for part in exact)
+        cast.setdefault(id(tensor), tensor if kept else tensor.to(dtype))
+    return {name: cast[id(tensor)] for name, tensor in state.items()}
+
+
+def save_models(
+    directory: Path,
+    learner: Learner,
+    tokenizer,
+    processes: Processes,
+    value_model: bool = True,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Policy (or its adapter) and value model (its adapter merged) as transformers loads them, in `dtype` or as they are. All
+    processes must call it."""
+    policy = _in_dtype(learner.policy, whole_state(learner.policy), dtype)
     critic = None
     if learner.value_model is not None and value_model:
         critic = learner.value_model.state_dict()
         if has_adapter(learner.value_model):
             critic = merged_state(learner.value_model)
-        critic = {name: whole(tensor) for name, tensor in critic.items()}
+        critic = _in_dtype(learner.value_model, {name: whole(tensor) for name, tensor in critic.items()}, dtype)
     if processes.main:
-        learner.policy.save_pretrained(directory, state_dict=policy)
+        if has_adapter(learner.policy):
+            save_adapter(learner.policy, policy, directory)
+        else:
+            learner.policy.save_pretrained(directory, state_dict=policy)
+            if dtype is not None:  # it wrote the dtype that the weights have here
+                described = copy.deepcopy(learner.policy.config)
+                described.dtype = dtype
+                described.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         if critic is not None:
             save_value_model(learner.value_model, critic, directory / "critic")
+
+
+def save_base(policy: PreTrainedModel, directory: Path, again: bool) -> None:
+    """The model under the adapter of `policy`, as transformers loads it; `again`: also where it is there already."""
+    if directory.exists() and not again:
+        return
+    aside = aside_of(directory)
+    with torch.device("meta"):
+        plain = type(policy)(policy.config).to(policy.dtype)  # only its names and config are used
+    plain.generation_config = policy.generation_config
+    plain.save_pretrained(aside, state_dict=base_state(whole_state(policy)))
+    _sync_tree(aside)
+    if directory.exists():
+        directory.rename(aside_of(directory))
+    aside.rename(directory)
 
 
 def _sync_tree(directory: Path) -> None:
@@ -87,22 +134,26 @@ def _sync_tree(directory: Path) -> None:
         sync(path)
 
 
-def publish_models(directory: Path, learner: Learner, tokenizer, processes: Processes) -> None:
-    """Puts the models into a directory that holds other files. Each file is whole whenever it exists. All processes call it."""
+def publish_models(
+    directory: Path, learner: Learner, tokenizer, processes: Processes, dtype: torch.dtype | None = None
+) -> None:
+    """Puts the models, in `dtype` or as they are, into a directory that holds other files. Each file is whole whenever it exists.
+    All processes must call it."""
     beside = aside_of(directory / "models")
-    save_models(beside, learner, tokenizer, processes)
-    if not processes.main:
-        return
-    _sync_tree(beside)
-    folders = [beside, *(path for path in sorted(beside.rglob("*")) if path.is_dir())]
-    for folder in folders:
-        target = directory / folder.relative_to(beside)
-        target.mkdir(exist_ok=True)
-        for path in folder.iterdir():
-            if path.is_file():
-                path.replace(target / path.name)
-        sync(target)
-    shutil.rmtree(beside)
+    with writing(directory, beside):
+        save_models(beside, learner, tokenizer, processes, dtype=dtype)
+        if not processes.main:
+            return
+        _sync_tree(beside)
+        folders = [beside, *(path for path in sorted(beside.rglob("*")) if path.is_dir())]
+        for folder in folders:
+            target = directory / folder.relative_to(beside)
+            target.mkdir(exist_ok=True)
+            for path in folder.iterdir():
+                if path.is_file():
+                    path.replace(target / path.name)
+            sync(target)
+        shutil.rmtree(beside)
 
 
 def save_checkpoint(
@@ -114,8 +165,10 @@ def save_checkpoint(
     state: dict,
     keep: int,
     processes: Processes,
+    best: Path | None = None,
 ) -> Path:
-    """Writes checkpoint-<step> atomically: a directory of that name is whole, whatever happened. All processes must call it."""
+    """Writes checkpoint-<step> atomically: a directory of that name is whole, whatever happened. All processes must call it.
+    `keep` of them stay; the newest and `best` always do."""
     final = output_dir / f"checkpoint-{step}"
     aside = aside_of(final)
     adapters = {}
@@ -123,31 +176,42 @@ def save_checkpoint(
         adapters = {name: whole(parameter.detach()).contiguous() for name, parameter in _trained(learner).items()}
     target = {} if learner.target is None else whole_state(learner.target)
     optimizer = optimizer_tensors(optimizers)
-    save_models(aside, learner, tokenizer, processes, value_model=not adapters)
+    with writing(final, aside):
+        save_models(aside, learner, tokenizer, processes, value_model=not adapters)
+        if processes.main:
+            for name, tensors in (("adapters", adapters), ("target", target), ("optimizer", optimizer)):
+                if tensors:
+                    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+                    save_file(contiguous, aside / f"{name}.safetensors")
+            write_state(aside, state)
+            _sync_tree(aside)
+            if final.exists():
+                final.rename(aside_of(final))
+            aside.rename(final)
+            sync(output_dir)
     if processes.main:
-        for name, tensors in (("adapters", adapters), ("target", target), ("optimizer", optimizer)):
-            if tensors:
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside / f"{name}.safetensors")
-        (aside / STATE_FILE).write_text(json.dumps(state, indent=1))
-        _sync_tree(aside)
-        if final.exists():
-            final.rename(aside_of(final))
-        aside.rename(final)
-        sync(output_dir)
-        for old in checkpoints(output_dir)[:-keep]:
+        for old in surplus(checkpoints(output_dir), keep, best):
             old.rename(aside_of(old))  # at once, then file by file: half a checkpoint must not look like one
         remove_asides(output_dir)
     processes.barrier()
     return final
 
 
+def surplus(found: list[Path], keep: int, best: Path | None) -> list[Path]:
+    """Those of `found`, oldest first, that are more than `keep`; neither the newest nor `best` is one of them."""
+    kept = found[-keep:]
+    if best in found and best not in kept:
+        kept = [best, *found[-max(1, keep - 1) :]]
+    return [path for path in found if path not in kept]
+
+
 def load_models(checkpoint: Path, learner: Learner) -> None:
-    """Copies a checkpoint's weights into a learner that is not wrapped yet."""
+    """Copies a checkpoint's weights into a learner, sharded or not."""
     if has_adapter(learner.policy):
         saved = load_file(checkpoint / "adapters.safetensors")
         with torch.no_grad():
             for name, parameter in _trained(learner).items():
-                parameter.copy_(saved[name])
+                parameter.copy_(like(saved[name], parameter))
     else:
         load_whole_state(learner.policy, load_policy(str(checkpoint)).state_dict())
         if learner.value_model is not None:
@@ -160,10 +224,6 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted(found, key=lambda p: int(p.name.partition("-")[2]))
-
-
-def read_state(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / STATE_FILE).read_text())
 
 
 def load_optimizers(checkpoint: Path, optimizers: dict[str, torch.optim.Optimizer]) -> None:
@@ -194,20 +254,39 @@ def claim_output(options: Options, identity: dict, processes: Processes) -> Path
     """Makes output_dir this run's before anything else is written there; returns the checkpoint to go on from.
 
     Raises:
-        UserError: when the checkpoint is of another run, which is then left as it is.
+        UserError: when the checkpoint is of another run, or damaged and no other is whole; everything is then left as it is.
     """
-    output_dir, named = Path(options.train.output_dir), options.train.resume_from_checkpoint
-    found = checkpoints(output_dir) if named in ("auto", "never") else [Path(named)]
-    if found and not (found[-1] / STATE_FILE).is_file():
-        raise UserError(
-            f"resume_from_checkpoint {found[-1]} is no checkpoint (it has no {STATE_FILE}); give a checkpoint-N directory, or "
-            '"auto" for the last one in output_dir'
-        )
-    if found:
-        check_same_run(found[-1], identity)
+    output_dir = Path(options.train.output_dir)
+    chosen, damaged = processes.from_main(lambda: _chosen(options, identity))
     if processes.main:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        with writing(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
         remove_asides(output_dir)
+        for path, message in damaged.items():
+            logger.warning("%s. It is now %s; going on from %s", message, put_away(path), chosen)
         write_whole(output_dir / "config.yaml", dump_options(options).encode())
     processes.barrier()
-    return found[-1] if found else None
+    return chosen
+
+
+def _chosen(options: Options, identity: dict) -> tuple[Path | None, dict[Path, str]]:
+    """The checkpoint to go on from, and the damaged ones behind it."""
+    output_dir, named = Path(options.train.output_dir), options.train.resume_from_checkpoint
+    if named in ("auto", "never"):
+        chosen, damaged = newest_whole(checkpoints(output_dir))
+        if damaged and chosen is None:
+            raise UserError(
+                f"{next(iter(damaged.values()))}, and no other checkpoint in {output_dir} is whole; put its files back, or "
+                "choose another --output_dir"
+            )
+    else:
+        chosen, damaged = Path(named), {}
+        if not (chosen / STATE_FILE).is_file():
+            raise UserError(
+                f"resume_from_checkpoint {chosen} is no checkpoint (it has no {STATE_FILE}); give a checkpoint-N directory, or "
+                '"auto" for the last one in output_dir'
+            )
+        check_whole(chosen)
+    if chosen is not None:
+        check_same_run(chosen, identity)
+    return chosen, damaged

@@ -6,17 +6,28 @@ torch is imported only by what needs it, so that help and wrong options answer a
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from tyro.conf import Positional
+from dqo import signals
+from dqo.errors import UserError, did_you_mean, printable
 
-from dqo.errors import UserError, did_you_mean
-
+# What a machine does to any command, and no traceback explains.
+_ENVIRONMENT = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOSPC,
+    errno.EPERM,
+}
+_ENVIRONMENT |= {errno.EROFS, errno.ESTALE}
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # of those that a launcher starts: it speaks for all
 
 
@@ -30,17 +41,36 @@ def main() -> None:
     _run(lambda: dqo_command(sys.argv[1:]))
 
 
+class _Formatter(logging.Formatter):
+    """Warnings may quote data."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _run(command: Callable[[], None]) -> None:
+    signals.install()
     level = logging.WARNING if FIRST_PROCESS else logging.ERROR
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=level)
     try:
         command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (KeyboardInterrupt, SystemExit):
+        if signals.noted():
+            signals.leave()
+        raise
     except BrokenPipeError:  # `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT:
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
 
 
 def train_command(arguments: list[str], prog: str = "dqo train") -> None:
@@ -51,12 +81,13 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
     if "-h" not in arguments and flags <= {f.name for f in dataclasses.fields(DemoConfig)}:
         return demo_command(arguments, prog)
     from dqo.config import dump_options, load_options
-
-    options = load_options(arguments, prog)
     from dqo.inputs import check_options, load_rows, read_tasks
+    from dqo.launcher import obey
+
+    options = obey(load_options(arguments, prog))
 
     check_options(options)
-    tasks = read_tasks(options.train.eval_tasks)
+    tasks = read_tasks(options.train.eval_tasks, options.train.verifier)
     rows = load_rows(options)
     if options.train.dry_run:
         train_rows, held_out = rows
@@ -81,11 +112,12 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
 
 def demo_command(arguments: list[str], prog: str = "dqo demo") -> None:
     """Compare base, continued SFT, RFT, DPO and DQO on a built-in task, from nothing to report.html."""
-    import tyro
-
+    from dqo.config import parse_flags
     from dqo.demo import DemoConfig, run_demo
+    from dqo.requirements import check_packages
 
-    config = tyro.cli(DemoConfig, args=arguments, prog=prog, use_underscores=True)
+    config = parse_flags(DemoConfig, arguments, prog)
+    check_packages()
     logging.getLogger("dqo").setLevel(logging.ERROR)  # samples of a small model repeat each other: nothing to warn of
     print(
         f"dqo: demonstration (seed {config.seed}) -> {config.output_dir}; `dqo-train --help` for your own data",
@@ -94,32 +126,13 @@ def demo_command(arguments: list[str], prog: str = "dqo demo") -> None:
     print(f"report: {run_demo(config)}")
 
 
-@dataclass(frozen=True)
-class ConvertConfig:
-    """Turn a public data format into a rollout file."""
-
-    format: Positional[str]
-    """Format of the source. Solutions with step labels: gsm8k-solutions, prm800k, math-shepherd, math-aps. Other trainers' data:
-    trl-preference, trl-kto, trl-stepwise, oreo, open-r1, verl."""
-    source: Positional[str]
-    """.jsonl or .parquet file, folder of a saved data set, or name on the Hugging Face hub (org/name or org/name:split)."""
-    destination: Positional[str]
-    """Rollout file to write (.jsonl)."""
-    messages: bool = False
-    """Write prompts and completions as messages, for models with a chat template."""
-    keep_annotations: bool = True
-    """Leave GSM8K's <<expression=value>> in the completions."""
-    step_penalty: float | None = None
-    """gsm8k-solutions: step reward of a line with a wrong calculator annotation is minus this; 0.5 unless given."""
-
-
 def convert_command(arguments: list[str]) -> None:
     """Turn a public data format into a rollout file."""
-    import tyro
-
+    from dqo.command_options import ConvertConfig
+    from dqo.config import parse_flags
     from dqo.convert import convert
 
-    config = tyro.cli(ConvertConfig, args=arguments, prog="dqo convert", use_underscores=True)
+    config = parse_flags(ConvertConfig, arguments, "dqo convert")
     for name, value in convert(**dataclasses.asdict(config)).items():
         several = isinstance(value, dict)
         shown = ", ".join(f"{key} {share:.4g}" for key, share in value.items()) if several else _short(value)
@@ -132,45 +145,24 @@ def _short(value: object) -> str:
 
 def check_command(arguments: list[str]) -> None:
     """Check rollout files and show what training will see of them."""
-    import tyro
-
     from dqo.check import CheckConfig, check
+    from dqo.config import parse_flags
 
-    check(tyro.cli(CheckConfig, args=arguments, prog="dqo check", use_underscores=True))
-
-
-@dataclass(frozen=True)
-class InitConfig:
-    """Make a small randomly initialised Llama and a byte-level BPE tokenizer trained on a rollout file."""
-
-    dataset_name: str
-    """Rollout file whose prompts and completions the tokenizer is trained on."""
-    output_dir: str
-    """New directory of model and tokenizer."""
-    vocab_size: int = 4096
-    """Tokens of the vocabulary."""
-    hidden_size: int = 256
-    """Width."""
-    layers: int = 4
-    """Transformer blocks."""
-    heads: int = 4
-    """Attention heads."""
-    max_length: int = 1024
-    """Positions."""
-    seed: int = 0
-    """Of the weights."""
+    check(parse_flags(CheckConfig, arguments, "dqo check"))
 
 
 def init_command(arguments: list[str]) -> None:
     """Make a small random model with a tokenizer trained on a rollout file."""
-    import tyro
+    from dqo.command_options import InitConfig
+    from dqo.config import parse_flags
 
-    config = tyro.cli(InitConfig, args=arguments, prog="dqo init", use_underscores=True)
-    from dqo import new_model
-    from dqo.episodes import completion_text
+    config = parse_flags(InitConfig, arguments, "dqo init")
+    from dqo.chat import completion_text
     from dqo.rows import read_rows
 
     rows = read_rows(config.dataset_name)
+    from dqo import new_model  # torch from here on
+
     texts = list({row.prompt: None for row in rows if isinstance(row.prompt, str)}) + [completion_text(r) for r in rows]
     tokenizer = new_model.bpe_tokenizer(texts, config.vocab_size)
     size = {"hidden_size": config.hidden_size, "layers": config.layers, "heads": config.heads}

@@ -6,18 +6,18 @@ Imports neither torch nor transformers: `--help` and every check of the options 
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import tyro
 import yaml
 
 from dqo.errors import UserError, did_you_mean
 from dqo.objectives import OBJECTIVES
+from dqo.option_files import read_options
+from dqo.option_values import brief, name_problem, refuse, suggestion, typed, value_problems
 
 CPU_BATCH_TOKENS = 4096  # more leave the caches: 8,192 cost a quarter of the speed with a model of 1 M parameters
 
@@ -41,6 +41,9 @@ class TrainConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights as they are kept; bfloat16 only for the frozen ones under use_peft."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the models that are written to output_dir at the end; None: what the files of model_name_or_path have, and float32 for
+    adapters and their value model. Checkpoints keep the weights as they are trained, so that a run can go on exactly."""
     bf16: bool = False
     """Products in bfloat16 (autocast); weights, optimizer states and the loss stay float32."""
     attn_implementation: str | None = None
@@ -56,14 +59,19 @@ class TrainConfig:
     lora_target_modules: tuple[str, ...] | None = None
     """Names of the linear layers that get one; None: all of the trunk."""
 
+    router_aux_loss_coef: float | None = None
+    """Factor of the load-balancing loss of a mixture-of-experts policy's router; None or 0: it is not applied. It is of the real
+    tokens of a micro-batch, and a step's is the mean over its micro-batches by tokens: the one loss that depends on how a step is
+    split, exact when a step is one micro-batch."""
+
     eval_dataset_name: str | None = None
     """Rollout file held out for evaluation; without it eval_fraction of the prompts is held out."""
     eval_fraction: float = 0.1
     """Share of the prompts held out of dataset_name."""
     eval_tasks: str | None = None
     """Problems to answer after training (.jsonl: prompt, answer)."""
-    verifier: Literal["gsm8k"] | None = None
-    """How answers to eval_tasks are graded."""
+    verifier: Literal["gsm8k", "math"] | None = None
+    """How answers to eval_tasks are graded: gsm8k compares the number after ####, math (extra math) the last boxed answer."""
     num_generations: int = 4
     """Sampled answers a problem, beside the greedy one."""
     max_completion_length: int = 256
@@ -128,13 +136,22 @@ class TrainConfig:
     save_steps: int = 500
     """Steps between checkpoints; one is always written at the end."""
     save_total_limit: int = 2
-    """Checkpoints kept."""
+    """Checkpoints kept; the best by metric_for_best_model and the newest always are."""
+    metric_for_best_model: str | None = None
+    """Held-out metric, with or without eval_, that says which evaluation is the best so far; such a one is followed by a
+    checkpoint, which is kept. None: loss under load_best_model_at_end, else no metric."""
+    greater_is_better: bool | None = None
+    """Whether the best has the greatest metric_for_best_model; None: unless its name ends in loss."""
+    load_best_model_at_end: bool = False
+    """The models written at the end are those of the best evaluation, not of the last step."""
     resume_from_checkpoint: str = "auto"
     """"auto" goes on from the last checkpoint in output_dir, "never" refuses a used output_dir; or a checkpoint's directory."""
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Tracker that gets the rows of metrics.jsonl too."""
     run_name: str | None = None
     """The tracker's name of the run; None: output_dir."""
+    project: str | None = None
+    """Project of the tracker (wandb, trackio) that the run is in; None: WANDB_PROJECT, or dqo."""
     use_cpu: bool = False
     """Train on the CPU although there is an accelerator."""
     fsdp: bool = False
@@ -143,6 +160,17 @@ class TrainConfig:
     """Of the data order and of generated answers."""
     dry_run: bool = False
     """Check options and data, print them, and stop before a model is loaded."""
+
+    @property
+    def best_metric(self) -> str | None:
+        """metric_for_best_model, with its default."""
+        return self.metric_for_best_model or ("loss" if self.load_best_model_at_end else None)
+
+    @property
+    def best_is_greatest(self) -> bool:
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return self.best_metric is not None and not self.best_metric.endswith("loss")
 
     def batch_tokens(self, device_type: str) -> int:
         """The micro-batches' budget."""
@@ -166,6 +194,8 @@ class TrainConfig:
         for name in ("learning_rate", "critic_learning_rate", "num_train_epochs", "max_grad_norm", "adam_epsilon"):
             need(getattr(self, name) > 0, name, "positive")
         need(self.lora_alpha > 0, "lora_alpha", "positive")
+        coefficient = self.router_aux_loss_coef or 0.0
+        need(coefficient >= 0, "router_aux_loss_coef", "at least 0")
         need(
             self.dtype == "float32" or self.use_peft, "dtype", "float32 without use_peft (--bf16 computes in bfloat16)"
         )
@@ -175,8 +205,16 @@ class TrainConfig:
         for name in ("adam_beta1", "adam_beta2", "eval_fraction"):
             need(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         need(self.max_batch_tokens is None or self.max_batch_tokens >= 1, "max_batch_tokens", "at least 1")
-        need(math.isfinite(self.process_coef), "process_coef", "finite")
+        need(self.seed >= 0, "seed", "at least 0")
         need(self.max_steps == -1 or self.max_steps > 0, "max_steps", "positive, or -1 for num_train_epochs")
+        if self.best_metric is not None:
+            option = "metric_for_best_model" if self.metric_for_best_model else "load_best_model_at_end"
+            need(self.eval_steps > 0, "eval_steps", f"above 0 with {option}, which compares evaluations")
+        need(
+            self.best_metric or self.greater_is_better is None,
+            "greater_is_better",
+            "None without metric_for_best_model",
+        )
         need(self.eval_tasks is None or self.verifier is not None, "verifier", "set when eval_tasks is given")
         return found
 
@@ -193,36 +231,26 @@ class Options:
         return dataclasses.asdict(self.train) | dataclasses.asdict(self.objective)
 
 
-def _yaml_values(path: str) -> dict[str, tuple[Any, str]]:
-    """{key: (value, "file:line")} of a flat YAML mapping."""
-    try:
-        node = yaml.compose(Path(path).read_text(), Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
-    if node is None:
-        return {}
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}:1: expected a mapping of options, one `name: value` a line")
-    values = yaml.safe_load(Path(path).read_text())
-    return {key.value: (values[key.value], f"{path}:{key.start_mark.line + 1}") for key, _ in node.value}
-
-
 def _take_config_files(arguments: list[str]) -> tuple[list[str], dict[str, tuple[Any, str]]]:
-    """Splits `--config a.yaml b.yaml` off; later files win."""
-    if "--config" not in arguments:
-        return arguments, {}
-    start = arguments.index("--config")
-    end = start + 1
-    while end < len(arguments) and not arguments[end].startswith("--"):
-        end += 1
-    if end == start + 1:
-        raise UserError("--config needs a file")
+    """Splits `--config a.yaml b.yaml` and `--config=a.yaml` off, however often they come; later files win."""
+    left, paths, i = [], [], 0
+    while i < len(arguments):
+        name, equals, path = arguments[i].partition("=")
+        i += 1
+        if name != "--config":
+            left.append(arguments[i - 1])
+            continue
+        given = [path] if path else []
+        while not equals and i < len(arguments) and not arguments[i].startswith("-"):
+            given.append(arguments[i])
+            i += 1
+        if not given:
+            raise UserError("--config needs a file")
+        paths += given
     values: dict[str, tuple[Any, str]] = {}
-    for path in arguments[start + 1 : end]:
-        values |= _yaml_values(path)
-    return arguments[:start] + arguments[end:], values
+    for path in paths:
+        values |= read_options(path)
+    return left, values
 
 
 def _method(arguments: list[str], from_files: dict[str, tuple[Any, str]]) -> str:
@@ -232,32 +260,17 @@ def _method(arguments: list[str], from_files: dict[str, tuple[Any, str]]) -> str
             name, source = arguments[i + 1], "--method"
         elif argument.startswith("--method="):
             name, source = argument.partition("=")[2], "--method"
-    if name not in OBJECTIVES:
-        raise UserError(
-            f"method must be one of {', '.join(OBJECTIVES)}, got {name!r} (from {source}).{did_you_mean(str(name), OBJECTIVES)}"
-        )
-    return name
+    if not isinstance(name, str) or name not in OBJECTIVES:
+        nearest = did_you_mean(name, OBJECTIVES) if isinstance(name, str) else ""
+        raise UserError(f"method must be one of {', '.join(OBJECTIVES)}, got {brief(name)} (from {source}).{nearest}")
+    return str.__str__(name)
 
 
 def _checked(cls: type, name: str, value: Any, source: str) -> Any:
-    """A YAML value as the field's type; ints serve as floats, and nothing else is cast."""
-    expected = get_type_hints(cls)[name]
-    options = (expected,) if get_origin(expected) is Literal or not get_args(expected) else get_args(expected)
-    for option in options:
-        if get_origin(option) is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        if get_origin(option) is Literal and value in get_args(option):
-            return value
-        if option is type(None) and value is None:
-            return None
-        if option is float and type(value) in (int, float):
-            return float(value)
-        if option is float and isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+e[-+]?[0-9]+", value):
-            return float(value)  # YAML 1.1 reads 1e-6 as a string
-        if option in (int, bool, str) and type(value) is option:
-            return value
-    kind = str(expected).replace("typing.", "") if get_args(expected) else expected.__name__
-    raise UserError(f"{source}: {name} must be {kind}, got {value!r}")
+    try:
+        return typed(get_type_hints(cls)[name], value)
+    except TypeError as error:
+        raise UserError(f"{source}: {name} {error}") from error
 
 
 def _resolve(objective_class: type, given: dict[str, tuple[Any, str]]) -> tuple[TrainConfig, Any]:
@@ -271,8 +284,8 @@ def _resolve(objective_class: type, given: dict[str, tuple[Any, str]]) -> tuple[
         elif key in objective_fields:
             objective_values[key] = _checked(objective_class, key, value, source)
         else:
-            suggestion = did_you_mean(key, train_fields | objective_fields)
-            raise UserError(f"{source}: unknown option {key!r}.{suggestion}")
+            nearest = suggestion(key, train_fields | objective_fields, of_methods=_options_of_methods())
+            raise UserError(f"{source}: unknown option {brief(key)}.{nearest}")
     return TrainConfig(**train_values), objective_class(**objective_values)
 
 
@@ -281,44 +294,78 @@ def options_of(values: dict[str, Any], source: str) -> Options:
     given = {name: (value, source) for name, value in values.items()}
     train, objective = _resolve(OBJECTIVES[_method([], given)], given)
     options = Options(train, objective, dict.fromkeys(values, source))
-    _refuse(options)
+    check_values(options)
     return options
+
+
+def _options_of_methods() -> dict[str, set[str]]:
+    return {method: {f.name for f in dataclasses.fields(cls)} for method, cls in OBJECTIVES.items()}
+
+
+def _check_flags(arguments: list[str], known: set[str]) -> None:
+    """Refuses unknown flags, and arguments that no option can hold, before tyro sees them: it knows no other trainer's names."""
+    flag = "an argument"
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        is_flag = name.startswith("--") and len(name) > 2
+        flag = name if is_flag else flag
+        held = argument if not is_flag else value if equals else name
+        if (problem := name_problem(held)) is not None:
+            raise UserError(f"{brief(flag)} {problem}")
+        option = name[2:].replace("-", "_")
+        if is_flag and option.removeprefix("no_") not in known | {"help"} and not option.startswith("tyro_"):
+            nearest = suggestion(option, known, "--", _options_of_methods())
+            raise UserError(f"unknown option {brief(name)}.{nearest} `--help` lists all")
+
+
+def flag_sources(arguments: list[str]) -> dict[str, str]:
+    """{option: the flag that gives it}."""
+    names = [a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in arguments if a.startswith("--")]
+    return {name: f"--{name}" for name in names}
+
+
+def parse_flags(cls: type, arguments: list[str], prog: str) -> Any:
+    """A command's dataclass from its flags, each value checked; exits with 2 when tyro finds one of the wrong type."""
+    _check_flags(arguments, {f.name for f in dataclasses.fields(cls)})
+    config = tyro.cli(cls, args=arguments, prog=prog, use_underscores=True)
+    refuse(value_problems(config) or config.problems(), flag_sources(arguments))
+    return config
 
 
 def load_options(arguments: list[str], prog: str = "dqo-train") -> Options:
     """Flags over YAML over defaults; raises UserError (or exits 2 with the flag named) for anything that does not fit."""
     arguments, from_files = _take_config_files(list(arguments))
     objective_class = OBJECTIVES[_method(arguments, from_files)]
-    sources = {key: source for key, (_, source) in from_files.items()}
-    defaults = _resolve(objective_class, from_files)
-
-    # made here, because tyro resolves the annotations of a class by name and the objective is known only now
-    shape = dataclasses.make_dataclass("Flags", [("train", TrainConfig), ("objective", objective_class)], frozen=True)
-    flags = tyro.cli(
-        tyro.conf.OmitArgPrefixes[shape],
-        args=arguments,
-        default=shape(*defaults),
-        prog=prog,
-        use_underscores=True,
-        description=TrainConfig.__doc__,
-    )
-    for argument in arguments:
-        if argument.startswith("--"):
-            name = argument[2:].partition("=")[0].replace("-", "_").removeprefix("no_")
-            sources[name] = f"--{name}"
-    options = Options(flags.train, flags.objective, sources)
-    _refuse(options)
+    known = {f.name for cls in (TrainConfig, objective_class) for f in dataclasses.fields(cls)}
+    _check_flags(arguments, known | {"config"})
+    train, objective = _resolve(objective_class, from_files)
+    if arguments:
+        # made here, because tyro resolves the annotations of a class by name and the objective is known only now
+        shape = dataclasses.make_dataclass(
+            "Flags", [("train", TrainConfig), ("objective", objective_class)], frozen=True
+        )
+        flags = tyro.cli(
+            tyro.conf.OmitArgPrefixes[shape],
+            args=arguments,
+            default=shape(train, objective),
+            prog=prog,
+            use_underscores=True,
+            description=TrainConfig.__doc__,
+        )
+        train, objective = flags.train, flags.objective
+    sources = {key: source for key, (_, source) in from_files.items()} | flag_sources(arguments)
+    options = Options(train, objective, sources)
+    check_values(options)
     return options
 
 
-def _refuse(options: Options) -> None:
+def check_values(options: Options) -> None:
+    """Raises a UserError that names every value out of range, and where it came from."""
     if {"max_steps", "num_train_epochs"} <= options.sources.keys():
         raise UserError("max_steps and num_train_epochs are both set; remove one")
-    problems = options.train.problems() + options.objective.problems()
-    if problems:
-        raise UserError(
-            "\n".join(f"{name} {what} (from {options.sources.get(name, 'default')})" for name, what in problems)
-        )
+    parts = (options.train, options.objective)
+    wrong = [problem for part in parts for problem in value_problems(part)]
+    refuse(wrong or [problem for part in parts for problem in part.problems()], options.sources)
 
 
 def dump_options(options: Options) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from decimal import Decimal, localcontext
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def convert_gsm8k_solutions(source: str | Path, *, step_penalty: float = 0.5) ->
                     steps=[(step.start, step.end) for step in steps],
                     step_rewards=[-step_penalty if step.correct is False else 0.0 for step in steps],
                     finish_reason="stop" if _answers(solution) else "length",
-                    answer=str(answer if answer.denominator == 1 else float(answer)),
+                    answer=_decimal(answer),
                     prompt_id=f"gsm8k/test/{record.index}",
                     sampling={"model": model},
                     source=record.source,
@@ -84,6 +86,13 @@ def _gsm8k_fields(record: Record) -> tuple[str, str, list[tuple[str, str, bool]]
             f"found {', '.join(values)}"
         )
     return question, truth, solutions
+
+
+def _decimal(value: Fraction) -> str:
+    """A number that was written in decimals, exactly."""
+    with localcontext() as context:
+        context.prec = 1000
+        return f"{Decimal(value.numerator) / value.denominator:f}"
 
 
 def _answers(solution: str) -> bool:

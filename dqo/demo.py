@@ -18,6 +18,7 @@ from pathlib import Path
 
 from dqo.config import Options, TrainConfig, command_line
 from dqo.errors import UserError
+from dqo.files import write_whole, writing
 from dqo.objectives import DPO, DQO, RFT, SFT, UNIT_EPISODES
 from dqo.tasks.arith import VOCABULARY, ArithTask
 
@@ -30,6 +31,9 @@ class DemoConfig:
     """Where data, models and report.html go; a killed demonstration goes on there."""
     seed: int = 0
     """Of problems, model and samples; the task's hard entries stay the same."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        return [] if self.seed >= 0 else [("seed", f"must be at least 0, got {self.seed}")]
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,7 @@ def write_rollouts(task: ArithTask, recipe: Recipe, base: Path, path: Path, seed
     answers = generate(
         policy,
         tokenizer(problems)["input_ids"],
-        eos_id=tokenizer.eos_token_id,
+        stop_ids=[tokenizer.eos_token_id],
         pad_id=tokenizer.pad_token_id,
         num_generations=recipe.samples,
         max_new_tokens=max_new_tokens(recipe),
@@ -254,12 +258,17 @@ def _claim(output: Path, config: DemoConfig, recipe: Recipe) -> None:
     identity = {"seed": config.seed, "recipe": dataclasses.asdict(recipe)}
     marker = output / "demo.json"
     if marker.exists():
-        if json.loads(marker.read_text()) != identity:
+        try:
+            found = json.loads(marker.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{marker} is damaged; choose another output_dir, or delete {output}") from error
+        if found != identity:
             raise UserError(
                 f"output_dir {output} holds a demonstration with another seed or recipe; choose another directory"
             )
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output_dir {output} is in use; choose another with --output_dir")
-    output.mkdir(parents=True, exist_ok=True)
-    marker.write_text(json.dumps(identity, indent=1))
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+    write_whole(marker, json.dumps(identity, indent=1).encode())

@@ -3,9 +3,22 @@
 import difflib
 from collections.abc import Iterable
 
+# Characters that a terminal obeys instead of showing them: C0 and C1 controls, and those that turn the direction of text.
+_CONTROLS = {*range(32), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+_ESCAPES = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _CONTROLS - set(map(ord, "\n\t"))}
+
+
+def printable(text: str) -> str:
+    """The text with control characters written out (\\x1b); line ends and tabs stay."""
+    return text.translate(_ESCAPES)
+
 
 class UserError(ValueError):
-    """A mistake in what the user gave: an option, a file, a row. The command line prints it and exits 2."""
+    """A mistake in what the user gave: an option, a file, a row. The command line prints it and exits 2. Its message may quote
+    data: control characters are written out."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(printable(message))
 
 
 def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from dqo.ends import ends_of
+from dqo.models import stop_ids
 from dqo.sample import Response, generate
 
 
@@ -14,7 +16,7 @@ from dqo.sample import Response, generate
 class Problem:
     prompt: str
     prompt_ids: list[int]
-    grade: Callable[[str], bool]  # of a completion's text without its EOS
+    grade: Callable[[str], bool]  # of a completion's text without its end token
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def evaluate(
 ) -> Accuracy:
     """Answers every problem once greedily and `num_generations` times at temperature 1. An answer that never ended is wrong."""
     options = {
-        "eos_id": tokenizer.eos_token_id,
+        "stop_ids": ends_of(tokenizer, stop_ids(policy)).stops,
         "pad_id": tokenizer.pad_token_id,
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from dqo.errors import UserError
 
 
 def sync(path: Path) -> None:
@@ -41,12 +46,31 @@ def remove_asides(directory: Path, older_than: float = 0.0) -> None:
             continue
 
 
+@contextlib.contextmanager
+def writing(path: Path, beside: Path | None = None) -> Iterator[None]:
+    """Whatever keeps `path` from being written, a full disk for one, becomes a UserError that names it. `beside`, which is
+    half-written then, is deleted."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and "(os error " not in str(error):  # as libraries written in Rust say it
+            raise
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                beside.unlink()
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        what = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written: {what}. What was there before is whole") from error
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces `path` by `content` at once."""
     beside = aside(path)
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    sync(path.parent)
+    with writing(path, beside):
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        sync(path.parent)

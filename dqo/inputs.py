@@ -8,11 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dqo.config import Options
+from dqo.config import Options, TrainConfig
+from dqo.damage import STATE_FILE
 from dqo.errors import UserError
 from dqo.files import is_aside
-from dqo.rows import Row, check_contrast, check_process_reward, duplicate_count, prompt_key, read_rows, split_by_prompt
+from dqo.lora_options import check_lora_config
+from dqo.model_objects import check_model_object
+from dqo.requirements import check_packages
+from dqo.rows import Row, check_process_reward, prompt_key, read_rows, split_by_prompt
 from dqo.rows_files import read_records
+from dqo.rows_warnings import row_warnings
+from dqo.verifiers import check_answers
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +39,7 @@ class Given:
 def check_options(options: Options, given: Given | None = None) -> None:
     """Checks across options and against the file system, before any file is read."""
     config, given = options.train, given or Given()
+    check_packages(["peft"] if config.use_peft or given.peft_config is not None else [])
     if config.dataset_name is None and given.dataset is None:
         raise UserError("--dataset_name is missing: a .jsonl or .parquet file with prompt, completion, reward")
     if config.model_name_or_path is None and given.model is None:
@@ -43,10 +50,13 @@ def check_options(options: Options, given: Given | None = None) -> None:
         raise UserError("truncation bootstrap needs a value model: --method dqo --value_model separate")
     if config.ref_model_name_or_path is not None and not options.objective.needs_reference:
         raise UserError(f"method {config.method} has no reference policy; remove --ref_model_name_or_path")
-    packages = {"use_peft": "peft" if config.use_peft else None, "report_to": config.report_to}
-    for option, package in packages.items():
-        if package not in (None, "none") and importlib.util.find_spec(package) is None:
-            raise UserError(f"{option} needs the package {package}: pip install {package}")
+    for name, model in (("model", given.model), ("ref_model", given.ref_model)):
+        if model is not None:
+            check_model_object(name, model)
+    if given.peft_config is not None:
+        check_lora_config(given.peft_config)
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise UserError(f"report_to needs the package {config.report_to}: pip install {config.report_to}")
     used = Path(config.output_dir)
     if used.exists() and not used.is_dir():
         raise UserError(f"output_dir {used} is a file; choose a directory")
@@ -54,41 +64,45 @@ def check_options(options: Options, given: Given | None = None) -> None:
         return
     if config.resume_from_checkpoint == "never":
         raise UserError(f"output_dir {used} is in use; choose another, or --resume_from_checkpoint auto to go on there")
-    if not (used / "config.yaml").exists():
+    if not (used / "config.yaml").exists() and not list(used.glob(f"checkpoint-*/{STATE_FILE}")):
         raise UserError(f"output_dir {used} holds other files; choose a new or empty directory")
+
+
+def read(config: TrainConfig, source: Any) -> list[Row]:
+    """Rows as the options say."""
+    return read_rows(source, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold)
 
 
 def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], list[Row]]:
     """Rows to train on and rows held out, by problem; every check of the data that needs no model."""
     config, given = options.train, given or Given()
 
-    def read(source: Any) -> list[Row]:
-        return read_rows(source, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold)
-
-    rows = read(config.dataset_name if given.dataset is None else given.dataset)
+    rows = read(config, config.dataset_name if given.dataset is None else given.dataset)
     check_process_reward(rows, config.dataset_name or "the data set", config.process_reward)
-    if options.objective.needs_contrast:  # sft, rft and kto may train on right responses alone
-        warning = check_contrast(rows)
-        if warning:
-            logger.warning(warning)
-    duplicates = duplicate_count(rows)
-    if duplicates:
-        logger.warning("%d of %d rows repeat another row's prompt and completion", duplicates, len(rows))
+    for warning in row_warnings(rows, config, options.objective):
+        logger.warning(warning)
     held_source = config.eval_dataset_name if given.eval_dataset is None else given.eval_dataset
     if held_source is None:
         return split_by_prompt(rows, config.eval_fraction, config.seed) if config.eval_fraction else (rows, [])
-    held_out = read(held_source)
-    shared = {prompt_key(row) for row in rows} & {prompt_key(row) for row in held_out}
-    if shared:
-        raise UserError(
-            f"{len(shared)} prompts of {config.eval_dataset_name or 'the held-out rows'} are in "
-            f"{config.dataset_name or 'the training rows'} too; held-out rows must be of other problems"
-        )
+    held_out = read(config, held_source)
+    names = config.eval_dataset_name or "eval_dataset", config.dataset_name or "the training rows"
+    shared_prompts({prompt_key(row) for row in rows}, held_out, *names)
     return rows, held_out
 
 
-def read_tasks(path: str | None) -> list[dict]:
-    """The rows of eval_tasks, each with the strings prompt and answer; before anything is trained."""
+def shared_prompts(trained: set[str], rows: list[Row], name: str, trained_name: str) -> None:
+    """Refuses rows for evaluation whose prompts are trained on; `trained` are the prompt keys of those."""
+    shared = [row for row in rows if prompt_key(row) in trained]
+    if shared:
+        raise UserError(
+            f"{len({prompt_key(row) for row in shared})} prompts of {name} are in {trained_name} too (the first: "
+            f"{shared[0].source or repr(shared[0].prompt)[:80]}); take their rows out of one of the two, or give no evaluation "
+            "rows: eval_fraction holds prompts out"
+        )
+
+
+def read_tasks(path: str | None, verifier: str) -> list[dict]:
+    """The rows of eval_tasks, each with the strings prompt and answer, and its source; the verifier can grade by all answers."""
     if path is None:
         return []
     _, records, problems = read_records(path)
@@ -100,4 +114,6 @@ def read_tasks(path: str | None) -> list[dict]:
     ]
     if wrong:
         raise UserError(f"{', '.join(wrong[:10])}: a row of eval_tasks is an object with the strings prompt and answer")
-    return [record.values for record in records]
+    tasks = [{**record.values, "source": record.source} for record in records]
+    check_answers(tasks, verifier)
+    return tasks

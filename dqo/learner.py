@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from dqo import attention, metrics
 from dqo.batches import Batch
 from dqo.lora import adapter_off
-from dqo.models import head_of, hidden_positions, policy_stats
+from dqo.models import head_inputs, head_of, hidden_and_router, hidden_positions, policy_stats
 from dqo.objectives import UNIT_EPISODES
+from dqo.router import router_loss
 from dqo.value_models import value_rows
 from dqo_kernels import linear_row_loss
 
@@ -29,10 +30,14 @@ class Learner(nn.Module):
         reference: PreTrainedModel | None = None,
         target: nn.Module | None = None,
         bf16: bool = False,
+        router_aux_loss_coef: float | None = None,
     ):
         super().__init__()
+        for model in (policy, value_model, reference, target):
+            if model is not None:
+                model.eval()  # adapters that came later too
         self.policy, self.value_model, self.reference, self.target = policy, value_model, reference, target
-        self.bf16 = bf16
+        self.bf16, self.router_aux_loss_coef = bf16, router_aux_loss_coef
         for frozen in (reference, target):
             if frozen is not None:
                 frozen.requires_grad_(False)
@@ -58,11 +63,17 @@ def objective_sums(
     train_policy: bool = True,
     loss_scale: float = 1.0,
     companion_mean: float | None = None,
+    token_share: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective's loss summed over a micro-batch, times `loss_scale`, and its [sum, count] metrics."""
-    policy = learner.policy
+    """The objective's loss summed over a micro-batch, times `loss_scale`, and its [sum, count] metrics.
+
+    Args:
+        token_share: factor of the router's auxiliary loss, where it is applied: the batch's share of the step's tokens.
+    """
+    policy, router_coef = learner.policy, learner.router_aux_loss_coef if train_policy else None
+    wanted = {"output_router_logits": True} if router_coef else {}
     with torch.set_grad_enabled(train_policy and torch.is_grad_enabled()):
-        hidden = hidden_positions(policy, batch, learner.bf16)
+        hidden, router_logits = hidden_and_router(policy, batch, learner.bf16, wanted)
         head = head_of(policy, hidden.dtype)
     if not train_policy:  # a parameter that needs no cast is still itself
         head |= {name: None if head[name] is None else head[name].detach() for name in ("weight", "bias")}
@@ -82,17 +93,22 @@ def objective_sums(
 
     size = UNIT_EPISODES[objective.unit]
     loss, sums = linear_row_loss(
-        hidden[batch.states],
+        head_inputs(policy, hidden[batch.states]),
         head.pop("weight"),
         batch.actions,
         row_loss,
         batch.cu_seqlens,
         rows=columns,
-        cu_groups=torch.arange(0, len(batch.episodes) + 1, size),
+        cu_groups=torch.arange(0, len(batch.episodes) + 1, size, device="cpu"),
         seqlens=[len(e.completion_ids) for e in batch.episodes],
         loss_scale=loss_scale,
         **head,
     )
+    if router_coef:
+        auxiliary = router_loss(policy, router_logits, batch)
+        loss = loss + router_coef * token_share * auxiliary
+        tokens = torch.tensor(float(batch.tokens), device=loss.device)
+        sums["router_aux_loss"] = torch.stack([auxiliary.detach() * tokens, tokens])
     return loss, sums | extremes
 
 
@@ -120,7 +136,8 @@ def _reference_head(learner: Learner, batch: Batch) -> dict[str, Tensor | None]:
     with adapter_off(model):
         hidden = hidden_positions(model, batch, learner.bf16)
     head = head_of(model, hidden.dtype)
-    return {"ref_hidden": hidden[batch.states], "ref_weight": head["weight"], "ref_bias": head["bias"]}
+    hidden = head_inputs(model, hidden[batch.states])
+    return {"ref_hidden": hidden, "ref_weight": head["weight"], "ref_bias": head["bias"]}
 
 
 @torch.no_grad()

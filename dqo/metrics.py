@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import zlib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dqo.batches import Batch
+from dqo.damage import put_away
 from dqo.errors import UserError
+from dqo.files import write_whole, writing
 from dqo.objectives.sums import mean_metric
 from dqo_kernels import TokenStats
+
+logger = logging.getLogger(__name__)
 
 
 def add(total: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -85,35 +93,81 @@ def finish(sums: dict[str, Tensor]) -> dict[str, float]:
 
 
 class MetricsFile:
-    """metrics.jsonl: one object a line, append-only, cut back to a checkpoint's position on resume."""
+    """metrics.jsonl: one object a line, append-only, cut back to a checkpoint's position on resume.
 
-    def __init__(self, path: Path, position: int = 0):
-        path.touch()
-        if path.stat().st_size < position:
-            raise UserError(
-                f"{path} is shorter than the checkpoint says: rows of finished steps are lost. Put the file back, or choose "
-                "another --output_dir"
-            )
-        self.file = path.open("r+")
-        self.file.truncate(position)
-        self.file.seek(position)
+    Args:
+        position, crc32: what the checkpoint says of the rows before it. When they are not there as they were, those that can be
+            read are kept, and a warning says so: they decide nothing about the models.
+    """
+
+    def __init__(self, path: Path, position: int = 0, crc32: int | None = None):
+        self.path = path
+        with writing(path):
+            path.touch()
+        rows = path.read_bytes()[:position]
+        lost = None
+        if len(rows) < position:
+            lost = "is shorter than the checkpoint says"
+        elif (crc32 is not None and zlib.crc32(rows) != crc32) or len(_readable(rows)) < len(rows):
+            lost = "was altered"
+        if lost is not None:
+            rows = _readable(rows)
+            away = put_away(path)
+            write_whole(path, rows)
+            count = rows.count(b"\n")
+            logger.warning("%s %s: rows of finished steps are lost, %d are left; it is now %s", path, lost, count, away)
+        self.file = path.open("r+b", buffering=0)  # nothing is left in a buffer when the disk is full
+        self.file.truncate(len(rows))
+        self.file.seek(len(rows))
+        self.crc32 = zlib.crc32(rows)  # of all rows
 
     def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        line = (json.dumps(row) + "\n").encode()
+        self.crc32 = zlib.crc32(line, self.crc32)
+        with writing(self.path):
+            while line:
+                line = line[self.file.write(line) :]
 
     def position(self) -> int:
         """Where the next row begins; every row before it is on the disk, because a checkpoint will rely on it."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with writing(self.path):
+            os.fsync(self.file.fileno())
         return self.file.tell()
 
     def close(self) -> None:
         self.file.close()
 
 
+def _row(line: bytes) -> dict | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _readable(rows: bytes) -> bytes:
+    return b"".join(line for line in rows.splitlines(keepends=True) if line.endswith(b"\n") and _row(line) is not None)
+
+
 def read_metrics(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of metrics.jsonl.
+
+    Raises:
+        UserError: for a line that is none.
+    """
+    rows = [_row(line) for line in path.read_bytes().splitlines()]
+    if None in rows:
+        raise UserError(f"{path}:{rows.index(None) + 1}: not a row of metrics; the file was altered")
+    return rows
+
+
+def rows_until(path: Path, position: int) -> list[dict]:
+    """The rows of metrics.jsonl before a checkpoint's position."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        return [json.loads(line) for line in file.read(position).splitlines()]
 
 
 def peak_memory_gb() -> float:
@@ -123,6 +177,22 @@ def peak_memory_gb() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as metrics.jsonl holds it: callbacks may have added tensors or numpy numbers.
+
+    Raises:
+        UserError: for what is neither a number nor a string.
+    """
+    found = {}
+    for name, value in row.items():
+        if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
+            value = value.item()
+        if not isinstance(value, (bool, int, float, str, type(None))):
+            raise UserError(f"a callback logged {name!r} as a {type(value).__name__}; expected one number or a string")
+        found[name] = value
+    return found
 
 
 def on_the_bar(row: dict[str, float]) -> str:

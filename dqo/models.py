@@ -7,17 +7,23 @@ import json
 import logging
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from dqo.adapters import adapter_base, merge
+from dqo.architecture import disable_dropout, name_trunk
 from dqo.batches import Batch
 from dqo.errors import UserError
+from dqo.model_objects import check_not_quantised
 from dqo_kernels import TokenStats, linear_token_stats
 
 transformers_logging.disable_progress_bar()
@@ -29,6 +35,8 @@ def load_tokenizer(path: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
+        if base := adapter_base(path):
+            return load_tokenizer(base)
         raise UserError(f"model_name_or_path {path!r} has no tokenizer: {error}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path!r} has no eos_token; a response could never end")
@@ -38,12 +46,42 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
-def vocabulary_size(path: str) -> int:
-    """Rows of the model's head, from its config alone."""
+def load_config(path: str) -> PreTrainedConfig:
+    """The configuration of a model, or of an adapter's base."""
+    base = adapter_base(path)
+    if base is not None:
+        try:
+            return load_config(base)
+        except UserError as error:
+            raise UserError(f"{path!r} is an adapter of {base!r}, which cannot be loaded: {error}") from error
     try:
-        return AutoConfig.from_pretrained(path).get_text_config().vocab_size
+        config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"model_name_or_path {path!r} has no model config: {error}") from error
+        raise UserError(f"{path!r} has no model config: {error}") from error
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{path!r} is an encoder and a decoder ({config.model_type}); only causal language models are trained"
+        )
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"{path!r} ({config.model_type}) is no causal language model; transformers has no AutoModelForCausalLM of it"
+        )
+    check_not_quantised(path, config)
+    return config
+
+
+def stop_ids(source: str | PreTrainedModel) -> list[int]:
+    """End tokens of the generation_config of a model or of its directory or hub name; of one that transformers made from the
+    model's config, none: there an id is often a class's default, and means nothing in the tokenizer."""
+    if isinstance(source, str):
+        try:
+            config = GenerationConfig.from_pretrained(adapter_base(source) or source)
+        except (OSError, ValueError):  # most small models have none
+            return []
+    else:
+        config = getattr(source, "generation_config", None)
+    found = None if config is None or config._from_model_config else config.eos_token_id
+    return [found] if isinstance(found, int) else list(found or ())
 
 
 def load_policy(
@@ -52,7 +90,12 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model, dropout off: a policy that differs from itself has no log-ratio of 0."""
+    """A causal language model with nothing random in it: a policy must not differ from itself. An adapter is merged in."""
+    load_config(path)  # refuses what should not be loaded
+    base = adapter_base(path)
+    if base is not None:
+        logger.warning("%s is an adapter of %s: it is merged into it", path, base)
+        return merge(load_policy(base, device, dtype, attn_implementation), path, base)
     try:
         policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
     except (OSError, ValueError, ImportError) as error:  # the last: an attention whose package is missing
@@ -61,42 +104,30 @@ def load_policy(
 
 
 def ready(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
-    """Dropout off, and parameters in memory of their own: a file's mapping is not aligned, matrix kernels round differently on
-    unaligned memory, and a continued run must equal an unbroken one bit for bit."""
+    """Nothing random in it, its trunk known, parameters in memory of their own: a file's mapping is not aligned, kernels round
+    differently on unaligned memory, and a continued run must equal an unbroken one bit for bit."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    return disable_dropout(model).to(device)
-
-
-def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    return model
-
-
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Gradient checkpointing. It is a matter of training mode; dropout is off in it too."""
-    arguments = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # the name that will stay
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
-    model.train()
+    return disable_dropout(name_trunk(model)).to(device)
 
 
 def final_softcap(model: PreTrainedModel) -> float | None:
-    return getattr(model.config, "final_logit_softcapping", None)
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 
 def hidden_positions(model: PreTrainedModel, batch: Batch, bf16: bool = False) -> Tensor:
     """(P, D): last hidden states of all positions of a batch, flattened; bfloat16 where `bf16`, from products in bfloat16."""
+    return hidden_and_router(model, batch, bf16, {})[0]
+
+
+def hidden_and_router(
+    model: PreTrainedModel, batch: Batch, bf16: bool, wanted: dict
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """The hidden states, see `hidden_positions`, and with `wanted` {"output_router_logits": True} each layer's (P, experts)."""
     with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bf16):
-        output = model.base_model(input_ids=batch.input_ids, use_cache=False, **batch.model_inputs)
+        output = model.base_model(input_ids=batch.input_ids, use_cache=False, **batch.model_inputs, **wanted)
     hidden = output.last_hidden_state.flatten(0, 1)
-    return hidden.bfloat16() if bf16 else hidden
+    return hidden.bfloat16() if bf16 else hidden, getattr(output, "router_logits", None)
 
 
 def head_of(model: PreTrainedModel, dtype: torch.dtype) -> dict:
@@ -106,30 +137,31 @@ def head_of(model: PreTrainedModel, dtype: torch.dtype) -> dict:
     return {"weight": head.weight.to(dtype), "bias": bias, "softcap": final_softcap(model)}
 
 
-def _head_stats(policy: PreTrainedModel, hidden: Tensor, actions: Tensor) -> TokenStats:
+def _logit_factor(config: PreTrainedConfig) -> float:
+    """What the model multiplies its logits by; a factor that is not known here is found by `fitness.check_head`."""
+    if config.model_type.startswith("cohere"):
+        return config.logit_scale
+    if config.model_type == "hyperclovax":
+        return config.logits_scaling
+    # Granite and its kin, Falcon-H1; 1 in others
+    return getattr(config, "lm_head_multiplier", 1.0) / getattr(config, "logits_scaling", 1.0)
+
+
+def head_inputs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Hidden states as the head wants them: times what the model multiplies its logits by."""
+    factor = _logit_factor(model.config.get_text_config())
+    return hidden if factor == 1 else hidden * factor
+
+
+def head_stats(policy: PreTrainedModel, hidden: Tensor, actions: Tensor) -> TokenStats:
+    """(N, D) hidden states and (N,) tokens -> (N,) statistics."""
     head = head_of(policy, hidden.dtype)
-    return linear_token_stats(hidden, head.pop("weight"), actions, **head)
+    return linear_token_stats(head_inputs(policy, hidden), head.pop("weight"), actions, **head)
 
 
 def policy_stats(policy: PreTrainedModel, batch: Batch, bf16: bool = False) -> TokenStats:
     """(N,) statistics of the rows; the head is applied to no other position."""
-    return _head_stats(policy, hidden_positions(policy, batch, bf16)[batch.states], batch.actions)
-
-
-@torch.no_grad()
-def check_head(policy: PreTrainedModel, ids: list[int]) -> None:
-    """Refuses a model whose logits are not softcap(head(hidden)): its statistics would be silently wrong. `ids` are a few tokens,
-    two at least: the logits of all of them are made, which nothing else does."""
-    inputs = torch.tensor([ids], device=policy.device)
-    logits, actions = policy(input_ids=inputs, use_cache=False).logits[0, :-1].float(), inputs[0, 1:]
-    expected = logits.log_softmax(-1).gather(-1, actions[:, None])[:, 0]
-    hidden = policy.base_model(input_ids=inputs, use_cache=False).last_hidden_state[0, :-1]
-    difference = (_head_stats(policy, hidden, actions).logprobs - expected).abs().max().item()
-    if not difference < 1e-3:
-        raise UserError(
-            f"{type(policy).__name__} does more to its logits than a linear head and a softcap (log-probabilities differ by "
-            f"{difference:.3g}); it is not supported"
-        )
+    return head_stats(policy, hidden_positions(policy, batch, bf16)[batch.states], batch.actions)
 
 
 def weights_hash(model: PreTrainedModel) -> str:

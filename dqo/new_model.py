@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from dqo.errors import UserError
+from dqo.files import writing
 
 transformers_logging.disable_progress_bar()
 
@@ -84,8 +85,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory:
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory} is in use; choose a new directory")
     aside = directory.with_name(f".{directory.name}.partial")  # a directory of that name is whole, whatever happened
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    if directory.exists():
-        directory.rmdir()
-    aside.rename(directory)
+    with writing(directory, aside):
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        if directory.exists():
+            directory.rmdir()
+        aside.rename(directory)

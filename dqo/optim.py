@@ -27,6 +27,12 @@ def as_steps(value: float, total: int) -> int:
     return math.ceil(value * total) if 0 < value < 1 else int(value)
 
 
+def steps_of(epochs: float, per_epoch: int) -> int:
+    """Whole optimizer steps of `epochs` passes, rounded up, at least one. A product that is a whole number but for the rounding
+    of floats is that number: 0.3 passes of 10 steps are 3."""
+    return max(1, math.ceil(epochs * per_epoch * (1.0 - 1e-12)))
+
+
 def schedule(step: int, total: int, warmup: int, kind: str) -> float:
     """Factor of the learning rate at `step` (0-based) of `total`."""
     if step < warmup:
@@ -39,13 +45,13 @@ def schedule(step: int, total: int, warmup: int, kind: str) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def apply(optimizer: torch.optim.AdamW, model: nn.Module, learning_rate: float, max_grad_norm: float) -> float:
-    """Clips, steps, clears; returns the gradient norm before clipping."""
-    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
-    if not torch.isfinite(norm):
-        return norm.item()
+def clip(model: nn.Module, max_grad_norm: float) -> float:
+    """Clips the gradients; returns their norm before that."""
+    return whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)).item()
+
+
+def update(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
+    """One step of the optimizer; the gradients stay."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm.item()

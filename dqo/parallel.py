@@ -12,13 +12,19 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
+
+from dqo.errors import UserError
+from dqo.launcher import blocks_to_shard
 
 
 @dataclass(frozen=True)
@@ -27,14 +33,43 @@ class Processes:
     world: int
     device: torch.device
     fsdp: bool = False
+    local_rank: int = 0  # on its machine
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """Prints once, beside progress bars."""
+        if self.main:
+            tqdm.write(text)
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+    def largest(self, number: int) -> int:
+        """The largest of a small number that each process has; all processes must call it."""
+        if self.world == 1:
+            return number
+        found = torch.tensor(number, dtype=torch.int32, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def from_main(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns, or the UserError that it raises, in the first process, which alone calls it."""
+        if self.world == 1:
+            return function()
+        found: list[Any] = [None, None]
+        if self.main:
+            try:
+                found[0] = function()
+            except UserError as error:
+                found[1] = str(error)
+        dist.broadcast_object_list(found)
+        if found[1] is not None:
+            raise UserError(found[1])
+        return found[0]
 
     def leave(self) -> None:
         """The end of everything that the processes do together."""
@@ -54,9 +89,8 @@ class Processes:
 def start(use_cpu: bool = False, fsdp: bool = False) -> Processes:
     """Joins the process group of the launcher; one process without a launcher."""
     state = PartialState(cpu=use_cpu or not torch.accelerator.is_available())
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # set by accelerate launch --use_fsdp
-    sharded = (fsdp or asked) and state.num_processes > 1
-    return Processes(state.process_index, state.num_processes, state.device, sharded)
+    sharded = fsdp and state.num_processes > 1
+    return Processes(state.process_index, state.num_processes, state.device, sharded, state.local_process_index)
 
 
 def wrap(module: nn.Module, processes: Processes, bf16: bool = False, some_unused: bool = False) -> nn.Module:
@@ -76,7 +110,14 @@ def wrap(module: nn.Module, processes: Processes, bf16: bool = False, some_unuse
     precision = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    blocks = {name for part in module.modules() for name in (getattr(part, "_no_split_modules", None) or ())}
+    own = {name for part in module.modules() for name in (getattr(part, "_no_split_modules", None) or ())}
+    blocks = blocks_to_shard() or own
+    missing = blocks_to_shard() - {type(part).__name__ for part in module.modules()}
+    if missing:
+        raise UserError(
+            f"FSDP_TRANSFORMER_CLS_TO_WRAP={', '.join(sorted(missing))}: the model has no such module; its own blocks are "
+            f"{', '.join(sorted(own)) or 'unknown'}"
+        )
     for part in module.modules():
         if type(part).__name__ in blocks:
             fully_shard(part, mesh=mesh, mp_policy=precision)

@@ -3,41 +3,46 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dqo import attention
+from dqo.architecture import recompute_activations
 from dqo.batches import Batch, groups_of
-from dqo.checkpoint import claim_output
+from dqo.chat import reads_clock
+from dqo.checkpoint import checkpoints, claim_output, read_state, save_base
 from dqo.config import Options, TrainConfig
 from dqo.episodes import Episode, fingerprint, make_episodes
 from dqo.errors import UserError
-from dqo.inputs import Given
+from dqo.fitness import check_adapter, check_model, check_positions, check_tokenizer
+from dqo.inputs import Given, read
 from dqo.learner import Learner
-from dqo.lora import add_adapter, lora_config
+from dqo.lora import adapter_off, add_adapter, has_adapter, lora_config
 from dqo.models import (
     architecture_hash,
-    check_head,
     final_softcap,
+    load_config,
     load_policy,
     load_tokenizer,
     policy_stats,
     ready,
-    recompute_activations,
-    vocabulary_size,
+    stop_ids,
     weights_hash,
 )
 from dqo.objectives import UNIT_EPISODES
-from dqo.parallel import Processes
+from dqo.parallel import Processes, gather_objects
 from dqo.reference import add_reference, check_agreement, warn_about_behavior
 from dqo.reference_cache import ReferenceCache, ReferenceId
-from dqo.rows import Row
+from dqo.router import check_router
+from dqo.rows import Row, check_process_reward
 from dqo.value_models import make_value_model
 from dqo_kernels import TokenStats
 
@@ -55,17 +60,25 @@ FREE_OPTIONS = {
     "fsdp",
     "report_to",
     "run_name",
+    "project",
     "output_dir",
     "resume_from_checkpoint",
     "ref_cache_dir",
     "dry_run",
+    "save_dtype",
     "save_steps",
     "save_total_limit",
+    "metric_for_best_model",
+    "greater_is_better",
+    "load_best_model_at_end",
     "eval_tasks",
     "verifier",
     "num_generations",
     "max_completion_length",
 }
+
+
+_TEMPLATE_TIME = "time that the chat template was told"  # in the identity of runs whose template reads the clock
 
 
 @dataclass
@@ -80,6 +93,9 @@ class Prepared:
     identity: dict  # hashes and options that a continued run must share
     per_step: int  # groups of an optimizer step
     resumed: Path | None  # the checkpoint to go on from
+    tokenized: Callable[[list[Row]], list[Episode]]  # as the options say
+    reference: PreTrainedModel | None  # where it is not the initial policy
+    save_dtype: torch.dtype | None  # of the final models; None: as they are trained
 
     @property
     def pad_id(self) -> int:
@@ -88,6 +104,15 @@ class Prepared:
     def episodes(self) -> list[Episode]:
         """The distinct episodes that are trained on."""
         return distinct([e for group in self.groups for e in group])
+
+    def counts(self, eval_fraction: float | None) -> str:
+        """How much is trained on and held out, a line each; `eval_fraction`: the share of the prompts that was asked for."""
+        lines = []
+        for name, episodes in (("training on", self.episodes()), ("held out", distinct(self.held_out))):
+            prompts, tokens = len({e.prompt_index for e in episodes}), sum(e.length for e in episodes)
+            lines.append(f"{name}: {len(episodes):,} responses to {prompts:,} prompts, {tokens:,} tokens")
+        share = "" if eval_fraction is None else f" (eval_fraction {eval_fraction:g} is a share of the prompts)"
+        return "\n".join(lines) + share
 
 
 def distinct(episodes: list[Episode]) -> list[Episode]:
@@ -101,14 +126,22 @@ def prepare(
     """Tokenises the rows, loads the models and computes the reference columns."""
     config, objective = options.train, options.objective
     tokenizer = given.tokenizer or load_tokenizer(config.model_name_or_path)
-    vocab_size = _vocabulary_size(config, given)
+    model_config = load_config(config.model_name_or_path) if given.model is None else given.model.config
+    check_tokenizer(tokenizer, train_rows + held_rows, model_config)
+    vocab_size = model_config.get_text_config().vocab_size
+
+    reference_config = _reference_config(config, given, vocab_size)
+    template_time = _template_time(config, tokenizer, processes)
 
     def tokenized(rows: list[Row]) -> list[Episode]:
-        return make_episodes(
+        made = make_episodes(
             rows,
             tokenizer,
             vocab_size=vocab_size,
             max_length=config.max_length,
+            stop_ids=stop_ids(given.model or config.model_name_or_path),
+            template_time=template_time,
+            skip_bad_rows=config.skip_bad_rows,
             process_reward=config.process_reward or "none",
             process_coef=config.process_coef,
             gamma=getattr(objective, "gamma", 1.0),
@@ -117,6 +150,9 @@ def prepare(
             reward_scale=config.reward_scale,
             reward_shift=config.reward_shift,
         )
+        for its_config in filter(None, (model_config, reference_config)):
+            check_positions(its_config, made)
+        return made
 
     episodes = objective.prepare(tokenized(train_rows))
     if not episodes:
@@ -129,7 +165,14 @@ def prepare(
         policy = load_policy(config.model_name_or_path, processes.device, dtype, config.attn_implementation)
     else:
         ready(policy, processes.device)
-    reference = _explicit_reference(config, given, vocab_size, processes.device)
+    save_dtype = _save_dtype(config, given)
+    if not config.use_peft and given.peft_config is None:
+        policy.float()  # weights in 16 bits would not take small updates
+    reference = _explicit_reference(config, given, processes.device)
+    some_ids = (episodes[0].prompt_ids + episodes[0].completion_ids)[-64:]
+    for model in filter(None, (policy, reference)):
+        check_model(model, some_ids, tokenizer.pad_token_id)
+    check_router(policy, config.router_aux_loss_coef)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes.world
     options_that_bind = {name: value for name, value in options.flat().items() if name not in FREE_OPTIONS}
     identity = {
@@ -138,23 +181,87 @@ def prepare(
         "responses or pairs a step": per_step,
         "options": json.loads(json.dumps(options_that_bind)),  # as a checkpoint gives them back
     }
+    if template_time is not None:
+        identity[_TEMPLATE_TIME] = template_time.isoformat()
     identity["reference"] = identity["model"] if reference is None else weights_hash(reference)
-    resumed = claim_output(options, identity, processes)
 
-    some_ids = (episodes[0].prompt_ids + episodes[0].completion_ids)[-64:]
-    for model in (policy, reference):
-        if model is not None:
-            check_head(model, some_ids)
-            with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
-                attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
+    for model in filter(None, (policy, reference)):
+        with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
+            attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
+    learner = make_learner(options, given, policy, reference)
+    for model in (policy, learner.value_model):
+        if isinstance(model, PreTrainedModel) and has_adapter(model):
+            check_adapter(model, some_ids)
+    resumed = claim_output(options, identity, processes)
+    if has_adapter(policy) and not policy.name_or_path and processes.main:
+        save_base(policy, base_of(policy, config), again=resumed is None)
     if objective.needs_reference:
         together = distinct(episodes + held_out)
         _reference_columns(
             config, together, policy, reference, tokenizer.pad_token_id, identity, processes, resumed is not None
         )
-    learner = make_learner(options, given, policy, reference)
     groups = groups_of(episodes, UNIT_EPISODES[objective.unit])
-    return Prepared(processes, tokenizer, learner, groups, held_out, identity, per_step, resumed)
+    return Prepared(
+        processes, tokenizer, learner, groups, held_out, identity, per_step, resumed, tokenized, reference, save_dtype
+    )
+
+
+class Evaluated(NamedTuple):
+    """Rows for evaluation on tokens."""
+
+    all: list[Episode]
+    objective: list[Episode]  # as the objective prepared them
+
+
+def evaluation_episodes(options: Options, given: Given, prepared: Prepared, source: Any) -> tuple[Evaluated, list[Row]]:
+    """Further rows, with their reference columns, when training has begun.
+
+    Args:
+        source: anything that read_rows takes.
+
+    Raises:
+        UserError: when the reference policy was a model object that has been trained in place.
+    """
+    config, objective = options.train, options.objective
+    rows = read(config, source)
+    check_process_reward(rows, "the rows for evaluation", config.process_reward)
+    episodes = prepared.tokenized(rows)
+    prepared_ones = _held_out(objective, episodes)
+    if objective.needs_reference:
+        learner = prepared.learner
+        reference = prepared.reference or learner.reference
+        if reference is None and not has_adapter(learner.policy):
+            if given.model is not None:
+                raise UserError(
+                    "the reference policy of these rows was the given model, which is trained in place: give ref_model, or give "
+                    "the rows to the constructor as eval_dataset"
+                )
+            place = prepared.processes.device, getattr(torch, config.dtype), config.attn_implementation
+            reference = load_policy(config.model_name_or_path, *place)
+        run = prepared.pad_id, prepared.identity, prepared.processes, True
+        with adapter_off(learner.policy):
+            _reference_columns(config, distinct(episodes + prepared_ones), learner.policy, reference, *run)
+    return Evaluated(episodes, prepared_ones), rows
+
+
+def _template_time(config: TrainConfig, tokenizer, processes: Processes) -> datetime.datetime | None:
+    """What a chat template that reads the clock takes for now: the time of the run that goes on, whose ids must come again; of a
+    new run the clock of the first process. None where no template reads it."""
+    if not reads_clock(tokenizer):
+        return None
+    named = config.resume_from_checkpoint
+    found = checkpoints(Path(config.output_dir)) if named in ("auto", "never") else [Path(named)]
+    for checkpoint in reversed(found):
+        try:
+            return datetime.datetime.fromisoformat(read_state(checkpoint)["identity"][_TEMPLATE_TIME])
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # not a checkpoint, or of a run without it: named when it is claimed
+            continue
+    return gather_objects([datetime.datetime.now()], processes)[0]
 
 
 def _held_out(objective: Any, episodes: list[Episode]) -> list[Episode]:
@@ -170,18 +277,26 @@ def _held_out(objective: Any, episodes: list[Episode]) -> list[Episode]:
     return found
 
 
-def _explicit_reference(config: TrainConfig, given: Given, vocab_size: int, device) -> PreTrainedModel | None:
-    """The reference policy, when it is not the initial policy."""
+def _reference_config(config: TrainConfig, given: Given, vocab_size: int) -> PreTrainedConfig | None:
+    """Of the reference policy, when it is not the initial policy; refused when it has other tokens."""
     path = config.ref_model_name_or_path
     if given.ref_model is None and path is None:
         return None
-    found = vocabulary_size(path) if given.ref_model is None else given.ref_model.config.get_text_config().vocab_size
-    if found != vocab_size:
+    its_config = load_config(path) if given.ref_model is None else given.ref_model.config
+    if (found := its_config.get_text_config().vocab_size) != vocab_size:
         raise UserError(
             f"the reference model {path or ''} has a vocabulary of {found}, the policy of {vocab_size}; a reference policy "
             "shares the policy's tokens"
         )
-    return load_policy(path, device) if given.ref_model is None else ready(given.ref_model, device)
+    return its_config
+
+
+def _explicit_reference(config: TrainConfig, given: Given, device: torch.device) -> PreTrainedModel | None:
+    """The reference policy, when it is not the initial policy."""
+    if given.ref_model is not None:
+        return ready(given.ref_model, device)
+    path = config.ref_model_name_or_path
+    return None if path is None else load_policy(path, device)
 
 
 def _reference_columns(
@@ -202,7 +317,8 @@ def _reference_columns(
     cache = ReferenceCache(config.ref_cache_dir or Path(config.output_dir) / "ref_cache", numbers, name)
 
     def stats_of(batch: Batch) -> TokenStats:
-        return policy_stats(model, batch, config.bf16)
+        with adapter_off(model):
+            return policy_stats(model, batch, config.bf16)
 
     place = {"device": processes.device, "packed": attention.packs(model), "cache": cache}
     ranks = {
@@ -232,15 +348,26 @@ def make_learner(options: Options, given: Given, policy: PreTrainedModel, explic
     if objective.needs_kl:  # with an adapter the policy is its own reference
         reference = copy.deepcopy(policy) if explicit is None and peft_config is None else explicit
     if peft_config is not None:
-        add_adapter(policy, peft_config)
-    if config.gradient_checkpointing:
+        add_adapter(policy, peft_config, str(base_of(policy, config)))
+    # a caller's model may have transformers' own, which works in training mode only
+    asked = any(getattr(part, "gradient_checkpointing", False) for part in policy.modules())
+    if config.gradient_checkpointing or asked:
         for model in (policy, value_model):
             if isinstance(model, PreTrainedModel):
                 recompute_activations(model)
-    return Learner(policy, value_model, reference, target, bf16=config.bf16)
+    return Learner(policy, value_model, reference, target, config.bf16, config.router_aux_loss_coef)
 
 
-def _vocabulary_size(config: TrainConfig, given: Given) -> int:
-    if given.model is not None:
-        return given.model.config.get_text_config().vocab_size
-    return vocabulary_size(config.model_name_or_path)
+def _save_dtype(config: TrainConfig, given: Given) -> torch.dtype | None:
+    """Of the final models: the option's, or that of the model's files; None (as trained) where adapters are trained."""
+    told = config.save_dtype
+    if told is None and not config.use_peft and given.peft_config is None:
+        told = load_config(config.model_name_or_path).dtype if given.model is None else given.model.dtype
+    return None if told is None else getattr(torch, str(told).removeprefix("torch."))
+
+
+def base_of(policy: PreTrainedModel, config: TrainConfig) -> Path | str:
+    """Where the adapter's base lies: a hub name, or a directory by its whole path, so that it holds anywhere. Weights
+    that lie nowhere (made in Python, or merged from an adapter) get a directory in output_dir."""
+    name = policy.name_or_path or Path(config.output_dir) / "base_model"
+    return Path(name).resolve() if Path(name).is_dir() or not policy.name_or_path else name

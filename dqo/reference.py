@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dqo import signals
 from dqo.batches import Batch, collate
 from dqo.episodes import Episode
 from dqo.errors import UserError
@@ -113,19 +114,20 @@ def add_reference(
         entries.update(pending)
         pending.clear()
 
-    try:
-        done, tokens, flushed = 0, 0, time.monotonic()
-        for batch in _batches([members[key] for key in missing], max_tokens):
-            keys = missing[done : done + len(batch)]
-            pending |= _compute(batch, keys, stats_of, lambda members: collate(members, pad_id, device, packed))
-            done, tokens = done + len(batch), tokens + sum(lengths[key] for key in keys)
-            bar.update(len(batch))
-            if tokens >= FLUSH_TOKENS or time.monotonic() - flushed >= FLUSH_SECONDS:
-                flush()
-                tokens, flushed = 0, time.monotonic()
-    finally:  # an interrupted pass keeps the batches that it finished
-        flush()
-        bar.close()
+    with signals.raising():
+        try:
+            done, tokens, flushed = 0, 0, time.monotonic()
+            for batch in _batches([members[key] for key in missing], max_tokens):
+                keys = missing[done : done + len(batch)]
+                pending |= _compute(batch, keys, stats_of, lambda members: collate(members, pad_id, device, packed))
+                done, tokens = done + len(batch), tokens + sum(lengths[key] for key in keys)
+                bar.update(len(batch))
+                if tokens >= FLUSH_TOKENS or time.monotonic() - flushed >= FLUSH_SECONDS:
+                    flush()
+                    tokens, flushed = 0, time.monotonic()
+        finally:  # an interrupted pass keeps the batches that it finished
+            flush()
+            bar.close()
     if world > 1:
         barrier()
         entries |= cache.lookup({key: length for key, length in lengths.items() if key not in entries})

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from dqo.errors import UserError
 from dqo.files import remove_asides, write_whole
@@ -52,6 +52,10 @@ def response_key(prompt_ids: list[int], completion_ids: list[int]) -> bytes:
     return hashlib.sha256(ids.tobytes()).digest()
 
 
+def _name_of(content: bytes) -> str:
+    return f"segment-{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
+
+
 @dataclass(frozen=True)
 class Entry:
     """Of one response, float32 (T,) each."""
@@ -66,6 +70,7 @@ class ReferenceCache:
     def __init__(self, root: str | Path, identity: ReferenceId, model_name: str):
         self.directory = Path(root) / identity.key()
         self.identity, self.model_name = identity, model_name
+        self.damaged: set[Path] = set()  # segments that were named and are not read
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -78,10 +83,12 @@ class ReferenceCache:
         for path in self._segments():
             try:
                 self._take(path, lengths, found)
-            except (SafetensorError, ValueError) as error:
-                logger.warning(
-                    "%s is damaged (%s) and is not used: its responses are computed again; delete it", path, error
-                )
+            except (SafetensorError, ValueError, KeyError, TypeError) as error:
+                if path not in self.damaged:
+                    logger.warning(
+                        "%s is damaged (%s) and is not used: its responses are computed again; delete it", path, error
+                    )
+                self.damaged.add(path)
             except OSError as error:
                 raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
         return found
@@ -99,18 +106,18 @@ class ReferenceCache:
                 "lse": np.concatenate([e.lse for e in values]),
             }
         )
-        name = f"segment-{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
-        write_whole(self.directory / name, content)
+        path = self.directory / _name_of(content)
+        write_whole(path, content)
+        self.damaged.discard(path)
 
     def describe(self) -> None:
         """Rewrites meta.json, for people."""
         responses = tokens = 0
         for path in self._segments():
-            try:
-                with safe_open(path, framework="numpy") as file:
-                    lengths = file.get_tensor("lengths")
-            except SafetensorError:  # lookup has named it
+            if path in self.damaged:
                 continue
+            with safe_open(path, framework="numpy") as file:
+                lengths = file.get_tensor("lengths")
             responses, tokens = responses + len(lengths), tokens + int(lengths.sum())
         meta = {"model": self.model_name, **asdict(self.identity), "format": FORMAT}
         meta |= {"responses": responses, "tokens": tokens}
@@ -121,15 +128,18 @@ class ReferenceCache:
 
     def _take(self, path: Path, wanted: dict[bytes, int], found: dict[bytes, Entry]) -> None:
         """Copies what is wanted and not found yet out of one segment."""
-        with safe_open(path, framework="numpy") as file:
-            raw, lengths = file.get_tensor("keys").tobytes(), file.get_tensor("lengths")
-            keys = [raw[i : i + 32] for i in range(0, len(raw), 32)]
-            if len(keys) != len(lengths):
-                raise ValueError(f"{len(keys)} keys, {len(lengths)} lengths")
-            chosen = [i for i, key in enumerate(keys) if key in wanted and key not in found]
-            if not chosen:
-                return
-            logprobs, lse = file.get_tensor("logprobs"), file.get_tensor("lse")
+        content = path.read_bytes()
+        if _name_of(content) != path.name:
+            raise ValueError("its content is not what was written")
+        tensors = load(content)
+        raw, lengths, logprobs, lse = (tensors[name] for name in ("keys", "lengths", "logprobs", "lse"))
+        raw = raw.tobytes()
+        keys = [raw[i : i + 32] for i in range(0, len(raw), 32)]
+        if len(keys) != len(lengths):
+            raise ValueError(f"{len(keys)} keys, {len(lengths)} lengths")
+        chosen = [i for i, key in enumerate(keys) if key in wanted and key not in found]
+        if not chosen:
+            return
         ends = lengths.cumsum()
         if not len(logprobs) == len(lse) == ends[-1]:
             raise ValueError(f"lengths add up to {ends[-1]}, {len(logprobs)} logprobs, {len(lse)} lse")

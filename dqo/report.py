@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dqo.errors import printable
+from dqo.files import write_whole, writing
 from dqo.report_plots import draw_all
 from dqo.statistics import (
     Interval,
@@ -98,9 +100,10 @@ def write_report(directory: str | Path, report: dict) -> Path:
         "report.html": _html(report, results, verdict),
     }
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        (directory / name).write_text(text, encoding="utf-8")
+        write_whole(directory / name, text.encode())
     return directory / "report.html"
 
 
@@ -361,7 +364,8 @@ def _p_relation(test: Paired) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON data: numpy's types become Python's, and what JSON cannot say (NaN, infinity) becomes None."""
+    """JSON data: numpy's types become Python's, what JSON cannot say (NaN, infinity) becomes None, and control characters of
+    samples are written out."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -370,4 +374,4 @@ def _plain(value: Any) -> Any:
         return _plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return str(value) if isinstance(value, Path) else value
+    return printable(str(value)) if isinstance(value, str | Path) else value

@@ -39,6 +39,8 @@ class Row:
     answer: str | None = None
     prompt_id: str | None = None
     sampling: dict | None = None
+    tools: list[dict] | None = None  # what the chat template is told of, beside the messages
+    chat_template_kwargs: dict | None = None
     source: str = ""  # "rollouts.jsonl:12"; not written to files
 
 
@@ -85,7 +87,7 @@ def rows_of(
         except UserError as error:
             problems.append(Problem(record.index, record.source, str(error)))
     if problems:
-        message = _report(name, problems, len(rows) + len(problems))
+        message = report(name, problems, len(rows) + len(problems))
         if not skip_bad_rows or not rows:
             usable = f"\n{len(rows)} rows fit: --skip_bad_rows goes on with them" if rows else ""
             raise UserError(message + usable)
@@ -93,7 +95,8 @@ def rows_of(
     return rows
 
 
-def _report(name: str, problems: list[Problem], total: int) -> str:
+def report(name: str, problems: list[Problem], total: int) -> str:
+    """The first ten problems, in the order of their rows."""
     problems = sorted(problems, key=lambda problem: problem.index)
     lines = [f"{problem.source}: {problem.message}" for problem in problems[:_LISTED]]
     if len(problems) > _LISTED:
@@ -126,7 +129,8 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
 
 def prompt_key(row: Row) -> str:
     """Equal for rows of the same prompt."""
-    return json.dumps(row.prompt, sort_keys=True)
+    more = [row.tools, row.chat_template_kwargs] if row.tools or row.chat_template_kwargs else []
+    return json.dumps([row.prompt, *more] if more else row.prompt, sort_keys=True)
 
 
 def check_contrast(rows: list[Row]) -> str:

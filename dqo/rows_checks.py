@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -10,9 +11,27 @@ from numbers import Integral, Real
 from typing import Any
 
 from dqo.errors import UserError
+from dqo.option_values import FLOAT32_MAX
 from dqo.rows_formats import Record, shown
 from dqo.verify import line_spans
 
+_OURS = {  # what apply_chat_template is called with
+    *(
+        "conversation",
+        "messages",
+        "tools",
+        "tokenize",
+        "add_generation_prompt",
+        "continue_final_message",
+        "return_dict",
+    ),
+    *("padding", "truncation", "max_length", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    "sanitize_control_tokens",
+}
+_TRUE, _FALSE = (
+    {"1", "true", "yes", "y", "+", "correct", "right", "good"},
+    {"0", "false", "no", "n", "-", "incorrect", "wrong", "bad"},
+)
 _ROUNDING = 1e-5  # a log-probability this little above 0 is 0 up to a sampler's rounding
 
 
@@ -77,6 +96,7 @@ def checked(record: Record, common: Common, reward_threshold: float) -> dict[str
         "answer": _word(values.get("answer"), "answer"),
         "prompt_id": _word(values.get("prompt_id"), "prompt_id"),
         "sampling": _sampling(values.get("sampling")),
+        **({} if isinstance(prompt, str) else _of_templates(values)),
     }
 
 
@@ -112,13 +132,15 @@ def _completion(value: Any, name: str) -> tuple[str | list[dict], str]:
     completion = _conversation(value, name)
     if isinstance(completion, str):
         text = completion
-    elif len(completion) != 1 or completion[0]["role"] != "assistant" or "content" not in completion[0]:
+    elif len(completion) != 1 or completion[0]["role"] != "assistant":
         raise UserError(
             f"{name} has messages of {shown([m['role'] for m in completion])}; expected one, of assistant, "
             "with content. What comes before it belongs to prompt"
         )
     else:
-        text = completion[0]["content"]
+        text = completion[0].get("content", "")
+        if completion[0].get("tool_calls"):  # a response without content
+            return completion, text
     if not text.strip():
         raise UserError(f"{name} is empty or only whitespace ({shown(text)}); expected a response, drop the row")
     return completion, text
@@ -129,7 +151,14 @@ def number(value: Any, name: str) -> float:
     if isinstance(value, bool):
         raise UserError(f"{name} is {shown(value)}, a bool; expected a number: {float(value)}, or use the label column")
     if isinstance(value, str):
-        raise UserError(f"{name} is {shown(value)}, a string; expected a number: cast it with float()")
+        cure = ": cast it with float()"
+        try:
+            float(value)
+        except ValueError:
+            truth = _truth(value)
+            known = f": {float(truth or 0)}, or use the label column with {str(truth).lower()}"
+            cure = ", or drop the row" if truth is None else known
+        raise UserError(f"{name} is {shown(value)}, a string; expected a number{cure}")
     if not isinstance(value, Real):
         raise UserError(f"{name} is {shown(value)}; expected a number, or drop the row")
     try:
@@ -140,7 +169,15 @@ def number(value: Any, name: str) -> float:
         raise UserError(
             f"{name} is {shown(result)}; expected a finite number: score the response again, or drop the row"
         )
+    if abs(result) > FLOAT32_MAX:
+        raise UserError(f"{name} is {result}; float32 holds at most {FLOAT32_MAX:.2g}: rescale it, or drop the row")
     return result
+
+
+def _truth(value: Any) -> bool | None:
+    """What people who write no booleans mean; None where it is not known."""
+    word = str(value).strip().lower().removesuffix(".0")
+    return True if word in _TRUE else False if word in _FALSE else None
 
 
 def _outcome(record: Record, common: Common, reward_threshold: float) -> tuple[float, bool]:
@@ -148,8 +185,10 @@ def _outcome(record: Record, common: Common, reward_threshold: float) -> tuple[f
     values = record.values
     name, label = record.name("reward"), values.get("label")
     if label is not None and not isinstance(label, bool):
+        truth = _truth(label)
+        meant = "" if truth is None else f": write {str(truth).lower()}"
         raise UserError(
-            f"{record.name('label')} is {shown(label)}; labels are true or false. "
+            f"{record.name('label')} is {shown(label)}; labels are true or false{meant}. "
             "For graded scores use the reward column"
         )
     if "reward" in values:
@@ -173,7 +212,9 @@ def _each(value: Any, name: str, check: Callable[[Any, str], Any]) -> list:
 
 def _numbers(value: Any, name: str) -> list[float]:
     usual = isinstance(value, (list, tuple)) and set(map(type, value)) == {float}  # and fast
-    return list(value) if usual and all(map(math.isfinite, value)) else _each(value, name, number)
+    if usual and all(map(math.isfinite, value)) and max(map(abs, value)) <= FLOAT32_MAX:
+        return list(value)
+    return _each(value, name, number)
 
 
 def _steps(record: Record, text: str) -> tuple[list[tuple[int, int]] | None, list[float] | None]:
@@ -270,6 +311,27 @@ def _word(value: Any, name: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise UserError(f"{name} is {shown(value)}; expected a string")
     return value if value is None else _text(value, name)
+
+
+def _of_templates(values: dict[str, Any]) -> dict[str, Any]:
+    """What chat templates are told of beside the messages: tools (a list, or its JSON text, as TRL takes it) and other names."""
+    tools, more = values.get("tools"), values.get("chat_template_kwargs")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"tools is {shown(tools)}, a string that is not JSON; expected a list of objects"
+            ) from error
+    if tools is not None and not (isinstance(tools, (list, tuple)) and all(isinstance(tool, dict) for tool in tools)):
+        raise UserError(f"tools is {shown(tools)}; expected a list of objects, the schemas of functions")
+    if more is not None and (not isinstance(more, dict) or not all(isinstance(name, str) for name in more)):
+        raise UserError(
+            f'chat_template_kwargs is {shown(more)}; expected an object such as {{"enable_thinking": false}}'
+        )
+    if taken := sorted(_OURS & set(more or ())):
+        raise UserError(f"chat_template_kwargs sets {', '.join(taken)}, which is decided here; leave it out")
+    return {"tools": list(tools) if tools else None, "chat_template_kwargs": more or None}
 
 
 def _sampling(value: Any) -> dict | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dqo.errors import UserError, did_you_mean
+from dqo.option_values import name_problem
 from dqo.rows_formats import Record
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ def read_records(source: Any) -> tuple[str, list[Record], list[Problem]]:
     """
     if not isinstance(source, (str, Path)):
         return "rows", *_from_iterable(source)
+    if (problem := name_problem(str(source))) is not None:
+        raise UserError(f"the name of a rollout file {problem}")
     path = Path(source)
     if not path.exists():
         hub = isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix not in _SUFFIXES
@@ -107,7 +110,21 @@ def _from_parquet(path: Path) -> tuple[list[Record], list[Problem]]:
         raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
     if not rows:
         raise UserError(f"{path}: is empty; expected one response a row")
-    return [Record(i, f"{path.name}:{i}", row) for i, row in enumerate(rows, start=1)], []
+    return [Record(i, f"{path.name}:{i}", _without_nulls(row)) for i, row in enumerate(rows, start=1)], []
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of an Arrow table without the nulls inside its values: a struct has the fields of all rows, and null stands for one
+    that the row does not have."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: cleaned(inner) for name, inner in value.items() if inner is not None}
+        if isinstance(value, list) and any(isinstance(inner, (dict, list)) for inner in value):
+            return [cleaned(inner) for inner in value]
+        return value
+
+    return {name: cleaned(value) for name, value in row.items()}
 
 
 def _datasets(needed_by: str):
@@ -169,13 +186,15 @@ def _from_iterable(source: Any) -> tuple[list[Record], list[Problem]]:
     if not isinstance(source, Iterable):
         raise UserError(f"rows are a {type(source).__name__}; expected a path, a list of dicts or a datasets.Dataset")
     records, problems = [], []
+    arrow = hasattr(source, "features")  # a datasets.Dataset
     for i, row in enumerate(source, start=1):
         where = f"row {i}"
         if is_dataclass(row) and not isinstance(row, type):
             row = {f.name: getattr(row, f.name) for f in fields(row)}
             where = row.pop("source", "") or where
         if isinstance(row, dict):
-            records.append(Record(i, where, {name: _plain(value) for name, value in row.items()}))
+            row = {name: _plain(value) for name, value in row.items()}
+            records.append(Record(i, where, _without_nulls(row) if arrow else row))
         else:
             problems.append(Problem(i, where, f"is a {type(row).__name__}; expected a dict"))
     if not records and not problems:

@@ -8,18 +8,25 @@
 
 A stepwise row joins its steps with newlines. Its step rewards are its labels as numbers; its reward, unless
 given, is 1 when every label is right (true, or above the threshold) and else 0: steps that are all right are
-taken for a right solution.
+taken for a right solution. A preference row's score_chosen and score_rejected are not read, as is said when they are there:
+scores of any scale in the place of 1 and 0 would be other rewards, and equal ones no preference.
+
+With messages a row may have `tools` and `chat_template_kwargs`, which go to the chat template as TRL's do.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dqo.errors import UserError, closest
+from dqo.errors import UserError, closest, printable
+from dqo.rows_hints import renaming_hint, structure_hint
+
+logger = logging.getLogger(__name__)
 
 FIELDS = (
     "prompt",
@@ -35,14 +42,19 @@ FIELDS = (
     "answer",
     "prompt_id",
     "sampling",
+    "tools",
+    "chat_template_kwargs",
 )
 _HARMLESS = {
     "answer",
     "prompt_id",
     "sampling",
     "env_mask",
+    "tools",
+    "chat_template_kwargs",
 }  # nothing is lost when a column like these is ignored
-_OF_THE_PROMPT = ("prompt", "prompt_ids", "prompt_id", "answer", "sampling")
+_OF_TEMPLATES = ("tools", "chat_template_kwargs")  # of messages
+_OF_THE_PROMPT = ("prompt", "prompt_ids", "prompt_id", "answer", "sampling", *_OF_TEMPLATES)
 _EACH = {  # columns of a grouped row with one value for each completion -> the field they become
     "rewards": "reward",
     "labels": "label",
@@ -59,30 +71,11 @@ _NEEDED = {
     "stepwise": ("prompt", "completions", "labels"),
     "oreo": ("prompt", "response", "reward"),
 }
-_HINTS = (  # columns found -> what the file probably is
-    (
-        {"chosen"},
-        "This looks like preference data: run `dqo convert trl-preference` on it, which moves what chosen and rejected share "
-        "to a column prompt",
-    ),
-    (
-        {"messages"},
-        "This looks like chat data: move the last assistant message to completion, the messages before it to "
-        "prompt, and add a reward",
-    ),
-    ({"question", "ground_truth"}, "This looks like GSM8K's graded solutions: run `dqo convert gsm8k-solutions` on it"),
-    ({"question", "label", "labeler"}, "This looks like PRM800K: run `dqo convert prm800k` on it"),
-    ({"input", "label"}, "This looks like Math-Shepherd: run `dqo convert math-shepherd` on it"),
-    ({"question", "reasoning_steps"}, "This looks like MATH-APS: run `dqo convert math-aps` on it"),
-    ({"problem", "generations"}, "This looks like open-r1's data: run `dqo convert open-r1` on it"),
-    ({"prompt", "data_source"}, "This looks like verl's data: run `dqo convert verl` on it"),
-    ({"question"}, "These look like problems without responses: sample responses and grade them first"),
-    ({"problem"}, "These look like problems without responses: sample responses and grade them first"),
-    (
-        {"prompt", "completion"},
-        "This looks like demonstrations: give every row the reward 1.0 to train on all of them",
-    ),
-)
+_USED = {  # columns that are read besides; in the other forms all of FIELDS
+    "grouped": (*_OF_THE_PROMPT, *_EACH),
+    "preference": _OF_THE_PROMPT,
+    "stepwise": tuple(name for name in FIELDS if name not in ("completion", "steps", "step_rewards")),
+}
 
 
 @dataclass(slots=True)
@@ -140,7 +133,12 @@ def check_columns(name: str, records: list[Record]) -> str:
             if meant[key] and meant[key] not in record.values:
                 misspelt[key] += 1
                 first.setdefault(key, record.source)
-    if misspelt:
+    missing = [column for column in _NEEDED[form] if column not in found]
+    if form == "flat" and "reward" not in found and "label" not in found:
+        missing.append("reward (or label)")
+    names = set(map(str, found))
+    structure = structure_hint(names) if missing else ""
+    if misspelt and not structure:
         raise UserError(
             "\n".join(
                 f"{first[key]}: unknown column '{key}' (in {count} of {len(records)} rows). "
@@ -148,17 +146,29 @@ def check_columns(name: str, records: list[Record]) -> str:
                 for key, count in misspelt.items()
             )
         )
-    missing = [column for column in _NEEDED[form] if column not in found]
-    if form == "flat" and "reward" not in found and "label" not in found:
-        missing.append("reward (or label)")
     if missing:
         needed = "prompt, completion and reward (or label)" if form == "flat" else " and ".join(_NEEDED[form])
-        hint = next((f". {hint}" for columns, hint in _HINTS if columns <= set(found)), "")
+        hint = structure or renaming_hint(names)
         raise UserError(
             f"{name}: no row has {' or '.join(missing)}; needs the columns {needed}; "
-            f"found {', '.join(map(str, found))}{hint}"
+            f"found {', '.join(map(str, found))}{f'. {hint}' if hint else ''}"
         )
+    _name_unused(name, records, form)
     return form
+
+
+def _name_unused(name: str, records: list[Record], form: str) -> None:
+    """One line for the columns that nothing reads."""
+    used = {*_NEEDED[form], *(_USED.get(form) or (*FIELDS, "env_mask"))}
+    if not any(isinstance(record.values.get("prompt"), (list, tuple)) for record in records):
+        used -= set(_OF_TEMPLATES)
+    counts = Counter(key for record in records for key in record.values if key not in used)
+    if not counts:
+        return
+    columns = ", ".join(f"{key!r} (in {count:,} rows)" for key, count in counts.items())
+    scores = "; the rewards of chosen and rejected are 1 and 0, write grouped rows (completions, rewards) for scores"
+    hint = scores if form == "preference" and any("score" in str(key) for key in counts) else ""
+    logger.warning("%s: columns that are not used: %s%s", name, printable(columns), hint)
 
 
 def to_flat(record: Record, form: str, reward_threshold: float) -> list[Record]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +15,21 @@ from dqo.attention import unpacked
 
 @dataclass(frozen=True)
 class Response:
-    ids: list[int]  # with the EOS when it ended
+    ids: list[int]  # with its end token when it ended
     ended: bool
+
+
+@contextmanager
+def without_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """The model has a fresh generation_config inside, its own again outside: `generate` takes every field that its argument
+    leaves open (min_p, no_repeat_ngram_size, num_beams ...) from the model's."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # under peft's wrapper
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = own
 
 
 @torch.inference_mode()
@@ -22,7 +37,7 @@ def generate(
     policy: PreTrainedModel,
     prompts: list[list[int]],
     *,
-    eos_id: int,
+    stop_ids: Iterable[int],
     pad_id: int,
     num_generations: int = 1,
     temperature: float = 1.0,
@@ -32,7 +47,8 @@ def generate(
     description: str = "sample",
     quiet: bool = False,
 ) -> list[list[Response]]:
-    """`num_generations` responses of every prompt; temperature 0 is greedy. Samples the whole distribution (no top-k, top-p).
+    """`num_generations` responses of every prompt; temperature 0 is greedy. Samples the whole distribution, whatever the model's
+    generation_config says. A response has ended when it has one of `stop_ids`.
 
     Deterministic given the seed on one machine; the batch composition is part of what the seed fixes.
     """
@@ -40,7 +56,10 @@ def generate(
     settings = (
         {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     )
-    generation = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos_id, pad_token_id=pad_id, **settings)
+    stops = frozenset(stop_ids)
+    generation = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=pad_id, **settings
+    )
     torch.manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     order = [i for i in order for _ in range(num_generations)]
@@ -48,18 +67,18 @@ def generate(
     for start in tqdm(range(0, len(order), batch_size), desc=description, unit="batch", disable=quiet, leave=False):
         indices = order[start : start + batch_size]
         longest = max(len(prompts[i]) for i in indices)
-        ids = torch.full((len(indices), longest), pad_id)
+        ids = torch.full((len(indices), longest), pad_id, device="cpu")
         attention = torch.zeros_like(ids)
         for row, i in enumerate(indices):
-            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
+            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i], device="cpu")
             attention[row, longest - len(prompts[i]) :] = 1
-        with unpacked(policy):
+        with unpacked(policy), without_generation_config(policy):
             output = policy.generate(
                 input_ids=ids.to(policy.device),
                 attention_mask=attention.to(policy.device),
                 generation_config=generation,
             )
         for i, row in zip(indices, output[:, longest:].tolist()):
-            ended = eos_id in row
-            responses[i].append(Response(row[: row.index(eos_id) + 1] if ended else row, ended))
+            end = next((at for at, token in enumerate(row) if token in stops), None)
+            responses[i].append(Response(row if end is None else row[: end + 1], end is not None))
     return responses

@@ -4,18 +4,27 @@
     head       a two-layer perceptron on the policy's detached hidden states, its last layer zero
 
 Both say V = 0 at the start. `separate` is saved as AutoModelForTokenClassification (num_labels=1), as other trainers load a
-critic; `head` as critic/value_head.safetensors, which no class of transformers describes.
+critic; where transformers has no such class for an architecture, `load_critic` makes it of the trunk and transformers' generic
+head. `head` as critic/value_head.safetensors, which no class of transformers describes.
 """
 
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForTokenClassification, PreTrainedModel
+from transformers import (
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForTokenClassification
 
 from dqo.batches import Batch
 from dqo.errors import UserError
@@ -55,19 +64,43 @@ def score_of(value_model: PreTrainedModel) -> nn.Linear:
     return [m for m in value_model.modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
 
 
+def _classifier(config: PreTrainedConfig) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """The configuration, or that of its text model, and the token-classification class for it: transformers' own, or where it
+    has none its generic head on the trunk of this architecture."""
+    known = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    if type(config) not in known:
+        config = config.get_text_config()
+    return config, known[type(config)] if type(config) in known else _generic_classifier(type(config))
+
+
+@cache
+def _generic_classifier(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    trunk = MODEL_MAPPING[config_class]
+    family = next(base for base in trunk.__mro__[1:] if issubclass(base, PreTrainedModel))
+    name = f"{trunk.__name__.removesuffix('Model')}ForTokenClassification"
+    # transformers reads the file of the module to learn what attention and experts the class may be set to
+    fields = {"config_class": config_class, "__module__": trunk.__module__}
+    return type(name, (GenericForTokenClassification, family), fields)
+
+
 def value_model_from(policy: PreTrainedModel) -> PreTrainedModel:
-    """A separate value model: the policy's trunk, copied, with one zero output a token, so that V = 0 at the start."""
-    config = copy.deepcopy(policy.config)
+    """A separate value model: the policy's trunk, copied, with one zero output a token, so that V = 0 at the start.
+
+    Raises:
+        UserError: for a decoder that transformers has no model of without its encoder or its head.
+    """
+    config, classifier = _classifier(copy.deepcopy(policy.config))
     config.num_labels, config.classifier_dropout = 1, 0.0
     config.architectures = None
-    try:
-        value_model = AutoModelForTokenClassification.from_config(config, dtype=policy.dtype)
-    except ValueError as error:
+    value_model = classifier._from_config(config, dtype=policy.dtype)
+    trunk = value_model.base_model
+    own = next((part for part in policy.modules() if type(part) is type(trunk)), None)  # the text model of several
+    if own is None:
         raise UserError(
-            f"transformers has no token-classification model for {policy.config.model_type!r}, so it has no separate value "
-            "model here; use --value_model head or --value_model none"
-        ) from error
-    value_model.base_model.load_state_dict(policy.base_model.state_dict())
+            f"transformers has no model of {type(policy.base_model).__name__} alone, so it has no separate value model here; use "
+            "--value_model head or --value_model none"
+        )
+    trunk.load_state_dict(own.state_dict())
     score = score_of(value_model)
     nn.init.zeros_(score.weight)
     if score.bias is not None:
@@ -101,6 +134,7 @@ def save_value_model(value_model: nn.Module, state: dict[str, Tensor], directory
         return
     with torch.device("meta"):
         plain = type(value_model)(value_model.config)  # without adapters or shards: only its names and config are used
+        plain.to(next(iter(state.values())).dtype)
     plain.save_pretrained(directory, state_dict=state)
 
 
@@ -111,8 +145,9 @@ def load_critic(path: Path, device: torch.device | str = "cpu") -> nn.Module:
         head = ValueHead(state["inner.weight"].shape[0])
         head.load_state_dict(state)
         return head.to(device)
-    value_model, loading = AutoModelForTokenClassification.from_pretrained(
-        path, dtype=torch.float32, output_loading_info=True
+    config, classifier = _classifier(AutoConfig.from_pretrained(path))
+    value_model, loading = classifier.from_pretrained(
+        path, config=config, dtype=torch.float32, output_loading_info=True
     )
     if loading["missing_keys"]:
         raise UserError(

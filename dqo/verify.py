@@ -5,15 +5,18 @@ one: a solution that multiplies where it should divide has right annotations onl
 """
 
 import re
+from collections import deque
 from dataclasses import dataclass
 from fractions import Fraction
 
-_NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+\.?[0-9]*|\.[0-9]+)"
+_NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _TOKEN = re.compile(rf"\s*(?:(?P<number>{_NUMBER})|(?P<symbol>[-+*/()%xX×·÷−]))")
 _SYMBOLS = {"x": "*", "X": "*", "×": "*", "·": "*", "÷": "/", "−": "-"}
 _SIGNED = re.compile(rf"(?P<sign>[-−]?)\$?(?P<minus>[-−]?)(?P<number>{_NUMBER})%?\.?")
 _ANSWER = re.compile(r"(?:####|^[ \t]*A:)(.*)", re.MULTILINE)
-_LONGEST = 2000  # characters of an expression: longer ones are runaway digits, not arithmetic
+_LONGEST = (
+    500  # characters of a number or an expression: time grows as their square, and longer ones are runaway digits
+)
 _DEEPEST = 50  # parentheses and signs
 _CALCULATOR = Fraction(1, 10**12)  # calculators work in double precision: 8.294400000000001 is 0.2 * 41.472
 
@@ -104,7 +107,8 @@ def _fraction(number: str) -> Fraction:
 def evaluate_expression(text: str) -> Fraction | None:
     """The exact value of an expression of + - * / ( ), decimals, thousands commas, "$", "x" for times, "%".
 
-    None where it cannot be read (names, units, a division by zero) or means two things ("100 + 20%").
+    None where it cannot be read (names, units, a division by zero, more than 500 characters) or means two things
+    ("100 + 20%").
     """
     try:
         expression = _Expression(text.replace("$", ""))
@@ -167,9 +171,10 @@ def calculator_steps(completion: str) -> list[Step]:
 
 
 def number(text: str) -> Fraction | None:
-    """A number and nothing else but a sign, "$", thousands commas, a final period, or "%" (20% is 20)."""
-    match = _SIGNED.fullmatch(text.strip())
-    if not match or len(match["number"]) > _LONGEST or (match["sign"] and match["minus"]):
+    """A number of up to 500 characters and nothing else but a sign, "$", thousands commas, a final period, or "%" (20% is 20)."""
+    text = text.strip()
+    match = _SIGNED.fullmatch(text) if len(text) <= _LONGEST else None
+    if not match or (match["sign"] and match["minus"]):
         return None
     value = _fraction(match["number"])
     return -value if match["sign"] or match["minus"] else value
@@ -177,8 +182,8 @@ def number(text: str) -> Fraction | None:
 
 def gsm8k_answer(text: str) -> Fraction | None:
     """The number after the last "####", or "A:" that begins a line; None when more than a number is there."""
-    found = _ANSWER.findall(text)
-    return number(found[-1]) if found else None
+    found = deque(_ANSWER.finditer(text), maxlen=1)
+    return number(found[0][1]) if found else None
 
 
 def gsm8k_correct(completion: str, answer: str) -> bool:

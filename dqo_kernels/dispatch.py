@@ -6,6 +6,7 @@ import importlib.util
 import os
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     import dqo_kernels._cpu as _cpu  # this form tells a missing module from a broken one, `from ... import` does not
@@ -45,8 +46,17 @@ def _device_problem(backend: str) -> str:
     return _cuda.cluster_problem(device) if backend == ONE_PASS else _cuda.problem(device)
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which want every operation to be torch's own."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def unavailable(backend: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> str | None:
     """Why `backend` cannot run on tensors of this device and dtype, or None when it can."""
+    if backend != "reference" and transformed():
+        return "torch.func and forward-mode derivatives pass through plain torch only: backend='reference'"
     if backend == "cpp" and _cpu is None:
         return "dqo_kernels._cpu is not built; run `pip install -e .` where a C++17 compiler is"
     if backend.startswith("cuda"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dqo_kernels import checks, dispatch, library
-from dqo_kernels.packed import compute_dtype, is_last_row, next_row, reverse_scan, sequence_index
+from dqo_kernels.packed import compute_dtype, is_last_row, next_row, reverse_scan, sequence_index, times
 
 
 def lambda_return_reference(
@@ -25,8 +25,8 @@ def lambda_return_reference(
 ) -> Tensor:
     """The definition, in differentiable torch."""
     after_last = is_last_row(sequence)
-    own = rewards + gamma * (1.0 - lam) * next_row(values, sequence, bootstrap)
-    own = torch.where(after_last, own + gamma * lam * bootstrap[sequence], own)
+    own = rewards + times(gamma * (1.0 - lam), next_row(values, sequence, bootstrap))
+    own = torch.where(after_last, own + times(gamma * lam, bootstrap[sequence]), own)
     return reverse_scan(own, gamma * lam, sequence)
 
 
@@ -92,8 +92,7 @@ def lambda_return(
         RuntimeError: the requested backend cannot run.
     """
     checks.floating("rewards", rewards)
-    if rewards.dim() != 1:
-        checks.fail("rewards", "shape (N,)", f"shape {tuple(rewards.shape)}")
+    checks.rows_only("rewards", rewards, "(N,)", 1)
     n = rewards.shape[0]
     checks.tensor("values", values, (n,), rewards)
     checks.cu_seqlens(cu_seqlens, n, rewards)
@@ -106,8 +105,9 @@ def lambda_return(
     dtype = compute_dtype(rewards, values, bootstrap)
     chosen = dispatch.choose("lambda_return", rewards.device.type, backend, dtype)
     rewards, values = rewards.to(dtype), values.to(dtype)
+    cu_seqlens = checks.owned_index(cu_seqlens)
     bootstrap = rewards.new_zeros(sequences) if bootstrap is None else bootstrap.to(dtype)
     if chosen == "reference":
         return lambda_return_reference(rewards, values, bootstrap, sequence_index(cu_seqlens, n), gamma, lam)
-    tensors = (x.contiguous() for x in (rewards, values, bootstrap, cu_seqlens.long()))
+    tensors = (x.contiguous() for x in (rewards, values, bootstrap, cu_seqlens))
     return _FORWARD(*tensors, float(gamma), float(lam), chosen)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import dqo_kernels._cpu as _cpu
+from dqo_kernels.addresses import addresses
 
 
 def _kernel(direction: str, dtype: torch.dtype):
@@ -16,7 +17,7 @@ def fwd(rewards, values, bootstrap, cu_seqlens, gamma, lam) -> Tensor:
     """(N,) returns."""
     returns = torch.empty_like(rewards)
     tensors = (rewards, values, bootstrap, cu_seqlens, returns)
-    _kernel("fwd", rewards.dtype)(*(t.data_ptr() for t in tensors), bootstrap.numel(), gamma, lam)
+    _kernel("fwd", rewards.dtype)(*addresses(*tensors), rewards.numel(), cu_seqlens.numel() - 1, gamma, lam)
     return returns
 
 
@@ -25,5 +26,5 @@ def bwd(grad_returns, cu_seqlens, gamma, lam) -> tuple[Tensor, Tensor, Tensor]:
     sequences = cu_seqlens.numel() - 1
     gradients = torch.empty_like(grad_returns), torch.empty_like(grad_returns), grad_returns.new_empty(sequences)
     tensors = (grad_returns, cu_seqlens, *gradients)
-    _kernel("bwd", grad_returns.dtype)(*(t.data_ptr() for t in tensors), sequences, gamma, lam)
+    _kernel("bwd", grad_returns.dtype)(*addresses(*tensors), grad_returns.numel(), sequences, gamma, lam)
     return gradients

@@ -29,7 +29,7 @@ class Layout:
             if cu_seqlens is None:
                 checks.fail("cu_seqlens", f"boundaries (B+1,), because {name} is packed {shape}", "None")
             checks.cu_seqlens(cu_seqlens, shape[0], features)
-            self.mask, self.cu_seqlens = None, cu_seqlens.long().contiguous()
+            self.mask, self.cu_seqlens = None, checks.owned_index(cu_seqlens)
         elif features.dim() == 3:
             if cu_seqlens is not None:
                 checks.fail("cu_seqlens", f"None for padded {name} {shape}", "a tensor")
@@ -38,8 +38,8 @@ class Layout:
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape[:2]:
                 got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
                 checks.fail("mask", f"torch.bool {shape[:2]}", got)
-            if mask.device != features.device:
-                checks.fail("mask", f"device {features.device}", f"device {mask.device}")
+            checks.whole("mask", mask)
+            checks.same_device("mask", mask, features)
             self.mask = mask.reshape(-1).contiguous()  # a reshaped slice of one row may keep its stride
             self.cu_seqlens = torch.arange(shape[0] + 1, device=mask.device) * shape[1]
         else:

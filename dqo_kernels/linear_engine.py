@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dqo_kernels import library
+from dqo_kernels import checks, library
 from dqo_kernels.gemm import Products, gradient_dtype
 from dqo_kernels.linear_inputs import Differentiable, Linear, no_autocast
 
@@ -95,12 +95,12 @@ class Engine:
         self.head, self.ref = Head(products, *inputs.tensors()), None
         if call.ref_hidden is not None:
             self.ref = Head(products, call.ref_hidden, call.ref_weight, call.ref_bias)
-        self.actions, self.here = call.actions.long().contiguous(), None
+        self.actions, self.here = checks.owned_index(call.actions), None
         if self.slices is not None:
             self.here, self.actions = self.slices.local(self.actions)
         self.temperatures, self.temperature = None, call.temperature
         if isinstance(call.temperature, Tensor):
-            self.temperatures = call.temperature.detach().to(dtype).expand(self.actions.shape).contiguous()
+            self.temperatures = call.temperature.detach().to(dtype, copy=True).expand(self.actions.shape).contiguous()
             self.temperature = 1.0
         self.softcap = float(call.softcap or 0.0)
         self.models = 1 if self.ref is None else 2
@@ -112,6 +112,11 @@ class Engine:
 
         self.shape, self.device, self.beside = (self.rows, vocab), device, beside > 0
         self.workspaces: list[Tensor] = []  # of each model, and of dz if it is beside them
+
+    def constants(self) -> list[Tensor]:
+        """The caller's tensors that are read again in the backward and get no gradient."""
+        ref = () if self.ref is None else (self.ref.hidden, self.ref.weight, self.ref.bias)
+        return [x for x in ref if x is not None]
 
     def release(self) -> None:
         """Gives the workspaces back; whatever comes next allocates others."""

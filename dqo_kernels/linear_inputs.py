@@ -50,8 +50,7 @@ class Linear:
         own = {field: given[field] for field in cls.__dataclass_fields__ if field in given}
         hidden, weight = own["hidden"], own["weight"]
         checks.floating("hidden", hidden)
-        if hidden.dim() != 2:
-            checks.fail("hidden", "shape (N, D)", f"shape {tuple(hidden.shape)}")
+        checks.rows_only("hidden", hidden, "(N, D)", 2)
         checks.floating("weight", weight)
         if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] < 1:
             checks.fail("weight", f"shape (V, {hidden.shape[1]}) to fit hidden", f"shape {tuple(weight.shape)}")
@@ -84,8 +83,9 @@ class Linear:
             checks.tensor("ref_bias", self.ref_bias, (columns,), hidden)
         checks.temperature(self.temperature, (n,), hidden)
         checks.softcap(self.softcap)
-        if self.workspace_bytes is not None and self.workspace_bytes < 1:
-            checks.fail("workspace_bytes", "a positive number of bytes or None", self.workspace_bytes)
+        checks.factor("lora_scale", self.lora_scale)
+        if self.workspace_bytes is not None:
+            checks.number("workspace_bytes", self.workspace_bytes, 1, 2**62, "a positive number of bytes or None")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dqo_kernels import checks, dispatch
+from dqo_kernels import checks, dispatch, library
 from dqo_kernels.linear_engine import Engine
 from dqo_kernels.linear_inputs import Differentiable, Linear
 from dqo_kernels.linear_token_stats import linear_token_stats_reference
@@ -39,18 +39,61 @@ def group_runs(cu_seqlens: list[int], cu_groups: list[int], max_rows: int) -> li
 Pieces = list[tuple[slice, Tensor]]  # the rows of each run of groups, and their boundaries
 
 
+def _pieces(
+    n: int, max_rows: int, cu_seqlens: Tensor, cu_groups: Tensor | None, seqlens: Sequence[int] | None, whole: bool
+) -> Pieces:
+    """Runs of at most `max_rows` rows (a group is never cut), or one run of all N."""
+    sequences = cu_seqlens.numel() - 1
+    if sequences == 0:
+        return []
+    if whole or n <= max_rows:
+        return [(slice(0, n), cu_seqlens)]
+    offsets = cu_seqlens.tolist() if seqlens is None else [0, *itertools.accumulate(seqlens)]
+    groups = list(range(sequences + 1)) if cu_groups is None else cu_groups.tolist()
+    runs = group_runs(offsets, groups, max_rows)
+    return [(slice(offsets[a], offsets[b]), cu_seqlens[a : b + 1] - offsets[a]) for a, b in runs]
+
+
 def _add(metrics: dict[str, Tensor], more: dict[str, Tensor]) -> None:
     for name, value in more.items():
         metrics[name] = metrics.get(name, 0) + value.detach()
 
 
+def _called(row_loss: RowLoss, stats: TokenStats, rows: dict[str, Tensor], cu_seqlens: Tensor) -> tuple[Tensor, dict]:
+    """What the caller's function returns, if it is what we can use."""
+    returned = row_loss(stats, rows, cu_seqlens)
+    expected = "to return (loss_sum, metric_sums), a scalar tensor and a dict of tensors ({} for no metrics)"
+    if not isinstance(returned, tuple | list) or len(returned) != 2:
+        several = isinstance(returned, tuple | list)
+        checks.fail("row_loss", expected, f"{len(returned)} values" if several else type(returned).__name__)
+    loss_sum, metric_sums = returned
+    if not isinstance(metric_sums, dict):
+        checks.fail("row_loss", expected, f"metric_sums of type {type(metric_sums).__name__}")
+    for name, value in (("loss_sum", loss_sum), *((f"metric_sums[{k!r}]", v) for k, v in metric_sums.items())):
+        if not isinstance(value, Tensor) or (value is loss_sum and value.dim()):
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+            checks.fail("row_loss", expected, f"{name} of {got}")
+    return loss_sum, metric_sums
+
+
+def _check_dependence(depends: bool, wanted: bool, total: Tensor) -> None:
+    """A loss of which no run has a gradient trains nothing. That is meant where it is 0; another number has been detached."""
+    if depends or not wanted or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not bool(total):
+        return
+    cure = "compute it from them with gradients on, or call linear_row_loss under torch.no_grad()"
+    checks.fail("row_loss", "a loss_sum that depends on stats or rows", f"one without a gradient; {cure}")
+
+
 def _of_statistics(stats: TokenStats, row_loss: RowLoss, rows: dict[str, Tensor], pieces: Pieces, loss_scale):
     total, metrics = stats.logprobs[:0].sum(), {}  # a zero that can be differentiated, also without any sequence
+    depends, wanted = False, any(x is not None and x.requires_grad for x in (*stats, *rows.values()))
     for run, cu_seqlens in pieces:
         run_stats = TokenStats(*(None if field is None else field[run] for field in stats))
-        loss_sum, metric_sums = row_loss(run_stats, {name: value[run] for name, value in rows.items()}, cu_seqlens)
-        total = total + loss_sum
+        own = {name: value[run] for name, value in rows.items()}
+        loss_sum, metric_sums = _called(row_loss, run_stats, own, cu_seqlens)
+        total, depends = total + loss_sum, depends or loss_sum.requires_grad
         _add(metrics, metric_sums)
+    _check_dependence(depends, wanted, total)
     return total * loss_scale, metrics
 
 
@@ -64,7 +107,7 @@ class _Carried(torch.autograd.Function):
         return total.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @library.once_differentiable("linear_row_loss")
     def backward(ctx, scale):
         if ctx.gradients is None:
             raise RuntimeError("linear_row_loss: its gradients were handed over by the first backward; call it again")
@@ -82,15 +125,15 @@ def _late_bound(
     wants, gradients = engine.wanted, engine.gradients()
     live = torch.is_grad_enabled()
     row_gradients = {name: torch.zeros_like(x) for name, x in rows.items() if live and x.requires_grad}
-    total, metrics = torch.zeros((), dtype=engine.dtype, device=engine.actions.device), {}
+    total, metrics, depends = torch.zeros((), dtype=engine.dtype, device=engine.actions.device), {}, False
     for run, cu_seqlens in pieces:
         fields, kept = engine.statistics(run.start, run.stop)
         leaves = [fields[i].requires_grad_(any(wants)) for i in ((0, 1, 2) if engine.ref is None else (0, 1, 2, 7))]
         own = {name: x[run].detach().requires_grad_(name in row_gradients) for name, x in rows.items()}
         stats = TokenStats(*fields[:3]) if engine.ref is None else TokenStats(*fields[:3], *fields[5:8])
-        loss_sum, metric_sums = row_loss(stats, own, cu_seqlens)
+        loss_sum, metric_sums = _called(row_loss, stats, own, cu_seqlens)
         loss_sum = loss_sum * loss_scale
-        total = total + loss_sum.detach()
+        total, depends = total + loss_sum.detach(), depends or loss_sum.requires_grad
         _add(metrics, metric_sums)
         differentiated = [x for x in (*leaves, *own.values()) if x.requires_grad]
         if not loss_sum.requires_grad or not differentiated:
@@ -103,6 +146,7 @@ def _late_bound(
         coefficients = [arrived.get(id(leaf)) for leaf in leaves] + [None] * (4 - len(leaves))
         if any(wants):
             engine.differentiate(run.start, run.stop, [x.detach() for x in fields], kept, coefficients, gradients)
+    _check_dependence(depends, any(wants) or bool(row_gradients), total)
     fields = kept = None
     engine.release()  # makes room for casts of the gradients
     if not any(wants) and not row_gradients:
@@ -156,7 +200,7 @@ def linear_row_loss(
 
     Returns:
         (loss_sum, metric_sums): a scalar, differentiable once in hidden, weight, bias, lora_a, lora_b and `rows`, and detached
-        scalars. The native backends make the gradients here, in the forward; the backward hands them over.
+        sums. The native backends make the gradients here, in the forward; the backward hands them over.
 
     Raises:
         ValueError, RuntimeError: as `linear_token_stats`, and for boundaries, `rows` or `coupling` that do not fit.
@@ -166,33 +210,26 @@ def linear_row_loss(
     checks.cu_seqlens(cu_seqlens, n, hidden)
     checks.one_of("coupling", coupling, COUPLINGS)
     for name, value in rows.items():
-        if not isinstance(value, Tensor) or value.dim() < 1 or value.shape[0] != n:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            checks.fail(f"rows[{name!r}]", f"a tensor of shape ({n}, ...)", got)
+        checks.whole(f"rows[{name!r}]", value)
+        if value.dim() < 1 or value.shape[0] != n:
+            checks.fail(f"rows[{name!r}]", f"a tensor of shape ({n}, ...)", f"shape {tuple(value.shape)}")
     sequences = cu_seqlens.numel() - 1
     if cu_groups is not None:
-        checks.boundaries("cu_groups", cu_groups, "(M+1,)", sequences, "B", checks.reads_values(cu_groups))
+        checks.boundaries("cu_groups", cu_groups, "(M+1,)", sequences, "B")
     if seqlens is not None:
         checks.seqlens(seqlens, cu_seqlens, n)
     if isinstance(loss_scale, Tensor):
         checks.tensor("loss_scale", loss_scale, (), hidden)
         loss_scale = loss_scale.detach().to(call.dtype)
+    else:
+        checks.factor("loss_scale", loss_scale)
     chosen = dispatch.choose("linear_row_loss", hidden.device.type, backend, call.dtype)
-    inputs = call.differentiable()
+    inputs, cu_seqlens = call.differentiable(), checks.owned_index(cu_seqlens)
+    together = (cu_seqlens, cu_groups, seqlens, coupling == "batch")
     if chosen == "reference":
         stats = linear_token_stats_reference(call, inputs)
-        max_rows = call.rows_in_workspace(call.dtype.itemsize)
-    else:
-        engine = Engine(chosen, call, inputs)
-        max_rows = engine.rows
-    pieces = [(slice(0, n), cu_seqlens)]
-    if coupling == "group" and n > max_rows:
-        offsets = cu_seqlens.tolist() if seqlens is None else [0, *itertools.accumulate(seqlens)]
-        groups = list(range(sequences + 1)) if cu_groups is None else cu_groups.tolist()
-        runs = group_runs(offsets, groups, max_rows)
-        pieces = [(slice(offsets[a], offsets[b]), cu_seqlens[a : b + 1] - offsets[a]) for a, b in runs]
-    elif sequences == 0:
-        pieces = []
-    if chosen == "reference":
+        pieces = _pieces(n, call.rows_in_workspace(call.dtype.itemsize), *together)
         return _of_statistics(stats, row_loss, rows, pieces, loss_scale)
-    return _late_bound(engine, inputs, row_loss, rows, pieces, loss_scale)
+    library.outside_graphs("linear_row_loss")
+    engine = Engine(chosen, call, inputs)
+    return _late_bound(engine, inputs, row_loss, rows, _pieces(n, engine.rows, *together), loss_scale)

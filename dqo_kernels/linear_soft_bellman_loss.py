@@ -5,6 +5,7 @@ A reduced loss is a row loss of `linear_row_loss`; unreduced rows are `linear_to
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -46,7 +47,7 @@ def _late_bound(
     loss, sums = linear_row_loss(
         layout.selected(call.features),
         weight,
-        layout.selected(call.actions),
+        layout.selected(call.actions.long()),
         row_loss,
         cu_seqlens,
         rows=rows,
@@ -61,6 +62,18 @@ def _late_bound(
     losses.append(sums.get("kl", zero) / count if call.ref_features is not None else None)
     fields = [None if parts[0] is None else torch.cat(parts).detach() for parts in zip(*shown)]
     return SoftBellmanOutput(loss, *losses, *(layout.unrows(layout.scattered(field)) for field in fields))
+
+
+def _statistics(weight: Tensor, head: dict, call: Call, layout: Layout) -> TokenStats:
+    stats = linear_token_stats(  # only the rows that count are projected
+        layout.selected(call.features),
+        weight,
+        layout.selected(call.actions.long()),
+        ref_hidden=layout.selected(call.ref_features),
+        temperature=call.temperatures(layout.selected),
+        **head,
+    )
+    return TokenStats(*map(layout.scattered, stats))
 
 
 def linear_soft_bellman_loss(
@@ -142,15 +155,4 @@ def linear_soft_bellman_loss(
     if reduction != "none" and layout.shape[0] > 0 and layout.cu_seqlens.numel() > 1:
         return _late_bound(call, layout, weight, head, seqlens)
 
-    def statistics(call, layout):
-        stats = linear_token_stats(  # only the rows that count are projected
-            layout.selected(call.features),
-            weight,
-            layout.selected(call.actions),
-            ref_hidden=layout.selected(call.ref_features),
-            temperature=call.temperatures(layout.selected),
-            **head,
-        )
-        return TokenStats(*map(layout.scattered, stats))
-
-    return loss_from_statistics(call, layout, statistics)
+    return loss_from_statistics(call, layout, functools.partial(_statistics, weight, head))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqo_kernels import dispatch
+from dqo_kernels import checks, dispatch, library
 from dqo_kernels.linear_engine import Engine
 from dqo_kernels.linear_inputs import Differentiable, Linear, no_autocast
 from dqo_kernels.token_stats import TokenStats, in_chunks, row_stats
@@ -35,7 +35,7 @@ def linear_token_stats_reference(call: Linear, inputs: Differentiable) -> TokenS
             return row_stats(logits, actions, ref_logits, temperature, call.softcap, dtype, call.slices)
 
     temperature = call.temperature.detach() if isinstance(call.temperature, Tensor) else call.temperature
-    per_row = [inputs.hidden, inputs.low, call.actions.long(), call.ref_hidden, temperature]
+    per_row = [inputs.hidden, inputs.low, checks.owned_index(call.actions), call.ref_hidden, temperature]
     return in_chunks(call.rows_in_workspace(dtype.itemsize), len(call.hidden), per_row, chunk)
 
 
@@ -47,7 +47,7 @@ class _FromEngine(torch.autograd.Function):
             kept = None
             engine.release()
         # Saved, the inputs are watched for changes; the outputs would hold themselves, and the engine, for ever as attributes.
-        ctx.save_for_backward(hidden, weight, bias, low, lora_b, *fields[2:5], *fields[7:])
+        ctx.save_for_backward(hidden, weight, bias, low, lora_b, *fields[2:5], *fields[7:], *engine.constants())
         ctx.engine, ctx.kept = engine, kept
         ctx.set_materialize_grads(False)
         logprobs, lse, entropy, _, _, ref_logprobs, ref_lse, kl, _, _ = fields
@@ -55,10 +55,10 @@ class _FromEngine(torch.autograd.Function):
         return logprobs, lse, entropy, ref_logprobs, ref_lse, kl
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @library.once_differentiable("linear_token_stats")
     def backward(ctx, c_logprobs, c_lse, c_entropy, _ref_logprobs, _ref_lse, c_kl):
-        saved, engine = ctx.saved_tensors, ctx.engine
-        inputs, fields = Differentiable(*saved[:5]), [None, None, *saved[5:8], None, None, *saved[8:]]
+        saved, engine = library.in_memory("linear_token_stats", ctx.saved_tensors), ctx.engine
+        inputs, fields = Differentiable(*saved[:5]), [None, None, *saved[5:8], None, None, *saved[8:11]]
         gradients = engine.gradients()
         kept, ctx.kept = ctx.kept, None  # the gradient is written over the logits: a second backward projects again
         coefficients = [c_logprobs, c_lse, c_entropy, None if engine.ref is None else c_kl]
@@ -114,5 +114,6 @@ def linear_token_stats(
     inputs = call.differentiable()
     if chosen == "reference":
         return linear_token_stats_reference(call, inputs)
+    library.outside_graphs("linear_token_stats")
     fields = _FromEngine.apply(*inputs.tensors(), Engine(chosen, call, inputs))
     return TokenStats(*fields) if ref_hidden is not None else TokenStats(*fields[:3])

@@ -14,6 +14,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def times(gain: float, x: Tensor) -> Tensor:
+    """gain * x, and 0 for a gain of exactly 0, whatever x is: what has no part in a sum makes it neither infinite nor NaN."""
+    return gain * x if gain != 0.0 else torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0)
+
+
 def sequence_index(cu_seqlens: Tensor, n: int) -> Tensor:
     """(N,): the sequence that each row belongs to."""
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]

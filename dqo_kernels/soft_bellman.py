@@ -13,6 +13,7 @@ e_t = V_t + beta*delta_t - r_t - gamma*Ghat_{t+1}; value_loss is then a metric. 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from dqo_kernels.packed import (
     sequence_index,
     sequence_total,
     suffix_sum,
+    times,
 )
 
 POLICY_TARGETS = ("return", "td", "one_step")
@@ -116,7 +118,7 @@ def soft_bellman_reference(
     if policy_target == "return":
         ahead = next_return
     elif policy_target == "td":
-        ahead = (1.0 - lam) * next_value + lam * next_return
+        ahead = times(1.0 - lam, next_value) + times(lam, next_return)
     else:
         ahead = next_value
     advantages = rewards + gamma * ahead - baseline
@@ -183,13 +185,14 @@ def check_row_options(
 ) -> None:  # fmt: skip
     if bootstrap is not None:
         checks.tensor("bootstrap", bootstrap, (cu_seqlens.numel() - 1,), like, "(one a sequence)")
-    if not beta > 0:
-        checks.fail("beta", "a positive number", beta)
+    checks.positive("beta", beta)
     checks.unit_interval("gamma", gamma)
     checks.unit_interval("lam", lam)
     checks.one_of("policy_target", policy_target, POLICY_TARGETS)
     checks.one_of("target", target, TARGETS)
     checks.one_of("is_level", is_level, IS_LEVELS)
+    checks.log_bound("is_cap", is_cap, math.inf)
+    checks.log_bound("is_floor", is_floor, -math.inf)
     if is_cap is not None and is_floor is not None and is_floor > is_cap:
         checks.fail("is_floor", f"at most is_cap = {is_cap} (both in log space)", is_floor)
     if target == "residual" and target_values is not None:
@@ -286,8 +289,7 @@ def soft_bellman(
         RuntimeError: the requested backend cannot run.
     """
     checks.floating("logprobs", logprobs)
-    if logprobs.dim() != 1:
-        checks.fail("logprobs", "shape (N,)", f"shape {tuple(logprobs.shape)}")
+    checks.rows_only("logprobs", logprobs, "(N,)", 1)
     n = logprobs.shape[0]
     checks.cu_seqlens(cu_seqlens, n, logprobs)
     required = {"ref_logprobs": ref_logprobs, "rewards": rewards}
@@ -320,7 +322,7 @@ def soft_bellman(
         ref_logprobs,
         rewards,
         values,
-        cu_seqlens.long().contiguous(),
+        checks.owned_index(cu_seqlens),
         None,
         behavior_logprobs=behavior_logprobs,
         lse=lse,

@@ -99,6 +99,8 @@ class Call:
         slices = VocabSlices.of(self.group, self.vocab, features.shape[:-1].numel(), features)
         checks.actions(self.actions, layout.shape, slices.vocab if slices else self.vocab, features, self.mask)
         checks.one_of("reduction", self.reduction, REDUCTIONS)
+        for factor in ("policy_scale", "value_coef", "kl_coef"):
+            checks.factor(factor, getattr(self, factor))
         reference = (given["ref_logprobs"], given["ref_lse"], given["values"], self.kl_coef)
         check_reference(ref_features, f"ref_{self.name}", *reference)
         if ref_features is not None:
@@ -229,7 +231,7 @@ def soft_bellman_loss(
     Raises:
         ValueError: shapes, dtypes, devices, options or a missing reference, each named. RuntimeError: the backend cannot run.
     """
-
+    checks.logits("logits", logits)
     call = Call.of("logits", logits, -1, locals())
     layout, slices = call.checked()
     if backend == dispatch.ONE_PASS:

@@ -80,7 +80,7 @@ _FORWARD = library.Operation(
     "str policy_target, str is_level, float? is_cap, float? is_floor, float policy_scale, float value_coef, float kl_coef) -> "
     "(Tensor loss, Tensor policy_loss, Tensor value_loss, Tensor kl_loss, Tensor logprobs, Tensor ref_logprobs, Tensor lse, "
     "Tensor entropy, Tensor kl, Tensor returns, Tensor advantages, Tensor weights, Tensor grad_logits, Tensor grad_values)",
-    _forward,
+    lambda *arguments: _forward(*library.in_memory("soft_bellman_loss", arguments)),
     _fake_forward,
 )
 
@@ -95,8 +95,6 @@ def _save(ctx, inputs, output):
 def _gradient(ctx, factor, *_):
     if factor is None:
         return (None,) * 26
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
-        raise RuntimeError("the one-pass gradient has no second derivative; backend='reference' has one")
     grad, grad_values = ctx.saved_tensors
     if library.traced((grad, factor)):
         grad = grad * factor

@@ -126,10 +126,11 @@ def in_chunks(rows: int, n: int, per_row: list[Tensor | float | None], function)
         is_rows = isinstance(x, Tensor) and x.dim() > 0
         return x.split(rows) if is_rows else [x] * len(range(0, n, rows))
 
-    parts = [
-        checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False)
-        for chunk in zip(*map(pieces, per_row))
-    ]
+    chunks = zip(*map(pieces, per_row))
+    if dispatch.transformed():  # torch.func knows no recomputation: everything is held
+        parts = [function(*chunk) for chunk in chunks]
+    else:
+        parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return TokenStats(*(None if field[0] is None else torch.cat(field) for field in zip(*parts)))
 
 
@@ -235,7 +236,7 @@ def statistics(
     """TokenStats of arguments that have been checked."""
     dtype = logits.dtype if ref_logits is None else torch.promote_types(logits.dtype, ref_logits.dtype)
     chosen = dispatch.choose("token_stats", logits.device.type, backend, dtype)
-    actions = actions.long().contiguous()
+    actions = checks.owned_index(actions)
     if isinstance(temperature, Tensor):
         temperature = temperature.detach()
     if chosen == "reference":
@@ -289,7 +290,8 @@ def token_stats(
         RuntimeError: the requested backend cannot run.
     """
     checks.logits("logits", logits)
-    if logits.dim() != 2 or logits.shape[1] < 1:
+    checks.rows_only("logits", logits, "(N, V)", 2)
+    if logits.shape[1] < 1:
         checks.fail("logits", "shape (N, V)", f"shape {tuple(logits.shape)}")
     n, vocab = logits.shape
     slices = VocabSlices.of(group, vocab, n, logits)

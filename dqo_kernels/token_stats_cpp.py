@@ -22,8 +22,8 @@ def fwd(logits, actions, ref_logits, mask, temperatures, temperature, softcap) -
     """(logprobs, lse, entropy, peak, log_total, ref_logprobs, ref_lse, kl, ref_peak, ref_log_total), (N,) each."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     n = actions.numel()
-    stats = [torch.empty(n, dtype=dtype) for _ in range(5)]
-    stats += [torch.empty(0 if ref_logits is None else n, dtype=dtype) for _ in range(5)]
+    stats = [torch.empty(n, dtype=dtype, device=logits.device) for _ in range(5)]
+    stats += [stats[0].new_empty(0 if ref_logits is None else n) for _ in range(5)]
     shared, _alive = _arguments(logits, actions, ref_logits, mask, temperatures, temperature, softcap)
     _cpu.token_stats_fwd(*shared, [x.data_ptr() for x in stats])
     return tuple(stats)
@@ -36,7 +36,7 @@ def bwd(
 ) -> Tensor:  # fmt: skip
     """The gradient of logits, in their shape and dtype; into `out` if given: contiguous, the logits themselves will do, and it
     may be bfloat16 where they are float32."""
-    grad = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
     shared, _alive = _arguments(logits, actions, ref_logits, mask, temperatures, temperature, softcap)
     stats = [0, 0, address(entropy), peak.data_ptr(), log_total.data_ptr(), 0, 0]
     stats += [address(kl), address(ref_peak), address(ref_log_total)]

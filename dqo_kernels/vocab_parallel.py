@@ -179,7 +179,7 @@ class _Rows(torch.autograd.Function):
         return logprobs, lse, entropy, ref_logprobs, ref_lse, kl
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @library.once_differentiable("token_stats")
     def backward(ctx, c_logprobs, c_lse, c_entropy, _ref_logprobs, _ref_lse, c_kl):
         logits, ref_logits, mask, temperatures, actions, here, *fields = ctx.saved_tensors
         temperature, softcap, backend = ctx.options

@@ -2,9 +2,26 @@
 imported, those in CUDA C++ emulated (kernels/cuda_emulated.py)."""
 
 import os
+import signal
 
 import pytest
+
+from dqo.errors import UserError
+from dqo.requirements import check_packages
+
+try:
+    check_packages(["test"])
+except UserError as error:
+    pytest.exit(f"{error} (all that the tests need: pip install -e '.[test]')", returncode=2)
+
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # names that are nowhere are not looked for in the network, whether there is one or not
+)
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell starts what runs in the background without it, and children inherit
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

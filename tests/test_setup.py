@@ -52,3 +52,40 @@ def test_a_toolkit_that_is_too_old_is_left_out(tmp_path, release, lines):
     program(tmp_path / "cuda" / "bin" / "nvcc", text)
     found = said(tmp_path / "bin", CUDA_HOME=str(tmp_path / "cuda"))
     assert len(found) == len(lines) and all(a in b for a, b in zip(lines, found, strict=True))
+
+
+def described():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_file_of_a_package_that_is_no_module_is_in_what_is_built():
+    setuptools = described()["tool"]["setuptools"]
+    packed = {
+        path
+        for package, globs in setuptools["package-data"].items()
+        for g in globs
+        for path in (ROOT / package).glob(g)
+    }
+    built = {".pyc", ".so"}
+    for package in ("dqo", "dqo_kernels"):
+        files = [path for path in (ROOT / package).rglob("*") if path.is_file() and path.suffix not in {".py", *built}]
+        assert ROOT / package / "py.typed" in files
+        assert set(files) <= packed
+        modules = {path.parent.relative_to(ROOT) for path in (ROOT / package).rglob("*.py")}
+        assert {".".join(path.parts) for path in modules} <= set(setuptools["packages"])
+
+
+def test_every_dependency_has_an_oldest_version_that_constraints_txt_satisfies():
+    from packaging.requirements import Requirement
+
+    project = described()["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.lower().replace("_", "-").split("==") for line in lines if not line.startswith("#"))
+    for line in (
+        project["dependencies"] + project["optional-dependencies"]["test"] + project["optional-dependencies"]["dev"]
+    ):
+        requirement = Requirement(line)
+        assert any(bound.operator == ">=" for bound in requirement.specifier), line
+        if requirement.name not in ("triton", "setuptools"):  # torch's, and the builder's own
+            assert requirement.specifier.contains(pinned[requirement.name.lower()]), line

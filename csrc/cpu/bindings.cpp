@@ -1,10 +1,12 @@
 // Python's view of the CPU kernels: raw addresses and sizes, no torch headers, so that one build serves every torch.
-// The callers in dqo_kernels/*_cpp.py check and lay out the arguments; nothing is checked here. An address of 0 is an absent array.
+// The callers in dqo_kernels/*_cpp.py check and lay out the arguments; of them only boundaries are checked here. An address of 0 is an absent array.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/isa.h"
 #include "cpu/lambda_return.h"
@@ -69,17 +71,30 @@ static void token_stats_bwd(RowsTuple logits, RowsTuple ref_logits, Address acti
     token_stats_backward(args, static_cast<Dtype>(dtype), threads);
 }
 
+// Boundaries say what memory a scan reads and writes. Callers check them too, but not those of a compiled function.
+static const std::int64_t* boundaries_at(Address address, std::int64_t rows, std::int64_t sequences) {
+    const auto* cu_seqlens = at<const std::int64_t>(address);
+    bool good = sequences >= 0 && cu_seqlens[0] == 0 && cu_seqlens[sequences] == rows;
+    for (std::int64_t b = 0; good && b < sequences; ++b) good = cu_seqlens[b] <= cu_seqlens[b + 1];
+    if (!good)
+        throw std::invalid_argument("cu_seqlens: expected boundaries from 0 to N = " + std::to_string(rows) +
+                                    " that never decrease, got others");
+    return cu_seqlens;
+}
+
 template <class T>
 static void lambda_return_forward(Address rewards, Address values, Address bootstrap, Address cu_seqlens, Address returns,
-                                  std::int64_t sequences, double gamma, double lam) {
-    lambda_return_fwd(at<const T>(rewards), at<const T>(values), at<const T>(bootstrap), at<const std::int64_t>(cu_seqlens),
-                      at<T>(returns), sequences, gamma, lam);
+                                  std::int64_t rows, std::int64_t sequences, double gamma, double lam) {
+    const auto* boundaries = boundaries_at(cu_seqlens, rows, sequences);
+    lambda_return_fwd(at<const T>(rewards), at<const T>(values), at<const T>(bootstrap), boundaries, at<T>(returns),
+                      sequences, gamma, lam);
 }
 
 template <class T>
 static void lambda_return_backward(Address grad_returns, Address cu_seqlens, Address grad_rewards, Address grad_values,
-                                   Address grad_bootstrap, std::int64_t sequences, double gamma, double lam) {
-    lambda_return_bwd(at<const T>(grad_returns), at<const std::int64_t>(cu_seqlens), at<T>(grad_rewards),
+                                   Address grad_bootstrap, std::int64_t rows, std::int64_t sequences, double gamma,
+                                   double lam) {
+    lambda_return_bwd(at<const T>(grad_returns), boundaries_at(cu_seqlens, rows, sequences), at<T>(grad_rewards),
                       at<T>(grad_values), at<T>(grad_bootstrap), sequences, gamma, lam);
 }
 
@@ -97,7 +112,7 @@ static void soft_bellman_fwd(std::array<Address, 4> inputs, Address cu_seqlens, 
                              OptionsTuple options, int threads, std::array<Address, 7> out) {
     const SoftBellmanArgs<T> args{
         at<const T>(inputs[0]), at<const T>(inputs[1]), at<const T>(inputs[2]), at<const T>(inputs[3]),
-        at<const std::int64_t>(cu_seqlens), rows, sequences, at<const bool>(mask), at<const T>(behavior_logprobs),
+        boundaries_at(cu_seqlens, rows, sequences), rows, sequences, at<const bool>(mask), at<const T>(behavior_logprobs),
         at<const T>(bootstrap), at<const T>(target_values),
         at<T>(out[0]), at<T>(out[1]), at<T>(out[2]), at<T>(out[3]), at<T>(out[4]), at<T>(out[5]), at<T>(out[6])};
     soft_bellman_forward(args, options_of(options), threads);
@@ -107,8 +122,8 @@ template <class T>
 static void soft_bellman_bwd_residual(Address cotangent, Address policy_grad, Address cu_seqlens, std::int64_t rows,
                                       std::int64_t sequences, Address mask, OptionsTuple options, int threads,
                                       std::array<Address, 3> out) {
-    const ResidualArgs<T> args{at<const T>(cotangent), at<const T>(policy_grad), at<const std::int64_t>(cu_seqlens), rows,
-                               sequences, at<const bool>(mask), at<T>(out[0]), at<T>(out[1]), at<T>(out[2])};
+    const ResidualArgs<T> args{at<const T>(cotangent), at<const T>(policy_grad), boundaries_at(cu_seqlens, rows, sequences),
+                               rows, sequences, at<const bool>(mask), at<T>(out[0]), at<T>(out[1]), at<T>(out[2])};
     soft_bellman_backward_residual(args, options_of(options), threads);
 }
 

@@ -57,8 +57,9 @@ class DQO:
                 found.append((name, f"must be in [0, 1], got {getattr(self, name)}"))
         if self.is_cap is not None and self.is_floor is not None and self.is_floor > self.is_cap:
             found.append(("is_floor", f"must be at most is_cap = {self.is_cap}, got {self.is_floor}"))
-        if not self.kl_coef >= 0:
-            found.append(("kl_coef", f"must be at least 0, got {self.kl_coef}"))
+        for name in ("kl_coef", "policy_scale", "value_coef"):
+            if not getattr(self, name) >= 0:
+                found.append((name, f"must be at least 0, got {getattr(self, name)}"))
         if self.target_ema is not None:
             if not 0 <= self.target_ema < 1:
                 found.append(("target_ema", f"must be in [0, 1) or None, got {self.target_ema}"))
@@ -99,15 +100,28 @@ class DQO:
         loss = self.policy_scale * terms.policy_loss.sum()
         if self.target == "detach":
             loss = loss + self.value_coef * terms.value_loss.sum()
-        weights, capped = terms.weights, 1.0 if self.is_cap is None else 2.718281828459045**self.is_cap * (1 - 1e-6)
         values = rows["values"] if self.needs_values else self.beta * (stats.lse - rows["ref_lse"])
         scaled_ratio = self.beta * (stats.logprobs - rows["ref_logprobs"])
         fitted = Regression(values, terms.returns, scaled_ratio, terms.advantages)
         metrics = regression_metrics(terms.policy_loss, terms.value_loss, fitted) | {
-            "sampling/importance_sampling_ratio/mean": mean_metric(weights),
-            "importance_weight/clipped_frac": mean_metric((weights >= capped).to(weights.dtype)),
+            "sampling/importance_sampling_ratio/mean": mean_metric(terms.weights),
+            "importance_weight/clipped_frac": mean_metric(self._clipped(stats, rows, cu_seqlens)),
         }
         if self.needs_kl:
             loss = loss + self.kl_coef * stats.kl.sum()
             metrics["loss/kl"] = mean_metric(stats.kl)
         return loss, metrics | response_metrics(stats, rows, cu_seqlens, self.beta)
+
+    def _clipped(self, stats, rows, cu_seqlens):
+        """(N,) 1.0 where the log importance weight was beyond its cap or floor, by more than rounding."""
+        from dqo_kernels.packed import sequence_index
+        from dqo_kernels.soft_bellman import importance_weights
+
+        logprobs = stats.logprobs.detach()
+        ratio = logprobs - rows.get("behavior_logprobs", rows["ref_logprobs"])
+        sequence = sequence_index(cu_seqlens, logprobs.shape[0])
+        whole = importance_weights(ratio, sequence, cu_seqlens, self.is_level, None, None).log()
+        bounded = self.is_level != "none"
+        above = whole > (self.is_cap + 1e-6 if bounded and self.is_cap is not None else float("inf"))
+        below = whole < (self.is_floor - 1e-6 if bounded and self.is_floor is not None else -float("inf"))
+        return (above | below).to(logprobs.dtype)

@@ -30,7 +30,10 @@ class DRO:
     needs_contrast: ClassVar[bool] = True
 
     def problems(self) -> list[tuple[str, str]]:
-        return [] if self.beta > 0 else [("beta", f"must be positive, got {self.beta}")]
+        found = [] if self.beta > 0 else [("beta", f"must be positive, got {self.beta}")]
+        if self.policy_scale is not None and not self.policy_scale >= 0:
+            found.append(("policy_scale", f"must be at least 0 or None, got {self.policy_scale}"))
+        return found if self.value_coef >= 0 else [*found, ("value_coef", f"must be at least 0, got {self.value_coef}")]
 
     def prepare(self, episodes: list) -> list:
         return episodes

@@ -37,7 +37,10 @@ class OREO:
 
     def problems(self) -> list[tuple[str, str]]:
         found = [] if self.beta > 0 else [("beta", f"must be positive, got {self.beta}")]
-        return found if self.alpha >= 0 else [*found, ("alpha", f"must be at least 0, got {self.alpha}")]
+        for name in ("alpha", "value_coef"):
+            if not getattr(self, name) >= 0:
+                found.append((name, f"must be at least 0, got {getattr(self, name)}"))
+        return found
 
     def prepare(self, episodes: list) -> list:
         return episodes

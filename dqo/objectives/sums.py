@@ -79,7 +79,12 @@ def response_metrics(
 
 
 def regression_metrics(policy_loss: Tensor, value_loss: Tensor, fitted: Regression) -> dict[str, Tensor]:
-    """The losses before their factors, with an entry for each unit, and what is fitted in the states."""
+    """The losses before their factors, with an entry for each unit, and what is fitted in the states.
+
+    loss/policy and loss/value are equal numbers wherever both regressions have the same residual, beta * log(pi/ref) -
+    advantage = V - return (DRO, OREO, and DQO without target_ema at lam 1 and policy_target return, its defaults, or at
+    policy_target td): each is differentiated for its own model, so that their gradients differ.
+    """
     values, returns, scaled_ratio, advantages = (x.detach() for x in fitted)
     metrics = {
         "loss/policy": mean_metric(policy_loss),

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.small_models import small_config
 from dqo import attention
+from dqo.architecture import recompute_activations
 from dqo.batches import collate, groups_of
 from dqo.errors import UserError
 from dqo.learner import Learner
@@ -75,7 +77,7 @@ def test_recomputing_activations_gives_the_same_gradients(name, monkeypatch):
     recomputing = [m and packing(m).train() for m in (made, critic)]
     for m in recomputing:
         if m is not None:
-            m.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_activations(m)
     calls, by_length = [], attention._by_length
     monkeypatch.setattr(attention, "_by_length", lambda *x: calls.append(x[3]) or by_length(*x))
     found_loss, found = gradient(*recomputing, objective)
@@ -282,7 +284,7 @@ def test_a_model_that_cannot_be_packed_is_padded_when_nobody_insists(monkeypatch
 def test_generating_uses_the_models_own_attention_and_leaves_it_packing():
     made = model("mistral")
     prompts = [[4, 5, 6], [7], [8, 9, 10, 11, 12]]
-    options = {"eos_id": 2, "pad_id": 0, "temperature": 0.0, "max_new_tokens": 8, "quiet": True}
+    options = {"stop_ids": [2], "pad_id": 0, "temperature": 0.0, "max_new_tokens": 8, "quiet": True}
     copied = packing(made)
     assert generate(copied, prompts, **options) == generate(made, prompts, **options)
     assert attention.packs(copied) and not attention.packs(made)
@@ -308,3 +310,11 @@ def test_packing_is_not_saved_with_the_model(tmp_path):
     made.save_pretrained(tmp_path)
     assert attention.NAME not in (tmp_path / "config.json").read_text()
     assert not attention.packs(type(made).from_pretrained(tmp_path))
+
+
+def test_a_model_with_heads_of_several_sizes_says_why_its_batches_are_padded():
+    config = small_config("gemma4_text")
+    assert attention._head_dim(config) == max(
+        layer.head_dim for layer in (config.per_layer_config[i] for i in range(2))
+    )
+    assert "no attention kernel" in attention.unavailable(config, torch.device("cpu"), torch.float32)

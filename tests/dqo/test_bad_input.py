@@ -209,7 +209,7 @@ def test_without_pairs_dpo_is_refused(tmp_path, model):
 def test_held_out_prompts_that_are_trained_on_are_refused(tmp_path, model):
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text(lines(RIGHT, WRONG | {"prompt": "3+3="}))
-    part = "1 prompts of ... held_out.jsonl are in ... rollouts.jsonl too; held-out rows must be of other problems"
+    part = "1 prompts of ... held_out.jsonl are in ... rollouts.jsonl too (the first: held_out.jsonl:1); take their rows out"
     both_refuse(tmp_path, model, lines(RIGHT, WRONG), part, "--eval_dataset_name", held_out, both=False)
 
 
@@ -219,6 +219,8 @@ WARNED = {
         "no prompt has responses with different rewards (2 responses, 2 prompts)",
     ),
     "duplicates": (lines(RIGHT, RIGHT, WRONG), "1 of 3 rows repeat another row's prompt and completion"),
+    "unended": (lines(RIGHT | {"finish_reason": "length"}, WRONG), "50.0% of the responses did not end"),
+    "large rewards": (lines(RIGHT | {"reward": 30}, WRONG), "asks for log(pi/ref) of 300 nats"),
 }
 
 
@@ -232,7 +234,7 @@ def test_what_is_allowed_and_odd_is_warned_of(name, tmp_path, model, caplog, cap
         dqo_command(["train", "--dataset_name", str(path), *options])
     assert part in caplog.text
     capsys.readouterr()
-    dqo_command(["check", str(path)])
+    dqo_command(["check", str(path), "--method", "dqo"])
     assert part in capsys.readouterr().out
 
 

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from dqo.check import CheckConfig, check, histogram, summary, warnings
+from dqo.check import CheckConfig, check, histogram, summary
 from dqo.cli import dqo_command
 from dqo.config import TrainConfig
 from dqo.errors import UserError
-from dqo.new_model import save
+from dqo.new_model import new_llama, save
 from dqo.rows import read_rows
 from tests.dqo.helpers import policy, tokenizer
 
@@ -61,22 +61,28 @@ def row(**changes):
     return {"prompt": "p", "completion": "c", "reward": 1.0} | changes
 
 
+def test_a_method_brings_its_warnings(tmp_path, capsys):
+    path = written(tmp_path, [row(reward=100.0), row(completion="d", reward=-100.0)])
+    assert "nats" not in printed(capsys, path)
+    assert "with beta 0.1 asks for log(pi/ref) of 1,000 nats" in printed(capsys, path, "--method", "dqo")
+    assert "nats" not in printed(capsys, path, "--method", "dqo", "--beta", 1)
+    assert "nats" not in printed(capsys, path, "--method", "dqo", "--reward_scale", 0.01)
+    assert "on the 1 wrong ones of 2 too" in printed(capsys, path, "--method", "sft")
+    with pytest.raises(UserError, match="every reward is 1.0: nothing to learn"):
+        printed(capsys, written(tmp_path, [row(), row(prompt="q")]), "--method", "dpo")
+
+
 @pytest.mark.parametrize(
-    "rows, part",
+    "options, said",
     [
-        ([row(), row(prompt="q")], "every reward is 1.0: nothing to learn"),
-        ([row(), row(prompt="q", reward=0.0)], "no prompt has responses with different rewards"),
-        ([row(reward=0.7), row(completion="d")], "no prompt has both a correct and a wrong response"),
-        ([row(), row(), row(completion="d", reward=0.0)], "1 of 3 rows repeat another row's prompt and completion"),
-        ([row(finish_reason="length"), row(completion="d", reward=0.0)], "50.0% of the responses did not end"),
+        (("--beta", 0.1), "--beta is an option of a method; give --method too"),
+        (("--method", "sft", "--beta", 0.1), "method sft has no beta; remove --beta"),
+        (("--method", "dqo", "--beta", 0), "beta must be positive, got 0"),
     ],
 )
-def test_warnings(rows, part):
-    assert [message for message in warnings(read_rows(rows)) if part in message]
-
-
-def test_rows_with_nothing_odd_have_no_warning():
-    assert warnings(read_rows([row(), row(completion="d", reward=0.0)])) == []
+def test_a_beta_that_does_not_fit_is_refused(tmp_path, options, said):
+    with pytest.raises(UserError, match=said):
+        dqo_command(["check", written(tmp_path, ROWS), *map(str, options)])
 
 
 def test_without_a_model_neither_torch_nor_transformers_is_imported(tmp_path):
@@ -183,7 +189,28 @@ def test_the_histogram_counts_every_row_once():
 def test_options_are_those_of_training():
     ours = {f.name: (f.type, f.default) for f in dataclasses.fields(CheckConfig)}
     theirs = {f.name: (f.type, f.default) for f in dataclasses.fields(TrainConfig)}
+    method, _ = theirs["method"]
+    theirs["method"] = f"{method} | None", None
     assert {name: ours[name] for name in ours.keys() & theirs.keys()} == {
         name: theirs[name] for name in ours.keys() & theirs.keys()
     }
-    assert ours.keys() - theirs.keys() == {"data", "rows", "gamma"}
+    assert ours.keys() - theirs.keys() == {"data", "rows", "gamma", "beta"}
+
+
+def test_the_end_that_is_trained_and_the_others_are_named(tmp_path, capsys):
+    chat = tokenizer()
+    chat.add_special_tokens({"extra_special_tokens": ["<|im_end|>"]})
+    chat.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    model = new_llama(chat, hidden_size=16, layers=1, heads=2, max_length=64)
+    model.generation_config.eos_token_id, model.generation_config._from_model_config = [1, 2], False
+    save(model, chat, tmp_path / "chat")
+    messages = [
+        {"prompt": [{"role": "user", "content": "1"}], "completion": [{"role": "assistant", "content": text}]}
+        for text in "23"
+    ]
+    path = written(tmp_path, [messages[0] | {"reward": 1.0}, messages[1] | {"reward": 0.0}])
+    out = printed(capsys, path, "--model_name_or_path", tmp_path / "chat")
+    assert "end  <|im_end|> (19) is trained; <bos> (1), <eos> (2) ends a response too\n" in out
+    path = written(tmp_path, [row(prompt="1", completion="2"), row(prompt="1", completion="3", reward=0.0)])
+    out = printed(capsys, path, "--model_name_or_path", tmp_path / "chat")
+    assert "end  <eos> (2) is trained; <bos> (1), <|im_end|> (19) ends a response too\n" in out

@@ -4,6 +4,7 @@ import pytest
 
 from dqo.check_view import token_texts, view
 from dqo.episodes import make_episodes
+from dqo.errors import printable
 from dqo.new_model import bpe_tokenizer
 from dqo.rows import read_rows
 from tests.dqo.helpers import tokenizer
@@ -49,3 +50,20 @@ def test_the_middle_of_a_long_response_and_the_beginning_of_a_long_prompt_are_le
 def test_token_texts_keep_the_spaces_and_make_the_text(text):
     tok = bpe_tokenizer([text] * 20, 400)
     assert "".join(token_texts(tok, tok(text)["input_ids"])) == text
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J\x07", "a\rb", "\x9b31mred", "\x7f", "\u202egnp.exe"])
+def test_control_characters_are_written_out(text):
+    tok = bpe_tokenizer([text * 3] * 5, 400)
+    shown = view(episode(tok, prompt=f"1{text}", completion=f"2{text}3", source=text), tok, colour=False)
+    assert not set(shown) & {"\x1b", "\x07", "\r", "\x9b", "\x7f", "\u202e"}
+    assert shown.replace("│", "").count(printable(text)) == 2
+
+
+def test_the_end_that_is_not_eos_is_named():
+    tok = tokenizer()
+    tok.add_special_tokens({"extra_special_tokens": ["<|im_end|>"]})
+    tok.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    chat = {"prompt": [{"role": "user", "content": "1"}], "completion": [{"role": "assistant", "content": "2"}]}
+    shown = view(episode(tok, **chat), tok, colour=False)
+    assert "1 + 2" not in shown and "ends in <|im_end|>" in shown and shown.endswith("2│<|im_end|>{+1}")

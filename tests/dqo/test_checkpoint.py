@@ -15,7 +15,9 @@ def stepped(model):
     optimizer = optim.make_optimizer(model, 1e-2, 0.1, (0.9, 0.99), 1e-8)
     for _ in range(3):
         model(torch.tensor([[3, 4, 5]])).logits.square().mean().backward()
-        optim.apply(optimizer, model, 1e-2, 1.0)
+        optim.clip(model, 1.0)
+        optim.update(optimizer, 1e-2)
+        optimizer.zero_grad(set_to_none=True)
     return optimizer
 
 

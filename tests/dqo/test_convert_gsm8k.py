@@ -173,3 +173,12 @@ def test_the_published_solutions_become_rows_that_pass_every_check(tmp_path):
     plain = read_rows(destination)
     assert [row.step_rewards for row in plain] == [row.step_rewards for row in rows]
     assert not any(">>" in row.completion for row in plain)
+
+
+@pytest.mark.parametrize("written, kept", [("18.50", "18.5"), ("1,000", "1000"), ("9" * 400 + ".5", "9" * 400 + ".5")])
+def test_the_reference_answer_is_kept_exactly(tmp_path, written, kept):
+    path = tmp_path / "solutions.jsonl"
+    graded = {"solution": f"A: {written}", "is_correct": True}
+    path.write_text(json.dumps({"question": "q", "ground_truth": f"A: {written}", "6b": graded}))
+    rows, _ = convert_gsm8k.convert_gsm8k_solutions(path)
+    assert rows[0].answer == kept

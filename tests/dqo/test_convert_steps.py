@@ -63,7 +63,7 @@ def test_prm800k_every_leaf_is_a_row_and_unfinished_ones_were_cut(tmp_path, capl
 
 @pytest.mark.parametrize("finish, reward", [("solution", 1.0), ("give_up", 0.0)])
 def test_prm800k_a_labellers_solution_is_right_though_the_answer_is_written_otherwise(tmp_path, finish, reward):
-    rows, _ = convert_prm800k(write(tmp_path, tree(step(("# Answer\n\n29 cents", 1)), finish=finish)))
+    rows, _ = convert_prm800k(write(tmp_path, tree(step(("# Answer\n\n29 marbles", 1)), finish=finish)))
     assert rows[0].reward == reward
 
 

@@ -7,6 +7,8 @@ import pytest
 from dqo.demo import DemoConfig, Recipe, run_demo
 from dqo.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 TINY = Recipe(
     min_steps=2,
     max_steps=3,

@@ -135,3 +135,22 @@ def test_rows_of_one_prompt_share_its_index():
 @pytest.mark.parametrize("change", [{"reward": 0.5}, {"completion": "#4"}, {"prompt": "1+3="}])
 def test_the_fingerprint_changes_with_what_is_trained_on(change):
     assert fingerprint(made([row(), row(reward=0.0)])) != fingerprint(made([row(**change), row(reward=0.0)]))
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        {"reward_scale": 1e20},
+        {"reward_shift": 3.4e38, "reward_scale": 3e18},
+        {"process_reward": "additive", "process_coef": 1e20},
+        {"process_reward": "potential", "process_coef": -1e20},
+    ],
+    ids=str,
+)
+def test_rewards_that_float32_cannot_hold_are_refused_with_the_row(factors):
+    rows = [
+        {"prompt": "1+1=", "completion": "2\n#2", "reward": 1e20, "step_rewards": [1e20, -1e20]},
+        {"prompt": "1+1=", "completion": "3", "reward": 0.0, "step_rewards": [0.0]},
+    ]
+    with pytest.raises(UserError, match=r"row 1: the reward of token \d is .*float32 holds at most 3.4e\+38"):
+        made(rows, **factors)

@@ -5,9 +5,10 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.memory import extra_memory
+from dqo.architecture import recompute_activations
 from dqo.batches import collate
 from dqo.learner import Learner, objective_sums
-from dqo.models import load_policy, policy_stats, recompute_activations
+from dqo.models import load_policy, policy_stats
 from dqo.objectives import DPO, DQO, SFT
 from dqo.value_models import make_value_model
 from tests.dqo.helpers import episodes, gradients, policy

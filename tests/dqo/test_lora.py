@@ -1,6 +1,7 @@
 """LoRA: adapters are all that is trained, and the policy without its adapter is the reference."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -106,6 +107,25 @@ def test_the_reference_of_an_exact_kl_is_the_policy_with_its_adapter_off():
     assert nothing == 0
 
 
+@pytest.mark.parametrize("function", ["inject_adapter_in_model", "get_peft_model_state_dict"])
+def test_versions_that_cannot_work_together_are_one_line_before_any_work(files, monkeypatch, function):
+    def broken(*_, **__):
+        raise ImportError("peft>=0.22.0 is required")
+
+    monkeypatch.setattr(peft, function, broken)
+    with pytest.raises(UserError) as error:
+        train(load_options(flags(files)))
+    assert str(error.value).startswith(f"peft {peft.__version__} beside transformers ")
+    assert "cannot add adapters to Llama" in str(error.value) and "peft>=0.22.0 is required" in str(error.value)
+    assert not (files / "out").exists()
+
+
+def test_a_peft_that_cannot_be_imported_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)  # import raises
+    with pytest.raises(UserError, match="peft .* beside transformers .* cannot be imported: .*constraints.txt"):
+        lora_config(2, 4.0, None)
+
+
 SETTINGS = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2}
 
 
@@ -114,16 +134,19 @@ def flags(files, **changes):
     return [*found, *(f"--{k}" for k, v in (SETTINGS | changes).items() if v is True)]
 
 
-def test_a_run_trains_the_adapter_and_plain_transformers_load_policy_and_critic(files):
-    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+def test_a_run_trains_the_adapter_and_peft_and_transformers_load_policy_and_critic(files, monkeypatch):
+    from transformers import AutoModelForTokenClassification
 
-    run = train(load_options(flags(files)))
+    monkeypatch.chdir(files)  # what is saved holds elsewhere
+
+    run = train(load_options(flags(files, model_name_or_path="model")))
+    monkeypatch.chdir(files.parent)
     rows = [json.loads(line) for line in (files / "out" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["eval_kl"] == pytest.approx(0.0, abs=1e-9)
     assert rows[-1]["eval_kl"] > 1e-5
     assert (files / "out" / "adapter_model.safetensors").exists() and not (files / "out" / "model.safetensors").exists()
     learner, batch = run.prepared.learner, collate(episodes(5), 0)
-    plain = AutoModelForCausalLM.from_pretrained(files / "out")
+    plain = peft.AutoPeftModelForCausalLM.from_pretrained(files / "out").merge_and_unload()
     assert torch.allclose(policy_stats(plain, batch).logprobs, policy_stats(learner.policy, batch).logprobs, atol=1e-5)
     critic = AutoModelForTokenClassification.from_pretrained(files / "out" / "critic")
     ids = torch.tensor([[3, 4, 5, 6]])

@@ -103,11 +103,47 @@ def test_rows_before_a_position_are_on_the_disk(tmp_path, monkeypatch):
     assert synced == ['{"step": 1}\n']
 
 
-def test_a_file_that_lost_rows_is_not_continued(tmp_path):
-    (tmp_path / "m.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match=r"m.jsonl is shorter than the checkpoint says"):
-        metrics.MetricsFile(tmp_path / "m.jsonl", 24)
-    assert (tmp_path / "m.jsonl").read_text() == '{"step": 1}\n'
+ROWS = '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n{"step": 3, "loss": NaN}\n'
+
+
+@pytest.mark.parametrize(
+    "content, kept, message",
+    [
+        (ROWS[:30], [1], "is shorter than the checkpoint says"),
+        ("", [], "is shorter than the checkpoint says"),
+        (ROWS.replace("0.25", "0.35"), [1, 2, 3], "was altered"),
+        (ROWS.replace('{"step": 2', "\0" * 10), [1, 3], "was altered"),
+        (ROWS.replace('"step": 2', '"step": x'), [1, 3], "was altered"),
+        (None, [], "is shorter than the checkpoint says"),
+    ],
+)
+def test_a_damaged_file_keeps_the_rows_that_can_be_read_and_says_so(tmp_path, caplog, content, kept, message):
+    path = tmp_path / "m.jsonl"
+    log = metrics.MetricsFile(path)
+    for line in ROWS.splitlines():
+        log.write(json.loads(line))
+    position, crc32 = log.position(), log.crc32
+    log.close()
+    assert path.read_text() == ROWS
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    log = metrics.MetricsFile(path, position, crc32)
+    assert message in caplog.text and f"{len(kept)} are left; it is now {tmp_path}/damaged-m.jsonl" in caplog.text
+    assert (tmp_path / "damaged-m.jsonl").read_text() == (content or "")
+    log.write({"step": 4})
+    again, crc32 = log.position(), log.crc32
+    log.close()
+    assert [row["step"] for row in metrics.read_metrics(path)] == [*kept, 4]
+    caplog.clear()
+    metrics.MetricsFile(path, again, crc32).close()
+    assert not caplog.records
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"st')
+    with pytest.raises(UserError, match="m.jsonl:2: not a row of metrics"):
+        metrics.read_metrics(tmp_path / "m.jsonl")
 
 
 def test_rows_after_a_position_are_cut_off_before_any_is_written(tmp_path):

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
+from dqo.architecture import disable_dropout
 from dqo.batches import collate
 from dqo.errors import UserError
+from dqo.fitness import check_head
 from dqo.models import (
-    check_head,
-    disable_dropout,
     load_policy,
     load_tokenizer,
     policy_stats,

@@ -14,6 +14,8 @@ from dqo.parallel import Processes, add_over_processes, gather_objects, like, wh
 from dqo.train import train
 from tests.dqo.helpers import arguments
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
 
@@ -30,6 +32,13 @@ RUNS = {
     "packed": {"padding_free": "True", "max_batch_tokens": 60},
     "adapter": {"use_peft": True, "lora_r": 2, "kl_coef": 0.1},
     "checkpointing": {"gradient_checkpointing": True},
+    # the greatest loss is an early one: weights of an earlier step are put back into the wrapped models
+    "best": {
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": "True",
+    },
     "one group a step": {"per_device_train_batch_size": 1, "max_steps": 4},  # one process has nothing of it
 }
 

@@ -1,5 +1,7 @@
 """The reference's columns of a run: from which model, from which cache, checked when."""
 
+import dataclasses
+import datetime
 import json
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from dqo.batches import collate
+from dqo.checkpoint import STATE_FILE
 from dqo.config import load_options
 from dqo.errors import UserError
 from dqo.inputs import Given, check_options, load_rows
@@ -14,6 +17,7 @@ from dqo.models import policy_stats
 from dqo.new_model import save
 from dqo.parallel import Processes
 from dqo.prepare import prepare
+from dqo.reference_cache import _name_of
 from dqo.train import train
 from tests.dqo.helpers import policy, rollout_rows, tokenizer
 
@@ -85,6 +89,7 @@ def test_stale_values_in_the_cache_are_stopped_with_the_cure(files):
     prepared(files)
     (path,) = (files / "out" / "ref_cache").glob("*/segment-*")
     save_file(load_file(path) | {"logprobs": load_file(path)["logprobs"] - 1}, path)
+    path.rename(path.parent / _name_of(path.read_bytes()))  # whole, and of another model
     with pytest.raises(UserError, match=f"stale values in the cache: delete {path.parent}"):
         prepared(files)
 
@@ -135,3 +140,70 @@ def test_held_out_rows_too_few_for_the_method_are_left_out_with_a_warning(files,
     (files / "held_out.jsonl").write_text("\n".join(map(json.dumps, one_prompt)))
     found = prepared(files, method="kto", eval_dataset_name=files / "held_out.jsonl")
     assert found.held_out == [] and "are not evaluated: kto needs responses of at least two prompts" in caplog.text
+
+
+def at(monkeypatch, day):
+    class Day(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, day)
+
+    monkeypatch.setattr("datetime.datetime", Day)
+
+
+def test_a_run_whose_template_writes_the_date_goes_on_the_next_day_with_the_same_ids(files, monkeypatch):
+    tok = tokenizer()
+    tok.chat_template = "{{ strftime_now('%d') }}+{% for m in messages %}{{ m.content }}{% endfor %}"
+    save(policy(), tok, files / "chat")
+    chats = [
+        row
+        | {"prompt": [{"role": "user", "content": row["prompt"]}]}
+        | {"completion": [{"role": "assistant", "content": row["completion"]}]}
+        for row in rollout_rows()
+    ]
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    at(monkeypatch, 5)
+    options = {"model_name_or_path": files / "chat"}
+    train(options_of(files, **options))
+    at(monkeypatch, 6)
+    found = prepared(files, **options)
+    assert found.resumed is not None
+    assert all(tok.decode(e.prompt_ids).startswith("05+") for e in found.episodes())
+    assert tok.decode(prepared(files, output_dir=files / "new", **options).episodes()[0].prompt_ids).startswith("06+")
+
+    path = found.resumed / STATE_FILE  # of a run that kept no time
+    state = json.loads(path.read_text())
+    state["identity"].pop("time that the chat template was told")
+    del state["files"], state["crc32"]  # nor checksums
+    path.write_text(json.dumps(state))
+    with pytest.raises(UserError, match="time that the chat template was told: None then, 2026-01-06"):
+        prepared(files, **options)
+
+
+def test_the_models_end_tokens_and_skipped_rows_reach_training(files, caplog):
+    tok, model = tokenizer(), policy()
+    tok.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if n %}{{ raise_exception('no') }}{% endif %}"
+    )
+    model.generation_config.eos_token_id, model.generation_config._from_model_config = [7], False
+    save(model, tok, files / "chat")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+            "completion_ids": [3 + i % 3, 5, 7],
+            "finish_reason": "stop",
+            "reward": row["reward"],
+        }
+        for i, row in enumerate(rollout_rows())
+    ]
+    rows[4]["chat_template_kwargs"] = {"n": 1}
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"model_name_or_path": files / "chat"}
+    with pytest.raises(UserError, match="^rollouts.jsonl:5: the chat template refuses the messages: no$"):
+        prepared(files, **options)
+    options = options_of(files, **options)
+    options = dataclasses.replace(options, train=dataclasses.replace(options.train, skip_bad_rows=True))
+    episodes = prepare(options, Given(), *load_rows(options), Processes(0, 1, torch.device("cpu"))).episodes()
+    assert {e.completion_ids[-1] for e in episodes} == {7} and len(episodes) == len(rows) - 1
+    assert "They are dropped; 31 rows are left" in caplog.text

@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from dqo.rows import read_rows
 from tests.dqo.row_cases import ASSISTANT, GOOD, IDS, OTHER, USER, refusal, says, write
 
 BAD = {
@@ -10,13 +11,26 @@ BAD = {
     "reward infinite": ({"reward": -math.inf}, "reward is -Infinity ... finite"),
     "reward too large": ({"reward": 10**400}, "reward is Infinity ... finite"),
     "reward string": ({"reward": "0.5"}, 'reward is "0.5", a string ... float()'),
+    "reward true": (
+        {"reward": "true"},
+        'reward is "true", a string; expected a number: 1.0, or use the label column with true',
+    ),
+    "reward no": (
+        {"reward": "No"},
+        'reward is "No", a string; expected a number: 0.0, or use the label column with false',
+    ),
+    "reward word": ({"reward": "high"}, 'reward is "high", a string; expected a number, or drop the row'),
     "reward bool": ({"reward": True}, "reward is true, a bool ... 1.0 ... label"),
     "reward list": ({"reward": [1]}, "reward is [1] ... expected a number"),
     "label number": (
         {"label": 0.3},
         "label is 0.3; labels are true or false ... graded scores ... reward column",
     ),
-    "label integer": ({"label": 1}, "label is 1; labels are true or false"),
+    "label integer": ({"label": 1}, "label is 1; labels are true or false: write true. For graded scores"),
+    "label zero": ({"label": 0}, "label is 0; labels are true or false: write false"),
+    "label yes": ({"label": "yes"}, 'label is "yes"; labels are true or false: write true'),
+    "label minus": ({"label": "-"}, 'label is "-"; labels are true or false: write false'),
+    "label word": ({"label": "maybe"}, 'label is "maybe"; labels are true or false. For graded scores'),
     "prompt empty": ({"prompt": ""}, "prompt is empty"),
     "prompt number": ({"prompt": 3}, "prompt is 3 ... expected a string or a list of messages"),
     "completion empty": ({"completion": ""}, 'completion is empty or only whitespace ("") ... drop the row'),
@@ -148,3 +162,45 @@ def test_a_row_without_label_among_labelled_rows_is_refused(tmp_path):
 
 def test_rewards_that_are_all_null_are_refused(tmp_path):
     says(refusal(write(tmp_path, {**GOOD, "reward": None})), "rollouts.jsonl:1: reward is null")
+
+
+CHAT = {
+    "prompt": [{"role": "user", "content": "1"}],
+    "completion": [{"role": "assistant", "content": "2"}],
+    "reward": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"tools": "no JSON"}, 'tools is "no JSON", a string that is not JSON; expected a list of objects'),
+        ({"tools": {"name": "add"}}, 'tools is {"name": "add"}; expected a list of objects'),
+        ({"tools": ["add"]}, 'tools is ["add"]; expected a list of objects'),
+        ({"chat_template_kwargs": ["x"]}, 'chat_template_kwargs is ["x"]; expected an object'),
+        ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs sets tokenize, which is decided here"),
+    ],
+)
+def test_what_templates_are_told_of_has_its_kind(change, message):
+    assert message in refusal([CHAT | change])
+
+
+def test_tools_may_be_their_json_text():
+    (row,) = read_rows([CHAT | {"tools": '[{"name": "add"}]'}])
+    assert row.tools == [{"name": "add"}]
+
+
+@pytest.mark.parametrize("value", [1e39, -1e39, 10**200, 1.7e308])
+def test_numbers_that_float32_cannot_hold_are_refused_with_the_row(tmp_path, value):
+    for field, row in {
+        "reward": GOOD | {"reward": value},
+        "step_rewards[1]": GOOD | {"step_rewards": [0.0, value, 1.0]},
+        "logprobs[2]": GOOD | IDS | {"logprobs": [-0.1, -0.2, -abs(value)]},
+    }.items():
+        others = OTHER | (IDS if "logprobs" in row else {})
+        says(refusal(write(tmp_path, others, row)), f"rollouts.jsonl:2: {field} is", "float32 holds at most 3.4e+38")
+
+
+def test_the_largest_number_of_float32_is_a_number(tmp_path):
+    rows = read_rows(write(tmp_path, GOOD | {"reward": 3.4e38}, OTHER))
+    assert rows[0].reward == 3.4e38

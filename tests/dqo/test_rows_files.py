@@ -170,3 +170,35 @@ def test_what_is_no_list_of_rows_is_refused():
     says(refusal(3), "rows are a int", "datasets.Dataset")
     says(refusal(["text"]), "row 1: is a str; expected a dict")
     says(refusal([]), "there are no rows")
+
+
+def test_nulls_that_an_arrow_struct_adds_are_taken_out_at_every_level(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    calls = [
+        {"function": {"name": "add", "arguments": {"a": 1}}},
+        {"function": {"name": "neg", "arguments": {"b": [2]}}},
+    ]
+    prompts = [
+        [{"role": "user", "content": "1+2="}],
+        [
+            {"role": "user", "content": "1+3="},
+            {"role": "assistant", "tool_calls": calls},
+            {"role": "tool", "content": "4"},
+        ],
+    ]
+    completion = [{"role": "assistant", "content": "3"}]
+    tools = [{"name": "add"}, {"name": "neg", "parameters": {"b": {"type": "int"}}}]
+    rows = [
+        {"prompt": prompt, "completion": completion, "reward": 1.0, "tools": tools, "chat_template_kwargs": {name: 1}}
+        for prompt, name in zip(prompts, "xy")
+    ]
+    table = pyarrow.Table.from_pylist(rows)
+    assert table.to_pylist()[0]["prompt"] != prompts[0]  # Arrow did add nulls
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    read = read_rows(tmp_path / "rows.parquet")
+    assert [row.prompt for row in read] == prompts
+    assert [(row.tools, row.chat_template_kwargs) for row in read] == [(tools, {"x": 1}), (tools, {"y": 1})]
+    datasets = pytest.importorskip("datasets")
+    assert [row.prompt for row in read_rows(datasets.Dataset.from_list(rows))] == prompts

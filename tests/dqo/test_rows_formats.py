@@ -134,7 +134,7 @@ COLUMNS = {
     ),
     "no reward": (
         {"prompt": "p", "completion": "c"},
-        "no row has reward (or label) ... demonstrations ... reward 1.0",
+        "no row has reward (or label) ... demonstrations ... the reward 1.0",
     ),
     "preference": (
         {"chosen": "a", "rejected": "b"},
@@ -167,3 +167,34 @@ def test_a_misspelt_column_is_counted_and_cannot_be_skipped(tmp_path):
     path = write(tmp_path, GOOD, {**OTHER, "lable": True}, {**OTHER, "lable": False})
     message = refusal(path, skip_bad_rows=True)
     says(message, "rollouts.jsonl:2: unknown column 'lable' (in 2 of 3 rows). Did you mean 'label'?")
+
+
+PAIR = {"prompt": "1+2=", "chosen": "3", "rejected": "4"}
+STEPWISE = {"prompt": "1+2=", "completions": ["1+2=3", "#3"], "labels": [True, False]}
+
+
+@pytest.mark.parametrize(
+    "form, unused",
+    [
+        ({"prompt": "1+2=", "completion": "3", "reward": 1.0}, ["tools", "chat_template_kwargs"]),
+        ({"prompt": "1+2=", "completions": ["3"], "rewards": [1.0]}, ["tools", "env_mask"]),
+        (PAIR, ["score_chosen", "score_rejected", "label", "finish_reason"]),
+        (STEPWISE, ["steps", "tools"]),
+        ({"prompt": "1+2=", "response": "3", "reward": 1.0}, ["tools"]),
+    ],
+)
+def test_columns_that_nothing_reads_are_named_once_with_their_rows(form, unused, caplog):
+    read_rows([form | {"difficulty": 3, "answer": "3"} | dict.fromkeys(unused, [1]), form | {"difficulty": 4}])
+    (line,) = [r.getMessage() for r in caplog.records if "not used" in r.getMessage()]
+    assert line.startswith("rows: columns that are not used: 'difficulty' (in 2 rows)")
+    assert all(f"{name!r} (in 1 rows)" in line for name in unused) and "answer" not in line
+    assert ("write grouped rows (completions, rewards) for scores" in line) == ("score_chosen" in unused)
+
+
+def test_columns_that_are_all_read_are_not_spoken_of(caplog):
+    messages = {"prompt": [{"role": "user", "content": "1+2="}], "completion": [{"role": "assistant", "content": "3"}]}
+    read_rows([messages | {"reward": 1.0, "tools": [{"name": "add"}], "chat_template_kwargs": {"x": 1}}])
+    read_rows(
+        [{"prompt": "1", "completion": "2", "label": True, "finish_reason": "stop", "sampling": {}, "extra": None}]
+    )
+    assert "not used" not in caplog.text

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -258,8 +259,6 @@ def test_a_run_in_bf16_is_near_one_in_float32(files):
 
 def test_the_moving_average_is_saved_and_taken_up_again(files):
     whole = run(files, output_dir=files / "whole", target_ema=0.9, lam=0.5, save_steps=5)
-    import shutil
-
     shutil.copytree(files / "whole", files / "out")
     for name in ("checkpoint-12", "model.safetensors"):
         path = files / "out" / name
@@ -279,3 +278,56 @@ def test_a_named_checkpoint_is_gone_on_from_and_anything_else_is_refused(files, 
     resumed = run(files, save_steps=5, save_total_limit=5, resume_from_checkpoint=files / "out" / "checkpoint-5")
     assert "step 5 of 12" in capsys.readouterr().out
     assert metrics_without_speed(resumed.output_dir) == whole
+
+
+def run_epochs(files, epochs, **changes):
+    plain = arguments(files, **changes)
+    at = plain.index("--max_steps")
+    return train(load_options([*plain[:at], *plain[at + 2 :], "--num_train_epochs", str(epochs)]))
+
+
+@pytest.mark.parametrize("epochs, steps", [(0.625, 4), (1e-9, 1), (1.5, 9), (0.5, 3)])
+def test_epochs_are_whole_steps_rounded_up(files, epochs, steps):
+    """Six steps an epoch: 44 responses, 8 a step."""
+    finished = run_epochs(files, epochs)
+    assert finished.steps == steps
+    assert json.loads((files / "out" / f"checkpoint-{steps}" / "dqo_state.json").read_text())["steps"] == steps
+
+
+def test_a_checkpoint_of_the_former_rounding_goes_on_with_its_steps(files):
+    """Checkpoints did not tell the number of steps when 1.2 epochs of 6 steps were 7, and not 8."""
+    options = {"save_steps": 4, "save_total_limit": 5}
+    assert run_epochs(files, 1.2, **options).steps == 8
+    shutil.rmtree(files / "out" / "checkpoint-8")
+    state_file = files / "out" / "checkpoint-4" / "dqo_state.json"
+    state = json.loads(state_file.read_text())
+    for name in ("steps", "callbacks", "files", "crc32"):  # nor checksums
+        del state[name]
+    del state["counters"]["skipped"]
+    state_file.write_text(json.dumps(state))
+    assert run_epochs(files, 1.2, **options).steps == 7
+    assert [path.name for path in checkpoints(files / "out")] == ["checkpoint-4", "checkpoint-7"]
+
+
+def test_how_much_is_trained_on_and_held_out_is_printed(files, capsys):
+    rows = [json.loads(line) for line in (files / "rollouts.jsonl").read_text().splitlines()]
+    finished = run(files, max_steps=1)
+    printed = capsys.readouterr().out.splitlines()
+    held_out = {e.source for e in finished.prepared.held_out}
+    counts = {"training on": [], "held out": []}
+    for i, row in enumerate(rows):
+        counts["held out" if f"rollouts.jsonl:{i + 1}" in held_out else "training on"].append(row)
+    for name, members in counts.items():
+        tokens = sum(len(row["prompt"]) + len(row["completion"]) + 1 for row in members)
+        prompts = len({row["prompt"] for row in members})
+        (line,) = [line for line in printed if line.startswith(f"{name}: ")]
+        assert line.startswith(f"{name}: {len(members)} responses to {prompts} prompts, {tokens:,} tokens")
+        assert line.endswith("(eval_fraction 0.2 is a share of the prompts)") == (name == "held out")
+
+
+def test_a_long_evaluation_shows_a_bar_and_a_short_one_none(files, capsys, monkeypatch):
+    run(files, max_steps=1)
+    assert "held-out loss" not in capsys.readouterr().err
+    monkeypatch.setattr("dqo.held_out.BAR_DELAY", 0.0)
+    run(files, max_steps=1, output_dir=files / "slow")
+    assert "held-out loss" in capsys.readouterr().err

@@ -2,10 +2,11 @@ import pytest
 import torch
 from transformers import AutoModelForTokenClassification
 
+from benchmarks.small_models import small_model
 from dqo.batches import collate
 from dqo.errors import UserError
 from dqo.learner import Learner, objective_sums, update_target
-from dqo.models import hidden_positions
+from dqo.models import hidden_positions, ready
 from dqo.objectives import DQO
 from dqo.value_models import ValueHead, load_critic, make_value_model, save_value_model, value_model_from, value_rows
 from tests.dqo.helpers import episodes, gpt2, gradients, policy
@@ -30,6 +31,45 @@ def test_a_saved_value_model_loads_in_plain_transformers(tmp_path):
     assert plain.config.num_labels == 1
     assert torch.allclose(plain.eval()(ids).logits, value_model.eval()(ids).logits, atol=1e-6)
     assert torch.equal(load_critic(tmp_path)(ids).logits, value_model(ids).logits)  # bit for bit, as resuming needs
+
+
+# Classes of which transformers has no token classification, or only within a model of several parts.
+WITHOUT_CLASS = [
+    "gemma3",
+    "gemma3_text",
+    "gemma4_text",
+    "qwen3_5",
+    "olmo2",
+    "olmo3",
+    "granite",
+    "llama4",
+    "lfm2",
+    "falcon_h1",
+]
+
+
+@pytest.mark.parametrize("model_type", [*WITHOUT_CLASS, "opt", "mamba2", "afmoe"])
+def test_every_trunk_has_a_value_model_that_loads_again(model_type, tmp_path):
+    model = ready(small_model(model_type), "cpu")
+    value_model, batch = value_model_from(model), collate(episodes(4), 0)
+    assert not value_rows(value_model, batch)[0].any() and not value_model.training
+    assert torch.equal(hidden_positions(value_model, batch), hidden_positions(model, batch))
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in value_model.parameters()}
+    torch.nn.init.normal_(value_model.score.weight)
+    save_value_model(value_model, value_model.state_dict(), tmp_path)
+    again = load_critic(tmp_path)
+    assert type(again).__name__ == type(value_model).__name__ and type(again).__name__.endswith(
+        "ForTokenClassification"
+    )
+    for one, two in zip(value_rows(again, batch), value_rows(value_model, batch)):
+        assert torch.equal(one, two) and one.any()
+    value_rows(again, batch)[0].sum().backward()
+    assert gradients(again.base_model).any()
+
+
+def test_a_decoder_that_is_no_model_of_its_own_is_refused():
+    with pytest.raises(UserError, match="no model of BartDecoderWrapper alone.*--value_model head"):
+        value_model_from(ready(small_model("bart"), "cpu"))
 
 
 def test_a_critic_without_a_head_is_refused(tmp_path):

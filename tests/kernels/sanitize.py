@@ -182,9 +182,9 @@ class Fuzz:
         n, b, boundaries = self.sequences()
         rows = [self.array(size, real) for size in (n, n, b)]
         forward, backward = (getattr(self.cpu, f"lambda_return_{way}_{name}") for way in ("fwd", "bwd"))
-        forward(*rows, boundaries, *self.outputs(1, n, real), b, 0.9, 0.5)
+        forward(*rows, boundaries, *self.outputs(1, n, real), n, b, 0.9, 0.5)
         self.written(1)
-        backward(rows[0], boundaries, *self.outputs(2, n, real), *self.outputs(1, b, real), b, 0.9, 0.5)
+        backward(rows[0], boundaries, *self.outputs(2, n, real), *self.outputs(1, b, real), n, b, 0.9, 0.5)
         self.written(3)
 
     def read_sum(self):

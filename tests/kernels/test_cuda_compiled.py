@@ -13,7 +13,7 @@ from benchmarks.cuda_resources import KERNELS, kernel_name, output_of, tool
 
 BUILT = cuda_resources.extension()
 WITHOUT = "dqo_kernels._cuda is not built: no nvcc, or DQO_KERNELS_CUDA=0" if BUILT is None else "there is no cuobjdump"
-pytestmark = pytest.mark.skipif(BUILT is None or tool("cuobjdump") is None, reason=WITHOUT)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(BUILT is None or tool("cuobjdump") is None, reason=WITHOUT)]
 ROW_REGISTERS = 128  # two blocks of 256 threads on a multiprocessor
 SCAN_REGISTERS = 64  # a block of 1024
 

@@ -79,7 +79,7 @@ def run(folder, source: str) -> subprocess.CompletedProcess:
     return subprocess.run([folder / "harness", "1", BATCHES], capture_output=True, text=True, timeout=120)
 
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 
 def test_every_row_receives_its_state(tmp_path):

@@ -20,7 +20,8 @@ PUBLIC = [0, 1, 2, 5, 6, 7]  # logprobs, lse, entropy, ref_logprobs, ref_lse, kl
 POLICY, REFERENCE = [0, 1, 2, 3, 4], [5, 6, 8, 9]
 SIZES = [2, 3, 17, 1000, 8193, SPLIT - 1, SPLIT, SPLIT + 1, 2 * SPLIT + 5]
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, for inf - inf and NaN in the interpreter
+# numpy warns where inf - inf and NaN are computed in the interpreter
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)

@@ -183,3 +183,50 @@ def test_it_carries_the_same_loss_as_linear_soft_bellman_loss(backend, workspace
         *args, rewards, tensors["values"], bias=tensors["bias"], cu_seqlens=CU_SEQLENS, reduction="sum", **ref
     )
     torch.testing.assert_close(loss, out.loss, **CLOSE)
+
+
+RETURNED = {
+    "a loss alone": (lambda loss: loss, "to return .loss_sum, metric_sums.*got Tensor"),
+    "three values": (lambda loss: (loss, {}, {}), "to return .*got 3 values"),
+    "no dict": (lambda loss: (loss, None), "got metric_sums of type NoneType"),
+    "a number": (lambda loss: (1.0, {}), "got loss_sum of type float"),
+    "rows": (lambda loss: (loss[None], {}), r"got loss_sum of shape \(1,\)"),
+    "a metric that is a number": (lambda loss: (loss, {"kl": 0.5}), r"got metric_sums\['kl'\] of type float"),
+    "a constant": (
+        lambda loss: (loss.detach(), {}),
+        "a loss_sum that depends on stats or rows, got one without a gradient",
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("returned, message", RETURNED.values(), ids=list(RETURNED))
+def test_what_the_function_returned_is_compared_with_what_is_expected(returned, message, backend):
+    hidden, weight = torch.ones(4, 3, requires_grad=True), torch.randn(5, 3)
+    actions, boundaries = torch.zeros(4, dtype=torch.long), torch.tensor([0, 4])
+
+    def function(stats, rows, cu_seqlens):
+        return returned(stats.logprobs.sum())
+
+    with pytest.raises(ValueError, match=f"row_loss: expected .*{message}"):
+        linear_row_loss(hidden, weight, actions, function, boundaries, rows={}, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_a_loss_of_constant_zeros_trains_nothing(backend):
+    hidden, weight = torch.ones(4, 3, requires_grad=True), torch.randn(5, 3)
+    actions, boundaries = torch.zeros(4, dtype=torch.long), torch.tensor([0, 4])
+    loss, _ = linear_row_loss(
+        hidden, weight, actions, lambda *_: (torch.zeros(()), {}), boundaries, rows={}, backend=backend
+    )
+    assert not torch.autograd.grad(loss, hidden)[0].any()
+
+
+def test_a_loss_without_a_gradient_is_fine_where_none_is_wanted():
+    def function(stats, rows, cu_seqlens):
+        return stats.logprobs.sum().detach(), {}
+
+    with torch.no_grad():
+        hidden, weight = torch.ones(4, 3, requires_grad=True), torch.randn(5, 3)
+        actions, boundaries = torch.zeros(4, dtype=torch.long), torch.tensor([0, 4])
+        assert linear_row_loss(hidden, weight, actions, function, boundaries, rows={})[0].isfinite()

@@ -11,7 +11,7 @@ if platform.system() != "Linux" or sanitize.CXX is None:
     REASON = "needs Linux and GCC"
 elif sanitize.runtime_libraries("address,undefined") is None:
     REASON = f"{sanitize.CXX} has no AddressSanitizer runtime"
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
 
 @pytest.fixture(scope="module")

@@ -79,8 +79,8 @@ def test_one_read_forward_and_one_read_and_write_backward(backend, layout, kl_co
     # Forward: both models' logits once. Backward: the policy's once more, the reference's too where the KL is trained.
     assert counted.reads == 2 + (2 if kl_coef else 1) and counted.writes == 1
     assert not +counted.large_others, f"torch operations on (N, V): {+counted.large_others}"
-    # What is left are sums and factors of (N,) rows and scalars, and on the CPU the checks of values.
-    assert sum(counted.others.values()) <= 34, counted.others
+    # What is left are sums and factors of (N,) rows and scalars, and on the CPU the checks of values and copies of indices.
+    assert sum(counted.others.values()) <= 35, counted.others
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

@@ -15,7 +15,10 @@ from dqo_kernels.vocab_parallel import VocabSlices
 from tests.kernels.vocab_parallel_cases import BACKENDS, CASES
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo"),
+]
 
 
 @pytest.fixture(scope="module", params=[2, 3])

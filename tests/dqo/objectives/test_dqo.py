@@ -50,6 +50,35 @@ def test_a_capped_weight_is_counted_as_clipped():
     assert metrics["importance_weight/clipped_frac"][0] == 2
 
 
+@pytest.mark.parametrize("cap", [None, -0.2, 0.0, 0.4, 800.0])
+@pytest.mark.parametrize("floor", [None, -900.0, -0.3])
+@pytest.mark.parametrize("level", ["trajectory", "suffix", "prefix", "token", "none"])
+def test_only_what_a_cap_or_a_floor_changed_is_counted_as_clipped(level, cap, floor):
+    from dqo_kernels.packed import sequence_index
+    from dqo_kernels.soft_bellman import importance_weights
+
+    torch.manual_seed(0)
+    logprobs, reference = -torch.rand(12) - 1.0, -torch.rand(12) - 1.0
+    boundaries = torch.tensor([0, 5, 6, 12])
+    objective = DQO(is_level=level, is_cap=cap, is_floor=floor)
+    zeros = [0.0] * 12
+    _, metrics, _, _ = call(objective, logprobs.tolist(), reference.tolist(), zeros, zeros, boundaries.tolist())
+    raw = importance_weights(logprobs - reference, sequence_index(boundaries, 12), boundaries, level, None, None).log()
+    outside = (raw > (math.inf if cap is None else cap)) | (raw < (-math.inf if floor is None else floor))
+    expected = 0.0 if level == "none" else outside.sum().item()  # a cap of 0 does not change a weight of exactly 1
+    assert metrics["importance_weight/clipped_frac"].tolist() == [expected, 12.0]
+
+
+@pytest.mark.parametrize("change", [{}, {"policy_target": "td", "lam": 0.5}, {"is_cap": 0.1, "gamma": 0.9}], ids=str)
+def test_both_losses_have_one_residual_where_the_metrics_say_so(change):
+    torch.manual_seed(1)
+    columns = [torch.randn(7).tolist() for _ in range(4)]
+    _, metrics, logprobs, values = call(DQO(**change), *columns, [0, 3, 7])
+    assert metrics["loss/policy"].tolist() == pytest.approx(metrics["loss/value"].tolist(), rel=1e-5)
+    _, other, _, _ = call(DQO(policy_target="one_step", lam=0.5), *columns, [0, 3, 7])
+    assert other["loss/policy"].tolist() != pytest.approx(other["loss/value"].tolist(), rel=1e-2)
+
+
 def test_the_bootstrap_on_the_last_row_enters_the_return():
     extra = {"bootstrap": torch.tensor([0.0, 0.7])}
     _, without, _, _ = call(DQO(is_level="none"), [-1.0, -1.0], [-1.0, -1.0], [0.0, 1.0], [0.0, 0.0], [0, 2])

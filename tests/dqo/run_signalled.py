@@ -1,0 +1,23 @@
+"""`dqo-train` in the processes of a launch, of which the second sends itself SIGTERM in the fifth step:
+
+accelerate launch --multi_gpu --num_processes 2 -m tests.dqo.run_signalled --dataset_name ...
+"""
+
+import os
+import signal
+
+from dqo import cli, train
+
+calls = []
+accumulate = train.accumulate
+
+
+def counted(*arguments):
+    calls.append(1)
+    if len(calls) == 5 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return accumulate(*arguments)
+
+
+train.accumulate = counted
+cli.train_main()
