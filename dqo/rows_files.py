@@ -76,8 +76,9 @@ def read_jsonl(path: Path) -> tuple[list[Record], list[Problem]]:
         except json.JSONDecodeError as error:
             what = error.msg[0].lower() + error.msg[1:].removesuffix(" starting at")
             problem = f"not valid JSON ({what} at column {error.colno})"
-            if number == 1 and line.strip() == b"[":
-                problem += "; the file is one JSON array, expected one object a line (JSON Lines)"
+            if number == 1 and line.strip() in (b"[", b"{"):
+                what = "array" if line.strip() == b"[" else "object"
+                problem += f"; the file is one JSON {what}, expected one object a line (JSON Lines)"
             elif number == len(lines) and line.startswith(b"{") and not line.endswith(b"}"):
                 problem += "; the last line has no end: its writer was cut off"
         except (ValueError, RecursionError) as error:

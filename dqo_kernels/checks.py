@@ -107,10 +107,14 @@ def index(name: str, value: object) -> None:
         fail(name, "an integer dtype", str(value.dtype))
 
 
-def owned_index(value: Tensor) -> Tensor:
-    """int64 in a row; on the CPU a copy, because numpy may write into the caller's memory before the backward reads it."""
+def owned(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of a dtype, in a row; on the CPU a copy, because numpy may write into the caller's memory before the backward reads it."""
     copy = value.device.type == "cpu" and not torch.compiler.is_compiling()
-    return value.to(torch.int64, copy=copy).contiguous()
+    return value.to(dtype, copy=copy).contiguous()
+
+
+def owned_index(value: Tensor) -> Tensor:
+    return owned(value, torch.int64)
 
 
 def reads_values(like: Tensor) -> bool:

@@ -40,7 +40,7 @@ class Layout:
                 checks.fail("mask", f"torch.bool {shape[:2]}", got)
             checks.whole("mask", mask)
             checks.same_device("mask", mask, features)
-            self.mask = mask.reshape(-1).contiguous()  # a reshaped slice of one row may keep its stride
+            self.mask = checks.owned(mask.reshape(-1), torch.bool)  # a reshaped slice of one row may keep its stride
             self.cu_seqlens = torch.arange(shape[0] + 1, device=mask.device) * shape[1]
         else:
             checks.fail(name, "2 dimensions with cu_seqlens or 3 with mask", f"shape {shape}")

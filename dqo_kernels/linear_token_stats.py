@@ -34,7 +34,9 @@ def linear_token_stats_reference(call: Linear, inputs: Differentiable) -> TokenS
                 logits = logits + F.linear(cast(low), lora_b)
             return row_stats(logits, actions, ref_logits, temperature, call.softcap, dtype, call.slices)
 
-    temperature = call.temperature.detach() if isinstance(call.temperature, Tensor) else call.temperature
+    temperature = call.temperature
+    if isinstance(temperature, Tensor):
+        temperature = checks.owned(temperature.detach(), temperature.dtype)
     per_row = [inputs.hidden, inputs.low, checks.owned_index(call.actions), call.ref_hidden, temperature]
     return in_chunks(call.rows_in_workspace(dtype.itemsize), len(call.hidden), per_row, chunk)
 

@@ -238,7 +238,7 @@ def statistics(
     chosen = dispatch.choose("token_stats", logits.device.type, backend, dtype)
     actions = checks.owned_index(actions)
     if isinstance(temperature, Tensor):
-        temperature = temperature.detach()
+        temperature = checks.owned(temperature.detach(), temperature.dtype)
     if chosen == "reference":
         rows = logits.flatten(0, -2), actions, None if ref_logits is None else ref_logits.flatten(0, -2)
         return token_stats_reference(*rows, mask, temperature, softcap, slices)

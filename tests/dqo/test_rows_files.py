@@ -47,6 +47,10 @@ def test_a_json_array_is_called_one(tmp_path):
     )
 
 
+def test_a_json_object_over_several_lines_is_called_one(tmp_path):
+    says(refusal(write(tmp_path, json.dumps({"data": [GOOD]}, indent=1))), "rollouts.jsonl:1: ", "one JSON object")
+
+
 def test_bytes_that_are_not_utf8_are_refused(tmp_path):
     path = tmp_path / "rollouts.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b'\n{"prompt": "caf\xe9"}\n')

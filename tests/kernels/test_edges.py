@@ -69,6 +69,35 @@ def test_an_index_that_is_written_over_after_the_forward_is_not_read_again(name,
     same(differentiated(name, tensors, backend, write), want)
 
 
+@pytest.mark.parametrize("written", ["mask", "temperature"])
+@pytest.mark.parametrize("form", ["token_stats", "linear_token_stats", "soft_bellman_loss"])
+@pytest.mark.parametrize("chosen", ["cpp", "reference"])
+def test_a_mask_or_temperature_that_is_written_over_after_the_forward_is_not_read_again(form, written, chosen):
+    if written == "mask" and form != "soft_bellman_loss":
+        return
+    run_here(chosen)
+    gradients = []
+    for write in (False, True):
+        x = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+        ids, rows = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.float64)
+        given = {"mask": torch.ones(2, 3, dtype=torch.bool), "temperature": torch.ones(2, 3, dtype=torch.float64)}
+        flat = {"temperature": given["temperature"].view(6), "backend": chosen}
+        if form == "token_stats":
+            total = dqo_kernels.token_stats(x.flatten(0, 1), ids.view(6), **flat).logprobs.sum()
+        elif form == "linear_token_stats":
+            head = torch.eye(5, dtype=torch.float64)
+            total = dqo_kernels.linear_token_stats(
+                x.flatten(0, 1), head, ids.view(6), **flat, workspace_bytes=80
+            ).logprobs.sum()
+        else:
+            total = dqo_kernels.soft_bellman_loss(x, ids, rows, rows, ref_logprobs=-rows, **given, backend=chosen).loss
+        if write:
+            given[written].numpy()[:] = written == "temperature" and 9
+        total.backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("boundaries", [[0, 9, FAR], [-FAR, 0, 9], [0, FAR, 9], [0, 5, 8], [1, 2, 9], []])
 def test_boundaries_that_nobody_checked_stop_at_the_kernel(boundaries):
     run_here("cpp")
