@@ -6,6 +6,7 @@ import random
 import shutil
 
 import pytest
+import torch
 
 from dqo import damage
 from dqo.checkpoint import checkpoints, read_state
@@ -18,6 +19,15 @@ from tests.dqo.test_kill import arguments, assert_same_run, data, finish, metric
 pytestmark = pytest.mark.slow
 
 SEED = random.SystemRandom().randrange(2**32)  # set it to the printed one to see a failure again
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the unbroken run had, so that kernels round alike."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
