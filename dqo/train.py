@@ -27,7 +27,7 @@ from dqo import checkpoint, metrics, optim, signals
 from dqo.batches import epoch_order
 from dqo.callbacks import Callbacks, check_callbacks
 from dqo.config import Options
-from dqo.damage import loading
+from dqo.damage import fault, loading
 from dqo.episodes import Episode
 from dqo.errors import UserError
 from dqo.held_out import held_out_metrics, predictions
@@ -98,6 +98,7 @@ class Trainer:
         models = self.learner, prepared.tokenizer
         self.callbacks = Callbacks(callbacks or [], options, *models, self.processes, policy_optimizer)
         self.recorder = Recorder(options, self.processes, self.callbacks, self.counters)
+        self.processes.barrier()  # metrics.jsonl is as the checkpoint says, for all of them
         self.stays_stopped = False
         if "callbacks" in state:
             history = metrics.rows_until(self.output_dir / "metrics.jsonl", self.counters["metrics_position"])
@@ -216,9 +217,9 @@ class Trainer:
         if state.best_global_step in (None, self.counters["step"]):
             return None
         best = Path(state.best_model_checkpoint)
-        if not best.is_dir():
+        if what := self.processes.from_main(lambda: fault(best)):
             self.processes.say(
-                f"WARNING: {best}, the best by {self.config.best_metric}, is gone: the last step's models stay"
+                f"WARNING: {what}. It is the best by {self.config.best_metric}; the last step's models stay"
             )
             return None
         checkpoint.load_models(best, self.learner)
