@@ -143,6 +143,8 @@ class Callbacks:
                 f"metric_for_best_model {self.config.best_metric!r} is not among the held-out metrics: "
                 f"{', '.join(metrics)}.{did_you_mean(name, metrics)}"
             )
+        if isinstance(found := metrics[name], str) or found is None:
+            raise UserError(f"metric_for_best_model {self.config.best_metric!r} is {found!r}; expected a number")
         return name
 
     def note_best(self, step: int, metrics: dict[str, float], checkpoint: Path) -> None:

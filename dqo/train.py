@@ -94,9 +94,9 @@ class Trainer:
         if resumed is not None:
             with loading(resumed):
                 checkpoint.load_optimizers(resumed, self.optimizers)
-        policy_optimizer = self.optimizers["policy"]
         models = self.learner, prepared.tokenizer
-        self.callbacks = Callbacks(callbacks or [], options, *models, self.processes, policy_optimizer)
+        self.callbacks = Callbacks(callbacks or [], options, *models, self.processes, self.optimizers["policy"])
+        self.callbacks.state.global_step, self.callbacks.state.max_steps = self.counters["step"], self.steps
         self.recorder = Recorder(options, self.processes, self.callbacks, self.counters)
         self.processes.barrier()  # metrics.jsonl is as the checkpoint says, for all of them
         self.stays_stopped = False
@@ -187,8 +187,7 @@ class Trainer:
             self.module, self.learner, self.objective, episodes, *place, self.callbacks.prediction_step
         )
         if self.compute_metrics is not None and episodes:
-            more = metrics.plain(self.compute_metrics(EvalPrediction(*self.predictions(distinct(episodes)))))
-            found |= {n if n.startswith("eval_") else f"eval_{n}": value for n, value in more.items()}
+            found |= metrics.computed(self.compute_metrics(EvalPrediction(*self.predictions(distinct(episodes)))))
         return found
 
     def predictions(self, episodes: list[Episode]) -> tuple[dict[str, np.ndarray], np.ndarray]:
