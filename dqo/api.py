@@ -24,6 +24,7 @@ from dqo import checkpoint, hub
 from dqo.callbacks import check_callbacks, made
 from dqo.config import Options, check_values, options_of
 from dqo.errors import UserError, did_you_mean
+from dqo.files import writing
 from dqo.inputs import Given, read_tasks, shared_prompts
 from dqo.launcher import obey
 from dqo.metrics import read_metrics
@@ -284,13 +285,16 @@ class DQOTrainer:
         if output_dir is None:
             checkpoint.publish_models(trainer.output_dir, *models, dtype=prepared.save_dtype)
         else:
-            checkpoint.save_models(Path(output_dir), *models, dtype=prepared.save_dtype)
+            with writing(Path(output_dir)):
+                checkpoint.save_models(Path(output_dir), *models, dtype=prepared.save_dtype)
 
     def save_state(self) -> None:
         """trainer_state.json in output_dir, as transformers writes it; a run goes on from checkpoints, not from this file."""
         trainer = self._begin()
         if trainer.processes.main:
-            trainer.callbacks.state.save_to_json(str(trainer.output_dir / "trainer_state.json"))
+            path = trainer.output_dir / "trainer_state.json"
+            with writing(path):
+                trainer.callbacks.state.save_to_json(str(path))
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None

@@ -122,11 +122,12 @@ def save_base(policy: PreTrainedModel, directory: Path, again: bool) -> None:
     with torch.device("meta"):
         plain = type(policy)(policy.config).to(policy.dtype)  # only its names and config are used
     plain.generation_config = policy.generation_config
-    plain.save_pretrained(aside, state_dict=base_state(whole_state(policy)))
-    _sync_tree(aside)
-    if directory.exists():
-        directory.rename(aside_of(directory))
-    aside.rename(directory)
+    with writing(directory, aside):
+        plain.save_pretrained(aside, state_dict=base_state(whole_state(policy)))
+        _sync_tree(aside)
+        if directory.exists():
+            directory.rename(aside_of(directory))
+        aside.rename(directory)
 
 
 def _sync_tree(directory: Path) -> None:

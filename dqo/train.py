@@ -79,9 +79,9 @@ class Trainer:
                 state = checkpoint.read_state(resumed)
                 self._load(resumed, state)
         self.warmup = optim.as_steps(self.config.warmup_steps, self.steps)
-        self.value_warmup = optim.as_steps(self.config.value_warmup_steps, self.steps)
         critic = self.learner.value_model
-        self.module = wrap(self.learner, self.processes, self.config.bf16, critic is not None and self.value_warmup > 0)
+        self.value_warmup = 0 if critic is None else optim.value_warmup(self.config.value_warmup_steps, self.steps)
+        self.module = wrap(self.learner, self.processes, self.config.bf16, self.value_warmup > 0)
         self.models = {"policy": self.learner.policy} | ({} if critic is None else {"critic": critic})
         self.rates = {"policy": self.config.learning_rate, "critic": self.config.critic_learning_rate}
         betas = (self.config.adam_beta1, self.config.adam_beta2)
@@ -139,7 +139,7 @@ class Trainer:
 
     def train_step(self, step: int, groups: list[list[Episode]]) -> dict[str, float]:
         """Gradients and updates; returns what is not a mean over the data."""
-        train_policy = step >= self.value_warmup or "critic" not in self.models
+        train_policy = step >= self.value_warmup
         try:
             sums, tokens = accumulate(
                 self.module,
