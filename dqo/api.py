@@ -22,8 +22,9 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from dqo import checkpoint, hub
 from dqo.callbacks import check_callbacks, made
-from dqo.config import check_values, options_of
+from dqo.config import Options, check_values, options_of
 from dqo.errors import UserError, did_you_mean
+from dqo.files import writing
 from dqo.inputs import Given, read_tasks, shared_prompts
 from dqo.launcher import obey
 from dqo.metrics import read_metrics
@@ -68,6 +69,11 @@ class DQOConfig:
     def __init__(self, *, method: str = "dqo", **values: Any):
         self.options = options_of({"method": method, **values}, "DQOConfig")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "options" or "options" in self.__dict__:
+            raise AttributeError(f"a DQOConfig does not change: make another, with {name}= among its arguments")
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         if name == "options" or name.startswith("__"):
             raise AttributeError(name)
@@ -79,6 +85,20 @@ class DQOConfig:
 
     def __repr__(self) -> str:
         return f"DQOConfig({', '.join(f'{name}={value!r}' for name, value in self.options.flat().items())})"
+
+
+def _refuse_twice(options: Options, given: dict[str, Any]) -> None:
+    """Refuses an argument of DQOTrainer in whose place `options` name something else. A model object, of which nothing says where
+    its tokenizer lies, may come with model_name_or_path."""
+    argument = {"model_name_or_path": "model", "ref_model_name_or_path": "ref_model"}
+    argument |= {"dataset_name": "train_dataset", "eval_dataset_name": "eval_dataset"}
+    for name, value in given.items():
+        told = getattr(options.train, name)
+        an_object = not isinstance(value, (str, Path))
+        if value is None or told is None or (an_object and name == "model_name_or_path"):
+            continue
+        if an_object or str(value) != told:
+            raise UserError(f"{argument[name]} and {name}={told!r} (from DQOConfig) are both given; remove one")
 
 
 class DQOTrainer:
@@ -118,6 +138,7 @@ class DQOTrainer:
             raise UserError("dry_run is an option of the command line: dqo-train --dry_run; leave it out of DQOConfig")
         named = {"model_name_or_path": model, "ref_model_name_or_path": ref_model}
         named |= {"dataset_name": train_dataset, "eval_dataset_name": eval_dataset}
+        _refuse_twice(options, named)
         named = {name: str(value) for name, value in named.items() if isinstance(value, (str, Path))}
         named_options = dataclasses.replace(options, train=dataclasses.replace(options.train, **named))
         check_values(named_options)
@@ -160,6 +181,11 @@ class DQOTrainer:
         """
         if resume_from_checkpoint is not None:
             value = {True: "auto", False: "never"}.get(resume_from_checkpoint, resume_from_checkpoint)
+            if self._trainer is not None and str(value) not in ("auto", self.options.train.resume_from_checkpoint):
+                raise UserError(
+                    f"resume_from_checkpoint {value} comes too late: this DQOTrainer has already begun, at its first train, "
+                    "evaluate, predict, model or state; make another one, and call train first"
+                )
             train = dataclasses.replace(self.options.train, resume_from_checkpoint=str(value))
             self.options = dataclasses.replace(self.options, train=train)
         check_callbacks(self.given.callbacks, self.options.train)
@@ -168,6 +194,12 @@ class DQOTrainer:
         if tasks and self.given.model is not None:  # it is trained in place: its answers are wanted before
             base = base_answers(self.options, self.given.model, self.given.tokenizer, tasks)
         trainer = self._begin()
+        if trainer.recorder.closed and trainer.position < trainer.steps:  # an earlier call was interrupted, or stopped
+            if self.options.train.load_best_model_at_end and trainer.callbacks.control.should_training_stop:
+                raise UserError(
+                    "the models are now those of the best evaluation, not of the last step: make another DQOTrainer to go on"
+                )
+            trainer.recorder.open(trainer.counters)
         held_out = trainer.run(self.options.train.method)
         trainer.finish()
         run = run_of(trainer, held_out)
@@ -253,13 +285,16 @@ class DQOTrainer:
         if output_dir is None:
             checkpoint.publish_models(trainer.output_dir, *models, dtype=prepared.save_dtype)
         else:
-            checkpoint.save_models(Path(output_dir), *models, dtype=prepared.save_dtype)
+            with writing(Path(output_dir)):
+                checkpoint.save_models(Path(output_dir), *models, dtype=prepared.save_dtype)
 
     def save_state(self) -> None:
         """trainer_state.json in output_dir, as transformers writes it; a run goes on from checkpoints, not from this file."""
         trainer = self._begin()
         if trainer.processes.main:
-            trainer.callbacks.state.save_to_json(str(trainer.output_dir / "trainer_state.json"))
+            path = trainer.output_dir / "trainer_state.json"
+            with writing(path):
+                trainer.callbacks.state.save_to_json(str(path))
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None

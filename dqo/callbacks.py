@@ -23,6 +23,7 @@ from dqo.learner import Learner
 from dqo.parallel import Processes
 
 BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
+BEST_BY = ("metric_for_best_model", "greater_is_better")
 
 
 def made(callback: Any) -> TrainerCallback:
@@ -142,6 +143,8 @@ class Callbacks:
                 f"metric_for_best_model {self.config.best_metric!r} is not among the held-out metrics: "
                 f"{', '.join(metrics)}.{did_you_mean(name, metrics)}"
             )
+        if isinstance(found := metrics[name], str) or found is None:
+            raise UserError(f"metric_for_best_model {self.config.best_metric!r} is {found!r}; expected a number")
         return name
 
     def note_best(self, step: int, metrics: dict[str, float], checkpoint: Path) -> None:
@@ -155,20 +158,33 @@ class Callbacks:
             state.best_metric, state.best_global_step, state.best_model_checkpoint = found, step, str(checkpoint)
             self.control.should_save = True
 
+    def _note_again(self, checkpoint_dir: Path, log_history: list[dict]) -> None:
+        """The best of the evaluations before now whose checkpoint is still there."""
+        name = f"eval_{(self.config.best_metric or '').removeprefix('eval_')}"
+        for row in log_history:
+            checkpoint = checkpoint_dir / f"checkpoint-{row['step']}"
+            if row["step"] > 0 and name in row and checkpoint.is_dir():
+                self.note_best(row["step"], row, checkpoint)
+        self.control.should_save = False
+
     # What a checkpoint keeps
 
     def stored(self) -> dict:
         """The best evaluation, and the states of callbacks that have one (transformers' ExportableState)."""
         states = [[type(c).__name__, c.state()] for c in self.callbacks if isinstance(c, ExportableState)]
         best = {name: getattr(self.state, name) for name in BEST}
+        best |= {name: getattr(self.args, name) for name in BEST_BY}
         return {**best, "callbacks": states, "stopped": self.control.should_training_stop}
 
     def restore(self, stored: dict, checkpoint_dir: Path, log_history: list[dict]) -> bool:
         """Takes up what `stored` returned. Returns whether the run had been stopped by callbacks that would stop it again: they
         are given again, as they were."""
         self.state.log_history = log_history
-        for name in BEST:
-            setattr(self.state, name, stored.get(name))
+        if all(stored.get(name) == getattr(self.args, name) for name in BEST_BY if name in stored):
+            for name in BEST:
+                setattr(self.state, name, stored.get(name))
+        else:  # what was the best by another metric says nothing about this one
+            self._note_again(checkpoint_dir, log_history)
         if self.state.best_global_step is not None:  # output_dir may have been moved
             self.state.best_model_checkpoint = str(checkpoint_dir / f"checkpoint-{self.state.best_global_step}")
         states = [c for c in self.callbacks if isinstance(c, ExportableState)]

@@ -122,11 +122,12 @@ def save_base(policy: PreTrainedModel, directory: Path, again: bool) -> None:
     with torch.device("meta"):
         plain = type(policy)(policy.config).to(policy.dtype)  # only its names and config are used
     plain.generation_config = policy.generation_config
-    plain.save_pretrained(aside, state_dict=base_state(whole_state(policy)))
-    _sync_tree(aside)
-    if directory.exists():
-        directory.rename(aside_of(directory))
-    aside.rename(directory)
+    with writing(directory, aside):
+        plain.save_pretrained(aside, state_dict=base_state(whole_state(policy)))
+        _sync_tree(aside)
+        if directory.exists():
+            directory.rename(aside_of(directory))
+        aside.rename(directory)
 
 
 def _sync_tree(directory: Path) -> None:
@@ -205,6 +206,13 @@ def surplus(found: list[Path], keep: int, best: Path | None) -> list[Path]:
     return [path for path in found if path not in kept]
 
 
+def left_behind(found: list[Path], chosen: Path | None) -> list[Path]:
+    """Those of `found`, oldest first, that are later than the one of them that a run goes on from."""
+    places = [path.resolve() for path in found]
+    at = None if chosen is None else chosen.resolve()
+    return found[places.index(at) + 1 :] if at in places else []
+
+
 def load_models(checkpoint: Path, learner: Learner) -> None:
     """Copies a checkpoint's weights into a learner, sharded or not."""
     if has_adapter(learner.policy):
@@ -264,6 +272,8 @@ def claim_output(options: Options, identity: dict, processes: Processes) -> Path
         remove_asides(output_dir)
         for path, message in damaged.items():
             logger.warning("%s. It is now %s; going on from %s", message, put_away(path), chosen)
+        for path in left_behind(checkpoints(output_dir), chosen):
+            logger.warning("%s is behind %s and is not used: it is now %s", path, chosen, put_away(path, "left"))
         write_whole(output_dir / "config.yaml", dump_options(options).encode())
     processes.barrier()
     return chosen

@@ -191,6 +191,9 @@ class TrainConfig:
             need(getattr(self, name) >= 1, name, "at least 1")
         for name in ("value_warmup_steps", "warmup_steps", "weight_decay", "eval_steps"):
             need(getattr(self, name) >= 0, name, "at least 0")
+        for name in ("value_warmup_steps", "warmup_steps"):
+            value = getattr(self, name)
+            need(value < 1 or value == int(value), name, "a share of all steps below 1, or a whole number of steps")
         for name in ("learning_rate", "critic_learning_rate", "num_train_epochs", "max_grad_norm", "adam_epsilon"):
             need(getattr(self, name) > 0, name, "positive")
         need(self.lora_alpha > 0, "lora_alpha", "positive")

@@ -92,6 +92,17 @@ def check_whole(checkpoint: Path) -> None:
                     pass
 
 
+def fault(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be used, "out/checkpoint-5 is gone"; None where it is whole."""
+    if not checkpoint.is_dir():
+        return f"{checkpoint} is gone"
+    try:
+        check_whole(checkpoint)
+    except Damaged as error:
+        return str(error)
+    return None
+
+
 @contextlib.contextmanager
 def loading(checkpoint: Path) -> Iterator[None]:
     """What goes wrong inside is the checkpoint's damage."""
@@ -122,9 +133,9 @@ def newest_whole(found: list[Path]) -> tuple[Path | None, dict[Path, str]]:
     return None, damaged
 
 
-def put_away(path: Path) -> Path:
-    """Renames what is damaged, so that nothing takes it for whole; returns its new name."""
-    names: Any = (path.with_name(f"damaged-{path.name}{suffix}") for suffix in ["", *(f"-{i}" for i in range(2, 1000))])
+def put_away(path: Path, why: str = "damaged") -> Path:
+    """Renames what is damaged, or left behind, so that nothing goes on from it; returns its new name."""
+    names: Any = (path.with_name(f"{why}-{path.name}{suffix}") for suffix in ["", *(f"-{i}" for i in range(2, 1000))])
     free = next(name for name in names if not name.exists())
     path.rename(free)
     return free

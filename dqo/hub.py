@@ -9,6 +9,7 @@ from transformers import TrainerState
 
 from dqo import __version__
 from dqo.config import Options, dump_options
+from dqo.files import write_whole
 
 UPLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "critic/*"]
 NOT_UPLOADED = ["trainer_state.json", "checkpoint-*", "ref_cache/*"]
@@ -42,7 +43,7 @@ def write_model_card(
         f"## Options\n\n```yaml\n{dump_options(options)}```\n",
     ]
     path = output_dir / "README.md"
-    path.write_text("\n".join(part for part in text if part))
+    write_whole(path, "\n".join(part for part in text if part).encode())
     return path
 
 

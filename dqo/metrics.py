@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import zlib
+from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +195,24 @@ def plain(row: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"a callback logged {name!r} as a {type(value).__name__}; expected one number or a string")
         found[name] = value
     return found
+
+
+def computed(found: Any) -> dict[str, float]:
+    """What a caller's compute_metrics returned, as numbers under names that begin with eval_.
+
+    Raises:
+        UserError: for anything but numbers by name.
+    """
+    if not isinstance(found, Mapping):
+        raise UserError(f"compute_metrics returned a {type(found).__name__}; expected a dict of numbers by name")
+    numbers = {}
+    for name, value in found.items():
+        number = value.item() if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1 else value
+        if not isinstance(name, str) or not isinstance(number, Real):
+            kind = type(value).__name__
+            raise UserError(f"compute_metrics returned {name!r} as a {kind}; expected numbers by name")
+        numbers[name if name.startswith("eval_") else f"eval_{name}"] = number
+    return numbers
 
 
 def on_the_bar(row: dict[str, float]) -> str:

@@ -7,6 +7,7 @@ import json
 import logging
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -38,6 +39,10 @@ def load_tokenizer(path: str):
         if base := adapter_base(path):
             return load_tokenizer(base)
         raise UserError(f"model_name_or_path {path!r} has no tokenizer: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:  # JSON, but of another form
+        raise UserError(
+            f"model_name_or_path {path!r} has a damaged tokenizer ({type(error).__name__}: {error}); fetch its files again"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path!r} has no eos_token; a response could never end")
     if tokenizer.pad_token_id is None:
@@ -98,6 +103,8 @@ def load_policy(
         return merge(load_policy(base, device, dtype, attn_implementation), path, base)
     try:
         policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
+    except SafetensorError as error:
+        raise UserError(f"{path!r} has a file of weights that is cut or altered ({error}); fetch it again") from error
     except (OSError, ValueError, ImportError) as error:  # the last: an attention whose package is missing
         raise UserError(f"{path!r} cannot be loaded as a causal language model: {error}") from error
     return ready(policy, device)

@@ -19,13 +19,18 @@ class Recorder:
     """`counters` say where metrics.jsonl goes on, and of which content. Only the first process writes."""
 
     def __init__(self, options: Options, processes: Processes, callbacks: Callbacks, counters: dict):
-        self.processes, self.callbacks, self.closed = processes, callbacks, False
-        self.file = None
-        if processes.main:
-            position, crc32 = counters["metrics_position"], counters.get("metrics_crc32")
-            self.file = metrics.MetricsFile(Path(options.train.output_dir) / "metrics.jsonl", position, crc32)
+        self.options, self.processes, self.callbacks = options, processes, callbacks
         self.watch = Watch()
-        self.trackers = Trackers(options, processes)
+        self.open(counters)
+
+    def open(self, counters: dict) -> None:
+        """Goes on where `counters` say."""
+        self.closed = False
+        self.file = None
+        if self.processes.main:
+            position, crc32 = counters["metrics_position"], counters.get("metrics_crc32")
+            self.file = metrics.MetricsFile(Path(self.options.train.output_dir) / "metrics.jsonl", position, crc32)
+        self.trackers = Trackers(self.options, self.processes)
 
     def record(self, row: dict, evaluation: bool = False) -> None:
         """A row to the callbacks, which may add to it, then to metrics.jsonl and the tracker."""

@@ -73,6 +73,7 @@ def finish(options: Options, run: Run, tasks: list[dict], base: Accuracy | None 
     path = write_report(run.output_dir, report)
     peak = peak_memory_gb()
     lines.append(f"{run.steps} steps, {run.tokens_per_second:,.0f} tokens/s, peak memory {peak:.2f} GB")
-    lines += [f"{name:>36}  {value:.4f}" for name, value in run.held_out.items()]
+    shown = {n: v if isinstance(v, (str, type(None))) else f"{v:.4f}" for n, v in run.held_out.items()}
+    lines += [f"{name:>36}  {value}" for name, value in shown.items()]
     lines.append(f"model: {run.output_dir}    report: {path}")
     return "\n".join(lines)

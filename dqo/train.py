@@ -27,7 +27,7 @@ from dqo import checkpoint, metrics, optim, signals
 from dqo.batches import epoch_order
 from dqo.callbacks import Callbacks, check_callbacks
 from dqo.config import Options
-from dqo.damage import loading
+from dqo.damage import fault, loading
 from dqo.episodes import Episode
 from dqo.errors import UserError
 from dqo.held_out import held_out_metrics, predictions
@@ -79,9 +79,9 @@ class Trainer:
                 state = checkpoint.read_state(resumed)
                 self._load(resumed, state)
         self.warmup = optim.as_steps(self.config.warmup_steps, self.steps)
-        self.value_warmup = optim.as_steps(self.config.value_warmup_steps, self.steps)
         critic = self.learner.value_model
-        self.module = wrap(self.learner, self.processes, self.config.bf16, critic is not None and self.value_warmup > 0)
+        self.value_warmup = 0 if critic is None else optim.value_warmup(self.config.value_warmup_steps, self.steps)
+        self.module = wrap(self.learner, self.processes, self.config.bf16, self.value_warmup > 0)
         self.models = {"policy": self.learner.policy} | ({} if critic is None else {"critic": critic})
         self.rates = {"policy": self.config.learning_rate, "critic": self.config.critic_learning_rate}
         betas = (self.config.adam_beta1, self.config.adam_beta2)
@@ -94,10 +94,11 @@ class Trainer:
         if resumed is not None:
             with loading(resumed):
                 checkpoint.load_optimizers(resumed, self.optimizers)
-        policy_optimizer = self.optimizers["policy"]
         models = self.learner, prepared.tokenizer
-        self.callbacks = Callbacks(callbacks or [], options, *models, self.processes, policy_optimizer)
+        self.callbacks = Callbacks(callbacks or [], options, *models, self.processes, self.optimizers["policy"])
+        self.callbacks.state.global_step, self.callbacks.state.max_steps = self.counters["step"], self.steps
         self.recorder = Recorder(options, self.processes, self.callbacks, self.counters)
+        self.processes.barrier()  # metrics.jsonl is as the checkpoint says, for all of them
         self.stays_stopped = False
         if "callbacks" in state:
             history = metrics.rows_until(self.output_dir / "metrics.jsonl", self.counters["metrics_position"])
@@ -138,7 +139,7 @@ class Trainer:
 
     def train_step(self, step: int, groups: list[list[Episode]]) -> dict[str, float]:
         """Gradients and updates; returns what is not a mean over the data."""
-        train_policy = step >= self.value_warmup or "critic" not in self.models
+        train_policy = step >= self.value_warmup
         try:
             sums, tokens = accumulate(
                 self.module,
@@ -186,8 +187,7 @@ class Trainer:
             self.module, self.learner, self.objective, episodes, *place, self.callbacks.prediction_step
         )
         if self.compute_metrics is not None and episodes:
-            more = metrics.plain(self.compute_metrics(EvalPrediction(*self.predictions(distinct(episodes)))))
-            found |= {n if n.startswith("eval_") else f"eval_{n}": value for n, value in more.items()}
+            found |= metrics.computed(self.compute_metrics(EvalPrediction(*self.predictions(distinct(episodes)))))
         return found
 
     def predictions(self, episodes: list[Episode]) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -216,9 +216,9 @@ class Trainer:
         if state.best_global_step in (None, self.counters["step"]):
             return None
         best = Path(state.best_model_checkpoint)
-        if not best.is_dir():
+        if what := self.processes.from_main(lambda: fault(best)):
             self.processes.say(
-                f"WARNING: {best}, the best by {self.config.best_metric}, is gone: the last step's models stay"
+                f"WARNING: {what}. It is the best by {self.config.best_metric}; the last step's models stay"
             )
             return None
         checkpoint.load_models(best, self.learner)

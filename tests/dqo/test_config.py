@@ -111,6 +111,16 @@ def test_values_of_files_are_checked_with_their_line(tmp_path, line, message):
         load_options(["--config", yaml_file(tmp_path, line + "\n")])
 
 
+@pytest.mark.parametrize("name", ["warmup_steps", "value_warmup_steps"])
+def test_a_number_of_steps_is_a_share_or_whole(name):
+    for value in ("0.5", "3", "3.0"):
+        assert getattr(load_options([f"--{name}", value]).train, name) == float(value)
+    with pytest.raises(
+        UserError, match=f"{name} must be a share of all steps below 1, or a whole number of steps, got 1.5"
+    ):
+        load_options([f"--{name}", "1.5"])
+
+
 def test_the_budget_of_a_micro_batch_is_that_of_its_longest_responses_unless_given():
     arguments = ["--per_device_train_batch_size", "3", "--max_length", "50"]
     assert load_options(arguments).train.batch_tokens("cpu") == 150

@@ -126,6 +126,21 @@ def test_a_named_checkpoint_that_is_damaged_is_refused(data, copy):  # noqa: F81
     assert (copy / "checkpoint-21").is_dir()
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_checkpoints_behind_the_named_one_do_not_come_back(data, unbroken, copy, keep, caplog):  # noqa: F811
+    named = ["--resume_from_checkpoint", str(copy / "checkpoint-18"), "--save_total_limit", str(keep)]
+    shutil.copytree(copy / "checkpoint-21", copy / "checkpoint-24")
+    with caplog.at_level(logging.WARNING):
+        resume(data, copy, *named)
+    for step in (21, 24):
+        assert (
+            f"checkpoint-{step} is behind {copy}/checkpoint-18 and is not used: it is now {copy}/left-" in caplog.text
+        )
+        assert (copy / f"left-checkpoint-{step}").is_dir()
+    assert [path.name for path in checkpoints(copy)] == ["checkpoint-18", "checkpoint-21"][-keep:]
+    assert metrics_without_speed(copy) == metrics_without_speed(unbroken[0])
+
+
 def test_a_file_that_cannot_be_read_is_not_taken_for_damaged(copy, monkeypatch):
     def fails(path):
         raise OSError(5, "Input/output error", str(path))

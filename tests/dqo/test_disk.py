@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from dqo import cli, files, metrics
-from dqo.checkpoint import checkpoints
+from dqo import DQOConfig, DQOTrainer, cli, files, metrics
+from dqo.checkpoint import checkpoints, save_base
 from dqo.convert import convert
 from dqo.damage import check_whole
 from dqo.demo import DemoConfig, Recipe, _claim
@@ -119,6 +119,28 @@ def test_every_writer_names_its_file(name, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
     with pytest.raises(UserError, match=f"{target}.*: cannot be written: No space left on device"):
         WRITES[name](target)
+
+
+@pytest.mark.parametrize(
+    "write, file",
+    [
+        (lambda trainer, path: trainer.save_model(path / "other"), "other"),
+        (lambda trainer, path: trainer.save_model(), "out"),
+        (lambda trainer, path: trainer.save_state(), "out/trainer_state.json"),
+        (lambda trainer, path: trainer.create_model_card(), "out/README.md"),
+        (lambda trainer, path: save_base(trainer.model, path / "base", again=True), "base"),
+    ],
+)
+def test_what_a_python_caller_writes_names_its_file(data, tmp_path, monkeypatch, write, file):  # noqa: F811
+    config = DQOConfig(output_dir=str(tmp_path / "out"), method="sft")
+    trainer = DQOTrainer(str(data / "model"), config, str(data / "rollouts.jsonl"))
+    assert trainer.state.global_step == 0
+    for owner in (os, files.os):
+        monkeypatch.setattr(owner, "fsync", full)
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    monkeypatch.setattr("transformers.TrainerState.save_to_json", full)
+    with pytest.raises(UserError, match=f"{tmp_path}/{file}: cannot be written: No space left on device"):
+        write(trainer, tmp_path)
 
 
 def test_a_half_written_row_of_metrics_is_cut_off_when_the_run_goes_on(tmp_path):

@@ -11,6 +11,7 @@ from dqo.models import (
     policy_stats,
     weights_hash,
 )
+from dqo.new_model import save
 from tests.dqo.helpers import episodes, gpt2, policy, tokenizer
 
 
@@ -56,6 +57,18 @@ def test_a_directory_that_does_not_exist_is_named(tmp_path):
         load_policy(str(tmp_path / "a" / "nowhere"))
     with pytest.raises(UserError, match="nowhere"):
         load_tokenizer(str(tmp_path / "a" / "nowhere"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("way", ["emptied", "cut", "braces", "list", "zeros"])
+def test_a_damaged_file_of_a_model_is_one_line(name, way, tmp_path):
+    save(policy(), tokenizer(), tmp_path)
+    content = (tmp_path / name).read_bytes()
+    others = {"emptied": b"", "cut": content[: len(content) // 2], "braces": b"{}", "list": b"[]", "zeros": bytes(99)}
+    (tmp_path / name).write_bytes(others[way])
+    with pytest.raises(UserError, match=f"{tmp_path}"):
+        load_tokenizer(str(tmp_path))
+        load_policy(str(tmp_path))
 
 
 def test_the_character_tokenizer_round_trips(tmp_path):
