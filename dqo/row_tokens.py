@@ -205,4 +205,5 @@ def _warn(rows: list[Row], tokenizer, ends: Ends, cuts: Counter) -> None:
     unread = unread_keys(tokenizer, rows)
     if unread:
         named = ", ".join(f"{key!r} ({count:,} rows)" for key, count in unread.items())
-        logger.warning("not used: keys of messages that the chat template does not read: %s", named)
+        what = "keys of messages, tools or chat_template_kwargs that the chat template does not read"
+        logger.warning("not used: %s: %s", what, named)
