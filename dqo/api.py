@@ -25,11 +25,11 @@ from dqo.callbacks import check_callbacks, made
 from dqo.config import Options, check_values, options_of
 from dqo.errors import UserError, did_you_mean
 from dqo.files import writing
-from dqo.inputs import Given, read_tasks, shared_prompts
+from dqo.inputs import Given, check_options, read_tasks, shared_prompts
 from dqo.launcher import obey
 from dqo.metrics import read_metrics
 from dqo.prepare import evaluation_episodes
-from dqo.run_report import base_answers, finish
+from dqo.run_report import base_answers, check_tasks, finish
 from dqo.train import Trainer, begin, run_of
 
 # What users of transformers' and TRL's trainers may look for, and why it is not here.
@@ -191,6 +191,10 @@ class DQOTrainer:
         check_callbacks(self.given.callbacks, self.options.train)
         tasks = read_tasks(self.options.train.eval_tasks, self.options.train.verifier)
         base = None
+        if self._trainer is None:
+            check_options(self.options, self.given)
+        if tasks:
+            check_tasks(self.options, self.given.model, self.given.tokenizer, tasks)
         if tasks and self.given.model is not None:  # it is trained in place: its answers are wanted before
             base = base_answers(self.options, self.given.model, self.given.tokenizer, tasks)
         trainer = self._begin()

@@ -63,12 +63,14 @@ def clock_at(when: datetime.datetime | None) -> Iterator[None]:
 
 
 def unread_keys(tokenizer, rows: list[Row]) -> Counter[str]:
-    """Keys of messages that the chat template does not read, with the number of rows that have them."""
+    """Keys of messages, tools and chat_template_kwargs that the chat template does not read, with the number of rows that have
+    them."""
     source = template_text(tokenizer)
     found: Counter[str] = Counter()
     for row in rows:
         if not isinstance(row.prompt, str):
-            found.update({key for message in (*row.prompt, *row.completion) for key in message} - _PLAIN)
+            keys = {key for message in (*row.prompt, *row.completion) for key in message} - _PLAIN
+            found.update(keys | set(row.chat_template_kwargs or ()) | ({"tools"} if row.tools else set()))
     return Counter({key: count for key, count in found.items() if not _read(key, source)})
 
 

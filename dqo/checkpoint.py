@@ -31,6 +31,7 @@ from dqo.files import aside as aside_of
 from dqo.files import remove_asides, sync, write_whole, writing
 from dqo.learner import Learner
 from dqo.lora import base_state, has_adapter, merged_state, save_adapter
+from dqo.lora_options import PREFIX
 from dqo.models import load_policy
 from dqo.parallel import Processes, like, load_whole_state, whole, whole_state
 from dqo.value_models import load_critic, save_value_model
@@ -245,6 +246,8 @@ def check_same_run(checkpoint: Path, identity: dict) -> None:
     for key in sorted(saved.keys() | identity.keys()):
         old, new = saved.get(key), identity.get(key)
         if key == "options":
+            if _untold_adapter(checkpoint, old):
+                new = {name: value for name, value in new.items() if not name.startswith(PREFIX)}
             names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
             differences += [f"option {name}: {old.get(name)!r} then, {new.get(name)!r} now" for name in names]
         elif old != new:
@@ -256,6 +259,12 @@ def check_same_run(checkpoint: Path, identity: dict) -> None:
             + "\nChoose another --output_dir, or repeat "
             "the options of that run"
         )
+
+
+def _untold_adapter(checkpoint: Path, options: dict) -> bool:
+    """Whether adapters were trained there and no option says by which peft_config: so of checkpoints that are older."""
+    told = options.get("use_peft") or any(name.startswith(PREFIX) for name in options)
+    return not told and (checkpoint / "adapters.safetensors").exists()
 
 
 def claim_output(options: Options, identity: dict, processes: Processes) -> Path | None:

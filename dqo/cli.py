@@ -99,9 +99,11 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
             f"dqo-train: {options.train.method} on {options.train.dataset_name} -> {options.train.output_dir}",
             flush=True,
         )
-    from dqo.run_report import finish  # torch from here on
+    from dqo.run_report import check_tasks, finish  # torch from here on
     from dqo.train import train
 
+    if tasks:
+        check_tasks(options, None, None, tasks)
     run = train(options, rows=rows)
     processes = run.prepared.processes
     processes.leave()

@@ -13,7 +13,7 @@ from dqo.damage import STATE_FILE
 from dqo.errors import UserError
 from dqo.files import is_aside
 from dqo.lora_options import check_lora_config
-from dqo.model_objects import check_model_object
+from dqo.model_objects import check_objects
 from dqo.requirements import check_packages
 from dqo.rows import Row, check_process_reward, prompt_key, read_rows, split_by_prompt
 from dqo.rows_files import read_records
@@ -39,7 +39,8 @@ class Given:
 def check_options(options: Options, given: Given | None = None) -> None:
     """Checks across options and against the file system, before any file is read."""
     config, given = options.train, given or Given()
-    check_packages(["peft"] if config.use_peft or given.peft_config is not None else [])
+    adapters = config.use_peft or given.peft_config is not None
+    check_packages(["peft"] if adapters else [])
     if config.dataset_name is None and given.dataset is None:
         raise UserError("--dataset_name is missing: a .jsonl or .parquet file with prompt, completion, reward")
     if config.model_name_or_path is None and given.model is None:
@@ -50,9 +51,7 @@ def check_options(options: Options, given: Given | None = None) -> None:
         raise UserError("truncation bootstrap needs a value model: --method dqo --value_model separate")
     if config.ref_model_name_or_path is not None and not options.objective.needs_reference:
         raise UserError(f"method {config.method} has no reference policy; remove --ref_model_name_or_path")
-    for name, model in (("model", given.model), ("ref_model", given.ref_model)):
-        if model is not None:
-            check_model_object(name, model)
+    check_objects(given.model, given.ref_model, given.tokenizer, adapters)
     if given.peft_config is not None:
         check_lora_config(given.peft_config)
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:

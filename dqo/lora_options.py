@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -24,6 +25,7 @@ PLAIN = {
 }
 # Fields that say nothing of the training, or that the trainer sets.
 BOOKKEEPING = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode"}
+PREFIX = "peft_config."  # of its fields among the options of a run
 SAME_AS_DEFAULT = {"init_lora_weights": ("gaussian",), "task_type": ("CAUSAL_LM",)}
 
 
@@ -55,6 +57,13 @@ def check_lora_config(config: Any) -> None:
     for name, values in (("lora_alpha", [config.lora_alpha]), ("alpha_pattern", config.alpha_pattern.values())):
         if not all(math.isfinite(value) and value > 0 for value in values):
             raise UserError(f"peft_config: {name}={getattr(config, name)!r}; it must be positive and finite")
+
+
+def described(config: Any) -> dict[str, Any]:
+    """{"peft_config.r": 8, ...}: the fields that say what is trained, as JSON gives them back."""
+    values = {name: getattr(config, name) for name in sorted(PLAIN) if hasattr(config, name)}
+    values = {name: sorted(value) if isinstance(value, (set, list, tuple)) else value for name, value in values.items()}
+    return json.loads(json.dumps({f"{PREFIX}{name}": value for name, value in values.items()}, default=str))
 
 
 def _default(field: dataclasses.Field) -> Any:

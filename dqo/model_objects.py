@@ -28,6 +28,32 @@ def check_model_object(name: str, model: Any) -> None:
         raise UserError(f"{name} is quantised: {other} is not of floating point numbers{FULL}")
 
 
+def check_objects(model: Any, ref_model: Any, tokenizer: Any, adapters: bool) -> None:
+    """Refuses objects that a caller hands over, None where he does not, which cannot be trained, or not together. `adapters`:
+    whether adapters are trained."""
+    from transformers import PreTrainedTokenizerBase
+
+    for name, given in (("model", model), ("ref_model", ref_model)):
+        if given is not None:
+            check_model_object(name, given)
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        inner = isinstance(getattr(tokenizer, "tokenizer", None), PreTrainedTokenizerBase)
+        cure = "processing_class.tokenizer" if inner else "AutoTokenizer.from_pretrained(...)"
+        raise UserError(f"processing_class is a {type(tokenizer).__name__}; give a tokenizer: {cure}")
+    if model is None:
+        return
+    if not adapters and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            "no parameter of model requires a gradient, so nothing would be trained: model.requires_grad_(True), or train "
+            "adapters by use_peft"
+        )
+    if ref_model is not None and {id(p) for p in model.parameters()} & {id(p) for p in ref_model.parameters()}:
+        raise UserError(
+            "ref_model has parameters of model, which is trained in place: leave ref_model out (the reference is model as it is "
+            "before training), or give a copy"
+        )
+
+
 def check_not_quantised(path: str, config: Any) -> None:
     """Refuses a model at `path` whose configuration says that its files are quantised."""
     described = getattr(config, "quantization_config", None)

@@ -43,10 +43,19 @@ def load_tokenizer(path: str):
         raise UserError(
             f"model_name_or_path {path!r} has a damaged tokenizer ({type(error).__name__}: {error}); fetch its files again"
         ) from error
+    return _with_ends(tokenizer, f"the tokenizer of {path!r}")
+
+
+def tokenizer_of(path: str | None, given=None):
+    """The tokenizer that a Python caller gave; without one that of `path`."""
+    return load_tokenizer(path) if given is None else _with_ends(given, "processing_class")
+
+
+def _with_ends(tokenizer, name: str):
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {path!r} has no eos_token; a response could never end")
+        raise UserError(f"{name} has no eos_token; a response could never end")
     if tokenizer.pad_token_id is None:
-        logger.warning("the tokenizer of %s has no pad token: EOS pads, and masks come from lengths", path)
+        logger.warning("%s has no pad token: EOS pads, and masks come from lengths", name)
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

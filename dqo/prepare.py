@@ -26,15 +26,16 @@ from dqo.fitness import check_adapter, check_model, check_positions, check_token
 from dqo.inputs import Given, read
 from dqo.learner import Learner
 from dqo.lora import adapter_off, add_adapter, has_adapter, lora_config
+from dqo.lora_options import described
 from dqo.models import (
     architecture_hash,
     final_softcap,
     load_config,
     load_policy,
-    load_tokenizer,
     policy_stats,
     ready,
     stop_ids,
+    tokenizer_of,
     weights_hash,
 )
 from dqo.objectives import UNIT_EPISODES
@@ -125,7 +126,7 @@ def prepare(
 ) -> Prepared:
     """Tokenises the rows, loads the models and computes the reference columns."""
     config, objective = options.train, options.objective
-    tokenizer = given.tokenizer or load_tokenizer(config.model_name_or_path)
+    tokenizer = tokenizer_of(config.model_name_or_path, given.tokenizer)
     model_config = load_config(config.model_name_or_path) if given.model is None else given.model.config
     check_tokenizer(tokenizer, train_rows + held_rows, model_config)
     vocab_size = model_config.get_text_config().vocab_size
@@ -181,6 +182,8 @@ def prepare(
         "responses or pairs a step": per_step,
         "options": json.loads(json.dumps(options_that_bind)),  # as a checkpoint gives them back
     }
+    if given.peft_config is not None:
+        identity["options"] |= described(given.peft_config)
     if template_time is not None:
         identity[_TEMPLATE_TIME] = template_time.isoformat()
     identity["reference"] = identity["model"] if reference is None else weights_hash(reference)

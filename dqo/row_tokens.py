@@ -204,5 +204,6 @@ def _warn(rows: list[Row], tokenizer, ends: Ends, cuts: Counter) -> None:
         logger.warning("cut off: %s", ", ".join(f"{what} ({count:,} rows)" for what, count in cuts.items()))
     unread = unread_keys(tokenizer, rows)
     if unread:
-        named = ", ".join(f"{key!r} ({count:,} rows)" for key, count in unread.items())
-        logger.warning("not used: keys of messages that the chat template does not read: %s", named)
+        named = ", ".join(f"{key!r} ({count:,} rows)" for key, count in sorted(unread.items()))
+        what = "keys of messages, tools or chat_template_kwargs that the chat template does not read"
+        logger.warning("not used: %s: %s", what, named)

@@ -4,21 +4,55 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import logging
 
 from dqo import findings
 from dqo.config import Options, TrainConfig, command_line
+from dqo.errors import UserError
 from dqo.evaluate import Accuracy, Problem, evaluate
+from dqo.fitness import position_limit
 from dqo.metrics import peak_memory_gb
-from dqo.models import load_policy, load_tokenizer, ready
+from dqo.models import load_config, load_policy, ready, tokenizer_of
 from dqo.report import console_table, write_report
 from dqo.row_tokens import string_prompt_ids
 from dqo.train import Run
 from dqo.verifiers import graded_by
 
+logger = logging.getLogger(__name__)
+
 
 def problems_of(rows: list[dict], tokenizer, verifier: str) -> list[Problem]:
     ids = string_prompt_ids(tokenizer, [row["prompt"] for row in rows])
     return [Problem(row["prompt"], prompt, graded_by(verifier, row)) for row, prompt in zip(rows, ids)]
+
+
+def check_tasks(options: Options, model, tokenizer, tasks: list[dict]) -> None:
+    """Refuses tasks that the model could not answer, before anything is trained. `model` and `tokenizer` are those that a Python
+    caller gave; None: those of model_name_or_path.
+
+    Raises:
+        UserError: for a prompt without tokens, or one whose answer would need more positions than the model has.
+    """
+    config = options.train
+    tokenizer = tokenizer_of(config.model_name_or_path, tokenizer)
+    model_config = load_config(config.model_name_or_path) if model is None else model.config
+    lengths = [len(ids) for ids in string_prompt_ids(tokenizer, [task["prompt"] for task in tasks])]
+    limit, hard = position_limit(model_config)
+    for task, length in zip(tasks, lengths):
+        if length == 0:
+            raise UserError(f"{task['source']}: prompt has no tokens; an answer needs a state before it")
+        if hard and length + config.max_completion_length > limit:
+            left = limit - max(lengths)
+            cure = f"--max_completion_length {left}" if left > 0 else "drop the rows whose prompts are as long as that"
+            raise UserError(
+                f"{task['source']}: {length:,} tokens of prompt and {config.max_completion_length:,} of the answer "
+                f"(max_completion_length), and the model has {limit:,} positions; {cure}"
+            )
+    if tokenizer.chat_template is not None:
+        logger.warning(
+            "the tokenizer has a chat template, and the prompts of eval_tasks are strings: they are used as they are, without "
+            "it; for a chat model write them as the template does"
+        )
 
 
 def changed_options(options: Options) -> dict:
@@ -37,7 +71,7 @@ def answers(options: Options, model, tokenizer, tasks: list[dict], name: str) ->
 
 def base_answers(options: Options, model, tokenizer, tasks: list[dict]) -> Accuracy:
     """Those of a model object before it is trained in place."""
-    tokenizer = tokenizer or load_tokenizer(options.train.model_name_or_path)
+    tokenizer = tokenizer_of(options.train.model_name_or_path, tokenizer)
     return answers(options, ready(model, model.device), tokenizer, tasks, "base")
 
 

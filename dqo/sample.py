@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from tqdm import tqdm
@@ -30,6 +31,25 @@ def without_generation_config(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         inner.generation_config = own
+
+
+def _reads_padding(policy: PreTrainedModel, prompt: list[int], length: int, pad_id: int) -> bool:
+    """Whether the next token after `prompt` changes with padding before it up to `length`: some recurrences take it in."""
+    if length == len(prompt):
+        return False
+    first = GenerationConfig(
+        max_new_tokens=1, do_sample=False, pad_token_id=pad_id, output_logits=True, return_dict_in_generate=True
+    )
+    logits = []
+    for padding in (0, length - len(prompt)):
+        ids = torch.tensor([[pad_id] * padding + prompt], device=policy.device)
+        attention = torch.ones_like(ids)
+        attention[:, :padding] = 0
+        with unpacked(policy), without_generation_config(policy):
+            output = policy.generate(input_ids=ids, attention_mask=attention, generation_config=first)
+        logits.append(output.logits[0].float())
+    scale = logits[0].abs().max().clamp_min(1e-12)
+    return bool((logits[1] - logits[0]).abs().max() / scale > (1e-3 if policy.dtype == torch.float32 else 0.1))
 
 
 @torch.inference_mode()
@@ -60,12 +80,15 @@ def generate(
     generation = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=pad_id, **settings
     )
-    torch.manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     order = [i for i in order for _ in range(num_generations)]
     responses: list[list[Response]] = [[] for _ in prompts]
-    for start in tqdm(range(0, len(order), batch_size), desc=description, unit="batch", disable=quiet, leave=False):
-        indices = order[start : start + batch_size]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if order and _reads_padding(policy, prompts[order[0]], max(len(prompt) for prompt in prompts), pad_id):
+        by_length = [list(found) for _, found in groupby(order, key=lambda i: len(prompts[i]))]
+        batches = [same[i : i + batch_size] for same in by_length for i in range(0, len(same), batch_size)]
+    torch.manual_seed(seed)
+    for indices in tqdm(batches, desc=description, unit="batch", disable=quiet, leave=False):
         longest = max(len(prompts[i]) for i in indices)
         ids = torch.full((len(indices), longest), pad_id, device="cpu")
         attention = torch.zeros_like(ids)

@@ -51,12 +51,17 @@ class ValueHead(nn.Module):
 def make_value_model(kind: str, policy: PreTrainedModel, peft_config=None) -> nn.Module:
     """A value model of `kind` for `policy`, which has no adapter yet; with `peft_config` its own adapter and head are trained."""
     if kind == "head":
-        return ValueHead(policy.config.get_text_config().hidden_size).to(policy.device)
+        return ValueHead(_width(policy)).to(policy.device)
     value_model = value_model_from(policy)
     if peft_config is not None:
         add_adapter(value_model, peft_config)
         score_of(value_model).requires_grad_(True).float()
     return value_model
+
+
+def _width(policy: PreTrainedModel) -> int:
+    """Of the hidden states that the head reads; OPT's may be narrower than its layers."""
+    return policy.get_output_embeddings().weight.shape[1]
 
 
 def score_of(value_model: PreTrainedModel) -> nn.Linear:
@@ -102,6 +107,11 @@ def value_model_from(policy: PreTrainedModel) -> PreTrainedModel:
         )
     trunk.load_state_dict(own.state_dict())
     score = score_of(value_model)
+    if score.in_features != _width(policy):
+        raise UserError(
+            f"{type(policy).__name__} has hidden states of width {_width(policy)} here, and transformers' value model of it "
+            f"reads {score.in_features}; use --value_model head or --value_model none"
+        )
     nn.init.zeros_(score.weight)
     if score.bias is not None:
         nn.init.zeros_(score.bias)

@@ -8,9 +8,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification
 
 from dqo import DQOConfig, DQOTrainer
+from dqo.checkpoint import check_same_run
+from dqo.damage import write_state
 from dqo.errors import UserError
 from dqo.lora import add_adapter
-from dqo.lora_options import BOOKKEEPING, PLAIN, SAME_AS_DEFAULT, _default, check_lora_config
+from dqo.lora_options import BOOKKEEPING, PLAIN, SAME_AS_DEFAULT, _default, check_lora_config, described
 from dqo.new_model import save
 from dqo.train import Trainer
 from tests.dqo.helpers import policy, rollout_rows, tokenizer
@@ -30,6 +32,35 @@ def another(field):
     """A value that is not the default; what it means does not matter."""
     default = _default(field)
     return OTHERS.get(field.name, not default if isinstance(default, bool) else ["something"])
+
+
+@pytest.mark.parametrize(
+    "then, now, told",
+    [
+        ({"lora_alpha": 8}, {"lora_alpha": 80}, "option peft_config.lora_alpha: 8 then, 80 now"),
+        ({"r": 4}, {"r": 8}, "option peft_config.r: 4 then, 8 now"),
+        ({"target_modules": ["q_proj"]}, {}, r"option peft_config.target_modules: \['q_proj'\] then, None now"),
+        ({"r": 4}, None, "option peft_config.r: 4 then, None now"),
+        (None, {"r": 4}, "option peft_config.r: None then, 4 now"),
+    ],
+)
+def test_a_run_goes_on_with_the_same_peft_config_alone(tmp_path, then, now, told):
+    def run(fields):
+        given = None if fields is None else peft.LoraConfig(**fields)
+        args = DQOConfig(output_dir=str(tmp_path / "out"), max_steps=1, per_device_train_batch_size=4, use_cpu=True)
+        trainer = DQOTrainer(policy(), args, rollout_rows(), processing_class=tokenizer(), peft_config=given)
+        return trainer.train().global_step
+
+    run(then)
+    with pytest.raises(UserError, match=told):
+        run(now)
+    assert run(then) == 1
+
+
+def test_a_checkpoint_that_does_not_tell_its_peft_config_is_gone_on_with(tmp_path):
+    (tmp_path / "adapters.safetensors").touch()
+    write_state(tmp_path, {"identity": {"options": {"use_peft": False}}})
+    check_same_run(tmp_path, {"options": {"use_peft": False} | described(peft.LoraConfig(r=4))})
 
 
 @pytest.mark.parametrize("field", [f for f in FIELDS if f.name not in PLAIN | BOOKKEEPING], ids=lambda f: f.name)

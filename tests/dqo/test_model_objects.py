@@ -8,7 +8,7 @@ import torch
 from dqo import DQOConfig, DQOTrainer
 from dqo.config import load_options
 from dqo.errors import UserError
-from dqo.model_objects import check_model_object
+from dqo.model_objects import check_model_object, check_objects
 from dqo.train import train
 from tests.dqo.helpers import arguments, policy, rollout_rows, tokenizer
 
@@ -45,6 +45,51 @@ def test_a_quantised_model_is_refused(tmp_path, argument, quantise):
 def test_a_model_of_any_floating_dtype_passes():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         check_model_object("model", policy().to(dtype))
+
+
+def frozen():
+    model = policy().requires_grad_(False)
+    return {"model": model}
+
+
+def shared():
+    model = policy()
+    return {"model": model, "ref_model": model}
+
+
+class Processor:
+    tokenizer = tokenizer()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (frozen, "no parameter of model requires a gradient"),
+        (shared, "ref_model has parameters of model"),
+        (lambda: {"processing_class": "gpt2"}, r"processing_class is a str; give a tokenizer: AutoTokenizer"),
+        (lambda: {"processing_class": Processor()}, r"is a Processor; give a tokenizer: processing_class\.tokenizer"),
+    ],
+)
+def test_objects_that_cannot_be_trained_together_are_refused_with_the_cure(tmp_path, make, message):
+    given = {"model": policy(), "processing_class": tokenizer()} | make()
+    args = DQOConfig(output_dir=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=message):
+        DQOTrainer(args=args, train_dataset=rollout_rows(), **given).train()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_frozen_model_takes_adapters():
+    pytest.importorskip("peft")
+    check_objects(policy().requires_grad_(False), None, tokenizer(), adapters=True)
+
+
+def test_a_given_tokenizer_without_a_pad_token_pads_by_its_end(tmp_path):
+    bare = tokenizer()
+    bare.pad_token = None
+    args = DQOConfig(output_dir=str(tmp_path / "out"), max_steps=1, per_device_train_batch_size=4, use_cpu=True)
+    trainer = DQOTrainer(policy(), args, rollout_rows(), processing_class=bare)
+    assert trainer.train().global_step == 1
+    assert trainer.processing_class.pad_token_id == trainer.processing_class.eos_token_id
 
 
 @pytest.mark.parametrize("role", ["model_name_or_path", "ref_model_name_or_path"])

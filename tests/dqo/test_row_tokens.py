@@ -217,7 +217,12 @@ def test_tools_template_options_reasoning_and_calls_reach_the_template(caplog):
     assert tok.decode(e.prompt_ids) == "[plus]hush<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n"
     assert tok.decode(e.completion_ids) == "<think>\nis\n</think>\nfour\nso<call>plus<|im_end|>"
     assert tok.decode(e.completion_ids[: e.step_ends[0] + 1]).endswith("</think>\nfour\n")
-    assert "keys of messages that the chat template does not read: 'weight' (1 rows)" in caplog.text
+    assert "that the chat template does not read: 'weight' (1 rows)" in caplog.text
+    caplog.clear()
+    tok.chat_template = CHATML
+    made([{**row, "completion": answer("four\nso")}], tok, process_reward="additive")
+    assert "does not read: 'quiet' (1 rows), 'tools' (1 rows)" in caplog.text
+    tok.chat_template = REASONING
     only_call = [{"role": "assistant", "tool_calls": [call]}]
     (e,) = made([{"prompt": user("two"), "completion": only_call}], tok)
     assert tok.decode(e.completion_ids).endswith("<call>plus<|im_end|>")

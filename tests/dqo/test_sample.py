@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 from dqo.sample import generate, without_generation_config
 from tests.dqo.helpers import policy, tokenizer
@@ -21,6 +21,24 @@ def test_greedy_tokens_are_the_argmax_of_the_model_without_padding():
         for token in response.ids:
             assert token == model(torch.tensor([ids])).logits[0, -1].argmax().item()
             ids.append(token)
+
+
+def test_a_recurrence_that_takes_padding_in_is_given_none():
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "lru_width": 32,
+    }
+    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(vocab_size=20, attention_window_size=8, **sizes)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 4], [9, 3, 17]]
+    settings = {"stop_ids": [2], "pad_id": 0, "max_new_tokens": 12, "quiet": True, "temperature": 0.0}
+    assert generate(model, prompts, **settings) == [generate(model, [prompt], **settings)[0] for prompt in prompts]
 
 
 def test_every_prompt_gets_its_own_responses_whatever_the_batch_size():

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import AutoModelForTokenClassification
+from transformers import AutoModelForTokenClassification, OPTConfig, OPTForCausalLM
 
 from benchmarks.small_models import small_model
 from dqo.batches import collate
@@ -31,6 +31,27 @@ def test_a_saved_value_model_loads_in_plain_transformers(tmp_path):
     assert plain.config.num_labels == 1
     assert torch.allclose(plain.eval()(ids).logits, value_model.eval()(ids).logits, atol=1e-6)
     assert torch.equal(load_critic(tmp_path)(ids).logits, value_model(ids).logits)  # bit for bit, as resuming needs
+
+
+def narrow_opt():
+    """Hidden states that are narrower than the layers, as those of OPT 350M."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16,
+        "word_embed_proj_dim": 8,
+        "ffn_dim": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    return ready(OPTForCausalLM(OPTConfig(vocab_size=20, max_position_embeddings=32, pad_token_id=0, **sizes)), "cpu")
+
+
+def test_a_head_reads_hidden_states_of_another_width_than_the_layers():
+    model, batch = narrow_opt(), collate(episodes(4), 0)
+    values, _ = value_rows(make_value_model("head", model), batch, hidden_positions(model, batch))
+    assert values.shape == batch.actions.shape
+    with pytest.raises(UserError, match="hidden states of width 8 here.*reads 16; use --value_model head"):
+        make_value_model("separate", model)
 
 
 # Classes of which transformers has no token classification, or only within a model of several parts.
