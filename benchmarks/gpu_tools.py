@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-MAX_FAILURES = 10  # after an error of the device every later test fails too
-KEPT_LINES = 40  # of the output of what failed
+MAX_FAILURES = 25  # after an error of the device every later test fails too
+KEPT_LINES = 250  # of the output of what failed
 REFUSALS = re.compile(  # in a line of compute-sanitizer or ncu, or in one of torch under them
     r"^=.*(Device not supported|\(error 999\)|Failed to initialize|ERR_NVGPUCTRPERM|No supported GPU|not supported on)"
     r"|CUDA unknown error|CUDA error: unknown error"
@@ -118,7 +118,7 @@ def read_pytest(text: str) -> dict:
 def run_tests(seconds: float) -> dict:
     """The tests marked gpu, but for those that compile for targets that are not here: these need minutes and no GPU."""
     command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu and not aot", f"--maxfail={MAX_FAILURES}", "-rfEs"]
-    code, text = execute([*command, "--tb=short", "--color=no"], seconds)
+    code, text = execute([*command, "--tb=short", "--show-capture=no", "--color=no"], seconds)
     found = read_pytest(text)
     if code not in (0, 1) or not found or not found["passed"] + found["failed"]:
         # They could not be collected, or each was skipped: that is a matter of this installation, and no verdict on the kernels.

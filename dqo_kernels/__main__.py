@@ -20,10 +20,16 @@ def devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # imported from a directory
+        return "(not installed)"
+
+
 def describe() -> Iterator[str]:
     packages = ("dqo", "torch", "triton")
-    found = [name for name in packages if importlib.util.find_spec(name)]
-    yield ", ".join(f"{name} {importlib.metadata.version(name)}" for name in found)
+    yield ", ".join(f"{name} {_version(name)}" for name in packages if importlib.util.find_spec(name))
     if dispatch._cpu is not None:
         from dqo_kernels.cpu_threads import POOL
 

@@ -8,6 +8,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 from dqo import attention
 from dqo.batches import collate, groups_of, packed_inputs
+from dqo.learner import Learner
+from dqo.parallel import Processes
 from dqo.step import accumulate
 from tests.dqo.helpers import episodes, gradients, hidden_rows
 from tests.dqo.packing_models import WINDOW, model, objective_and_critic, packing
@@ -224,7 +226,8 @@ def test_the_kernels_themselves_on_a_gpu(monkeypatch, adapter, shape, window):
     expected = run(*(x.detach().float().requires_grad_() for x in states))  # float32: sequence by sequence
     monkeypatch.setattr(attention, "_fused", lambda *_: (adapter, None))
     for mine, wanted in zip(run(*states), expected):
-        assert (mine.float() - wanted).norm() <= 0.02 * wanted.norm()
+        # Gradients of queries and keys are 0 where a token sees itself alone: rounding is measured by what arrives.
+        assert (mine.float() - wanted).norm() <= 0.02 * max(wanted.norm(), upstream.norm())
 
 
 @pytest.mark.gpu
@@ -232,14 +235,13 @@ def test_the_kernels_themselves_on_a_gpu(monkeypatch, adapter, shape, window):
 def test_a_step_on_a_gpu_packed_and_padded(name):
     made = model(name).cuda()
     objective, critic = objective_and_critic(name, made)
-    models = [m for m in (made, critic) if m is not None]
+    learner = Learner(made, critic, bf16=True)
+    alone = Processes(0, 1, torch.device("cuda"))
 
     def gradient():
-        for m in models:
-            m.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            accumulate(made, critic, objective, groups_of(episodes(9), 1), 10_000, 0)
-        return gradients(*models)
+        learner.zero_grad(set_to_none=True)
+        accumulate(learner, learner, objective, groups_of(episodes(9), 1), 10_000, 0, alone)
+        return gradients(learner)
 
     padded = gradient()
     with torch.autocast("cuda", dtype=torch.bfloat16):

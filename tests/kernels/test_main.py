@@ -83,3 +83,11 @@ def test_forward_and_backward_are_captured_in_a_cuda_graph(backend):
     graph.replay()
     for found, expected in zip(captured, step(), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_it_describes_packages_that_are_imported_from_a_directory(monkeypatch):
+    def not_installed(name):
+        raise main_module.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(main_module.importlib.metadata, "version", not_installed)
+    assert "dqo (not installed)" in next(main_module.describe())
