@@ -24,9 +24,9 @@ from benchmarks.environment import commit
 from benchmarks.small_models import config_classes, small_model
 from dqo import DQOConfig, DQOTrainer
 from dqo.errors import UserError
-from dqo.models import load_policy
-from dqo.new_model import character_tokenizer
-from dqo.value_models import load_critic
+from dqo.models.critic import load_critic
+from dqo.models.new import character_tokenizer
+from dqo.models.policy import load_policy
 
 COLUMNS = {
     "trains": {"value_model": "none"},

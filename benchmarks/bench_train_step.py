@@ -26,15 +26,15 @@ from benchmarks import peers, trl_steps
 from benchmarks.harness import Candidate, Case, Operation, Phases
 from benchmarks.records import parametrize
 from benchmarks.units import TOKENS
-from dqo.batches import groups_of
-from dqo.episodes import Episode
-from dqo.learner import Learner
-from dqo.models import policy_stats
+from dqo.data.batches import groups_of
+from dqo.data.episodes import Episode
+from dqo.models.critic import value_model_from
+from dqo.models.policy import policy_stats
 from dqo.objectives import DPO, DQO, KTO, UNIT_EPISODES
-from dqo.parallel import Processes
-from dqo.reference import add_reference
-from dqo.step import accumulate
-from dqo.value_models import value_model_from
+from dqo.reference.columns import add_reference
+from dqo.train.learner import Learner
+from dqo.train.parallel import Processes
+from dqo.train.step import accumulate
 
 DISPATCHED = ("linear_row_loss", "soft_bellman")
 OBJECTIVES = {"dqo": DQO(), "dpo": DPO(), "kto": KTO()}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dqo.statistics import accuracy_interval, paired_test
+from dqo.stats import accuracy_interval, paired_test
 
 HERE = Path(__file__).parent
 DECODINGS = ("greedy", "sampling")

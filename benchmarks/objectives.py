@@ -17,12 +17,12 @@ import sys
 from pathlib import Path
 
 from benchmarks.methods import commit, per_problem
-from dqo import findings
-from dqo.demo import Recipe, _distinct_problems, _rng
-from dqo.demo_report import evaluate_model
-from dqo.metrics import read_metrics
-from dqo.statistics import accuracy_interval
-from dqo.tasks.arith import ArithTask
+from dqo.demo.report import evaluate_model
+from dqo.demo.run import Recipe, _distinct_problems, _rng
+from dqo.grading.arith import ArithTask
+from dqo.report import findings
+from dqo.stats import accuracy_interval
+from dqo.train.metrics import read_metrics
 
 HERE = Path(__file__).parent
 RECIPE = Recipe()

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from dqo import optim
-from dqo.config import options_of
-from dqo.inputs import Given
-from dqo.learner import Learner
-from dqo.new_model import character_tokenizer, new_llama
-from dqo.tasks.arith import VOCABULARY, ArithTask
-from dqo.train import begin
+from dqo.config.options import options_of
+from dqo.grading.arith import VOCABULARY, ArithTask
+from dqo.models.new import character_tokenizer, new_llama
+from dqo.train import optim
+from dqo.train.inputs import Given
+from dqo.train.learner import Learner
+from dqo.train.loop import begin
 
 MODELS = {
     "64 wide, 2 layers, 256 responses": ({"hidden_size": 64, "layers": 2, "heads": 4, "intermediate_size": 128}, 256),

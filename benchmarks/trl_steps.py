@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dqo.batches import collate
-from dqo.episodes import Episode
+from dqo.data.batches import collate
+from dqo.data.episodes import Episode
 from dqo.objectives import DPO, KTO
 
 

@@ -20,17 +20,17 @@ import transformers
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from dqo import checkpoint, hub
-from dqo.callbacks import check_callbacks, made
-from dqo.config import Options, check_values, options_of
+from dqo.config.launcher import obey
+from dqo.config.options import Options, check_values, options_of
 from dqo.errors import UserError, did_you_mean
 from dqo.files import writing
-from dqo.inputs import Given, check_options, read_tasks, shared_prompts
-from dqo.launcher import obey
-from dqo.metrics import read_metrics
-from dqo.prepare import evaluation_episodes
-from dqo.run_report import base_answers, check_tasks, finish
-from dqo.train import Trainer, begin, run_of
+from dqo.report.run import base_answers, check_tasks, finish
+from dqo.train import checkpoint, hub
+from dqo.train.callbacks import check_callbacks, made
+from dqo.train.inputs import Given, check_options, read_tasks, shared_prompts
+from dqo.train.loop import Trainer, begin, run_of
+from dqo.train.metrics import read_metrics
+from dqo.train.prepare import evaluation_episodes
 
 # What users of transformers' and TRL's trainers may look for, and why it is not here.
 ABSENT = {

@@ -8,10 +8,33 @@ import re
 import secrets
 import shutil
 import time
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 from dqo.errors import UserError
+
+LONGEST_NAME, LONGEST_PART = 4095, 255  # bytes of a path, and of a name between two slashes, on Linux
+
+
+def name_problem(text: str) -> str | None:
+    """Why a file system, or a message, cannot hold this name; None when they can."""
+    if not text:
+        return "is empty"
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return f"is not valid UTF-8: {ascii(text)[:60]}"
+    bad = next((c for c in text if unicodedata.category(c) in ("Cc", "Zl", "Zp")), None)
+    if bad is not None:
+        return f"has the control character {bad!r} at character {text.index(bad) + 1}"
+    longest = max(len(part.encode()) for part in text.split("/"))
+    if size > LONGEST_NAME or longest > LONGEST_PART:
+        return (
+            f"has {size:,} bytes, {longest:,} between two slashes; names have at most {LONGEST_NAME:,} and {LONGEST_PART}: "
+            f"{text[:40]} ..."
+        )
+    return None
 
 
 def sync(path: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dqo.config import load_options
-from dqo.train import train
+from dqo.config.options import load_options
+from dqo.train.loop import train
 from tests.dqo.conftest import files  # noqa: F401
 from tests.dqo.helpers import arguments
 

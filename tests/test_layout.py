@@ -1,82 +1,19 @@
 """The house: imports point one way, files are short, operations and objectives have their files."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from dqo.objectives import OBJECTIVES
 from dqo_kernels import dispatch
+from tests import folders
+from tests.folders import imports_of
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("dqo/**/*.py"), *ROOT.glob("dqo_kernels/**/*.py")])
-
-# A file imports from lower levels only. Within a level no file imports another.
-LEVELS = [
-    {
-        "command_options",
-        "errors",
-        "math_worker",
-        "objectives.dpo",
-        "objectives.dqo",
-        "objectives.dro",
-        "objectives.oreo",
-        "objectives.rft",
-        "objectives.sft",
-        "objectives.sums",
-        "report_plots",
-        "rows_hints",
-        "signals",
-        "statistics",
-        "tasks.arith",
-        "terms",
-        "verify",
-        "watch",
-    },
-    {
-        "adapters",
-        "answers",
-        "architecture",
-        "cli",
-        "damage",
-        "ends",
-        "files",
-        "lora_options",
-        "model_objects",
-        "objectives.kto",
-        "option_values",
-        "requirements",
-        "rows_formats",
-    },
-    {
-        "__main__",
-        "ids",
-        "lora",
-        "math_grader",
-        "new_model",
-        "objectives",
-        "option_files",
-        "reference_cache",
-        "report",
-        "rows_checks",
-        "rows_files",
-    },
-    {"config", "rows", "verifiers"},
-    {"chat", "convert_source", "demo", "hub", "launcher", "rows_warnings"},
-    {"convert_forms", "convert_gsm8k", "convert_steps", "inputs", "parallel", "row_tokens"},
-    {"callback_args", "convert", "episodes", "optim", "trackers"},
-    {"batches", "check_view"},
-    {"attention", "check", "metrics", "models", "reference", "router"},
-    {"fitness", "sample", "value_models"},
-    {"evaluate", "learner"},
-    {"callbacks", "checkpoint", "step"},
-    {"held_out", "prepare", "recorder"},
-    {"train"},
-    {"findings"},
-    {"demo_report", "run_report"},
-    {"api"},
-]
-LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 KERNEL_LEVELS = [
     {
@@ -103,45 +40,41 @@ KERNEL_LEVELS = [
 KERNEL_LEVEL = {name: level for level, names in enumerate(KERNEL_LEVELS) for name in names}
 
 
-def module_of(path: Path) -> str:
-    parts = path.relative_to(ROOT / "dqo").with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def test_folders_import_in_the_order_in_which_data_flows():
+    for module, imported in folders.module_graph().items():
+        for name in imported - {"dqo"}:
+            above, below = (folders.folder_of(x) for x in (module, name))
+            assert folders.GROUP[below] <= folders.GROUP[above], f"{module} imports {name}"
 
 
-def imports_of(path: Path, top_level_only: bool) -> set[str]:
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
-    found = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+def test_no_import_goes_in_a_circle():
+    assert folders.circle(folders.folder_graph()) == []
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("dqo/**/*.py")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_trainer_imports_from_lower_levels_only(path):
-    module = module_of(path)
-    if module in ("", "tasks"):
-        return
-    assert module in LEVEL, f"{module} has no level; place it in LEVELS"
-    for name in imports_of(path, top_level_only=True):
-        imported = name.removeprefix("dqo.")
-        if name.startswith("dqo.") and imported in LEVEL and imported != module:
-            assert LEVEL[imported] < LEVEL[module], f"{module} imports {imported}"
+def test_the_search_for_circles_finds_one():
+    assert folders.circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
+
+
+def test_no_file_has_the_name_of_a_module_of_the_standard_library():
+    for path in SOURCES:
+        assert path.stem.startswith("__") or path.stem not in sys.stdlib_module_names, path
+
+
+def test_every_folder_says_what_lives_in_it():
+    for path in ROOT.glob("dqo/*/__init__.py"):
+        text = ast.get_docstring(ast.parse(path.read_text()))
+        assert text and len(text.splitlines()) <= 4 or path.parent.name == "objectives", path
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("dqo_kernels/**/*.py")), ids=lambda p: p.name)
 def test_the_kernels_do_not_know_the_trainer(path):
-    assert not any(name == "dqo" or name.startswith("dqo.") for name in imports_of(path, top_level_only=False))
+    assert not any(name == "dqo" or name.startswith("dqo.") for name in imports_of(path))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("dqo_kernels/[a-z]*.py")), ids=lambda p: p.name)
 def test_the_kernels_import_from_lower_levels_only(path):
     assert path.stem in KERNEL_LEVEL, f"{path.stem} has no level; place it in KERNEL_LEVELS"
-    for name in imports_of(path, top_level_only=False):
+    for name in imports_of(path):
         imported = name.removeprefix("dqo_kernels.")
         if name.startswith("dqo_kernels.") and imported in KERNEL_LEVEL:
             assert KERNEL_LEVEL[imported] < KERNEL_LEVEL[path.stem], f"{path.stem} imports {imported}"
@@ -172,7 +105,7 @@ def test_every_objective_is_one_file_and_one_test():
         assert any(name in path.stem for path in (ROOT / "tests" / "dqo" / "objectives").glob("test_*.py"))
 
 
-def test_no_file_that_is_read_before_the_options_imports_torch():
-    for name in ("cli", "config", "rows", "verify", "convert", "check", "demo", "errors", "requirements", "inputs"):
-        imported = imports_of(ROOT / "dqo" / f"{name}.py", top_level_only=True)
-        assert not imported & {"torch", "transformers", "dqo_kernels"}, name
+def test_nothing_that_is_imported_before_the_options_are_checked_imports_torch():
+    code = "import sys, dqo.commands.cli, dqo.commands.check, dqo.convert.entry, dqo.data.rows, dqo.demo.run, dqo.train.inputs\n"
+    code += "sys.exit(bool({'torch', 'transformers', 'dqo_kernels'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

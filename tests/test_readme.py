@@ -70,14 +70,14 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("command", [c for c in commands() if "dqo-train --" in c or "dqo.train --" in c])
 def test_every_training_command_resolves(command):
-    from dqo.config import load_options
+    from dqo.config.options import load_options
 
     load_options(re.split(r"dqo.train ", command)[1].split())
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("dqo ")])
 def test_every_other_command_exists_with_its_flags(command, capsys):
-    from dqo.cli import COMMANDS
+    from dqo.commands.cli import COMMANDS
 
     _, name, *arguments = command.split()
     with pytest.raises(SystemExit):
@@ -96,7 +96,7 @@ def test_the_two_commands_are_what_ci_runs():
 def test_the_row_of_the_data_format_is_one():
     import json
 
-    from dqo.rows import read_rows
+    from dqo.data.rows import read_rows
 
     (row,) = read_rows([json.loads(block) for block in blocks("json")])
     assert row.label is True

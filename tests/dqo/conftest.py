@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dqo.new_model import save
+from dqo.models.new import save
 from tests.dqo.helpers import policy, rollout_rows, tokenizer
 
 

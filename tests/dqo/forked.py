@@ -40,9 +40,9 @@ def die() -> None:
 
 def train_with(options: list[str], place: Callable[[Path], None] | None = None) -> None:
     """`dqo train` with `options`; `place(output_dir)` arranges the end of the process at some moment."""
-    from dqo import reference
-    from dqo.config import load_options
-    from dqo.train import train
+    from dqo.config.options import load_options
+    from dqo.reference import columns as reference
+    from dqo.train.loop import train
 
     reference.FLUSH_TOKENS = 1  # a segment a batch, so that there are moments between them
     loaded = load_options(options)

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dqo.episodes import Episode
-from dqo.models import hidden_positions
-from dqo.new_model import character_tokenizer, new_llama
-from dqo.tasks.arith import VOCABULARY, ArithTask
+from dqo.data.episodes import Episode
+from dqo.grading.arith import VOCABULARY, ArithTask
+from dqo.models.new import character_tokenizer, new_llama
+from dqo.models.policy import hidden_positions
 
 TASK = ArithTask(2, 4)
 

@@ -7,9 +7,9 @@ import copy
 import torch
 import transformers
 
-from dqo import attention
+from dqo.models import attention
+from dqo.models.critic import value_model_from
 from dqo.objectives import DQO, UNIT_EPISODES
-from dqo.value_models import value_model_from
 
 SIZES = {
     "vocab_size": 20,

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from dqo.data.rows import read_rows
 from dqo.errors import UserError
-from dqo.rows import read_rows
 
 GOOD = {"prompt": "2+3*4=", "completion": "3*4=12\n2+12=14\n#14", "reward": 1.0}
 OTHER = {"prompt": "1+1=", "completion": "#3", "reward": 0.0}

@@ -6,7 +6,8 @@ accelerate launch --multi_gpu --num_processes 2 -m tests.dqo.run_signalled --dat
 import os
 import signal
 
-from dqo import cli, train
+from dqo.commands import cli
+from dqo.train import loop as train
 
 calls = []
 accumulate = train.accumulate

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCal
 
 from dqo import DQOConfig, DQOTrainer
 from dqo.api import ABSENT
-from dqo.config import load_options
+from dqo.config.options import load_options
+from dqo.data.rows import read_rows
 from dqo.errors import UserError
-from dqo.rows import read_rows
-from dqo.train import train
+from dqo.train.loop import train
 from tests.dqo.helpers import arguments, policy, rollout_rows, tokenizer
 
 SHORT = {"max_steps": 4, "logging_steps": 2, "learning_rate": 1e-3, "critic_learning_rate": 1e-2, "eval_fraction": 0.2}
@@ -82,8 +82,8 @@ def test_other_rows_are_evaluated_as_if_they_had_been_held_out(files):
 
 @pytest.mark.parametrize("method", ["dqo", "dpo", "sft"])
 def test_predict_gives_what_the_models_say_of_each_row(files, method):
-    from dqo.batches import collate
-    from dqo.models import policy_stats
+    from dqo.data.batches import collate
+    from dqo.models.policy import policy_stats
 
     other = unseen(files)
     trainer = DQOTrainer(
@@ -154,7 +154,7 @@ def test_compute_metrics_gets_predictions_and_its_numbers_are_logged(files):
 def test_tasks_are_answered_and_reported_as_by_the_command(files, as_object, capsys):
     import sys
 
-    from dqo.cli import train_command
+    from dqo.commands.cli import train_command
 
     tasks = [{"prompt": row["prompt"], "answer": row["completion"][-1]} for row in unseen(files)[:3]]
     (files / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))

@@ -3,10 +3,10 @@ import logging
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dqo.cli import _Formatter
+from dqo.commands.cli import _Formatter
+from dqo.data.rows import read_rows
 from dqo.errors import UserError, printable
-from dqo.report import write_report
-from dqo.rows import read_rows
+from dqo.report.page import write_report
 from tests.dqo.row_cases import refusal
 
 ESCAPE = "\x1b]0;owned\x07\x9b2J\r"

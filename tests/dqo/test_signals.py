@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from dqo import cli, held_out, reference, signals, train
+from dqo import signals
 from dqo.api import DQOConfig, DQOTrainer
-from dqo.checkpoint import checkpoints, read_state
+from dqo.commands import cli
+from dqo.reference import columns as reference
+from dqo.train import held_out
+from dqo.train import loop as train
+from dqo.train.checkpoint import checkpoints, read_state
 from tests.dqo import forked
-from tests.dqo.test_kill import arguments, assert_same_run, data, finish, unbroken  # noqa: F401
+from tests.dqo.train.test_kill import arguments, assert_same_run, data, finish, unbroken  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +50,7 @@ def at_call(count, owner, name, send):
 
 
 def while_rows_are_read(send):
-    from dqo import inputs
+    from dqo.train import inputs
 
     at_call(1, inputs, "read_rows", send)
 
@@ -127,7 +131,9 @@ def test_a_run_that_is_told_to_end_ends_in_order_and_goes_on(data, unbroken, pla
 
 
 @pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
-@pytest.mark.parametrize("entry", ["from dqo.cli import train_main as main", "from dqo.cli import main"])
+@pytest.mark.parametrize(
+    "entry", ["from dqo.commands.cli import train_main as main", "from dqo.commands.cli import main"]
+)
 def test_during_imports_there_is_a_line_and_no_traceback(number, entry, tmp_path):
     (tmp_path / "rows.jsonl").write_text(
         '{"prompt": "1", "completion": "2", "reward": 1.0}\n{"prompt": "1", "completion": "3", "reward": 0}'

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from dqo import metrics as finished
 from dqo.objectives import DQO
+from dqo.train import metrics as finished
 from dqo_kernels import TokenStats
 from tests.dqo.objectives.packed import differences, random_case
 

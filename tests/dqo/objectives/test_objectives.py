@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
-from dqo.config import load_options
+from dqo.config.options import load_options
 from dqo.errors import UserError
-from dqo.inputs import load_rows
 from dqo.objectives import DQO, OBJECTIVES, OREO, UNIT_EPISODES
+from dqo.train.inputs import load_rows
 from dqo_kernels import TokenStats, linear_row_loss, linear_token_stats
 from tests.dqo.helpers import episodes
 from tests.dqo.objectives.packed import VOCAB, random_case

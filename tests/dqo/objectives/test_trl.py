@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import trl_steps
-from dqo.batches import collate
+from dqo.data.batches import collate
 from dqo.objectives import DPO, KTO
 from dqo_kernels import token_stats
 from tests.dqo.helpers import episodes

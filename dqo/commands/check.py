@@ -1,0 +1,257 @@
+"""Rollout files, looked at before training: the same checks, what the rows hold, and what a model's tokenizer makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from tyro.conf import Positional
+
+from dqo.commands.check_view import view
+from dqo.data.advice import row_warnings
+from dqo.data.episodes import Episode, make_episodes
+from dqo.data.rows import Row, check_process_reward, duplicate_count, prompt_key, read_rows
+from dqo.errors import UserError, printable
+from dqo.objectives import OBJECTIVES
+
+_BAR = 40  # characters of the longest bar
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Check rollout files and show what training will see of them; exits with 2 when they do not fit.
+
+    Options mean what they mean in `dqo train`. Without a model the rows alone are checked."""
+
+    data: Positional[tuple[str, ...]]
+    """Rollout files, folders of saved data sets, or names on the Hugging Face hub."""
+    model_name_or_path: str | None = None
+    """Model whose tokenizer places the rows on tokens."""
+    rows: int = 3
+    """Rows shown on their tokens, from all over the file."""
+    max_length: int = 1024
+    """Tokens of prompt and completion."""
+    allow_truncation: bool = False
+    """Cut longer rows at max_length instead of refusing them."""
+    truncation: Literal["terminal", "bootstrap", "drop"] = "terminal"
+    """Responses that did not end: paid as they are, bootstrapped, or dropped."""
+    process_reward: Literal["none", "additive", "potential"] | None = None
+    """What step_rewards do."""
+    process_coef: float = 1.0
+    """Factor of the step rewards or potentials."""
+    gamma: float = 1.0
+    """Discount, for potentials."""
+    reward_scale: float = 1.0
+    """Outcome reward = reward_scale * reward + reward_shift."""
+    reward_shift: float = 0.0
+    """See reward_scale."""
+    reward_threshold: float = 0.5
+    """A response without label counts as correct above this reward."""
+    skip_bad_rows: bool = False
+    """Leave out rows that fail the checks, and say how many."""
+    method: Literal["dqo", "sft", "rft", "dpo", "kto", "dro", "oreo"] | None = None
+    """Warn of what this objective would make of the rows; None: of what any may."""
+    beta: float | None = None
+    """KL temperature of the method; None: its default."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        """(field, what is wrong) of every value out of range."""
+        found = [
+            (name, f"must be at least {least}, got {getattr(self, name)}")
+            for name, least in (("rows", 0), ("max_length", 1))
+            if getattr(self, name) < least
+        ]
+        if self.beta is not None and self.beta <= 0:
+            found.append(("beta", f"must be positive, got {self.beta}"))
+        return found if 0 <= self.gamma <= 1 else [*found, ("gamma", f"must be in [0, 1], got {self.gamma}")]
+
+
+def check(config: CheckConfig) -> None:
+    """Prints what the files hold.
+
+    Raises:
+        UserError: what training would raise for the first file that does not fit.
+    """
+    if not config.data:
+        raise UserError("no file to check; give one or more: dqo check rollouts.jsonl")
+    objective = _objective(config)
+    prompts: dict[str, set[str]] = {}
+    for path in config.data:
+        rows = read_rows(path, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold)
+        _table(path, summary(rows))
+        _warn(row_warnings(rows, config, objective))
+        if config.process_reward is None and any(row.step_rewards is not None for row in rows):
+            _warn(
+                [
+                    "there are step_rewards: training wants to know what they do, --process_reward additive, potential or none"
+                ]
+            )
+        else:
+            check_process_reward(rows, path, config.process_reward)
+        if config.model_name_or_path is not None:
+            _on_tokens(rows, config)
+        for other, keys in prompts.items():
+            shared = len(keys & {prompt_key(row) for row in rows})
+            _warn(
+                [f"{shared:,} prompts are in {other} too: training refuses held-out rows of its own prompts"]
+                * bool(shared)
+            )
+        prompts[path] = {prompt_key(row) for row in rows}
+
+
+def _objective(config: CheckConfig) -> Any:
+    if config.method is None:
+        if config.beta is not None:
+            raise UserError("--beta is an option of a method; give --method too")
+        return None
+    made = OBJECTIVES[config.method]
+    if config.beta is None:
+        return made()
+    if "beta" not in {f.name for f in dataclasses.fields(made)}:
+        raise UserError(f"method {config.method} has no beta; remove --beta")
+    objective = made(beta=config.beta)
+    for name, what in objective.problems():
+        raise UserError(f"{name} {what}")
+    return objective
+
+
+def summary(rows: list[Row]) -> dict[str, str]:
+    """What rows hold, without a tokenizer; name -> text."""
+    rewards = Counter(row.reward for row in rows)
+    by_prompt = _rewards_by_prompt(rows)
+    mixed = sum(len(found) > 1 for found in by_prompt.values())
+    ends = Counter(row.finish_reason or "not given" for row in rows)
+    right = sum(row.label for row in rows)
+    found = {
+        "rows": f"{len(rows):,} of {len(by_prompt):,} prompts",
+        "correct": f"{right / len(rows):.1%} ({right:,})",
+        "rewards": _mix(rewards),
+        "mixed prompts": f"{mixed:,} of {len(by_prompt):,} have responses with different rewards",
+        "finish_reason": ", ".join(f"{name} {count:,}" for name, count in ends.most_common()),
+        "duplicates": f"{duplicate_count(rows):,}",
+    }
+    stepped = [row for row in rows if row.steps is not None]
+    if stepped:
+        paid = [reward for row in stepped for reward in row.step_rewards or ()]
+        found["steps"] = f"{_range(len(row.steps) for row in stepped)} a row, in {len(stepped):,} rows"
+        if paid:
+            found["step rewards"] = f"{_mix(Counter(paid))}; mean {statistics.fmean(paid):.3g}"
+    optional = ("completion_ids", "logprobs", "answer", "prompt_id", "sampling")
+    present = {name: sum(getattr(row, name) is not None for row in rows) for name in optional}
+    found["other fields"] = ", ".join(f"{name} {count:,}" for name, count in present.items() if count) or "none"
+    return found
+
+
+def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
+    from dqo.data.ends import ends_of
+    from dqo.models.fitness import check_positions, check_tokenizer  # imports torch
+    from dqo.models.policy import load_config, load_tokenizer, stop_ids
+
+    tokenizer, model_config = load_tokenizer(config.model_name_or_path), load_config(config.model_name_or_path)
+    check_tokenizer(tokenizer, rows, model_config)
+    stops = stop_ids(config.model_name_or_path)
+    ends = ends_of(tokenizer, stops, messages=not isinstance(rows[0].prompt, str))
+
+    def made(max_length: int) -> list[Episode]:
+        return make_episodes(
+            rows,
+            tokenizer,
+            vocab_size=model_config.get_text_config().vocab_size,
+            max_length=max_length,
+            stop_ids=stops,
+            skip_bad_rows=config.skip_bad_rows,
+            process_reward=config.process_reward or "none",
+            process_coef=config.process_coef,
+            gamma=config.gamma,
+            truncation=config.truncation,
+            allow_truncation=config.allow_truncation,
+            reward_scale=config.reward_scale,
+            reward_shift=config.reward_shift,
+        )
+
+    episodes = made(sys.maxsize)
+    lengths = [episode.length for episode in episodes]
+    over = sum(length > config.max_length for length in lengths)
+    _table(
+        f"tokens of {config.model_name_or_path}",
+        {
+            "prompts": _range(len(episode.prompt_ids) for episode in episodes),
+            "responses": _range(len(episode.completion_ids) for episode in episodes),
+            "together": f"{_range(lengths)}; {sum(lengths):,} in all",
+            "end": _ends_text(tokenizer, ends),
+            "over max_length": f"{over / len(lengths):.1%} ({over:,}) have more than {config.max_length:,}",
+        },
+    )
+    print(histogram(lengths))
+    if tokenizer.chat_template is not None and isinstance(rows[0].prompt, str):
+        _warn(
+            [
+                "the tokenizer has a chat template, and the prompts are strings: they are used as they are, without it. For a "
+                "chat model give messages (dqo convert --messages)"
+            ]
+        )
+    if over:  # refused, or cut
+        episodes = made(config.max_length)
+    check_positions(model_config, episodes)
+    shown = sorted({round(i) for i in np.linspace(0, len(episodes) - 1, min(config.rows, len(episodes)))})
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for i in shown:
+        print(f"\n{view(episodes[i], tokenizer, colour)}")
+
+
+def _ends_text(tokenizer, ends: Any) -> str:
+    def named(token: int) -> str:
+        return f"{tokenizer.convert_ids_to_tokens(token)} ({token})"
+
+    others = ", ".join(named(token) for token in sorted(ends.stops - {ends.trained}))
+    return f"{named(ends.trained)} is trained" + (f"; {others} ends a response too" if others else "")
+
+
+def histogram(lengths: list[int], bins: int = 10) -> str:
+    """Bars of counts in ranges of equal width, the last one with the longest."""
+    width = max(1, -(-max(lengths) // bins))
+    counts = Counter((length - 1) // width for length in lengths)
+    lines = []
+    for i in range(max(counts) + 1):
+        bar = "#" * -(-_BAR * counts[i] // max(counts.values()))
+        lines.append(f"{f'{i * width + 1:,}-{(i + 1) * width:,}':>20}  {bar} {counts[i]:,}".rstrip())
+    return "\n".join(lines)
+
+
+def _rewards_by_prompt(rows: list[Row]) -> dict[str, set[float]]:
+    found = defaultdict(set)
+    for row in rows:
+        found[prompt_key(row)].add(row.reward)
+    return found
+
+
+def _mix(values: Counter) -> str:
+    """Each value with its count, or the range when there are many."""
+    if len(values) <= 6:
+        return ", ".join(f"{value:g} x {count:,}" for value, count in sorted(values.items()))
+    return f"{len(values):,} values, {_range(values.elements())}"
+
+
+def _range(values: Iterable[float]) -> str:
+    values = sorted(values)
+    if values[0] == values[-1]:
+        return f"{values[0]:,g}"
+    return f"{values[0]:,g} to {values[-1]:,g} (median {statistics.median(values):,g})"
+
+
+def _table(title: str, rows: dict[str, str]) -> None:
+    print(f"{printable(title)}:")
+    for name, text in rows.items():
+        print(f"{printable(name):>20}  {printable(text)}")
+
+
+def _warn(messages: list[str]) -> None:
+    for message in messages:
+        print(f"{'warning':>20}  {printable(message)}")

@@ -1,0 +1,71 @@
+"""A response on its tokens, as training sees it: for a terminal with colours, or as plain text.
+
+The prompt is dim, tokens of the response alternate in colour (plain: "│" between them), "║" ends a step, "{+0.5}" is what the
+token before it is paid, a line break is shown as \\n too, control characters as \\x1b. Long prompts and responses are cut in the
+middle.
+"""
+
+from __future__ import annotations
+
+from dqo.data.episodes import Episode
+from dqo.errors import printable
+
+_PROMPT, _HEAD, _TAIL = 60, 140, 60  # tokens shown: the prompt's last, the response's first and last
+_DIM, _STEP, _PAID, _FINED, _OFF = "\x1b[2m", "\x1b[33;1m", "\x1b[32;1m", "\x1b[31;1m", "\x1b[0m"
+_TOKENS = ("\x1b[36m", "\x1b[34m")
+_EOS = "\x1b[7m"
+
+
+def view(episode: Episode, tokenizer, colour: bool) -> str:
+    """The prompt's end, and the response with step ends and the reward of every token that has one."""
+    paint = _painted if colour else _plain
+    ids, count = episode.completion_ids, len(episode.completion_ids)
+    texts = [printable(text) for text in token_texts(tokenizer, ids)]
+    ended = episode.ended
+    ends = set(episode.step_ends)
+    parts = []
+    for i, text in enumerate(texts):
+        if count > _HEAD + _TAIL and _HEAD <= i < count - _TAIL:
+            if i == _HEAD:
+                hidden = episode.rewards[_HEAD : count - _TAIL].sum()
+                parts.append(f"\n... {count - _HEAD - _TAIL:,} tokens, paid {hidden:+.4g} ...\n")
+            continue
+        style = _EOS if ended and i == count - 1 else _TOKENS[i % 2]
+        separator = "│" if not colour and i + 1 < count and i not in ends else ""
+        reward = episode.rewards[i]
+        line_ends = text.endswith("\n")  # what the token is paid stands on its own line
+        parts += [
+            paint(text.removesuffix("\n").replace("\n", "\\n\n") + "\\n" * line_ends, style),
+            paint(f"{{{reward:+.4g}}}", _PAID if reward > 0 else _FINED) if reward else "",
+            paint("║", _STEP) if i in ends else separator,
+            "\n" * line_ends,
+        ]
+    before = episode.prompt_ids[-_PROMPT:]
+    cut = "... " if len(before) < len(episode.prompt_ids) else ""
+    prompt = paint(cut + printable("".join(token_texts(tokenizer, before))), _DIM)
+    last = "EOS" if ids[-1] == tokenizer.eos_token_id else texts[-1]
+    end = f"ends in {last}" if ended else "does not end" + ("" if episode.terminated else ", bootstrapped")
+    header = (
+        f"{printable(episode.source)}: {'right' if episode.label else 'wrong'}, reward {episode.reward:g}, "
+        f"{len(episode.prompt_ids):,} + {count:,} tokens, {end}; tokens are paid {episode.rewards.sum():+.4g} together"
+    )
+    return f"{header}\n[prompt] {prompt}\n[response] {''.join(parts)}"
+
+
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
+    """The text that each token adds to the one before it: alone, some tokenizers' tokens lose their leading space."""
+    texts = []
+    for i, token in enumerate(ids):
+        before = tokenizer.decode(ids[i - 1 : i]) if i else ""
+        both = tokenizer.decode(ids[max(i - 1, 0) : i + 1])
+        texts.append(both[len(before) :] if both.startswith(before) else tokenizer.decode([token]))
+    return texts
+
+
+def _painted(text: str, style: str) -> str:
+    # line by line, so that a pager or a cut line leaves no colour behind
+    return "\n".join(f"{style}{line}{_OFF}" if line else "" for line in text.split("\n"))
+
+
+def _plain(text: str, style: str) -> str:
+    return text

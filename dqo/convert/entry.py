@@ -1,0 +1,103 @@
+"""Published data -> rollout files. Each format is a function from a source to rows, in convert_*.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dqo.convert.forms import (
+    convert_open_r1,
+    convert_oreo,
+    convert_trl_kto,
+    convert_trl_preference,
+    convert_trl_stepwise,
+    convert_verl,
+)
+from dqo.convert.gsm8k import convert_gsm8k_solutions, without_annotations
+from dqo.convert.source import Converted
+from dqo.convert.steps import convert_math_aps, convert_math_shepherd, convert_prm800k
+from dqo.data.rows import Row, prompt_key, read_rows, write_rows
+from dqo.errors import UserError, did_you_mean
+
+FORMATS: dict[str, Callable[..., Converted]] = {
+    "gsm8k-solutions": convert_gsm8k_solutions,
+    "prm800k": convert_prm800k,
+    "math-shepherd": convert_math_shepherd,
+    "math-aps": convert_math_aps,
+    "trl-preference": convert_trl_preference,
+    "trl-kto": convert_trl_kto,
+    "trl-stepwise": convert_trl_stepwise,
+    "oreo": convert_oreo,
+    "open-r1": convert_open_r1,
+    "verl": convert_verl,
+}
+
+
+def convert(
+    format: str,
+    source: str | Path,
+    destination: str | Path,
+    *,
+    messages: bool = False,
+    keep_annotations: bool = True,
+    step_penalty: float | None = None,
+) -> dict[str, Any]:
+    """Converts a source of one of FORMATS and writes its rows as JSON Lines.
+
+    Args:
+        source: a .jsonl or .parquet file, a saved data set, or the name of one on the Hugging Face hub.
+        messages: write prompts and completions as messages, for models with a chat template.
+        keep_annotations: False removes <<expression=value>> from completions, after judging the steps by it.
+        step_penalty: of gsm8k-solutions alone; None is its default.
+
+    Returns:
+        What `summary` says of the rows, and the format's own counts.
+    """
+    if format not in FORMATS:
+        raise UserError(f"unknown format {format!r}; known: {', '.join(FORMATS)}.{did_you_mean(format, FORMATS)}")
+    if step_penalty is not None and format != "gsm8k-solutions":
+        raise UserError(f"step_penalty is an option of gsm8k-solutions; {format} has step rewards of its own, or none")
+    options = {} if step_penalty is None else {"step_penalty": step_penalty}
+    rows, counts = FORMATS[format](source, **options)
+    if not rows:
+        raise UserError(f"{source}: no response is left to write")
+    rows = read_rows(rows)  # the checks of training, which name the source's line
+    if not keep_annotations:
+        if any(row.completion_ids for row in rows):
+            raise UserError(f"{source}: has completion_ids, which annotations cannot be taken out of; keep them")
+        rows = [without_annotations(row) if isinstance(row.completion, str) else row for row in rows]
+    if messages:
+        rows = [as_messages(row) for row in rows]
+    write_rows(destination, rows)
+    return summary(rows) | counts
+
+
+def as_messages(row: Row) -> Row:
+    """The row with a user's and an assistant's message instead of strings; spans count characters of the content."""
+    if not isinstance(row.prompt, str):
+        return row
+    prompt = [{"role": "user", "content": row.prompt.strip()}]
+    return dataclasses.replace(row, prompt=prompt, completion=[{"role": "assistant", "content": row.completion}])
+
+
+def summary(rows: list[Row]) -> dict[str, Any]:
+    """Counts of any rows: how many, how they end, how many are right, their steps."""
+    rewards: dict[str, set[float]] = {}
+    for row in rows:
+        rewards.setdefault(prompt_key(row), set()).add(row.reward)
+    found: dict[str, Any] = {
+        "rows": len(rows),
+        "problems": len(rewards),
+        "problems_with_mixed_rewards": sum(len(found) > 1 for found in rewards.values()),
+        "correct": sum(row.label for row in rows) / len(rows),
+        "not_ended": sum(row.finish_reason == "length" for row in rows),
+    }
+    paid = [reward for row in rows for reward in row.step_rewards or ()]
+    if paid:
+        found |= {
+            "steps": len(paid),
+            "step_rewards": f"{min(paid):g} to {max(paid):g}, mean {sum(paid) / len(paid):.3g}",
+        }
+    return found

@@ -1,0 +1,106 @@
+"""What rows may hold and yet is probably a mistake, or keeps a method from learning: the same for `dqo check` and `dqo train`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from dqo.data.rows import Row, check_contrast, duplicate_count, prompt_key
+from dqo.errors import UserError
+
+_UNENDED = 0.1  # share of responses that did not end, from which on it is worth a warning
+_REGRESSING = (
+    "dqo",
+    "dro",
+    "oreo",
+)  # their policies are fitted to the size of rewards, the others' to their order or to labels
+_LARGEST_RATIO = 200.0  # nats, see _magnitude
+
+
+def row_warnings(rows: list[Row], settings: Any, objective: Any = None) -> list[str]:
+    """Warnings, one line each.
+
+    Args:
+        settings: has method, truncation, process_reward, process_coef, reward_scale and reward_shift, as options of training.
+        objective: of settings.method; None where the method is not known: then every method is thought of.
+
+    Raises:
+        UserError: when all rewards are equal and the objective needs different ones.
+    """
+    found = [
+        *_contrast(rows, objective),
+        *_duplicates(rows),
+        *_unended(rows, settings.truncation),
+        *_step_rewards(rows, settings.process_reward),
+    ]
+    if objective is not None and settings.method in _REGRESSING:
+        found += _magnitude(rows, settings, objective.beta)
+    wrong = sum(not row.label for row in rows)
+    if settings.method == "sft" and objective is not None and wrong:
+        found.append(
+            f"sft trains on every response, on the {wrong:,} wrong ones of {len(rows):,} too; --method rft trains on the "
+            "correct ones alone"
+        )
+    return found
+
+
+def _contrast(rows: list[Row], objective: Any) -> list[str]:
+    if objective is not None:  # sft, rft and kto may train on right responses alone
+        contrast = check_contrast(rows) if objective.needs_contrast else ""
+        return [contrast] * bool(contrast)
+    try:
+        contrast = check_contrast(rows)
+    except UserError as error:
+        contrast = str(error)
+    if contrast:
+        return [contrast]
+    labels: dict[str, set[bool]] = defaultdict(set)
+    for row in rows:
+        labels[prompt_key(row)].add(row.label)
+    if any(len(both) > 1 for both in labels.values()):
+        return []
+    return ["no prompt has both a correct and a wrong response: methods that go by labels find no contrast"]
+
+
+def _duplicates(rows: list[Row]) -> list[str]:
+    repeated = duplicate_count(rows)
+    return [f"{repeated:,} of {len(rows):,} rows repeat another row's prompt and completion"] * bool(repeated)
+
+
+def _unended(rows: list[Row], truncation: str) -> list[str]:
+    cut = sum(row.finish_reason == "length" for row in rows) / len(rows)
+    if cut <= _UNENDED or truncation != "terminal":
+        return []
+    return [
+        f"{cut:.1%} of the responses did not end; --truncation terminal pays them as they are, bootstrap and drop do not"
+    ]
+
+
+def _step_rewards(rows: list[Row], process_reward: str | None) -> list[str]:
+    paid = [reward for row in rows for reward in row.step_rewards or ()]
+    if process_reward == "additive" and paid and not any(paid):
+        return ["every step reward is 0: --process_reward additive pays nothing for steps"]
+    outside = sum(not 0 <= reward <= 1 for reward in paid)
+    if process_reward == "potential" and outside:
+        return [
+            f"{outside:,} of {len(paid):,} step rewards are outside of [0, 1]: --process_reward potential takes them for pass "
+            "rates of the prefixes; for rewards of steps choose additive"
+        ]
+    return []
+
+
+def _magnitude(rows: list[Row], settings: Any, beta: float) -> list[str]:
+    """At the optimum log(pi/ref) of a response is (R - V)/beta, and until V has learned it is asked to be R/beta. A policy can
+    raise it to -log ref at most, one nat a token or less for a response that the reference may write: some hundred nats."""
+
+    def paid(row: Row) -> float:
+        steps = sum(row.step_rewards or ()) if settings.process_reward == "additive" else 0.0
+        return abs(settings.reward_scale * row.reward + settings.reward_shift + settings.process_coef * steps)
+
+    largest = max(map(paid, rows))
+    if largest / beta <= _LARGEST_RATIO:
+        return []
+    return [
+        f"a response is paid up to {largest:,.4g}, which with beta {beta:g} asks for log(pi/ref) of {largest / beta:,.4g} nats, "
+        f"more than a policy can move; scale the rewards (--reward_scale {settings.reward_scale / largest:.2g}) or raise --beta"
+    ]

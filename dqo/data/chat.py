@@ -1,0 +1,148 @@
+"""Rows as text: what the chat template writes of messages, and strings as they are."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from dqo.data.rows import Row
+from dqo.errors import UserError
+
+_PLAIN = {"role", "content"}
+_REASONING = {"reasoning_content", "reasoning", "thinking"}  # transformers hands each to a template under every name
+_OPENING = re.compile(r"<\|?[\w:]*(?:think|reason)[\w:]*\|?>\s*\Z", re.IGNORECASE)  # <think>, <|START_THINKING|> ...
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A completion's text. Character i of the row's content is character i + shift of it."""
+
+    text: str
+    shift: int = 0
+
+
+def completion_text(row: Row) -> str:
+    """The content alone."""
+    return row.completion if isinstance(row.completion, str) else row.completion[-1].get("content", "")
+
+
+def template_text(tokenizer) -> str:
+    """The source of the tokenizer's chat templates; "" without one."""
+    found = tokenizer.chat_template or ""
+    return "\n".join(found.values()) if isinstance(found, dict) else found
+
+
+def reads_clock(tokenizer) -> bool:
+    """Whether what the chat template writes depends on the time."""
+    return "strftime_now" in template_text(tokenizer)
+
+
+@contextmanager
+def clock_at(when: datetime.datetime | None) -> Iterator[None]:
+    """Chat templates find the time `when` inside; None: they read the clock."""
+    if when is None:
+        yield
+        return
+    from transformers.utils import chat_template_utils
+
+    class Stopped(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return when
+
+    clock = chat_template_utils.datetime
+    chat_template_utils.datetime = Stopped
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock
+
+
+def unread_keys(tokenizer, rows: list[Row]) -> Counter[str]:
+    """Keys of messages, tools and chat_template_kwargs that the chat template does not read, with the number of rows that have
+    them."""
+    source = template_text(tokenizer)
+    found: Counter[str] = Counter()
+    for row in rows:
+        if not isinstance(row.prompt, str):
+            keys = {key for message in (*row.prompt, *row.completion) for key in message} - _PLAIN
+            found.update(keys | set(row.chat_template_kwargs or ()) | ({"tools"} if row.tools else set()))
+    return Counter({key: count for key, count in found.items() if not _read(key, source)})
+
+
+def _read(key: str, source: str) -> bool:
+    names = "|".join(map(re.escape, _REASONING if key in _REASONING else {key}))
+    return re.search(rf"(?<!\w)(?:{names})(?!\w)", source) is not None
+
+
+def prompt_text(tokenizer, row: Row) -> str:
+    """The prompt as the policy reads it: messages with the head of the answer, or with their last one open when it is the
+    assistant's own.
+
+    Raises:
+        UserError: when the template refuses the messages.
+    """
+    if isinstance(row.prompt, str):
+        return row.prompt
+    if not tokenizer.chat_template:
+        raise UserError(
+            "prompt is a list of messages but the tokenizer has no chat_template; "
+            "use string prompts or a tokenizer with a template"
+        )
+    goes_on = row.prompt[-1]["role"] == "assistant"
+    return _render(tokenizer, row, row.prompt, continue_final_message=goes_on, add_generation_prompt=not goes_on)
+
+
+def completion_after(tokenizer, row: Row, prompt: str, end: str) -> Completion:
+    """The completion as it goes on from the text of the prompt.
+
+    A message with nothing but content is its content. With more that the template reads (reasoning_content, tool_calls) it is
+    what the template writes after the prompt, up to `end`. A tag such as <think> that ends the prompt is not repeated.
+
+    Raises:
+        UserError: when the template writes such a message elsewhere than after the prompt.
+    """
+    content = completion_text(row)
+    message = {} if isinstance(row.completion, str) else row.completion[-1]
+    source = template_text(tokenizer)
+    more = sorted(key for key, value in message.items() if value and key not in _PLAIN and _read(key, source))
+    if not more:
+        return _opened_once(prompt, Completion(content))
+    whole = _render(tokenizer, row, [*row.prompt, message])
+    if row.prompt[-1]["role"] == "assistant" or not whole.startswith(prompt):
+        raise UserError(
+            f"the completion has {', '.join(more)}, and the chat template does not write it as a continuation of the prompt; "
+            "write all of the response into content"
+        )
+    text = whole[len(prompt) :]
+    text = text[: text.rindex(end)] if end in text else text
+    if row.steps and content not in text:
+        raise UserError("the chat template changes the completion's content, so steps cannot be placed; drop steps")
+    return _opened_once(prompt, Completion(text, max(text.rfind(content), 0)))
+
+
+def opening(prompt: str) -> str | None:
+    """The tag that opens the reasoning at the end of a prompt's text, without white space."""
+    found = _OPENING.search(prompt)
+    return found[0].rstrip() if found else None
+
+
+def _opened_once(prompt: str, completion: Completion) -> Completion:
+    tag, text = opening(prompt), completion.text.lstrip()
+    if tag is None or not text.startswith(tag):
+        return completion
+    text = text.removeprefix(tag).removeprefix(prompt[len(prompt.rstrip()) :])
+    return Completion(text, completion.shift - (len(completion.text) - len(text)))
+
+
+def _render(tokenizer, row: Row, messages: list[dict], **options) -> str:
+    try:
+        more = row.chat_template_kwargs or {}
+        return tokenizer.apply_chat_template(messages, tools=row.tools, tokenize=False, **options, **more)
+    except Exception as error:  # a template may raise anything
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the chat template refuses the messages: {what}") from error

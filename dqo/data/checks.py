@@ -1,0 +1,342 @@
+"""What every field of a flat row must be. A message says what came, what was expected and the cure."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from dqo.data.forms import Record, shown
+from dqo.errors import UserError
+from dqo.grading.gsm8k import line_spans
+
+_OURS = {  # what apply_chat_template is called with
+    *(
+        "conversation",
+        "messages",
+        "tools",
+        "tokenize",
+        "add_generation_prompt",
+        "continue_final_message",
+        "return_dict",
+    ),
+    *("padding", "truncation", "max_length", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    "sanitize_control_tokens",
+}
+_TRUE, _FALSE = (
+    {"1", "true", "yes", "y", "+", "correct", "right", "good"},
+    {"0", "false", "no", "n", "-", "incorrect", "wrong", "bad"},
+)
+FLOAT32_MAX = 3.4028234663852886e38  # rewards, log-probabilities and options become float32 tensors
+_ROUNDING = 1e-5  # a log-probability this little above 0 is 0 up to a sampler's rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What the rows of one file must have in common."""
+
+    prompts: str  # "string" or "list of messages"
+    rewards: bool
+    logprobs: bool
+
+    @classmethod
+    def of(cls, records: list[Record]) -> Common:
+        kinds = Counter(_kind(record.values["prompt"]) for record in records)
+        return cls(
+            prompts=kinds.most_common(1)[0][0] if kinds else "string",
+            rewards=any(record.values.get("reward") is not None for record in records),
+            logprobs=any("logprobs" in record.values for record in records),
+        )
+
+
+def _kind(value: Any) -> str:
+    return "list of messages" if isinstance(value, (list, tuple)) else "string"
+
+
+def checked(record: Record, common: Common, reward_threshold: float) -> dict[str, Any]:
+    """The fields of a row, each of its type.
+
+    Raises:
+        UserError: for the first field that does not fit; the message begins with the field's name.
+    """
+    values = record.values
+    prompt = _conversation(values["prompt"], "prompt")
+    if _kind(prompt) != common.prompts:
+        raise UserError(f"prompt is a {_kind(prompt)} but most rows have a {common.prompts}; one file holds one kind")
+    if not prompt:
+        raise UserError("prompt is empty; the first token of a response needs something before it")
+    completion, text = _completion(values["completion"], record.name("completion"))
+    if _kind(prompt) != _kind(completion):
+        raise UserError(
+            f"prompt is a {_kind(prompt)} but {record.name('completion')} is a {_kind(completion)}; "
+            "expected two strings, or two lists of messages"
+        )
+    if not all(_each(values.get("env_mask", ()), "env_mask", lambda flag, _: flag)):
+        raise UserError("env_mask has zeros; tokens of tools are not supported, drop the row")
+    reward, label = _outcome(record, common, reward_threshold)
+    steps, step_rewards = _steps(record, text)
+    prompt_ids, completion_ids = (_ids(record, name) for name in ("prompt_ids", "completion_ids"))
+    if prompt_ids is not None and completion_ids is None:
+        raise UserError("prompt_ids without completion_ids; give both, or neither")
+    return {
+        "prompt": prompt,
+        "completion": completion,
+        "reward": reward,
+        "label": label,
+        "steps": steps,
+        "step_rewards": step_rewards,
+        "prompt_ids": prompt_ids,
+        "completion_ids": completion_ids,
+        "logprobs": _logprobs(record, completion_ids, common),
+        "finish_reason": _finish_reason(values.get("finish_reason")),
+        "answer": _word(values.get("answer"), "answer"),
+        "prompt_id": _word(values.get("prompt_id"), "prompt_id"),
+        "sampling": _sampling(values.get("sampling")),
+        **({} if isinstance(prompt, str) else _of_templates(values)),
+    }
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{name} is {shown(value)}; expected a string or a list of messages")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{name} has half a surrogate pair at character {error.start}; drop the row") from error
+    return value
+
+
+def _conversation(value: Any, name: str) -> str | list[dict]:
+    if not isinstance(value, (list, tuple)):
+        return _text(value, name)
+    messages = []
+    for i, message in enumerate(value):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UserError(f'{name}[{i}] is {shown(message)}; expected {{"role": ..., "content": ...}}')
+        message = {key: v for key, v in message.items() if v is not None}
+        if "content" in message or "tool_calls" not in message:
+            content = message.get("content")
+            if not isinstance(content, str):
+                raise UserError(f"{name}[{i}].content is {shown(content)}; expected a string")
+            _text(content, f"{name}[{i}].content")
+        messages.append(message)
+    return messages
+
+
+def _completion(value: Any, name: str) -> tuple[str | list[dict], str]:
+    completion = _conversation(value, name)
+    if isinstance(completion, str):
+        text = completion
+    elif len(completion) != 1 or completion[0]["role"] != "assistant":
+        raise UserError(
+            f"{name} has messages of {shown([m['role'] for m in completion])}; expected one, of assistant, "
+            "with content. What comes before it belongs to prompt"
+        )
+    else:
+        text = completion[0].get("content", "")
+        if completion[0].get("tool_calls"):  # a response without content
+            return completion, text
+    if not text.strip():
+        raise UserError(f"{name} is empty or only whitespace ({shown(text)}); expected a response, drop the row")
+    return completion, text
+
+
+def number(value: Any, name: str) -> float:
+    """A finite number; ints serve, bools and strings do not."""
+    if isinstance(value, bool):
+        raise UserError(f"{name} is {shown(value)}, a bool; expected a number: {float(value)}, or use the label column")
+    if isinstance(value, str):
+        cure = ": cast it with float()"
+        try:
+            float(value)
+        except ValueError:
+            truth = _truth(value)
+            known = f": {float(truth or 0)}, or use the label column with {str(truth).lower()}"
+            cure = ", or drop the row" if truth is None else known
+        raise UserError(f"{name} is {shown(value)}, a string; expected a number{cure}")
+    if not isinstance(value, Real):
+        raise UserError(f"{name} is {shown(value)}; expected a number, or drop the row")
+    try:
+        result = float(value)
+    except OverflowError:
+        result = math.inf
+    if not math.isfinite(result):
+        raise UserError(
+            f"{name} is {shown(result)}; expected a finite number: score the response again, or drop the row"
+        )
+    if abs(result) > FLOAT32_MAX:
+        raise UserError(f"{name} is {result}; float32 holds at most {FLOAT32_MAX:.2g}: rescale it, or drop the row")
+    return result
+
+
+def _truth(value: Any) -> bool | None:
+    """What people who write no booleans mean; None where it is not known."""
+    word = str(value).strip().lower().removesuffix(".0")
+    return True if word in _TRUE else False if word in _FALSE else None
+
+
+def _outcome(record: Record, common: Common, reward_threshold: float) -> tuple[float, bool]:
+    """Reward and label, each made from the other where it is missing."""
+    values = record.values
+    name, label = record.name("reward"), values.get("label")
+    if label is not None and not isinstance(label, bool):
+        truth = _truth(label)
+        meant = "" if truth is None else f": write {str(truth).lower()}"
+        raise UserError(
+            f"{record.name('label')} is {shown(label)}; labels are true or false{meant}. "
+            "For graded scores use the reward column"
+        )
+    if "reward" in values:
+        reward = number(values["reward"], name)
+    elif common.rewards:
+        raise UserError(
+            f"{name} is missing, and other rows have it; give every row a reward, or none: label is used then"
+        )
+    elif label is None:
+        raise UserError(f"{name} and label are missing; give one of them")
+    else:
+        reward = float(label)
+    return reward, reward > reward_threshold if label is None else label
+
+
+def _each(value: Any, name: str, check: Callable[[Any, str], Any]) -> list:
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{name} is {shown(value)}; expected a list")
+    return [check(item, f"{name}[{i}]") for i, item in enumerate(value)]
+
+
+def _numbers(value: Any, name: str) -> list[float]:
+    usual = isinstance(value, (list, tuple)) and set(map(type, value)) == {float}  # and fast
+    if usual and all(map(math.isfinite, value)) and max(map(abs, value)) <= FLOAT32_MAX:
+        return list(value)
+    return _each(value, name, number)
+
+
+def _steps(record: Record, text: str) -> tuple[list[tuple[int, int]] | None, list[float] | None]:
+    values, name = record.values, record.name("step_rewards")
+    rewards = _numbers(values["step_rewards"], name) if "step_rewards" in values else None
+    if "steps" in values:
+        steps = _spans(values["steps"], len(text))
+    else:
+        steps = None if rewards is None else line_spans(text)
+    if rewards is not None and len(rewards) != len(steps):
+        of = f"steps has {len(steps)} spans"
+        if "steps" not in values:
+            of = f"the completion has {len(steps)} lines, which are its steps when steps is absent"
+        raise UserError(f"{name} has {len(rewards)} values but {of}; expected one for each step")
+    return steps, rewards
+
+
+def _spans(value: Any, length: int) -> list[tuple[int, int]]:
+    cure = "steps are [start, end] in characters, end excluded, and cover the completion without gap or overlap"
+    position = 0
+    spans = []
+    for i, span in enumerate(value if isinstance(value, (list, tuple)) else [value]):
+        if not isinstance(span, (list, tuple)) or len(span) != 2 or not all(_is_int(x) for x in span):
+            raise UserError(f"steps[{i}] is {shown(span)}; {cure}")
+        start, end = map(int, span)
+        if start != position:
+            fault = "overlaps the step before it" if start < position else "leaves a gap"
+            raise UserError(f"steps[{i}] begins at {start}, expected {position}: it {fault}; {cure}")
+        if end <= start:
+            raise UserError(f"steps[{i}] is {shown(span)}, an empty step; {cure}")
+        position = end
+        spans.append((start, end))
+    if position != length:
+        raise UserError(f"steps end at {position} but the completion has {length} characters; {cure}")
+    return spans
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _ids(record: Record, name: str) -> list[int] | None:
+    ids, name = record.values.get(name), record.name(name)
+    if ids is None:
+        return None
+    usual = isinstance(ids, (list, tuple)) and set(map(type, ids)) == {int}  # and fast
+    if usual and min(ids) >= 0:
+        return list(ids)
+
+    def token(value: Any, name: str) -> int:
+        if not _is_int(value) or value < 0:
+            raise UserError(f"{name} is {shown(value)}; expected token ids, integers from 0 up")
+        return int(value)
+
+    if not _each(ids, name, token):
+        raise UserError(f"{name} is an empty list; expected at least one token id, or no column {name}")
+    return [int(value) for value in ids]
+
+
+def _logprobs(record: Record, completion_ids: list[int] | None, common: Common) -> list[float] | None:
+    name, logprobs = record.name("logprobs"), record.values.get("logprobs")
+    if logprobs is None:
+        if common.logprobs:
+            raise UserError(f"{name} is missing, and other rows have it; give it for every row, or for none")
+        return None
+    if completion_ids is None:
+        raise UserError(f"{name} without completion_ids; expected the token ids that the log-probabilities belong to")
+
+    logprobs = _numbers(logprobs, name)
+    worst = max(logprobs, default=0.0)
+    if worst > _ROUNDING:
+        raise UserError(
+            f"{name}[{logprobs.index(worst)}] is {worst}; expected log-probabilities, which are never above 0"
+        )
+    if len(logprobs) != len(completion_ids):
+        raise UserError(
+            f"{name}: {len(logprobs)} logprobs for {len(completion_ids)} completion_ids; "
+            "expected one for each, EOS included"
+        )
+    return logprobs if worst <= 0.0 else [min(logprob, 0.0) for logprob in logprobs]
+
+
+def _finish_reason(value: Any) -> str | None:
+    if value not in (None, "stop", "length"):
+        raise UserError(
+            f'finish_reason is {shown(value)}; expected "stop" (the response ended) or "length" (it was cut)'
+        )
+    return value
+
+
+def _word(value: Any, name: str) -> str | None:
+    if _is_int(value):
+        return str(value)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{name} is {shown(value)}; expected a string")
+    return value if value is None else _text(value, name)
+
+
+def _of_templates(values: dict[str, Any]) -> dict[str, Any]:
+    """What chat templates are told of beside the messages: tools (a list, or its JSON text, as TRL takes it) and other names."""
+    tools, more = values.get("tools"), values.get("chat_template_kwargs")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"tools is {shown(tools)}, a string that is not JSON; expected a list of objects"
+            ) from error
+    if tools is not None and not (isinstance(tools, (list, tuple)) and all(isinstance(tool, dict) for tool in tools)):
+        raise UserError(f"tools is {shown(tools)}; expected a list of objects, the schemas of functions")
+    if more is not None and (not isinstance(more, dict) or not all(isinstance(name, str) for name in more)):
+        raise UserError(
+            f'chat_template_kwargs is {shown(more)}; expected an object such as {{"enable_thinking": false}}'
+        )
+    if taken := sorted(_OURS & set(more or ())):
+        raise UserError(f"chat_template_kwargs sets {', '.join(taken)}, which is decided here; leave it out")
+    return {"tools": list(tools) if tools else None, "chat_template_kwargs": more or None}
+
+
+def _sampling(value: Any) -> dict | None:
+    if value is not None and not isinstance(value, dict):
+        raise UserError(
+            f'sampling is {shown(value)}; expected an object such as {{"model": "sft", "temperature": 1.0}}'
+        )
+    return value

@@ -1,0 +1,195 @@
+"""Rows -> episodes: token ids, rewards on tokens, and whether the response ended.
+
+A response that ended has exactly one end token, which carries the outcome reward; step rewards sit on the last token of their
+step.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dqo.data.chat import clock_at
+from dqo.data.checks import FLOAT32_MAX
+from dqo.data.ends import ends_of
+from dqo.data.rows import Row
+from dqo.data.tokens import Tokens, tokenize_rows
+from dqo.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Episode:
+    """One response. T is the number of completion tokens; per-token arrays are float32 (T,)."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    rewards: np.ndarray  # outcome reward on the last token, and what `process_reward` makes of the step rewards
+    reward: float  # outcome reward as trained on
+    label: bool
+    terminated: bool  # False: cut by the length limit, and its last state is bootstrapped
+    prompt_index: int  # episodes of one prompt share it
+    source: str
+    ended: bool = True  # False: cut by a length limit, whatever its last state is taken for
+    behavior_logprobs: np.ndarray | None = None
+    step_ends: list[int] = field(default_factory=list)  # index of the last token of each step
+    step_rewards: list[float] = field(default_factory=list)
+    ref_logprobs: np.ndarray | None = None
+    ref_lse: np.ndarray | None = None
+    companion: Episode | None = None  # another response to the same prompt, read without gradient
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+def _cut(tokens: Tokens, max_length: int) -> Tokens:
+    """The first max_length tokens; steps go with their tokens, and the response has not ended."""
+    room = max_length - len(tokens.prompt)
+    logprobs = None if tokens.logprobs is None else tokens.logprobs[:room]
+    ends = [end for end in tokens.step_ends if end < room]
+    return Tokens(tokens.row, tokens.prompt, tokens.completion[:room], ends, logprobs, ended=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Payment:
+    """How tokens are paid; see `make_episodes`."""
+
+    process_reward: str
+    process_coef: float
+    gamma: float
+    truncation: str
+    scale: float
+    shift: float
+
+
+def shaping(step_ends: list[int], potentials: list[float], length: int, gamma: float, terminated: bool) -> np.ndarray:
+    """(length,) gamma * Phi(s_{t+1}) - Phi(s_t) of every token (Ng, Harada and Russell 1999), which moves no optimum.
+
+    Phi(s_{t+1}), of the prefix that ends with token t, is the potential of the last step that has ended by then: it stays
+    between the ends of steps, so that with gamma < 1 every token is paid. It is 0 for the prompt, and for a terminal state:
+    another value there would reward the way of ending. `terminated` False: the last state goes on, and keeps its potential.
+    """
+    after = np.zeros(length)
+    for end, potential in zip(step_ends, potentials):
+        after[end:] = potential
+    if terminated:
+        after[-1] = 0.0
+    before = np.concatenate([[0.0], after[:-1]])
+    return gamma * after - before
+
+
+def _episode(tokens: Tokens, prompt_index: int, pay: _Payment) -> Episode:
+    row = tokens.row
+    bootstrapped = not tokens.ended and pay.truncation == "bootstrap"
+    outcome = 0.0 if bootstrapped else pay.scale * row.reward + pay.shift
+    step_rewards = list(row.step_rewards or [])[: len(tokens.step_ends)]
+    ends = tokens.step_ends[: len(step_rewards)]
+    length = len(tokens.completion)
+    rewards = np.zeros(length)
+    rewards[-1] = outcome
+    if pay.process_reward == "additive":
+        np.add.at(rewards, ends, pay.process_coef * np.asarray(step_rewards))
+    elif pay.process_reward == "potential":
+        rewards += pay.process_coef * shaping(ends, step_rewards, length, pay.gamma, not bootstrapped)
+    beyond = np.flatnonzero(~(np.abs(rewards) <= FLOAT32_MAX))
+    if len(beyond):
+        raise UserError(
+            f"{row.source}: the reward of token {beyond[0] + 1} is {rewards[beyond[0]]:.3g} with the factors of reward_scale, "
+            f"reward_shift and process_coef; float32 holds at most {FLOAT32_MAX:.2g}: lower them, or drop the row"
+        )
+    return Episode(
+        prompt_ids=tokens.prompt,
+        completion_ids=tokens.completion,
+        rewards=rewards.astype(np.float32),
+        reward=pay.scale * row.reward + pay.shift,
+        label=row.label,
+        terminated=not bootstrapped,
+        prompt_index=prompt_index,
+        source=row.source,
+        ended=tokens.ended,
+        behavior_logprobs=None if tokens.logprobs is None else np.asarray(tokens.logprobs, dtype=np.float32),
+        step_ends=tokens.step_ends,
+        step_rewards=step_rewards,
+    )
+
+
+def make_episodes(
+    rows: list[Row],
+    tokenizer,
+    *,
+    vocab_size: int,
+    max_length: int,
+    stop_ids: Iterable[int] = (),
+    template_time: datetime.datetime | None = None,
+    skip_bad_rows: bool = False,
+    process_reward: str = "none",
+    process_coef: float = 1.0,
+    gamma: float = 1.0,
+    truncation: str = "terminal",
+    allow_truncation: bool = False,
+    reward_scale: float = 1.0,
+    reward_shift: float = 0.0,
+) -> list[Episode]:
+    """Tokenises rows.
+
+    Args:
+        rows: validated rows. vocab_size: ids at or above it are refused.
+        max_length: tokens of prompt and completion; longer completions are refused, or cut with `allow_truncation`.
+        stop_ids: end tokens of the model's generation_config, beside the tokenizer's and the chat template's.
+        template_time: what chat templates take for now; None: the clock.
+        skip_bad_rows: leave out rows that cannot be placed on tokens, and log how many, instead of raising.
+        process_reward: "none"; "additive", step rewards are added on the last token of their step; or "potential", a step's
+            reward is Phi of the prefix that ends with it, such as the share of its completions that are right, and the
+            tokens are paid gamma * Phi(s_{t+1}) - Phi(s_t) on top: see `shaping`.
+        process_coef: factor of the step rewards, or of Phi. gamma: the objective's discount.
+        truncation: of responses that did not end, "terminal" (paid as they are), "bootstrap" (no outcome reward, V of the
+            last state instead) or "drop".
+        reward_scale, reward_shift: the outcome reward becomes scale * reward + shift.
+
+    Raises:
+        UserError: naming the row, for prompts or completions that cannot be placed on tokens.
+    """
+    ends = ends_of(tokenizer, stop_ids, messages=not isinstance(rows[0].prompt, str))
+    with clock_at(template_time):
+        tokenized = tokenize_rows(rows, tokenizer, ends, vocab_size, max_length, skip_bad_rows)
+    lengths = [tokens.length for tokens in tokenized]
+    over = [tokens for tokens in tokenized if tokens.length > max_length]
+    if over:
+        share, p99 = len(over) / len(tokenized), int(np.percentile(lengths, 99))
+        cut = f"{share:.1%} of rows exceed max_length={max_length} (p99 = {p99:,}; first: {over[0].row.source})"
+        if not allow_truncation:
+            raise UserError(f"{cut}. Raise --max_length, or pass --allow_truncation")
+        logger.warning("%s and are cut there", cut)
+        tokenized = [tokens if tokens.length <= max_length else _cut(tokens, max_length) for tokens in tokenized]
+    kept = [tokens for tokens in tokenized if tokens.ended or truncation != "drop"]
+    if len(kept) < len(tokenized):
+        logger.warning("%d responses that did not end are dropped (truncation=drop)", len(tokenized) - len(kept))
+    if not kept:
+        raise UserError("no response is left to train on")
+    pay = _Payment(process_reward, process_coef, gamma, truncation, reward_scale, reward_shift)
+    indices: dict[str, int] = {}
+    episodes = []
+    for tokens in kept:
+        index = indices.setdefault(json.dumps(tokens.prompt), len(indices))
+        episodes.append(_episode(tokens, index, pay))
+    return episodes
+
+
+def fingerprint(episodes: list[Episode]) -> str:
+    """sha256 of everything that training reads of the data; a resumed run must find the same."""
+    digest = hashlib.sha256()
+    for e in episodes:
+        digest.update(np.asarray([len(e.prompt_ids), len(e.completion_ids), e.terminated, e.label], np.int64).tobytes())
+        digest.update(np.asarray(e.prompt_ids + e.completion_ids, np.int64).tobytes())
+        digest.update(e.rewards.tobytes())
+        if e.behavior_logprobs is not None:
+            digest.update(e.behavior_logprobs.tobytes())
+    return digest.hexdigest()

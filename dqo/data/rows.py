@@ -1,0 +1,192 @@
+"""The rollout file: one response a row, read and checked before any model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dqo.data.checks import Common, checked
+from dqo.data.forms import Record, check_columns, to_flat
+from dqo.data.sources import Problem, progress, read_records
+from dqo.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_LISTED = 10  # offenders of one message
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One response. What `read_rows` returns always has reward and label."""
+
+    prompt: str | list[dict]
+    completion: str | list[dict]  # of the prompt's kind; messages: one, of the assistant
+    reward: float | None = None  # of the outcome alone
+    label: bool | None = None
+    steps: list[tuple[int, int]] | None = None  # character spans that cover the completion
+    step_rewards: list[float] | None = None  # one for each step
+    prompt_ids: list[int] | None = None
+    completion_ids: list[int] | None = None
+    logprobs: list[float] | None = None  # the sampler's, one for each of completion_ids
+    finish_reason: str | None = None  # "stop" or "length"
+    answer: str | None = None
+    prompt_id: str | None = None
+    sampling: dict | None = None
+    tools: list[dict] | None = None  # what the chat template is told of, beside the messages
+    chat_template_kwargs: dict | None = None
+    source: str = ""  # "rollouts.jsonl:12"; not written to files
+
+
+def read_rows(source: Any, *, skip_bad_rows: bool = False, reward_threshold: float = 0.5) -> list[Row]:
+    """Reads and checks rows.
+
+    Args:
+        source: path of a .jsonl or .parquet file or of a folder that `Dataset.save_to_disk` wrote, a data set's
+            name on the Hugging Face hub ("org/name" or "org/name:split"), or an iterable of dicts (a list, a
+            datasets.Dataset) or of Rows; in any one of the forms of `dqo.rows_formats`.
+        skip_bad_rows: drop rows that do not fit and log how many, instead of raising.
+        reward_threshold: a row without a label is right when its reward is above this.
+
+    Raises:
+        UserError: naming the first ten rows that do not fit, each with its file and line.
+    """
+    name, records, problems = read_records(source)
+    return rows_of(name, records, problems, skip_bad_rows=skip_bad_rows, reward_threshold=reward_threshold)
+
+
+def rows_of(
+    name: str,
+    records: list[Record],
+    problems: list[Problem],
+    *,
+    skip_bad_rows: bool = False,
+    reward_threshold: float = 0.5,
+) -> list[Row]:
+    """The rows of records as `read_records` returns them; see `read_rows`."""
+    flat, rows, problems = [], [], list(problems)
+    if records:
+        form = check_columns(name, records)
+        if form != "flat":
+            logger.info("%s: read as %s rows", name, form)
+        for record in records:
+            try:
+                flat.extend(to_flat(record, form, reward_threshold))
+            except UserError as error:
+                problems.append(Problem(record.index, record.source, str(error)))
+    common = Common.of(flat)
+    for record in progress(flat, f"check {name}"):
+        try:
+            rows.append(Row(**checked(record, common, reward_threshold), source=record.source))
+        except UserError as error:
+            problems.append(Problem(record.index, record.source, str(error)))
+    if problems:
+        message = report(name, problems, len(rows) + len(problems))
+        if not skip_bad_rows or not rows:
+            usable = f"\n{len(rows)} rows fit: --skip_bad_rows goes on with them" if rows else ""
+            raise UserError(message + usable)
+        logger.warning("%s\nThey are dropped; %d rows are left", message, len(rows))
+    return rows
+
+
+def report(name: str, problems: list[Problem], total: int) -> str:
+    """The first ten problems, in the order of their rows."""
+    problems = sorted(problems, key=lambda problem: problem.index)
+    lines = [f"{problem.source}: {problem.message}" for problem in problems[:_LISTED]]
+    if len(problems) > _LISTED:
+        lines.append(f"... and {len(problems) - _LISTED} more")
+    if len(problems) == 1:
+        return lines[0]
+    return "\n  ".join([f"{name}: {len(problems)} of {total} rows do not fit:", *lines])
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Writes JSON Lines; the file appears whole or not at all."""
+    path = Path(path)
+    if path.suffix == ".parquet":
+        raise UserError(f"{path}: rows are written as JSON Lines; name the file .jsonl")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    names = [f.name for f in fields(Row) if f.name != "source"]
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            for row in rows:
+                values = {name: value for name in names if (value := getattr(row, name)) is not None}
+                file.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def prompt_key(row: Row) -> str:
+    """Equal for rows of the same prompt."""
+    more = [row.tools, row.chat_template_kwargs] if row.tools or row.chat_template_kwargs else []
+    return json.dumps([row.prompt, *more] if more else row.prompt, sort_keys=True)
+
+
+def check_contrast(rows: list[Row]) -> str:
+    """A warning when no prompt has responses with different rewards; "" when some have.
+
+    Raises:
+        UserError: when all rewards are equal and no step has a reward, so that there is nothing to learn.
+    """
+    rewards = {row.reward for row in rows}
+    if len(rewards) == 1 and not any(any(row.step_rewards or ()) for row in rows):
+        raise UserError(
+            f"every reward is {rewards.pop()}: nothing to learn. Check the grader, or add responses that it "
+            "rewards differently"
+        )
+    by_prompt: dict[str, set] = defaultdict(set)
+    for row in rows:
+        by_prompt[prompt_key(row)].add(row.reward)
+    if any(len(found) > 1 for found in by_prompt.values()):
+        return ""
+    return (
+        f"no prompt has responses with different rewards ({len(rows)} responses, {len(by_prompt)} prompts): "
+        "responses can only be compared across prompts"
+    )
+
+
+def check_process_reward(rows: list[Row], name: str, process_reward: str | None) -> None:
+    """Refuses step rewards without a choice of what they do, and a choice without step rewards."""
+    has_steps = any(row.step_rewards is not None for row in rows)
+    if has_steps and process_reward is None:
+        raise UserError(
+            f"{name} has step_rewards; choose what they do: --process_reward additive (added on the last token of their "
+            "step), --process_reward potential (they are pass rates of the prefixes, whose differences are paid and move no "
+            "optimum) or --process_reward none"
+        )
+    if not has_steps and process_reward not in (None, "none"):
+        raise UserError(
+            f"{name} has no step_rewards, so --process_reward {process_reward} would do nothing; drop the option, or add "
+            "steps and step_rewards"
+        )
+
+
+def duplicate_count(rows: list[Row]) -> int:
+    """Rows that repeat prompt and completion of an earlier row."""
+    return len(rows) - len({(prompt_key(row), json.dumps(row.completion, sort_keys=True)) for row in rows})
+
+
+def split_by_prompt(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows held out, in their order; all rows of a prompt fall on one side.
+
+    A prompt is held out with probability `fraction` by a hash of its text and the seed, whatever the other
+    rows are. So a small file may have none.
+    """
+    if not 0.0 <= fraction < 1.0:
+        raise UserError(f"the held-out fraction must be in [0, 1), got {fraction}")
+    train, held_out = [], []
+    for row in rows:
+        digest = hashlib.sha256(f"{seed}/{prompt_key(row)}".encode()).digest()
+        (held_out if int.from_bytes(digest[:8], "big") < fraction * 2**64 else train).append(row)
+    return train, held_out

@@ -1,0 +1,213 @@
+"""Sources of rows: JSON Lines, Parquet, anything iterable. What the rows hold is not looked at here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from dqo.data.forms import Record
+from dqo.errors import UserError, did_you_mean
+from dqo.files import name_problem
+
+logger = logging.getLogger(__name__)
+
+_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")  # org/name, or org/name:split
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a row cannot be used."""
+
+    index: int
+    source: str
+    message: str
+
+
+def read_records(source: Any) -> tuple[str, list[Record], list[Problem]]:
+    """The name of a source, its rows, and the lines that are no rows.
+
+    Raises:
+        UserError: when the source cannot be read at all.
+    """
+    if not isinstance(source, (str, Path)):
+        return "rows", *_from_iterable(source)
+    if (problem := name_problem(str(source))) is not None:
+        raise UserError(f"the name of a rollout file {problem}")
+    path = Path(source)
+    if not path.exists():
+        hub = isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix not in _SUFFIXES
+        if hub and not path.parent.is_dir():  # in a folder that is there it is a misspelt file
+            return source, *_from_hub(source)
+        siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such file.{did_you_mean(path.name, siblings)} Expected a .jsonl or .parquet file")
+    if path.is_dir():
+        return path.name, *_from_saved(path)
+    if path.suffix == ".parquet":
+        return path.name, *_from_parquet(path)
+    if path.suffix not in _SUFFIXES:
+        raise UserError(f"{path}: unknown kind of file {path.suffix!r}; expected .jsonl or .parquet")
+    return path.name, *read_jsonl(path)
+
+
+def read_jsonl(path: Path) -> tuple[list[Record], list[Problem]]:
+    """Objects of a JSON Lines file, one a line; empty lines are passed over."""
+    records, problems = [], []
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if not content.strip():
+        raise UserError(f"{path}: is empty; expected one JSON object a line")
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    for number, line in enumerate(progress(lines, f"read {path.name}"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path.name}:{number}"
+        try:
+            value = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            problem = f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
+        except json.JSONDecodeError as error:
+            what = error.msg[0].lower() + error.msg[1:].removesuffix(" starting at")
+            problem = f"not valid JSON ({what} at column {error.colno})"
+            if number == 1 and line.strip() in (b"[", b"{"):
+                what = "array" if line.strip() == b"[" else "object"
+                problem += f"; the file is one JSON {what}, expected one object a line (JSON Lines)"
+            elif number == len(lines) and line.startswith(b"{") and not line.endswith(b"}"):
+                problem += "; the last line has no end: its writer was cut off"
+        except (ValueError, RecursionError) as error:
+            problem = f"not valid JSON ({error})"
+        else:
+            if isinstance(value, dict):
+                records.append(Record(number, where, value))
+                continue
+            problem = f'is a {_json_type(value)}; expected an object such as {{"prompt": ..., "completion": ...}}'
+        problems.append(Problem(number, where, problem))
+    return records, problems
+
+
+def progress(items: Iterable, description: str) -> Iterable:
+    """A bar for what turns out to take more than two seconds on a terminal."""
+    from tqdm import tqdm  # here, because reading a small file should not wait for it
+
+    return tqdm(items, description, unit="row", delay=2, leave=False, disable=None)
+
+
+def _from_parquet(path: Path) -> tuple[list[Record], list[Problem]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{path}: Parquet files need pyarrow: pip install pyarrow") from error
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
+    if not rows:
+        raise UserError(f"{path}: is empty; expected one response a row")
+    return [Record(i, f"{path.name}:{i}", _without_nulls(row)) for i, row in enumerate(rows, start=1)], []
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of an Arrow table without the nulls inside its values: a struct has the fields of all rows, and null stands for one
+    that the row does not have."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: cleaned(inner) for name, inner in value.items() if inner is not None}
+        if isinstance(value, list) and any(isinstance(inner, (dict, list)) for inner in value):
+            return [cleaned(inner) for inner in value]
+        return value
+
+    return {name: cleaned(value) for name, value in row.items()}
+
+
+def _datasets(needed_by: str):
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{needed_by} needs the package datasets: pip install datasets") from error
+    return datasets
+
+
+def _from_hub(source: str) -> tuple[list[Record], list[Problem]]:
+    """A data set of the Hugging Face hub; ":split" chooses a split."""
+    name, _, split = source.partition(":")
+    datasets = _datasets(f"{source}: there is no such file; as the name of a data set on the Hugging Face hub it")
+    try:
+        found = datasets.load_dataset(name)
+    except Exception as error:  # of many kinds: no network, no such data set, no rights, several configurations
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{source}: there is no such file, and as a data set of the Hugging Face hub it cannot be loaded: {what}"
+        ) from error
+    return _from_iterable(_one_split(found, name, split, ":"))
+
+
+def _from_saved(path: Path) -> tuple[list[Record], list[Problem]]:
+    """A folder that Dataset.save_to_disk or DatasetDict.save_to_disk wrote."""
+    if not (path / "dataset_info.json").exists() and not (path / "dataset_dict.json").exists():
+        raise UserError(
+            f"{path}: is a folder; expected a .jsonl or .parquet file, or a folder that Dataset.save_to_disk wrote"
+        )
+    datasets = _datasets(f"{path}: a saved data set")
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read as a saved data set: {error}") from error
+    return _from_iterable(_one_split(found, str(path), "", "/"))
+
+
+def _one_split(found: Any, name: str, split: str, separator: str) -> Any:
+    if not isinstance(found, dict):  # a Dataset; a DatasetDict is a dict of them
+        return found
+    if split and split not in found:
+        raise UserError(f"{name}: has no split {split!r}; it has {', '.join(found)}.{did_you_mean(split, found)}")
+    if not split and len(found) > 1 and "train" not in found:
+        raise UserError(
+            f"{name}: has the splits {', '.join(found)}; choose one, as {name}{separator}{next(iter(found))}"
+        )
+    split = split or ("train" if "train" in found else next(iter(found)))
+    if len(found) > 1:
+        logger.warning("%s: split %s of %s", name, split, ", ".join(found))
+    return found[split]
+
+
+def _from_iterable(source: Any) -> tuple[list[Record], list[Problem]]:
+    if isinstance(source, dict):
+        raise UserError(
+            f"rows are a dict with the keys {', '.join(map(str, source))}; pass one split, or a list of dicts"
+        )
+    if not isinstance(source, Iterable):
+        raise UserError(f"rows are a {type(source).__name__}; expected a path, a list of dicts or a datasets.Dataset")
+    records, problems = [], []
+    arrow = hasattr(source, "features")  # a datasets.Dataset
+    for i, row in enumerate(source, start=1):
+        where = f"row {i}"
+        if is_dataclass(row) and not isinstance(row, type):
+            row = {f.name: getattr(row, f.name) for f in fields(row)}
+            where = row.pop("source", "") or where
+        if isinstance(row, dict):
+            row = {name: _plain(value) for name, value in row.items()}
+            records.append(Record(i, where, _without_nulls(row) if arrow else row))
+        else:
+            problems.append(Problem(i, where, f"is a {type(row).__name__}; expected a dict"))
+    if not records and not problems:
+        raise UserError("there are no rows")
+    return records, problems
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, tensors and their scalars as lists and numbers."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "list", str: "string", bool: "bool", type(None): "null"}
+    return names.get(type(value), "number")

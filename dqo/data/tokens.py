@@ -1,0 +1,209 @@
+"""Rows -> token ids, and where their steps end.
+
+Prompt and completion are tokenised apart and joined as ids, so that no token straddles the boundary; stored ids are used as
+they are, without padding. A response that ended has exactly one end token.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+
+from dqo.data.chat import Completion, completion_after, opening, prompt_text, unread_keys
+from dqo.data.ends import Ends
+from dqo.data.ids import Continuation, Specials, clean_completion, clean_prompt
+from dqo.data.rows import Row, prompt_key, report
+from dqo.data.sources import Problem
+from dqo.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Tokens:
+    """A row on tokens, before rewards and cuts."""
+
+    row: Row
+    prompt: list[int]
+    completion: list[int]
+    step_ends: list[int]
+    logprobs: list[float] | None
+    ended: bool
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+def tokenize_rows(
+    rows: list[Row], tokenizer, ends: Ends, vocab_size: int, max_length: int, skip_bad_rows: bool = False
+) -> list[Tokens]:
+    """Each row on tokens; see `dqo.episodes.make_episodes`.
+
+    Raises:
+        UserError: naming the rows that cannot be placed on tokens; with `skip_bad_rows` only when none can.
+    """
+    problems: list[Problem] = []
+    cuts: Counter[str] = Counter()
+    specials = Specials.of(tokenizer)
+    found = []
+    for index, row, *parts in _encoded(rows, tokenizer, ends, specials, cuts, problems):
+        try:
+            found.append(_tokens(row, *parts, tokenizer, ends, specials, cuts, vocab_size, max_length))
+        except UserError as error:
+            problems.append(Problem(index, row.source, str(error)))
+    if problems:
+        message = report("the data", problems, len(rows))
+        if not skip_bad_rows or not found:
+            raise UserError(message)
+        logger.warning("%s\nThey are dropped; %d rows are left", message, len(found))
+    _warn(rows, tokenizer, ends, cuts)
+    return found
+
+
+def prompt_ids(tokenizer, texts: list[str], of_template: list[bool]) -> list[list[int]]:
+    """Ids of prompts' texts. Special tokens are in what a template wrote; the tokenizer puts its own around strings."""
+    found: dict[tuple[bool, str], list[int]] = {}
+    for templated in (False, True):
+        distinct = list({text: None for text, own in zip(texts, of_template) if own == templated})
+        if distinct:
+            encoded = tokenizer(distinct, add_special_tokens=not templated)["input_ids"]
+            found |= {(templated, text): list(ids) for text, ids in zip(distinct, encoded)}
+    return [found[templated, text] for text, templated in zip(texts, of_template)]
+
+
+def string_prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of prompts that are strings, as training has them."""
+    specials = Specials.of(tokenizer)
+    found = prompt_ids(tokenizer, texts, [False] * len(texts))
+    return [clean_prompt(ids, False, False, specials, Counter()) for ids in found]
+
+
+def _encoded(rows: list[Row], tokenizer, ends: Ends, specials: Specials, cuts: Counter, problems: list[Problem]):
+    """(index, row, ids of the prompt, its completion's text, that text's ids and spans) of every row that can be written."""
+    end = tokenizer.convert_ids_to_tokens(ends.trained)
+    prompts: dict[str, str] = {}  # the template writes each once
+    kept: list[tuple[int, Row, str | None, Completion | None]] = []
+    for i, row in enumerate(rows):
+        needs_text = row.completion_ids is None or row.steps is not None
+        try:
+            if row.prompt_ids is not None:
+                prompt = tokenizer.decode(row.prompt_ids) if needs_text else None
+            else:
+                key = prompt_key(row)
+                if key not in prompts:
+                    prompts[key] = prompt_text(tokenizer, row)
+                prompt = prompts[key]
+            kept.append((i, row, prompt, completion_after(tokenizer, row, prompt, end) if needs_text else None))
+        except UserError as error:
+            problems.append(Problem(i, row.source, str(error)))
+    written = [(prompt, not isinstance(row.prompt, str)) for _, row, prompt, _ in kept if row.prompt_ids is None]
+    made = iter(prompt_ids(tokenizer, *map(list, zip(*written))) if written else [])
+    ids = []
+    for _, row, _, _ in kept:
+        stored = row.prompt_ids is not None
+        found = list(row.prompt_ids) if stored else list(next(made))
+        ids.append(clean_prompt(found, stored, not isinstance(row.prompt, str), specials, cuts))
+    with_text = [i for i, (*_, completion) in enumerate(kept) if completion is not None]
+    encoded = Continuation(tokenizer)(
+        [kept[i][3].text for i in with_text],
+        [ids[i][-1] if ids[i] else None for i in with_text],
+        offsets=any(kept[i][1].steps for i in with_text),
+    )
+    encodings = dict(zip(with_text, encoded))
+    for i, (index, row, _, completion) in enumerate(kept):
+        yield index, row, ids[i], completion, encodings.get(i)
+
+
+def _tokens(
+    row: Row,
+    prompt: list[int],
+    completion: Completion | None,
+    encoding: tuple | None,
+    tokenizer,
+    ends: Ends,
+    specials: Specials,
+    cuts: Counter,
+    vocab_size: int,
+    max_length: int,
+) -> Tokens:
+    logprobs, ended = row.logprobs, row.finish_reason != "length"
+    ids, spans = encoding or ([], [])
+    step_ends = [] if row.steps is None else _step_ends(row, completion.shift, spans)
+    if row.completion_ids is not None:
+        stored, logprobs = clean_completion(row.completion_ids, logprobs, not ended, ends, specials, cuts)
+        stored, logprobs = _opened_once(prompt, stored, logprobs, tokenizer, cuts)
+        if row.steps is not None and (stored[: len(ids)] != ids or len(stored) > len(ids) + 1):
+            raise UserError(
+                "steps are character spans, but completion_ids are not the tokenizer's own ids of the text, "
+                "so steps cannot be placed on tokens; drop steps and step_rewards, or drop completion_ids"
+            )
+        ids = stored
+    elif completion.shift < 0:
+        cuts["a tag that opens the reasoning and ends the prompt already"] += 1
+    if ended and (not ids or ids[-1] not in ends.stops):
+        if logprobs is not None:
+            raise UserError(
+                f"completion_ids do not end in EOS ({ends.trained}) although finish_reason is not 'length', and "
+                "logprobs has no value for it; store the EOS and its log-probability, or set finish_reason"
+            )
+        ids = [*ids, ends.trained]
+    if not prompt:
+        raise UserError("prompt has no tokens; the first action needs a state before it")
+    if not ids:
+        raise UserError("completion has no tokens")
+    if max(prompt + ids) >= vocab_size:
+        raise UserError(f"token id {max(prompt + ids)} >= vocabulary {vocab_size}: sampled with a different tokenizer?")
+    if len(prompt) >= max_length:
+        raise UserError(
+            f"prompt has {len(prompt)} tokens, max_length is {max_length}; raise --max_length or drop the row"
+        )
+    return Tokens(row, prompt, ids, step_ends, logprobs, ended)
+
+
+def _step_ends(row: Row, shift: int, spans: list[tuple[int, int]]) -> list[int]:
+    """The last token that begins inside each step; the first token, of a step that was cut off with the prompt's tag."""
+    ends, token = [], 0
+    for _, end in row.steps:
+        while token < len(spans) and spans[token][0] < end + shift:
+            token += 1
+        ends.append(max(token - 1, 0))
+    return ends
+
+
+def _opened_once(
+    prompt: list[int], ids: list[int], logprobs: list[float] | None, tokenizer, cuts: Counter
+) -> tuple[list[int], list[float] | None]:
+    """Stored ids without the tag, such as <think>, that ends the prompt already, and without the white space after both."""
+    before = tokenizer.decode(prompt[-8:])
+    tag = opening(before)
+    if tag is None:
+        return ids, logprobs
+    own = tokenizer(tag, add_special_tokens=False)["input_ids"]
+    if ids[: len(own)] != own:
+        return ids, logprobs
+    cuts["a tag that opens the reasoning and ends the prompt already"] += 1
+    begin = len(own)
+    gap = tokenizer(before[len(before.rstrip()) :], add_special_tokens=False)["input_ids"]
+    if gap and ids[begin : begin + len(gap)] == gap:
+        begin += len(gap)
+    return ids[begin:], None if logprobs is None else logprobs[begin:]
+
+
+def _warn(rows: list[Row], tokenizer, ends: Ends, cuts: Counter) -> None:
+    stored = [row.completion_ids for row in rows if row.completion_ids is not None and row.finish_reason == "stop"]
+    if stored and not any(ids[-1] in ends.stops or ids[-1] == tokenizer.pad_token_id for ids in stored):
+        logger.warning(
+            '0 of %d completions end in EOS (%d) although finish_reason is "stop"; it is added to each. Keep it in '
+            "completion_ids, or sample with this tokenizer's EOS",
+            len(stored),
+            ends.trained,
+        )
+    if cuts:
+        logger.warning("cut off: %s", ", ".join(f"{what} ({count:,} rows)" for what, count in cuts.items()))
+    unread = unread_keys(tokenizer, rows)
+    if unread:
+        named = ", ".join(f"{key!r} ({count:,} rows)" for key, count in sorted(unread.items()))
+        what = "keys of messages, tools or chat_template_kwargs that the chat template does not read"
+        logger.warning("not used: %s: %s", what, named)

@@ -1,0 +1,196 @@
+"""The policy and its forward pass on packed rows; real transformers classes throughout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from dqo.data.batches import Batch
+from dqo.errors import UserError
+from dqo.models.adapters import adapter_base, merge
+from dqo.models.architecture import disable_dropout, name_trunk
+from dqo.models.objects import check_not_quantised
+from dqo_kernels import TokenStats, linear_token_stats
+
+transformers_logging.disable_progress_bar()
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(path: str):
+    """A fast tokenizer with an EOS; padding uses EOS where there is no pad token (masks come from lengths)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        if base := adapter_base(path):
+            return load_tokenizer(base)
+        raise UserError(f"model_name_or_path {path!r} has no tokenizer: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:  # JSON, but of another form
+        raise UserError(
+            f"model_name_or_path {path!r} has a damaged tokenizer ({type(error).__name__}: {error}); fetch its files again"
+        ) from error
+    return _with_ends(tokenizer, f"the tokenizer of {path!r}")
+
+
+def tokenizer_of(path: str | None, given=None):
+    """The tokenizer that a Python caller gave; without one that of `path`."""
+    return load_tokenizer(path) if given is None else _with_ends(given, "processing_class")
+
+
+def _with_ends(tokenizer, name: str):
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name} has no eos_token; a response could never end")
+    if tokenizer.pad_token_id is None:
+        logger.warning("%s has no pad token: EOS pads, and masks come from lengths", name)
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(path: str) -> PreTrainedConfig:
+    """The configuration of a model, or of an adapter's base."""
+    base = adapter_base(path)
+    if base is not None:
+        try:
+            return load_config(base)
+        except UserError as error:
+            raise UserError(f"{path!r} is an adapter of {base!r}, which cannot be loaded: {error}") from error
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path!r} has no model config: {error}") from error
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{path!r} is an encoder and a decoder ({config.model_type}); only causal language models are trained"
+        )
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"{path!r} ({config.model_type}) is no causal language model; transformers has no AutoModelForCausalLM of it"
+        )
+    check_not_quantised(path, config)
+    return config
+
+
+def stop_ids(source: str | PreTrainedModel) -> list[int]:
+    """End tokens of the generation_config of a model or of its directory or hub name; of one that transformers made from the
+    model's config, none: there an id is often a class's default, and means nothing in the tokenizer."""
+    if isinstance(source, str):
+        try:
+            config = GenerationConfig.from_pretrained(adapter_base(source) or source)
+        except (OSError, ValueError):  # most small models have none
+            return []
+    else:
+        config = getattr(source, "generation_config", None)
+    found = None if config is None or config._from_model_config else config.eos_token_id
+    return [found] if isinstance(found, int) else list(found or ())
+
+
+def load_policy(
+    path: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """A causal language model with nothing random in it: a policy must not differ from itself. An adapter is merged in."""
+    load_config(path)  # refuses what should not be loaded
+    base = adapter_base(path)
+    if base is not None:
+        logger.warning("%s is an adapter of %s: it is merged into it", path, base)
+        return merge(load_policy(base, device, dtype, attn_implementation), path, base)
+    try:
+        policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
+    except SafetensorError as error:
+        raise UserError(f"{path!r} has a file of weights that is cut or altered ({error}); fetch it again") from error
+    except (OSError, ValueError, ImportError) as error:  # the last: an attention whose package is missing
+        raise UserError(f"{path!r} cannot be loaded as a causal language model: {error}") from error
+    return ready(policy, device)
+
+
+def ready(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """Nothing random in it, its trunk known, parameters in memory of their own: a file's mapping is not aligned, kernels round
+    differently on unaligned memory, and a continued run must equal an unbroken one bit for bit."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return disable_dropout(name_trunk(model)).to(device)
+
+
+def final_softcap(model: PreTrainedModel) -> float | None:
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def hidden_positions(model: PreTrainedModel, batch: Batch, bf16: bool = False) -> Tensor:
+    """(P, D): last hidden states of all positions of a batch, flattened; bfloat16 where `bf16`, from products in bfloat16."""
+    return hidden_and_router(model, batch, bf16, {})[0]
+
+
+def hidden_and_router(
+    model: PreTrainedModel, batch: Batch, bf16: bool, wanted: dict
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """The hidden states, see `hidden_positions`, and with `wanted` {"output_router_logits": True} each layer's (P, experts)."""
+    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bf16):
+        output = model.base_model(input_ids=batch.input_ids, use_cache=False, **batch.model_inputs, **wanted)
+    hidden = output.last_hidden_state.flatten(0, 1)
+    return hidden.bfloat16() if bf16 else hidden, getattr(output, "router_logits", None)
+
+
+def head_of(model: PreTrainedModel, dtype: torch.dtype) -> dict:
+    """weight, bias and softcap of the head in `dtype`, as the arguments of `dqo_kernels`' linear operations."""
+    head = model.get_output_embeddings()
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return {"weight": head.weight.to(dtype), "bias": bias, "softcap": final_softcap(model)}
+
+
+def _logit_factor(config: PreTrainedConfig) -> float:
+    """What the model multiplies its logits by; a factor that is not known here is found by `fitness.check_head`."""
+    if config.model_type.startswith("cohere"):
+        return config.logit_scale
+    if config.model_type == "hyperclovax":
+        return config.logits_scaling
+    # Granite and its kin, Falcon-H1; 1 in others
+    return getattr(config, "lm_head_multiplier", 1.0) / getattr(config, "logits_scaling", 1.0)
+
+
+def head_inputs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Hidden states as the head wants them: times what the model multiplies its logits by."""
+    factor = _logit_factor(model.config.get_text_config())
+    return hidden if factor == 1 else hidden * factor
+
+
+def head_stats(policy: PreTrainedModel, hidden: Tensor, actions: Tensor) -> TokenStats:
+    """(N, D) hidden states and (N,) tokens -> (N,) statistics."""
+    head = head_of(policy, hidden.dtype)
+    return linear_token_stats(head_inputs(policy, hidden), head.pop("weight"), actions, **head)
+
+
+def policy_stats(policy: PreTrainedModel, batch: Batch, bf16: bool = False) -> TokenStats:
+    """(N,) statistics of the rows; the head is applied to no other position."""
+    return head_stats(policy, hidden_positions(policy, batch, bf16)[batch.states], batch.actions)
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """sha256 of the parameters' names and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def architecture_hash(model: PreTrainedModel) -> str:
+    """sha256 of the configuration, without names and versions: the weights alone do not say how they are used."""
+    told = model.config.to_dict()
+    described = {k: v for k, v in told.items() if not k.startswith("_") and k not in ("transformers_version", "dtype")}
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,203 @@
+"""Log-probabilities and logsumexps of the reference policy: computed once, cached on disk, stored on the episodes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dqo import signals
+from dqo.data.batches import Batch, collate
+from dqo.data.episodes import Episode
+from dqo.errors import UserError
+from dqo.reference.cache import Entry, ReferenceCache, response_key
+from dqo_kernels import TokenStats
+
+logger = logging.getLogger(__name__)
+
+StatsOf = Callable[[Batch], TokenStats]  # the reference's forward pass
+MakeBatch = Callable[[list[Episode]], Batch]
+
+FLUSH_SECONDS = 20.0  # a killed pass loses at most these, or
+FLUSH_TOKENS = 2**22  # 32 MiB of float32 pairs
+
+# How far two computations of one model may be apart, relative to 1 + |logprob|, in batches of different shapes: matrix kernels
+# add up in another order. 99 random Llama and Qwen2 models on a CPU (width 64-512, 2-48 layers, standard deviation of the
+# weights 0.02-0.3, entropy 7.1-0.5 nats a token) reached 8.9e-6 in float32, 0.038 in bfloat16 by autocast and 0.086 with bfloat16
+# parameters.
+AGREEMENT_BOUNDS = {"float32": 3e-5, "bfloat16": 0.1}
+
+
+def _batches(episodes: list[Episode], max_tokens: int) -> Iterator[list[Episode]]:
+    """Runs of `episodes`, longest first, of at most `max_tokens` padded tokens, or one episode. Where a run ends depends on
+    nothing before its first episode, so a pass that goes on after some runs computes the same batches as an unbroken one."""
+    begin = 0
+    while begin < len(episodes):
+        end = begin + max(1, max_tokens // episodes[begin].length)
+        yield episodes[begin:end]
+        begin = end
+
+
+def _with_companions(episodes: list[Episode]) -> Iterator[Episode]:
+    for e in episodes:
+        yield e
+        if e.companion is not None:
+            yield e.companion
+
+
+def _compute(members: list[Episode], keys: list[bytes], stats_of: StatsOf, make_batch: MakeBatch) -> dict[bytes, Entry]:
+    stats = stats_of(make_batch(members))
+    logprobs, lse = stats.logprobs.float().cpu().numpy(), stats.lse.float().cpu().numpy()
+    entries, begin = {}, 0
+    for e, key in zip(members, keys):
+        end = begin + len(e.completion_ids)
+        entries[key] = Entry(logprobs[begin:end], lse[begin:end])
+        wrong = np.flatnonzero(~np.isfinite(entries[key].logprobs + entries[key].lse))
+        if len(wrong):
+            raise UserError(
+                f"{e.source}: the reference policy gives token {wrong[0] + 1} of the response the log-probability "
+                f"{logprobs[begin + wrong[0]]}; a ratio to it means nothing. Drop the row, or check model and dtype"
+            )
+        begin = end
+    return entries
+
+
+@torch.no_grad()
+def add_reference(
+    episodes: list[Episode],
+    stats_of: StatsOf,
+    pad_id: int,
+    max_tokens: int,
+    *,
+    device: torch.device | str = "cpu",
+    packed: bool = False,
+    cache: ReferenceCache | None = None,
+    rank: int = 0,
+    world: int = 1,
+    barrier: Callable[[], None] | None = None,
+    quiet: bool = False,
+) -> int:
+    """Fills `ref_logprobs` and `ref_lse`, float32 (T,), of every episode and of its companion; returns how many it computed.
+
+    Args:
+        episodes: equal responses are computed once. stats_of: the reference's forward pass, on batches on `device`,
+            `packed` or padded.
+        max_tokens: padded tokens of a batch.
+        cache: what is there is not computed, and what is computed goes there a segment at a time; None keeps nothing.
+        rank, world, barrier: each rank computes its share and reads the others' after the barrier; needs a cache.
+
+    Raises:
+        UserError: for a response to which the reference gives no finite log-probability, or a cache that ranks do not share.
+    """
+    members: dict[bytes, Episode] = {}
+    everything = [(response_key(e.prompt_ids, e.completion_ids), e) for e in _with_companions(episodes)]
+    for key, e in everything:
+        members.setdefault(key, e)
+    lengths = {key: len(e.completion_ids) for key, e in members.items()}
+    entries = {} if cache is None else cache.lookup(lengths)
+
+    # By key among equals, and shares of all responses rather than of the missing ones: after a kill every rank goes on as before.
+    ordered = sorted(members, key=lambda key: (-members[key].length, key))
+    missing = [key for key in ordered[rank::world] if key not in entries]
+    known = f" ({len(entries):,} of {len(members):,} cached)" if entries else ""
+    bar = tqdm(total=len(missing), desc=f"reference{known}", unit="response", disable=quiet or not missing, leave=False)
+    pending: dict[bytes, Entry] = {}
+
+    def flush() -> None:
+        if cache is not None:
+            cache.add(pending)
+        entries.update(pending)
+        pending.clear()
+
+    with signals.raising():
+        try:
+            done, tokens, flushed = 0, 0, time.monotonic()
+            for batch in _batches([members[key] for key in missing], max_tokens):
+                keys = missing[done : done + len(batch)]
+                pending |= _compute(batch, keys, stats_of, lambda members: collate(members, pad_id, device, packed))
+                done, tokens = done + len(batch), tokens + sum(lengths[key] for key in keys)
+                bar.update(len(batch))
+                if tokens >= FLUSH_TOKENS or time.monotonic() - flushed >= FLUSH_SECONDS:
+                    flush()
+                    tokens, flushed = 0, time.monotonic()
+        finally:  # an interrupted pass keeps the batches that it finished
+            flush()
+            bar.close()
+    if world > 1:
+        barrier()
+        entries |= cache.lookup({key: length for key, length in lengths.items() if key not in entries})
+        lost = sum(key not in entries for key in members)
+        if lost:
+            raise UserError(
+                f"{cache.directory} lacks {lost:,} responses that other ranks computed; ref_cache_dir must be one "
+                "directory that all machines see"
+            )
+    if cache is not None and rank == 0:
+        cache.describe()
+    for key, e in everything:
+        e.ref_logprobs, e.ref_lse = entries[key].logprobs, entries[key].lse
+    return len(missing)
+
+
+def warn_about_behavior(episodes: list[Episode], bound: float = 0.1) -> None:
+    """Says when the stored log-probabilities are far from the reference's, as they are when the sampler's were tempered."""
+    gaps = [np.abs(e.behavior_logprobs - e.ref_logprobs) for e in episodes if e.behavior_logprobs is not None]
+    if gaps and (mean := float(np.concatenate(gaps).mean())) > bound:
+        logger.warning(
+            "logprobs in the file differ from the reference policy's by %.2f nats a token on average: another sampler, or "
+            "processed (temperature, top-p) rather than raw log-probabilities? Importance weights are made from them",
+            mean,
+        )
+
+
+def _shortened(e: Episode) -> Episode:
+    """The response without its last token: nothing that a causal policy says about the others changes."""
+    if len(e.completion_ids) == 1:
+        return e
+    columns = ("rewards", "behavior_logprobs", "ref_logprobs", "ref_lse")
+    cut = {name: getattr(e, name)[:-1] for name in columns if getattr(e, name) is not None}
+    return replace(e, completion_ids=e.completion_ids[:-1], **cut)
+
+
+@torch.no_grad()
+def check_agreement(
+    episodes: list[Episode],
+    stats_of: StatsOf,
+    pad_id: int,
+    max_tokens: int,
+    *,
+    device: torch.device | str = "cpu",
+    packed: bool = False,
+    dtype: str = "float32",
+    cache: ReferenceCache | None = None,
+) -> None:
+    """Recomputes 64 responses with the initial policy, which was declared to be the reference, in batches of other shapes: one
+    token shorter, and long ones beside short ones. `dtype` is that of the forward pass and decides the bound."""
+    chosen = episodes[:: max(1, len(episodes) // 64)][:64]
+    ordered = sorted((_shortened(e) for e in chosen), key=lambda e: -e.length)
+    count = -(-len(ordered) * ordered[0].length // max_tokens)
+    excess: list[tuple[float, int, Episode]] = []  # largest of each response, and where
+    for members in (ordered[i::count] for i in range(count) if ordered[i::count]):
+        batch = collate(members, pad_id, device, packed)
+        expected = batch.columns["ref_logprobs"]
+        found = ((stats_of(batch).logprobs - expected).abs() / (1.0 + expected.abs())).nan_to_num(float("inf"))
+        for e, piece in zip(members, found.split([len(e.completion_ids) for e in members])):
+            worst, position = piece.max(0)
+            excess.append((worst.item(), position.item() + 1, e))
+    bound = AGREEMENT_BOUNDS[dtype]
+    wrong = sorted((x for x in excess if not x[0] <= bound), key=lambda x: -x[0])
+    if not wrong:
+        return
+    rows = ", ".join(f"{e.source} ({worst:.3g} at token {position})" for worst, position, e in wrong[:10])
+    stale = "" if cache is None else f", or stale values in the cache: delete {cache.directory}"
+    raise UserError(
+        f"the reference's log-probabilities differ from the initial policy's by up to {wrong[0][0]:.3g} at step 0, relative to "
+        f"1 + |logprob|; rounding in {dtype} explains {bound:g}. {len(wrong)} of {len(excess)} responses: {rows}"
+        f"{' ...' if len(wrong) > 10 else ''}. Causes: another reference model, an adapter that was not switched off, dropout, "
+        f"attention that is not causal{stale}"
+    )

@@ -1,0 +1,311 @@
+"""Checkpoints: transformers' layout plus optimizer states and counters, safetensors and JSON, written aside and renamed.
+
+base_model/      config.json model.safetensors                what the policy's adapter is of, where that lies nowhere else
+checkpoint-600/  config.json model.safetensors tokenizer*     the policy; with LoRA its adapter, in peft's layout
+                 critic/                                      the value model, AutoModelForTokenClassification
+                 adapters.safetensors                         LoRA: what is trained of policy and value model
+                 target.safetensors                           the value model's moving average, where there is one
+                 optimizer.safetensors                        AdamW states of both
+                 dqo_state.json                               step, counters, metrics position, hashes, options, checksums
+
+Tensors are whole, however they were sharded: a run may go on with another number of processes.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dqo.config.lora import PREFIX
+from dqo.config.options import Options, dump_options
+from dqo.errors import UserError
+from dqo.files import aside as aside_of
+from dqo.files import remove_asides, sync, write_whole, writing
+from dqo.models.critic import load_critic, save_value_model
+from dqo.models.lora import base_state, has_adapter, merged_state, save_adapter
+from dqo.models.policy import load_policy
+from dqo.train.damage import STATE_FILE, check_whole, newest_whole, put_away, read_state, write_state
+from dqo.train.learner import Learner
+from dqo.train.parallel import Processes, like, load_whole_state, whole, whole_state
+
+logger = logging.getLogger(__name__)
+
+
+def optimizer_tensors(optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """{"policy/17/exp_avg": ...}: everything an AdamW holds, by parameter number. All processes must call it."""
+    return {
+        f"{name}/{index}/{key}": whole(value).contiguous()
+        for name, optimizer in optimizers.items()
+        for index, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(optimizers: dict[str, torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    for name, optimizer in optimizers.items():
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            owner, index, field = key.split("/")
+            if owner == name:  # cloned: out of the file's mapping
+                state.setdefault(int(index), {})[field] = like(value.clone(), parameters[int(index)])
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _trained(learner: Learner) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, of a run with adapters."""
+    parts = {"policy": learner.policy} | ({} if learner.value_model is None else {"critic": learner.value_model})
+    return {
+        f"{part}/{name}": parameter
+        for part, model in parts.items()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _in_dtype(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """A state dict with its numbers in `dtype`, but for what the model's class keeps in float32; tied tensors stay one."""
+    if dtype is None:
+        return state
+    exact = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    exact += getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    cast: dict[int, Tensor] = {}
+    for name, tensor in state.items():
+        kept = not tensor.is_floating_point() or any(part in name.split(".") for part in exact)
+        cast.setdefault(id(tensor), tensor if kept else tensor.to(dtype))
+    return {name: cast[id(tensor)] for name, tensor in state.items()}
+
+
+def save_models(
+    directory: Path,
+    learner: Learner,
+    tokenizer,
+    processes: Processes,
+    value_model: bool = True,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Policy (or its adapter) and value model (its adapter merged) as transformers loads them, in `dtype` or as they are. All
+    processes must call it."""
+    policy = _in_dtype(learner.policy, whole_state(learner.policy), dtype)
+    critic = None
+    if learner.value_model is not None and value_model:
+        critic = learner.value_model.state_dict()
+        if has_adapter(learner.value_model):
+            critic = merged_state(learner.value_model)
+        critic = _in_dtype(learner.value_model, {name: whole(tensor) for name, tensor in critic.items()}, dtype)
+    if processes.main:
+        if has_adapter(learner.policy):
+            save_adapter(learner.policy, policy, directory)
+        else:
+            learner.policy.save_pretrained(directory, state_dict=policy)
+            if dtype is not None:  # it wrote the dtype that the weights have here
+                described = copy.deepcopy(learner.policy.config)
+                described.dtype = dtype
+                described.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        if critic is not None:
+            save_value_model(learner.value_model, critic, directory / "critic")
+
+
+def save_base(policy: PreTrainedModel, directory: Path, again: bool) -> None:
+    """The model under the adapter of `policy`, as transformers loads it; `again`: also where it is there already."""
+    if directory.exists() and not again:
+        return
+    aside = aside_of(directory)
+    with torch.device("meta"):
+        plain = type(policy)(policy.config).to(policy.dtype)  # only its names and config are used
+    plain.generation_config = policy.generation_config
+    with writing(directory, aside):
+        plain.save_pretrained(aside, state_dict=base_state(whole_state(policy)))
+        _sync_tree(aside)
+        if directory.exists():
+            directory.rename(aside_of(directory))
+        aside.rename(directory)
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in [*sorted(directory.rglob("*")), directory]:
+        sync(path)
+
+
+def publish_models(
+    directory: Path, learner: Learner, tokenizer, processes: Processes, dtype: torch.dtype | None = None
+) -> None:
+    """Puts the models, in `dtype` or as they are, into a directory that holds other files. Each file is whole whenever it exists.
+    All processes must call it."""
+    beside = aside_of(directory / "models")
+    with writing(directory, beside):
+        save_models(beside, learner, tokenizer, processes, dtype=dtype)
+        if not processes.main:
+            return
+        _sync_tree(beside)
+        folders = [beside, *(path for path in sorted(beside.rglob("*")) if path.is_dir())]
+        for folder in folders:
+            target = directory / folder.relative_to(beside)
+            target.mkdir(exist_ok=True)
+            for path in folder.iterdir():
+                if path.is_file():
+                    path.replace(target / path.name)
+            sync(target)
+        shutil.rmtree(beside)
+
+
+def save_checkpoint(
+    output_dir: Path,
+    step: int,
+    learner: Learner,
+    tokenizer,
+    optimizers: dict[str, torch.optim.Optimizer],
+    state: dict,
+    keep: int,
+    processes: Processes,
+    best: Path | None = None,
+) -> Path:
+    """Writes checkpoint-<step> atomically: a directory of that name is whole, whatever happened. All processes must call it.
+    `keep` of them stay; the newest and `best` always do."""
+    final = output_dir / f"checkpoint-{step}"
+    aside = aside_of(final)
+    adapters = {}
+    if has_adapter(learner.policy):
+        adapters = {name: whole(parameter.detach()).contiguous() for name, parameter in _trained(learner).items()}
+    target = {} if learner.target is None else whole_state(learner.target)
+    optimizer = optimizer_tensors(optimizers)
+    with writing(final, aside):
+        save_models(aside, learner, tokenizer, processes, value_model=not adapters)
+        if processes.main:
+            for name, tensors in (("adapters", adapters), ("target", target), ("optimizer", optimizer)):
+                if tensors:
+                    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+                    save_file(contiguous, aside / f"{name}.safetensors")
+            write_state(aside, state)
+            _sync_tree(aside)
+            if final.exists():
+                final.rename(aside_of(final))
+            aside.rename(final)
+            sync(output_dir)
+    if processes.main:
+        for old in surplus(checkpoints(output_dir), keep, best):
+            old.rename(aside_of(old))  # at once, then file by file: half a checkpoint must not look like one
+        remove_asides(output_dir)
+    processes.barrier()
+    return final
+
+
+def surplus(found: list[Path], keep: int, best: Path | None) -> list[Path]:
+    """Those of `found`, oldest first, that are more than `keep`; neither the newest nor `best` is one of them."""
+    kept = found[-keep:]
+    if best in found and best not in kept:
+        kept = [best, *found[-max(1, keep - 1) :]]
+    return [path for path in found if path not in kept]
+
+
+def left_behind(found: list[Path], chosen: Path | None) -> list[Path]:
+    """Those of `found`, oldest first, that are later than the one of them that a run goes on from."""
+    places = [path.resolve() for path in found]
+    at = None if chosen is None else chosen.resolve()
+    return found[places.index(at) + 1 :] if at in places else []
+
+
+def load_models(checkpoint: Path, learner: Learner) -> None:
+    """Copies a checkpoint's weights into a learner, sharded or not."""
+    if has_adapter(learner.policy):
+        saved = load_file(checkpoint / "adapters.safetensors")
+        with torch.no_grad():
+            for name, parameter in _trained(learner).items():
+                parameter.copy_(like(saved[name], parameter))
+    else:
+        load_whole_state(learner.policy, load_policy(str(checkpoint)).state_dict())
+        if learner.value_model is not None:
+            load_whole_state(learner.value_model, load_critic(checkpoint / "critic").state_dict())
+    if learner.target is not None:
+        load_whole_state(learner.target, load_file(checkpoint / "target.safetensors"))
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.partition("-")[2]))
+
+
+def load_optimizers(checkpoint: Path, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+    load_optimizer_tensors(optimizers, load_file(checkpoint / "optimizer.safetensors"))
+
+
+def check_same_run(checkpoint: Path, identity: dict) -> None:
+    """Refuses to go on from a checkpoint of other data, another model or other options, and says what differs."""
+    saved = read_state(checkpoint)["identity"]
+    differences = []
+    for key in sorted(saved.keys() | identity.keys()):
+        old, new = saved.get(key), identity.get(key)
+        if key == "options":
+            if _untold_adapter(checkpoint, old):
+                new = {name: value for name, value in new.items() if not name.startswith(PREFIX)}
+            names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+            differences += [f"option {name}: {old.get(name)!r} then, {new.get(name)!r} now" for name in names]
+        elif old != new:
+            differences.append(f"{key}: {str(old)[:12]} then, {str(new)[:12]} now")
+    if differences:
+        raise UserError(
+            f"{checkpoint} belongs to another run:\n  "
+            + "\n  ".join(differences)
+            + "\nChoose another --output_dir, or repeat "
+            "the options of that run"
+        )
+
+
+def _untold_adapter(checkpoint: Path, options: dict) -> bool:
+    """Whether adapters were trained there and no option says by which peft_config: so of checkpoints that are older."""
+    told = options.get("use_peft") or any(name.startswith(PREFIX) for name in options)
+    return not told and (checkpoint / "adapters.safetensors").exists()
+
+
+def claim_output(options: Options, identity: dict, processes: Processes) -> Path | None:
+    """Makes output_dir this run's before anything else is written there; returns the checkpoint to go on from.
+
+    Raises:
+        UserError: when the checkpoint is of another run, or damaged and no other is whole; everything is then left as it is.
+    """
+    output_dir = Path(options.train.output_dir)
+    chosen, damaged = processes.from_main(lambda: _chosen(options, identity))
+    if processes.main:
+        with writing(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+        remove_asides(output_dir)
+        for path, message in damaged.items():
+            logger.warning("%s. It is now %s; going on from %s", message, put_away(path), chosen)
+        for path in left_behind(checkpoints(output_dir), chosen):
+            logger.warning("%s is behind %s and is not used: it is now %s", path, chosen, put_away(path, "left"))
+        write_whole(output_dir / "config.yaml", dump_options(options).encode())
+    processes.barrier()
+    return chosen
+
+
+def _chosen(options: Options, identity: dict) -> tuple[Path | None, dict[Path, str]]:
+    """The checkpoint to go on from, and the damaged ones behind it."""
+    output_dir, named = Path(options.train.output_dir), options.train.resume_from_checkpoint
+    if named in ("auto", "never"):
+        chosen, damaged = newest_whole(checkpoints(output_dir))
+        if damaged and chosen is None:
+            raise UserError(
+                f"{next(iter(damaged.values()))}, and no other checkpoint in {output_dir} is whole; put its files back, or "
+                "choose another --output_dir"
+            )
+    else:
+        chosen, damaged = Path(named), {}
+        if not (chosen / STATE_FILE).is_file():
+            raise UserError(
+                f"resume_from_checkpoint {chosen} is no checkpoint (it has no {STATE_FILE}); give a checkpoint-N directory, or "
+                '"auto" for the last one in output_dir'
+            )
+        check_whole(chosen)
+    if chosen is not None:
+        check_same_run(chosen, identity)
+    return chosen, damaged

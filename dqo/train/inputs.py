@@ -1,0 +1,118 @@
+"""What a run is given: options against the file system, and the rows; every check that needs neither model nor torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dqo.config.lora import check_lora_config
+from dqo.config.options import Options, TrainConfig
+from dqo.data.advice import row_warnings
+from dqo.data.rows import Row, check_process_reward, prompt_key, read_rows, split_by_prompt
+from dqo.data.sources import read_records
+from dqo.errors import UserError
+from dqo.files import is_aside
+from dqo.grading.verifiers import check_answers
+from dqo.models.objects import check_objects
+from dqo.requirements import check_packages
+from dqo.train.damage import STATE_FILE
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Given:
+    """Objects that a Python caller hands over in the place of options."""
+
+    dataset: Any = None  # anything that read_rows takes
+    eval_dataset: Any = None
+    model: Any = None
+    tokenizer: Any = None
+    ref_model: Any = None
+    peft_config: Any = None
+    callbacks: list = field(default_factory=list)
+
+
+def check_options(options: Options, given: Given | None = None) -> None:
+    """Checks across options and against the file system, before any file is read."""
+    config, given = options.train, given or Given()
+    adapters = config.use_peft or given.peft_config is not None
+    check_packages(["peft"] if adapters else [])
+    if config.dataset_name is None and given.dataset is None:
+        raise UserError("--dataset_name is missing: a .jsonl or .parquet file with prompt, completion, reward")
+    if config.model_name_or_path is None and given.model is None:
+        raise UserError("--model_name_or_path is missing: a directory or hub name of a causal language model")
+    if given.model is not None and given.tokenizer is None and config.model_name_or_path is None:
+        raise UserError("a model object needs its tokenizer: processing_class=...")
+    if config.truncation == "bootstrap" and not options.objective.needs_values:
+        raise UserError("truncation bootstrap needs a value model: --method dqo --value_model separate")
+    if config.ref_model_name_or_path is not None and not options.objective.needs_reference:
+        raise UserError(f"method {config.method} has no reference policy; remove --ref_model_name_or_path")
+    check_objects(given.model, given.ref_model, given.tokenizer, adapters)
+    if given.peft_config is not None:
+        check_lora_config(given.peft_config)
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise UserError(f"report_to needs the package {config.report_to}: pip install {config.report_to}")
+    used = Path(config.output_dir)
+    if used.exists() and not used.is_dir():
+        raise UserError(f"output_dir {used} is a file; choose a directory")
+    if not used.exists() or all(is_aside(path) for path in used.iterdir()):
+        return
+    if config.resume_from_checkpoint == "never":
+        raise UserError(f"output_dir {used} is in use; choose another, or --resume_from_checkpoint auto to go on there")
+    if not (used / "config.yaml").exists() and not list(used.glob(f"checkpoint-*/{STATE_FILE}")):
+        raise UserError(f"output_dir {used} holds other files; choose a new or empty directory")
+
+
+def read(config: TrainConfig, source: Any) -> list[Row]:
+    """Rows as the options say."""
+    return read_rows(source, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold)
+
+
+def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows held out, by problem; every check of the data that needs no model."""
+    config, given = options.train, given or Given()
+
+    rows = read(config, config.dataset_name if given.dataset is None else given.dataset)
+    check_process_reward(rows, config.dataset_name or "the data set", config.process_reward)
+    for warning in row_warnings(rows, config, options.objective):
+        logger.warning(warning)
+    held_source = config.eval_dataset_name if given.eval_dataset is None else given.eval_dataset
+    if held_source is None:
+        return split_by_prompt(rows, config.eval_fraction, config.seed) if config.eval_fraction else (rows, [])
+    held_out = read(config, held_source)
+    names = config.eval_dataset_name or "eval_dataset", config.dataset_name or "the training rows"
+    shared_prompts({prompt_key(row) for row in rows}, held_out, *names)
+    return rows, held_out
+
+
+def shared_prompts(trained: set[str], rows: list[Row], name: str, trained_name: str) -> None:
+    """Refuses rows for evaluation whose prompts are trained on; `trained` are the prompt keys of those."""
+    shared = [row for row in rows if prompt_key(row) in trained]
+    if shared:
+        raise UserError(
+            f"{len({prompt_key(row) for row in shared})} prompts of {name} are in {trained_name} too (the first: "
+            f"{shared[0].source or repr(shared[0].prompt)[:80]}); take their rows out of one of the two, or give no evaluation "
+            "rows: eval_fraction holds prompts out"
+        )
+
+
+def read_tasks(path: str | None, verifier: str) -> list[dict]:
+    """The rows of eval_tasks, each with the strings prompt and answer, and its source; the verifier can grade by all answers."""
+    if path is None:
+        return []
+    _, records, problems = read_records(path)
+    wrong = [problem.source for problem in problems]
+    wrong += [
+        record.source
+        for record in records
+        if not all(isinstance(record.values.get(name), str) for name in ("prompt", "answer"))
+    ]
+    if wrong:
+        raise UserError(f"{', '.join(wrong[:10])}: a row of eval_tasks is an object with the strings prompt and answer")
+    tasks = [{**record.values, "source": record.source} for record in records]
+    check_answers(tasks, verifier)
+    return tasks

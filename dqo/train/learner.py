@@ -1,0 +1,164 @@
+"""All models of a run as one module, so that DDP and FSDP2 wrap them at once, and what is computed inside that module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dqo.data.batches import Batch
+from dqo.models import attention
+from dqo.models.critic import value_rows
+from dqo.models.lora import adapter_off
+from dqo.models.policy import head_inputs, head_of, hidden_and_router, hidden_positions, policy_stats
+from dqo.models.router import router_loss
+from dqo.objectives import UNIT_EPISODES
+from dqo.train import metrics
+from dqo_kernels import linear_row_loss
+
+
+class Learner(nn.Module):
+    """`reference` is there when the loss needs its logits and the policy has no adapter that could be switched off; `target` is
+    the moving average of the value model. Neither is trained."""
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        value_model: nn.Module | None = None,
+        reference: PreTrainedModel | None = None,
+        target: nn.Module | None = None,
+        bf16: bool = False,
+        router_aux_loss_coef: float | None = None,
+    ):
+        super().__init__()
+        for model in (policy, value_model, reference, target):
+            if model is not None:
+                model.eval()  # adapters that came later too
+        self.policy, self.value_model, self.reference, self.target = policy, value_model, reference, target
+        self.bf16, self.router_aux_loss_coef = bf16, router_aux_loss_coef
+        for frozen in (reference, target):
+            if frozen is not None:
+                frozen.requires_grad_(False)
+
+    def forward(self, work: Callable, *arguments: Any, **options: Any) -> Any:
+        """`work(self, ...)`. Whatever reads parameters goes through here, where the wrappers gather and watch them."""
+        return work(self, *arguments, **options)
+
+    @property
+    def packed(self) -> bool:
+        """Whether batches are one sequence without padding, or padded rows."""
+        return attention.packs(self.policy)
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
+
+def objective_sums(
+    learner: Learner,
+    objective: Any,
+    batch: Batch,
+    train_policy: bool = True,
+    loss_scale: float = 1.0,
+    companion_mean: float | None = None,
+    token_share: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective's loss summed over a micro-batch, times `loss_scale`, and its [sum, count] metrics.
+
+    Args:
+        token_share: factor of the router's auxiliary loss, where it is applied: the batch's share of the step's tokens.
+    """
+    policy, router_coef = learner.policy, learner.router_aux_loss_coef if train_policy else None
+    wanted = {"output_router_logits": True} if router_coef else {}
+    with torch.set_grad_enabled(train_policy and torch.is_grad_enabled()):
+        hidden, router_logits = hidden_and_router(policy, batch, learner.bf16, wanted)
+        head = head_of(policy, hidden.dtype)
+    if not train_policy:  # a parameter that needs no cast is still itself
+        head |= {name: None if head[name] is None else head[name].detach() for name in ("weight", "bias")}
+    columns = batch.columns | _value_columns(learner, batch, hidden)
+    extremes = {}
+    if "values" in columns:
+        values = columns["values"].detach()
+        extremes = {"value/min": values.amin(), "value/max": values.amax()}
+    if companion_mean is not None:
+        columns["companion_mean"] = torch.full_like(columns["rewards"], companion_mean)
+    if objective.needs_kl:
+        head |= _reference_head(learner, batch)
+
+    def row_loss(stats, rows, cu_seqlens):
+        loss, sums = objective(stats, rows, cu_seqlens)
+        return loss, sums | metrics.common(stats, rows)
+
+    size = UNIT_EPISODES[objective.unit]
+    loss, sums = linear_row_loss(
+        head_inputs(policy, hidden[batch.states]),
+        head.pop("weight"),
+        batch.actions,
+        row_loss,
+        batch.cu_seqlens,
+        rows=columns,
+        cu_groups=torch.arange(0, len(batch.episodes) + 1, size, device="cpu"),
+        seqlens=[len(e.completion_ids) for e in batch.episodes],
+        loss_scale=loss_scale,
+        **head,
+    )
+    if router_coef:
+        auxiliary = router_loss(policy, router_logits, batch)
+        loss = loss + router_coef * token_share * auxiliary
+        tokens = torch.tensor(float(batch.tokens), device=loss.device)
+        sums["router_aux_loss"] = torch.stack([auxiliary.detach() * tokens, tokens])
+    return loss, sums | extremes
+
+
+def _value_columns(learner: Learner, batch: Batch, hidden: Tensor) -> dict[str, Tensor]:
+    """values, target_values and bootstrap, where there is a value model. The bootstrap is a target: from the average, if there is
+    one."""
+    if learner.value_model is None:
+        return {}
+    columns = {}
+    columns["values"], end_values = value_rows(learner.value_model, batch, hidden, learner.bf16)
+    if learner.target is not None:
+        with torch.no_grad():
+            columns["target_values"], end_values = value_rows(learner.target, batch, hidden, learner.bf16)
+    if not all(e.terminated for e in batch.episodes):
+        on_last_row = torch.where(batch.terminated, 0.0, end_values)
+        last = batch.cu_seqlens[1:] - 1
+        columns["bootstrap"] = torch.zeros_like(columns["values"]).index_put((last,), on_last_row)
+    return columns
+
+
+@torch.no_grad()
+def _reference_head(learner: Learner, batch: Batch) -> dict[str, Tensor | None]:
+    """The reference's hidden states and head: a model of its own, or the policy with its adapter off."""
+    model = learner.policy if learner.reference is None else learner.reference
+    with adapter_off(model):
+        hidden = hidden_positions(model, batch, learner.bf16)
+    head = head_of(model, hidden.dtype)
+    hidden = head_inputs(model, hidden[batch.states])
+    return {"ref_hidden": hidden, "ref_weight": head["weight"], "ref_bias": head["bias"]}
+
+
+@torch.no_grad()
+def companion_sums(learner: Learner, objective: Any, batch: Batch) -> Tensor:
+    """(2,): sum and count of what the objective wants to know about a batch of companions."""
+    stats = policy_stats(learner.policy, batch, learner.bf16)
+    return objective.companion_sums(stats, batch.columns, batch.cu_seqlens)
+
+
+@torch.no_grad()
+def values_of(learner: Learner, batch: Batch) -> Tensor:
+    """(N,): V of every row."""
+    is_head = not isinstance(learner.value_model, PreTrainedModel)
+    hidden = hidden_positions(learner.policy, batch, learner.bf16) if is_head else None
+    return value_rows(learner.value_model, batch, hidden, learner.bf16)[0]
+
+
+@torch.no_grad()
+def update_target(learner: Learner, decay: float) -> None:
+    """target <- decay * target + (1 - decay) * value model, shard by shard."""
+    live = dict(learner.value_model.named_parameters())
+    for name, parameter in learner.target.named_parameters():
+        parameter.lerp_(live[name].to(parameter.dtype), 1.0 - decay)

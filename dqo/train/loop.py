@@ -1,0 +1,394 @@
+"""Training, read top to bottom: rows -> episodes and models -> steps -> checkpoints -> held-out evaluation.
+
+dqo-train --dataset_name rollouts.jsonl --model_name_or_path DIR_OR_HUB_NAME --output_dir out
+accelerate launch --multi_gpu --num_processes 2 -m dqo.train --dataset_name ...        the same over processes
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    from dqo import signals
+
+    signals.install()
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import EvalPrediction
+
+from dqo import signals
+from dqo.config.launcher import obey
+from dqo.config.options import Options
+from dqo.data.batches import epoch_order
+from dqo.data.episodes import Episode
+from dqo.data.rows import Row, prompt_key
+from dqo.errors import UserError
+from dqo.models.critic import load_critic
+from dqo.models.policy import load_policy
+from dqo.train import checkpoint, metrics, optim
+from dqo.train.callbacks import Callbacks, check_callbacks
+from dqo.train.damage import fault, loading
+from dqo.train.held_out import held_out_metrics, predictions
+from dqo.train.inputs import Given, check_options, load_rows
+from dqo.train.learner import Learner, update_target
+from dqo.train.parallel import add_over_processes, start, wrap
+from dqo.train.prepare import Prepared, distinct, prepare
+from dqo.train.recorder import Recorder
+from dqo.train.step import accumulate, out_of_memory
+
+
+@dataclass
+class Run:
+    """A finished run, as evaluation and report read it."""
+
+    output_dir: Path
+    prepared: Prepared  # with the trained models
+    steps: int
+    seconds: float  # of the steps alone
+    tokens_per_second: float
+    held_out: dict[str, float]
+
+
+class Trainer:
+    """The loop's state: models, optimizers, counters and the open metrics file."""
+
+    def __init__(self, options: Options, prepared: Prepared, callbacks: list | None = None):
+        self.config, self.objective, self.prepared = options.train, options.objective, prepared
+        self.learner, self.processes = prepared.learner, prepared.processes
+        self.output_dir = Path(self.config.output_dir)
+        self.max_tokens = self.config.batch_tokens(self.processes.device.type)
+        self.per_epoch = math.ceil(len(prepared.groups) / prepared.per_step)  # the last step of an epoch may be short
+        epochs = self.config.num_train_epochs
+        self.steps = self.config.max_steps if self.config.max_steps > 0 else optim.steps_of(epochs, self.per_epoch)
+        # skipped: steps left out because a callback ended their epoch
+        self.counters = {"step": 0, "skipped": 0, "num_tokens": 0, "train_seconds": 0.0, "metrics_position": 0}
+        self.train_prompts: set[str] = set()
+        self.window: dict[str, torch.Tensor] = {}  # this process's metric sums since the last logged row
+        self.evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation's step and metrics
+        self.compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
+
+        resumed, state = prepared.resumed, {}
+        if resumed is not None:
+            with loading(resumed):
+                state = checkpoint.read_state(resumed)
+                self._load(resumed, state)
+        self.warmup = optim.as_steps(self.config.warmup_steps, self.steps)
+        critic = self.learner.value_model
+        self.value_warmup = 0 if critic is None else optim.value_warmup(self.config.value_warmup_steps, self.steps)
+        self.module = wrap(self.learner, self.processes, self.config.bf16, self.value_warmup > 0)
+        self.models = {"policy": self.learner.policy} | ({} if critic is None else {"critic": critic})
+        self.rates = {"policy": self.config.learning_rate, "critic": self.config.critic_learning_rate}
+        betas = (self.config.adam_beta1, self.config.adam_beta2)
+        self.optimizers = {
+            name: optim.make_optimizer(
+                model, self.rates[name], self.config.weight_decay, betas, self.config.adam_epsilon
+            )
+            for name, model in self.models.items()
+        }
+        if resumed is not None:
+            with loading(resumed):
+                checkpoint.load_optimizers(resumed, self.optimizers)
+        models = self.learner, prepared.tokenizer
+        self.callbacks = Callbacks(callbacks or [], options, *models, self.processes, self.optimizers["policy"])
+        self.callbacks.state.global_step, self.callbacks.state.max_steps = self.counters["step"], self.steps
+        self.recorder = Recorder(options, self.processes, self.callbacks, self.counters)
+        self.processes.barrier()  # metrics.jsonl is as the checkpoint says, for all of them
+        self.stays_stopped = False
+        if "callbacks" in state:
+            history = metrics.rows_until(self.output_dir / "metrics.jsonl", self.counters["metrics_position"])
+            self.stays_stopped = self.callbacks.restore(state["callbacks"], self.output_dir, history)
+        if self.config.best_metric is not None and not prepared.held_out:
+            raise UserError(
+                "no response is held out, so that no evaluation can be the best: give eval_dataset_name or a greater "
+                "eval_fraction, or remove metric_for_best_model and load_best_model_at_end"
+            )
+        self.callbacks.call("on_init_end")
+
+    def _load(self, resumed: Path, state: dict) -> None:
+        self.counters |= state["counters"]
+        # checkpoints that do not tell were made when epochs were rounded to the nearest step
+        nearest = (
+            self.config.max_steps if self.config.max_steps > 0 else round(self.config.num_train_epochs * self.per_epoch)
+        )
+        self.steps = state.get("steps", max(1, nearest))
+        if "evaluation" in state:
+            self.evaluated = self.counters["step"], state["evaluation"]
+        if self.processes.main:  # the sums of all processes; they need no order
+            self.window = {
+                name: torch.tensor(value, device=self.learner.device) for name, value in state["window"].items()
+            }
+        checkpoint.load_models(resumed, self.learner)
+        step = self.counters["step"]
+        if self.position < self.steps:
+            self.processes.say(f"going on from {resumed}, step {step} of {self.steps}")
+        else:
+            self.processes.say(
+                f"{self.output_dir} is finished, {step} steps: nothing is trained, its evaluation is repeated"
+            )
+
+    @property
+    def position(self) -> int:
+        """Steps of the plan that are behind: made, or left out."""
+        return self.counters["step"] + self.counters["skipped"]
+
+    def train_step(self, step: int, groups: list[list[Episode]]) -> dict[str, float]:
+        """Gradients and updates; returns what is not a mean over the data."""
+        train_policy = step >= self.value_warmup
+        try:
+            sums, tokens = accumulate(
+                self.module,
+                self.learner,
+                self.objective,
+                groups,
+                self.max_tokens,
+                self.prepared.pad_id,
+                self.processes,
+                train_policy,
+                lambda: self.callbacks.call("on_substep_end"),
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"step {step + 1}: {out_of_memory(self.learner.device, self.max_tokens)}") from error
+        except UserError as error:
+            raise UserError(f"step {step + 1}: {error}") from error
+        self.window = metrics.add(self.window, sums)
+        self.counters["num_tokens"] += tokens
+        factor = optim.schedule(step, self.steps, self.warmup, self.config.lr_scheduler_type)
+        logged = {"learning_rate": factor * self.rates["policy"] if train_policy else 0.0}
+        trained = {n: model for n, model in self.models.items() if n == "critic" or train_policy}
+        for name, model in trained.items():
+            if name == "critic":
+                logged["critic/learning_rate"] = factor * self.rates["critic"]
+            norm = optim.clip(model, self.config.max_grad_norm)
+            if not math.isfinite(norm):
+                rows = ", ".join(e.source for group in groups[:5] for e in group)
+                raise UserError(f"step {step + 1}: the gradient norm of the {name} is {norm}, on rows {rows} ...")
+            logged["grad_norm" if name == "policy" else "critic/grad_norm"] = norm
+        self.callbacks.call("on_pre_optimizer_step")
+        for name in trained:
+            optim.update(self.optimizers[name], factor * self.rates[name])
+        self.callbacks.call("on_optimizer_step")
+        for name in trained:
+            self.optimizers[name].zero_grad(set_to_none=True)
+        if self.learner.target is not None:
+            update_target(self.learner, self.objective.target_ema)
+        return logged
+
+    def held_out(self, episodes: list[Episode] | None = None) -> dict[str, float]:
+        """Metrics of the held-out rows, or of others that the objective prepared, with what compute_metrics makes of them."""
+        episodes = self.prepared.held_out if episodes is None else episodes
+        place = self.max_tokens, self.prepared.pad_id, self.processes
+        found = held_out_metrics(
+            self.module, self.learner, self.objective, episodes, *place, self.callbacks.prediction_step
+        )
+        if self.compute_metrics is not None and episodes:
+            found |= metrics.computed(self.compute_metrics(EvalPrediction(*self.predictions(distinct(episodes)))))
+        return found
+
+    def predictions(self, episodes: list[Episode]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """See `held_out.predictions`."""
+        place = self.max_tokens, self.prepared.pad_id, self.processes
+        return predictions(self.module, self.learner, episodes, *place)
+
+    def evaluate_held_out(self, step: int) -> dict[str, float]:
+        """Evaluates and records, once a step; a best evaluation asks for a checkpoint."""
+        if self.evaluated is None or self.evaluated[0] != step:
+            row = {"step": step, **self.held_out()}
+            if len(row) > 1:
+                self.recorder.record(row, evaluation=True)
+            found = {name: value for name, value in row.items() if name != "step"}
+            self.evaluated = step, found
+            if step > 0:
+                self.callbacks.note_best(step, found, self.output_dir / f"checkpoint-{step}")
+            elif found:
+                self.callbacks.metric_name(found)  # refused now rather than at the first comparison
+        self.callbacks.control.should_evaluate = False
+        return self.evaluated[1]
+
+    def load_best(self) -> dict[str, float] | None:
+        """The best evaluation's weights, and their metrics; None where the last step's are the best."""
+        state = self.callbacks.state
+        if state.best_global_step in (None, self.counters["step"]):
+            return None
+        best = Path(state.best_model_checkpoint)
+        if what := self.processes.from_main(lambda: fault(best)):
+            self.processes.say(
+                f"WARNING: {what}. It is the best by {self.config.best_metric}; the last step's models stay"
+            )
+            return None
+        checkpoint.load_models(best, self.learner)
+        self.processes.say(
+            f"models of step {state.best_global_step}: {self.config.best_metric} {state.best_metric:.6g} is the best"
+        )
+        return self.held_out()
+
+    def save(self) -> None:
+        window = self._window()
+        state = {"identity": self.prepared.identity, "window": {name: pair.tolist() for name, pair in window.items()}}
+        self.counters |= self.recorder.position()
+        state |= {"counters": self.counters, "steps": self.steps, "callbacks": self.callbacks.stored()}
+        if self.evaluated is not None and self.evaluated[0] == self.counters["step"]:
+            state["evaluation"] = self.evaluated[1]
+        best = self.callbacks.state.best_model_checkpoint
+        checkpoint.save_checkpoint(
+            self.output_dir,
+            self.counters["step"],
+            self.learner,
+            self.prepared.tokenizer,
+            self.optimizers,
+            state,
+            self.config.save_total_limit,
+            self.processes,
+            None if best is None else Path(best),
+        )
+        self.callbacks.saved()
+
+    def _window(self) -> dict[str, torch.Tensor]:
+        return add_over_processes(self.window, self.processes)
+
+    def run(self, description: str) -> dict[str, float]:
+        """All steps that are left; returns the held-out metrics after the last, or of the best.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when the step is over and a checkpoint is written.
+        """
+        events = self.callbacks
+        events.train_begin(self.counters["step"], self.steps)
+        events.control.should_training_stop |= self.stays_stopped
+        if self.counters["step"] == 0:
+            self.evaluate_held_out(0)
+        with signals.waiting():
+            self._steps(description)
+        found = self.evaluate_held_out(self.counters["step"])
+        return (self.load_best() if self.config.load_best_model_at_end else None) or found
+
+    def _steps(self, description: str) -> None:
+        config, counters, events = self.config, self.counters, self.callbacks
+        bar = tqdm(
+            total=self.steps, initial=self.position, desc=description, unit="step", disable=not self.processes.main
+        )
+        order_epoch, order = -1, []
+        self.recorder.start(counters)
+        while self.position < self.steps and not events.control.should_training_stop:
+            epoch, index = divmod(self.position, self.per_epoch)
+            if epoch != order_epoch:
+                order_epoch, order = epoch, epoch_order(len(self.prepared.groups), epoch, config.seed)
+                events.epoch_begin()
+            events.step_begin()
+            begun = time.perf_counter()
+            per_step = self.prepared.per_step
+            chosen = order[index * per_step : (index + 1) * per_step]
+            logged = self.train_step(counters["step"], [self.prepared.groups[i] for i in chosen])
+            counters["step"] += 1
+            counters["train_seconds"] += time.perf_counter() - begun
+            self._after_step(logged, bar)
+            bar.update(self.position - bar.n)
+        bar.close()
+
+    def _stop_by(self, number: int, bar: tqdm) -> None:
+        bar.close()
+        name, step = signal.Signals(number).name, self.counters["step"]
+        where = self.output_dir / f"checkpoint-{step}"
+        self.processes.say(
+            f"{name}: stopped after step {step} of {self.steps}; {where} is written, the same command goes on there"
+        )
+        self.recorder.close()
+        raise signals.interruption(number)
+
+    def _after_step(self, logged: dict[str, float], bar: tqdm) -> None:
+        """Rows, evaluations and checkpoints that are due, or that callbacks ask for."""
+        config, counters, events = self.config, self.counters, self.callbacks
+        step, last = counters["step"], self.position >= self.steps
+        due = {
+            "should_log": step % config.logging_steps == 0 or last,
+            "should_evaluate": config.eval_steps > 0 and step % config.eval_steps == 0 and not last,
+            "should_save": step % config.save_steps == 0 or last,
+        }
+        events.step_end(step, self.position / self.per_epoch, counters["num_tokens"], due)
+        self._log_and_evaluate(logged, bar)
+        if self.position % self.per_epoch == 0 or last or events.control.should_epoch_stop:
+            if events.control.should_epoch_stop:
+                counters["skipped"] += -self.position % self.per_epoch
+            events.call("on_epoch_end")
+            self._log_and_evaluate(logged, bar)
+        last = self.position >= self.steps
+        if last and self.window:
+            self._log_step(logged, bar)
+        ending = last or events.control.should_training_stop
+        if ending and config.best_metric is not None:  # the last checkpoint may be the best
+            self.evaluate_held_out(step)
+        number = self.processes.largest(signals.noted())  # of all processes, which stop together
+        if ending or events.control.should_save or number:
+            self.save()
+        if number:
+            self._stop_by(number, bar)
+
+    def _log_and_evaluate(self, logged: dict[str, float], bar: tqdm) -> None:
+        if self.callbacks.control.should_log and self.window:
+            self._log_step(logged, bar)
+        if self.callbacks.control.should_evaluate:
+            self.evaluate_held_out(self.counters["step"])
+
+    def _log_step(self, logged: dict[str, float], bar: tqdm) -> None:
+        means = metrics.finish(self._window()) | logged
+        self.recorder.record_steps(self.counters, self.position / self.per_epoch, means, bar)
+        self.window = {}
+
+    def finish(self) -> None:
+        """Writes the final models to output_dir, and closes the files."""
+        prepared = self.prepared
+        checkpoint.publish_models(
+            self.output_dir, self.learner, prepared.tokenizer, self.processes, prepared.save_dtype
+        )
+        self.callbacks.call("on_train_end")
+        self.recorder.close()
+        self.processes.barrier()
+
+
+Rows = tuple[list[Row], list[Row]]  # to train on, held out
+
+
+def begin(options: Options, given: Given | None = None, rows: Rows | None = None, announce: bool = False) -> Trainer:
+    """Everything up to the first step. `given` are objects in the place of options; `rows`: what `load_rows` found; `announce`
+    prints how many rows are trained on and held out.
+
+    Raises:
+        UserError: for options, rows or a model that do not fit, before any work is lost.
+    """
+    given = given or Given()
+    options = obey(options)
+    check_options(options, given)
+    check_callbacks(given.callbacks, options.train)
+    train_rows, held_rows = rows or load_rows(options, given)
+    processes = start(options.train.use_cpu, options.train.fsdp)
+    trainer = Trainer(options, prepare(options, given, train_rows, held_rows, processes), given.callbacks)
+    trainer.train_prompts = {prompt_key(row) for row in train_rows}
+    if announce:
+        split = given.eval_dataset is None and options.train.eval_dataset_name is None
+        processes.say(trainer.prepared.counts(options.train.eval_fraction if split else None))
+    return trainer
+
+
+def train(options: Options, description: str | None = None, rows: Rows | None = None) -> Run:
+    """Trains, or goes on with a run that was killed in the same output_dir. `description` labels the progress bar."""
+    trainer = begin(options, rows=rows, announce=description is None)
+    held_out = trainer.run(description or options.train.method)
+    trainer.finish()
+    return run_of(trainer, held_out)
+
+
+def run_of(trainer: Trainer, held_out: dict[str, float]) -> Run:
+    if trainer.processes.fsdp and trainer.processes.main:  # shards cannot be read by one process alone
+        critic = trainer.output_dir / "critic"
+        whole_policy = load_policy(str(trainer.output_dir), trainer.processes.device)
+        value_model = load_critic(critic, trainer.processes.device) if critic.exists() else None
+        trainer.prepared.learner = Learner(whole_policy, value_model)
+    seconds = trainer.counters["train_seconds"]
+    rate = trainer.counters["num_tokens"] / seconds if seconds else 0.0
+    return Run(trainer.output_dir, trainer.prepared, trainer.steps, seconds, rate, held_out)

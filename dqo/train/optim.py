@@ -1,0 +1,72 @@
+"""AdamW, learning-rate schedule and clipping, the same for policy and value model, each with its own learning rate."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+from torch import nn
+
+from dqo.train.parallel import whole
+
+logger = logging.getLogger(__name__)
+
+
+def make_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float], epsilon: float
+) -> torch.optim.AdamW:
+    """Weight decay on matrices only. Fused: one pass over the parameters, on the CPU too."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
+
+
+def as_steps(value: float, total: int) -> int:
+    """A number of steps; below 1 a share of all of them (transformers' convention)."""
+    return math.ceil(value * total) if 0 < value < 1 else int(value)
+
+
+def value_warmup(value: float, total: int) -> int:
+    """How many of the first steps train the value model alone; warns when no other is left."""
+    steps = as_steps(value, total)
+    if steps >= total:
+        logger.warning(
+            "value_warmup_steps is %d of %d steps: they train the value model alone, and the policy stays as it is",
+            steps,
+            total,
+        )
+    return steps
+
+
+def steps_of(epochs: float, per_epoch: int) -> int:
+    """Whole optimizer steps of `epochs` passes, rounded up, at least one. A product that is a whole number but for the rounding
+    of floats is that number: 0.3 passes of 10 steps are 3."""
+    return max(1, math.ceil(epochs * per_epoch * (1.0 - 1e-12)))
+
+
+def schedule(step: int, total: int, warmup: int, kind: str) -> float:
+    """Factor of the learning rate at `step` (0-based) of `total`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    if kind == "constant":
+        return 1.0
+    if kind == "linear":
+        return 1.0 - progress
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def clip(model: nn.Module, max_grad_norm: float) -> float:
+    """Clips the gradients; returns their norm before that."""
+    return whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)).item()
+
+
+def update(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
+    """One step of the optimizer; the gradients stay."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()

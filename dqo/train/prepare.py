@@ -1,0 +1,376 @@
+"""Everything between rows and the first step: tokenizer, episodes, models, reference columns."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dqo.config.lora import described
+from dqo.config.options import Options, TrainConfig
+from dqo.data.batches import Batch, groups_of
+from dqo.data.chat import reads_clock
+from dqo.data.episodes import Episode, fingerprint, make_episodes
+from dqo.data.rows import Row, check_process_reward
+from dqo.errors import UserError
+from dqo.models import attention
+from dqo.models.architecture import recompute_activations
+from dqo.models.critic import make_value_model
+from dqo.models.fitness import check_adapter, check_model, check_positions, check_tokenizer
+from dqo.models.lora import adapter_off, add_adapter, has_adapter, lora_config
+from dqo.models.policy import (
+    architecture_hash,
+    final_softcap,
+    load_config,
+    load_policy,
+    policy_stats,
+    ready,
+    stop_ids,
+    tokenizer_of,
+    weights_hash,
+)
+from dqo.models.router import check_router
+from dqo.objectives import UNIT_EPISODES
+from dqo.reference.cache import ReferenceCache, ReferenceId
+from dqo.reference.columns import add_reference, check_agreement, warn_about_behavior
+from dqo.train.checkpoint import checkpoints, claim_output, read_state, save_base
+from dqo.train.inputs import Given, read
+from dqo.train.learner import Learner
+from dqo.train.parallel import Processes, gather_objects
+from dqo_kernels import TokenStats
+
+logger = logging.getLogger(__name__)
+
+# Options that change neither data nor, beyond rounding, updates: a run may be continued with other values.
+FREE_OPTIONS = {
+    "per_device_train_batch_size",  # their product with the number of processes is in the identity
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "max_batch_tokens",
+    "padding_free",
+    "attn_implementation",
+    "use_cpu",
+    "fsdp",
+    "report_to",
+    "run_name",
+    "project",
+    "output_dir",
+    "resume_from_checkpoint",
+    "ref_cache_dir",
+    "dry_run",
+    "save_dtype",
+    "save_steps",
+    "save_total_limit",
+    "metric_for_best_model",
+    "greater_is_better",
+    "load_best_model_at_end",
+    "eval_tasks",
+    "verifier",
+    "num_generations",
+    "max_completion_length",
+}
+
+
+_TEMPLATE_TIME = "time that the chat template was told"  # in the identity of runs whose template reads the clock
+
+
+@dataclass
+class Prepared:
+    """What the loop trains on and with. `groups` are the episodes that stay together: singles, or pairs."""
+
+    processes: Processes
+    tokenizer: PreTrainedTokenizerBase
+    learner: Learner
+    groups: list[list[Episode]]
+    held_out: list[Episode]  # as the objective prepared them
+    identity: dict  # hashes and options that a continued run must share
+    per_step: int  # groups of an optimizer step
+    resumed: Path | None  # the checkpoint to go on from
+    tokenized: Callable[[list[Row]], list[Episode]]  # as the options say
+    reference: PreTrainedModel | None  # where it is not the initial policy
+    save_dtype: torch.dtype | None  # of the final models; None: as they are trained
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id
+
+    def episodes(self) -> list[Episode]:
+        """The distinct episodes that are trained on."""
+        return distinct([e for group in self.groups for e in group])
+
+    def counts(self, eval_fraction: float | None) -> str:
+        """How much is trained on and held out, a line each; `eval_fraction`: the share of the prompts that was asked for."""
+        lines = []
+        for name, episodes in (("training on", self.episodes()), ("held out", distinct(self.held_out))):
+            prompts, tokens = len({e.prompt_index for e in episodes}), sum(e.length for e in episodes)
+            lines.append(f"{name}: {len(episodes):,} responses to {prompts:,} prompts, {tokens:,} tokens")
+        share = "" if eval_fraction is None else f" (eval_fraction {eval_fraction:g} is a share of the prompts)"
+        return "\n".join(lines) + share
+
+
+def distinct(episodes: list[Episode]) -> list[Episode]:
+    """Each once: pairs may share responses."""
+    return list({id(e): e for e in episodes}.values())
+
+
+def prepare(
+    options: Options, given: Given, train_rows: list[Row], held_rows: list[Row], processes: Processes
+) -> Prepared:
+    """Tokenises the rows, loads the models and computes the reference columns."""
+    config, objective = options.train, options.objective
+    tokenizer = tokenizer_of(config.model_name_or_path, given.tokenizer)
+    model_config = load_config(config.model_name_or_path) if given.model is None else given.model.config
+    check_tokenizer(tokenizer, train_rows + held_rows, model_config)
+    vocab_size = model_config.get_text_config().vocab_size
+
+    reference_config = _reference_config(config, given, vocab_size)
+    template_time = _template_time(config, tokenizer, processes)
+
+    def tokenized(rows: list[Row]) -> list[Episode]:
+        made = make_episodes(
+            rows,
+            tokenizer,
+            vocab_size=vocab_size,
+            max_length=config.max_length,
+            stop_ids=stop_ids(given.model or config.model_name_or_path),
+            template_time=template_time,
+            skip_bad_rows=config.skip_bad_rows,
+            process_reward=config.process_reward or "none",
+            process_coef=config.process_coef,
+            gamma=getattr(objective, "gamma", 1.0),
+            truncation=config.truncation,
+            allow_truncation=config.allow_truncation,
+            reward_scale=config.reward_scale,
+            reward_shift=config.reward_shift,
+        )
+        for its_config in filter(None, (model_config, reference_config)):
+            check_positions(its_config, made)
+        return made
+
+    episodes = objective.prepare(tokenized(train_rows))
+    if not episodes:
+        nothing = {"dpo": "no prompt has both a better and a worse response: 0 pairs", "rft": "no response is correct"}
+        raise UserError(f"method {config.method}: {nothing.get(config.method, 'no response to train on')}")
+    held_out = _held_out(objective, tokenized(held_rows)) if held_rows else []
+    policy = given.model
+    if policy is None:
+        dtype = getattr(torch, config.dtype)
+        policy = load_policy(config.model_name_or_path, processes.device, dtype, config.attn_implementation)
+    else:
+        ready(policy, processes.device)
+    save_dtype = _save_dtype(config, given)
+    if not config.use_peft and given.peft_config is None:
+        policy.float()  # weights in 16 bits would not take small updates
+    reference = _explicit_reference(config, given, processes.device)
+    some_ids = (episodes[0].prompt_ids + episodes[0].completion_ids)[-64:]
+    for model in filter(None, (policy, reference)):
+        check_model(model, some_ids, tokenizer.pad_token_id)
+    check_router(policy, config.router_aux_loss_coef)
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes.world
+    options_that_bind = {name: value for name, value in options.flat().items() if name not in FREE_OPTIONS}
+    identity = {
+        "data": fingerprint(episodes),
+        "model": weights_hash(policy),
+        "responses or pairs a step": per_step,
+        "options": json.loads(json.dumps(options_that_bind)),  # as a checkpoint gives them back
+    }
+    if given.peft_config is not None:
+        identity["options"] |= described(given.peft_config)
+    if template_time is not None:
+        identity[_TEMPLATE_TIME] = template_time.isoformat()
+    identity["reference"] = identity["model"] if reference is None else weights_hash(reference)
+
+    for model in filter(None, (policy, reference)):
+        with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
+            attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
+    learner = make_learner(options, given, policy, reference)
+    for model in (policy, learner.value_model):
+        if isinstance(model, PreTrainedModel) and has_adapter(model):
+            check_adapter(model, some_ids)
+    resumed = claim_output(options, identity, processes)
+    if has_adapter(policy) and not policy.name_or_path and processes.main:
+        save_base(policy, base_of(policy, config), again=resumed is None)
+    if objective.needs_reference:
+        together = distinct(episodes + held_out)
+        _reference_columns(
+            config, together, policy, reference, tokenizer.pad_token_id, identity, processes, resumed is not None
+        )
+    groups = groups_of(episodes, UNIT_EPISODES[objective.unit])
+    return Prepared(
+        processes, tokenizer, learner, groups, held_out, identity, per_step, resumed, tokenized, reference, save_dtype
+    )
+
+
+class Evaluated(NamedTuple):
+    """Rows for evaluation on tokens."""
+
+    all: list[Episode]
+    objective: list[Episode]  # as the objective prepared them
+
+
+def evaluation_episodes(options: Options, given: Given, prepared: Prepared, source: Any) -> tuple[Evaluated, list[Row]]:
+    """Further rows, with their reference columns, when training has begun.
+
+    Args:
+        source: anything that read_rows takes.
+
+    Raises:
+        UserError: when the reference policy was a model object that has been trained in place.
+    """
+    config, objective = options.train, options.objective
+    rows = read(config, source)
+    check_process_reward(rows, "the rows for evaluation", config.process_reward)
+    episodes = prepared.tokenized(rows)
+    prepared_ones = _held_out(objective, episodes)
+    if objective.needs_reference:
+        learner = prepared.learner
+        reference = prepared.reference or learner.reference
+        if reference is None and not has_adapter(learner.policy):
+            if given.model is not None:
+                raise UserError(
+                    "the reference policy of these rows was the given model, which is trained in place: give ref_model, or give "
+                    "the rows to the constructor as eval_dataset"
+                )
+            place = prepared.processes.device, getattr(torch, config.dtype), config.attn_implementation
+            reference = load_policy(config.model_name_or_path, *place)
+        run = prepared.pad_id, prepared.identity, prepared.processes, True
+        with adapter_off(learner.policy):
+            _reference_columns(config, distinct(episodes + prepared_ones), learner.policy, reference, *run)
+    return Evaluated(episodes, prepared_ones), rows
+
+
+def _template_time(config: TrainConfig, tokenizer, processes: Processes) -> datetime.datetime | None:
+    """What a chat template that reads the clock takes for now: the time of the run that goes on, whose ids must come again; of a
+    new run the clock of the first process. None where no template reads it."""
+    if not reads_clock(tokenizer):
+        return None
+    named = config.resume_from_checkpoint
+    found = checkpoints(Path(config.output_dir)) if named in ("auto", "never") else [Path(named)]
+    for checkpoint in reversed(found):
+        try:
+            return datetime.datetime.fromisoformat(read_state(checkpoint)["identity"][_TEMPLATE_TIME])
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # not a checkpoint, or of a run without it: named when it is claimed
+            continue
+    return gather_objects([datetime.datetime.now()], processes)[0]
+
+
+def _held_out(objective: Any, episodes: list[Episode]) -> list[Episode]:
+    """As the objective prepares them; none, with a warning, where they are too few for it."""
+    try:
+        found = objective.prepare(episodes)
+    except UserError as error:
+        found, reason = [], str(error)
+    else:
+        reason = "the method finds nothing to compare in them"
+    if not found:
+        logger.warning("the %d held-out responses are not evaluated: %s", len(episodes), reason)
+    return found
+
+
+def _reference_config(config: TrainConfig, given: Given, vocab_size: int) -> PreTrainedConfig | None:
+    """Of the reference policy, when it is not the initial policy; refused when it has other tokens."""
+    path = config.ref_model_name_or_path
+    if given.ref_model is None and path is None:
+        return None
+    its_config = load_config(path) if given.ref_model is None else given.ref_model.config
+    if (found := its_config.get_text_config().vocab_size) != vocab_size:
+        raise UserError(
+            f"the reference model {path or ''} has a vocabulary of {found}, the policy of {vocab_size}; a reference policy "
+            "shares the policy's tokens"
+        )
+    return its_config
+
+
+def _explicit_reference(config: TrainConfig, given: Given, device: torch.device) -> PreTrainedModel | None:
+    """The reference policy, when it is not the initial policy."""
+    if given.ref_model is not None:
+        return ready(given.ref_model, device)
+    path = config.ref_model_name_or_path
+    return None if path is None else load_policy(path, device)
+
+
+def _reference_columns(
+    config: TrainConfig,
+    episodes: list[Episode],
+    policy: PreTrainedModel,
+    explicit: PreTrainedModel | None,
+    pad_id: int,
+    identity: dict,
+    processes: Processes,
+    resuming: bool,
+) -> None:
+    """ref_logprobs and ref_lse of every episode, from the cache where it has them; checked where they can be."""
+    model = policy if explicit is None else explicit
+    dtype = "bfloat16" if config.bf16 or model.dtype == torch.bfloat16 else "float32"
+    numbers = ReferenceId(identity["reference"], architecture_hash(model), dtype, final_softcap(model))
+    name = config.ref_model_name_or_path or config.model_name_or_path or type(model).__name__
+    cache = ReferenceCache(config.ref_cache_dir or Path(config.output_dir) / "ref_cache", numbers, name)
+
+    def stats_of(batch: Batch) -> TokenStats:
+        with adapter_off(model):
+            return policy_stats(model, batch, config.bf16)
+
+    place = {"device": processes.device, "packed": attention.packs(model), "cache": cache}
+    ranks = {
+        "rank": processes.rank,
+        "world": processes.world,
+        "barrier": processes.barrier,
+        "quiet": not processes.main,
+    }
+    add_reference(episodes, stats_of, pad_id, config.batch_tokens(processes.device.type), **place, **ranks)
+    if explicit is None and not resuming:
+        check_agreement(episodes, stats_of, pad_id, config.batch_tokens(processes.device.type), dtype=dtype, **place)
+    warn_about_behavior(episodes)
+
+
+def make_learner(options: Options, given: Given, policy: PreTrainedModel, explicit: PreTrainedModel | None) -> Learner:
+    """The policy, with an adapter where one was asked for, and what the objective needs beside it."""
+    config, objective = options.train, options.objective
+    peft_config = given.peft_config
+    if config.use_peft and peft_config is None:
+        peft_config = lora_config(config.lora_r, config.lora_alpha, config.lora_target_modules)
+    torch.manual_seed(config.seed)  # of new heads and adapters, in every process and when a run goes on
+    value_model = reference = target = None
+    if objective.needs_values:
+        value_model = make_value_model(objective.value_model, policy, peft_config)
+        if getattr(objective, "target_ema", None) is not None:
+            target = copy.deepcopy(value_model)
+    if objective.needs_kl:  # with an adapter the policy is its own reference
+        reference = copy.deepcopy(policy) if explicit is None and peft_config is None else explicit
+    if peft_config is not None:
+        add_adapter(policy, peft_config, str(base_of(policy, config)))
+    # a caller's model may have transformers' own, which works in training mode only
+    asked = any(getattr(part, "gradient_checkpointing", False) for part in policy.modules())
+    if config.gradient_checkpointing or asked:
+        for model in (policy, value_model):
+            if isinstance(model, PreTrainedModel):
+                recompute_activations(model)
+    return Learner(policy, value_model, reference, target, config.bf16, config.router_aux_loss_coef)
+
+
+def _save_dtype(config: TrainConfig, given: Given) -> torch.dtype | None:
+    """Of the final models: the option's, or that of the model's files; None (as trained) where adapters are trained."""
+    told = config.save_dtype
+    if told is None and not config.use_peft and given.peft_config is None:
+        told = load_config(config.model_name_or_path).dtype if given.model is None else given.model.dtype
+    return None if told is None else getattr(torch, str(told).removeprefix("torch."))
+
+
+def base_of(policy: PreTrainedModel, config: TrainConfig) -> Path | str:
+    """Where the adapter's base lies: a hub name, or a directory by its whole path, so that it holds anywhere. Weights
+    that lie nowhere (made in Python, or merged from an adapter) get a directory in output_dir."""
+    name = policy.name_or_path or Path(config.output_dir) / "base_model"
+    return Path(name).resolve() if Path(name).is_dir() or not policy.name_or_path else name

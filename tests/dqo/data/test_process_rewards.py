@@ -1,0 +1,120 @@
+"""What step rewards do to the rewards of tokens, by hand and against the closed-form optimum of a tree MDP."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dqo.data.episodes import make_episodes, shaping
+from dqo.data.rows import check_process_reward, read_rows
+from dqo.errors import UserError
+from tests.dqo.helpers import tokenizer
+from tests.tabular import random_tree
+
+TOKENIZER = tokenizer()
+STEPS = {"steps": [[0, 6], [6, 8]], "step_rewards": [0.75, 0.5]}  # "1+2=3\n" ends at token 5, "#3" at token 7; then EOS
+
+
+def made(row=None, **options):
+    rows = [{"prompt": "1+2=", "completion": "1+2=3\n#3", "reward": 1.0, **STEPS} | (row or {})]
+    settings = {"vocab_size": len(TOKENIZER), "max_length": 64, "process_reward": "potential"} | options
+    (episode,) = make_episodes(read_rows(rows), TOKENIZER, **settings)
+    return episode
+
+
+def test_a_potential_pays_its_differences_and_is_0_after_eos():
+    assert made().rewards.tolist() == [0, 0, 0, 0, 0, 0.75, 0, 0.5 - 0.75, 1.0 - 0.5]
+
+
+def test_with_a_discount_every_token_after_the_first_step_is_paid():
+    # gamma 0.5: between step ends Phi stays 0.75, and 0.5 * 0.75 - 0.75 is paid
+    expected = [0, 0, 0, 0, 0, 0.375, -0.375, 0.25 - 0.75, 1.0 - 0.5]
+    np.testing.assert_allclose(made(gamma=0.5).rewards, expected)
+
+
+def test_a_bootstrapped_response_keeps_the_potential_of_its_last_state():
+    cut = {"finish_reason": "length"}
+    kept = made(cut, truncation="bootstrap", gamma=0.5)
+    np.testing.assert_allclose(kept.rewards, [0, 0, 0, 0, 0, 0.375, -0.375, 0.25 - 0.75])
+    assert not kept.terminated
+    # taken for an end, the same response falls to Phi = 0, and is paid its outcome
+    np.testing.assert_allclose(made(cut).rewards, [0, 0, 0, 0, 0, 0.75, 0, 1.0 - 0.75])
+
+
+@pytest.mark.parametrize("process_reward, expected", [("potential", [1.5, -0.5, -1.0]), ("additive", [1.5, 1.0, 0.0])])
+def test_the_coefficient_scales_step_rewards_and_not_the_outcome(process_reward, expected):
+    rewards = made({"reward": 0.0}, process_reward=process_reward, process_coef=2.0, reward_scale=3.0).rewards
+    assert rewards[[5, 7, 8]].tolist() == expected
+
+
+def test_steps_beyond_an_allowed_cut_have_no_potential():
+    cut = made(max_length=11, allow_truncation=True)  # 7 response tokens: the second step ends beyond them
+    assert cut.rewards.tolist() == [0, 0, 0, 0, 0, 0.75, 1.0 - 0.75]
+
+
+def test_two_steps_that_end_on_one_token_have_the_potential_of_the_later():
+    assert shaping([1, 1], [0.25, 1.0], 3, gamma=1.0, terminated=True).tolist() == [0, 1.0, -1.0]
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("terminated", [True, False])
+def test_discounted_differences_telescope(gamma, terminated):
+    rng = np.random.default_rng(0)
+    ends, potentials = [2, 3, 9, 17], rng.normal(size=4)
+    paid = shaping(ends, potentials.tolist(), 20, gamma, terminated)
+    left = 0.0 if terminated else gamma**20 * potentials[-1]
+    assert (paid * gamma ** np.arange(20)).sum() == pytest.approx(left)
+
+
+def episode_rewards(tree, step_rewards, process_reward):
+    """(N,) rewards of the tree's trajectories as episodes: a character is an action, a line a step. `step_rewards` (N,)."""
+    rows, position = [], 0
+    for length in tree.seqlens.tolist():
+        here = slice(position, position + length)
+        rows.append(
+            {
+                "prompt": "1",
+                "completion": "2" * length,
+                "reward": 0.0,
+                "steps": [[i, i + 1] for i in range(length)],
+                "step_rewards": step_rewards[here].tolist(),
+                "finish_reason": "length",  # no EOS: the last action ends the response
+            }
+        )
+        position += length
+    options = {"vocab_size": len(TOKENIZER), "max_length": 64, "process_reward": process_reward}
+    return torch.tensor(np.concatenate([e.rewards for e in make_episodes(read_rows(rows), TOKENIZER, **options)]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_potentials_leave_the_optimal_policy_where_it_is_and_added_rewards_move_it(seed):
+    tree = random_tree(seed)
+    rng = torch.Generator().manual_seed(seed)
+    potential = torch.randn(len(tree.children), generator=rng, dtype=torch.float64)
+    potential[0] = 0.0  # of the prompt
+    after = torch.where(
+        tree.terminal, 7.0, potential[tree.children.clamp(min=0)]
+    )  # 7: what stands at an end counts nothing
+    step_rewards = after[tree.states, tree.actions]
+
+    def optimum(process_reward):
+        paid = torch.zeros_like(tree.step_rewards)  # a row's state and action give its reward, in every trajectory
+        paid[tree.states, tree.actions] = episode_rewards(tree, step_rewards, process_reward).double()
+        return replace(tree, step_rewards=tree.step_rewards + paid).optimum()
+
+    base, shaped = tree.optimum(), optimum("potential")
+    assert (shaped.log_policy - base.log_policy).abs().max() < 1e-5  # rewards are float32
+    torch.testing.assert_close(shaped.v, base.v - potential, atol=1e-5, rtol=0)
+    assert (optimum("additive").log_policy - base.log_policy).abs().max() > 0.1
+
+
+def test_step_rewards_need_a_choice_and_a_choice_needs_step_rewards():
+    rows = read_rows([{"prompt": "1", "completion": "12", "reward": 1.0, "step_rewards": [1.0]}])
+    with pytest.raises(UserError, match="f.jsonl has step_rewards; .* additive .* potential .* none"):
+        check_process_reward(rows, "f.jsonl", None)
+    check_process_reward(rows, "f.jsonl", "none")
+    plain = read_rows([{"prompt": "1", "completion": "12", "reward": 1.0}])
+    with pytest.raises(UserError, match="f.jsonl has no step_rewards, so --process_reward potential would do nothing"):
+        check_process_reward(plain, "f.jsonl", "potential")
+    check_process_reward(plain, "f.jsonl", "none")

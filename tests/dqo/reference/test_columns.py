@@ -1,0 +1,362 @@
+"""The reference's numbers: computed once, kept, shared between ranks, gone on with after a kill, checked against the policy."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from dqo.data.batches import collate
+from dqo.errors import UserError
+from dqo.models.policy import policy_stats
+from dqo.reference import columns as reference
+from dqo.reference.cache import ReferenceCache, ReferenceId
+from dqo.reference.columns import AGREEMENT_BOUNDS, add_reference, check_agreement, warn_about_behavior
+from tests.dqo import forked
+from tests.dqo.helpers import episodes, policy
+
+IDENTITY = ReferenceId(weights="w", architecture="a", dtype="float32", softcap=None)
+PER_BATCH = 40  # padded tokens; a few responses
+
+
+class Counting:
+    """A reference that counts its forward passes and the responses it is asked for, and may stop before one of them."""
+
+    def __init__(self, model=None, stop_at=None):
+        self.model, self.stop_at = model or policy(), stop_at
+        self.batches = []
+
+    def __call__(self, batch):
+        if len(self.batches) == self.stop_at:
+            raise KeyboardInterrupt
+        self.batches.append([e.source for e in batch.episodes])
+        return policy_stats(self.model, batch)
+
+    @property
+    def responses(self):
+        return [source for batch in self.batches for source in batch]
+
+
+def fresh(count=20, seed=0):
+    return episodes(count, seed=seed, reference=False)
+
+
+def columns(members):
+    return [(e.ref_logprobs, e.ref_lse) for e in members]
+
+
+def same(left, right):
+    return all(np.array_equal(a, b) for one, other in zip(left, right, strict=True) for a, b in zip(one, other))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return ReferenceCache(tmp_path / "cache", IDENTITY, "model")
+
+
+@pytest.fixture
+def flush_every_batch(monkeypatch):
+    monkeypatch.setattr(reference, "FLUSH_TOKENS", 1)
+
+
+def test_every_episode_gets_its_own_log_probabilities_whatever_the_batch():
+    members = fresh()
+    assert add_reference(members, Counting(), 0, PER_BATCH, quiet=True) == 20
+    for e in members:
+        stats = policy_stats(policy(), collate([e], 0))
+        assert np.allclose(e.ref_logprobs, stats.logprobs.detach(), atol=1e-6)
+        assert np.allclose(e.ref_lse, stats.lse.detach(), atol=1e-5)
+        assert e.ref_logprobs.dtype == e.ref_lse.dtype == np.float32
+
+
+def test_batches_are_longest_first_and_within_the_budget():
+    members, forward = fresh(), Counting()
+    add_reference(members, forward, 0, PER_BATCH, quiet=True)
+    length = {e.source: e.length for e in members}
+    lengths = [length[source] for source in forward.responses]
+    assert lengths == sorted(lengths, reverse=True)
+    assert all(len(batch) * length[batch[0]] <= PER_BATCH for batch in forward.batches)
+    assert 20 > len(forward.batches) > 3
+    tight = Counting()
+    add_reference(members, tight, 0, 1, quiet=True)  # a response that is over the budget has a batch of its own
+    assert [len(batch) for batch in tight.batches] == [1] * 20
+
+
+def test_equal_responses_and_companions_are_computed_once(cache):
+    members = fresh()
+    copies = fresh()  # other objects, same tokens
+    forward = Counting()
+    assert add_reference(members + copies, forward, 0, PER_BATCH, cache=cache, quiet=True) == 20
+    assert len(forward.responses) == 20
+    assert same(columns(members), columns(copies))
+
+
+class WithCompanion:
+    """An episode beside which another is scored."""
+
+    def __init__(self, episode, companion):
+        self.__dict__.update({name: getattr(episode, name) for name in episode.__slots__}, companion=companion)
+        self.length = episode.length
+
+
+def test_companions_get_their_columns_and_are_reused(cache):
+    plain, others = fresh(4), fresh(4, seed=1)
+    members = [WithCompanion(e, other) for e, other in zip(plain, others)] + [WithCompanion(plain[0], None)]
+    forward = Counting()
+    assert add_reference(members, forward, 0, PER_BATCH, cache=cache, quiet=True) == 8
+    assert all(len(e.companion.ref_lse) == len(e.companion.completion_ids) for e in members[:4])
+    again = Counting()
+    assert add_reference(others, again, 0, PER_BATCH, cache=cache, quiet=True) == 0
+    assert again.batches == []
+
+
+def test_what_is_cached_is_not_computed_again(cache, capsys):
+    members = fresh()
+    add_reference(members, Counting(), 0, PER_BATCH, cache=cache, quiet=True)
+    again, forward = fresh(), Counting()
+    assert add_reference(again, forward, 0, PER_BATCH, cache=cache) == 0
+    assert forward.batches == []
+    assert same(columns(members), columns(again))
+    larger, forward = fresh() + fresh(5, seed=1), Counting()
+    assert add_reference(larger, forward, 0, PER_BATCH, cache=cache) == 5
+    assert len(forward.responses) == 5
+    assert "20 of 25 cached" in capsys.readouterr().err
+    assert add_reference(fresh(30)[3:12:2], Counting(), 0, PER_BATCH, cache=cache) == 0
+    meta = json.loads((cache.directory / "meta.json").read_text())
+    assert meta["responses"] == 25
+
+
+@pytest.mark.parametrize("change", [{"weights": "v"}, {"dtype": "bfloat16"}, {"architecture": "b"}], ids=str)
+def test_numbers_of_another_reference_are_computed(cache, change):
+    from dataclasses import replace
+
+    add_reference(fresh(), Counting(), 0, PER_BATCH, cache=cache, quiet=True)
+    other = ReferenceCache(cache.directory.parent, replace(IDENTITY, **change), "model")
+    assert add_reference(fresh(), Counting(), 0, PER_BATCH, cache=other, quiet=True) == 20
+
+
+def test_an_interrupted_pass_goes_on_where_it_was_with_the_same_batches(cache, tmp_path, flush_every_batch):
+    whole = Counting()
+    unbroken = fresh()
+    add_reference(unbroken, whole, 0, PER_BATCH, quiet=True)
+    stopped = Counting(stop_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        add_reference(fresh(), stopped, 0, PER_BATCH, cache=cache, quiet=True)
+    assert len(list(cache.directory.glob("segment-*"))) == 3
+    rest, members = Counting(), fresh()
+    add_reference(members, rest, 0, PER_BATCH, cache=cache, quiet=True)
+    assert stopped.batches + rest.batches == whole.batches
+    assert same(columns(members), columns(unbroken))  # bit for bit, because the batches are the same
+
+
+def test_an_exception_loses_no_finished_batch(cache):
+    with pytest.raises(KeyboardInterrupt):
+        add_reference(fresh(), Counting(stop_at=3), 0, PER_BATCH, cache=cache, quiet=True)
+    assert len(list(cache.directory.glob("segment-*"))) == 1
+    rest = Counting()
+    add_reference(fresh(), rest, 0, PER_BATCH, cache=cache, quiet=True)
+    whole = Counting()
+    add_reference(fresh(), whole, 0, PER_BATCH, quiet=True)
+    assert rest.batches == whole.batches[3:]
+
+
+def test_a_segment_is_written_after_a_while(cache, monkeypatch):
+    monkeypatch.setattr(reference, "FLUSH_SECONDS", 0.0)
+    forward = Counting()
+    add_reference(fresh(), forward, 0, PER_BATCH, cache=cache, quiet=True)
+    assert len(list(cache.directory.glob("segment-*"))) == len(forward.batches)
+
+
+def slow_pass(root):
+    """In a process of its own: a segment a batch, and a pause after each."""
+    reference.FLUSH_TOKENS = 1
+    forward = Counting()
+
+    def stats_of(batch):
+        time.sleep(0.2)
+        return forward(batch)
+
+    add_reference(fresh(), stats_of, 0, PER_BATCH, cache=ReferenceCache(root, IDENTITY, "model"), quiet=True)
+
+
+def test_a_killed_pass_goes_on_where_it_was(cache):
+    process = forked.start(slow_pass, cache.directory.parent)
+    while len(list(cache.directory.glob("segment-*"))) < 2:
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    done = len(list(cache.directory.glob("segment-*")))
+    whole, rest = Counting(), Counting()
+    unbroken, members = fresh(), fresh()
+    add_reference(unbroken, whole, 0, PER_BATCH, quiet=True)
+    add_reference(members, rest, 0, PER_BATCH, cache=cache, quiet=True)
+    assert 2 <= done < len(whole.batches)
+    assert rest.batches == whole.batches[done:]
+    assert same(columns(members), columns(unbroken))
+
+
+def test_ranks_compute_their_shares_and_read_the_others(cache):
+    """Two ranks in one process: rank 1 runs where rank 0 waits for it."""
+    first, second, forwards = fresh(), fresh(), [Counting(), Counting()]
+    computed = []
+
+    def rank_1():
+        computed.append(
+            add_reference(
+                second, forwards[1], 0, PER_BATCH, cache=cache, rank=1, world=2, barrier=lambda: None, quiet=True
+            )
+        )
+
+    computed.append(
+        add_reference(first, forwards[0], 0, PER_BATCH, cache=cache, rank=0, world=2, barrier=rank_1, quiet=True)
+    )
+    assert computed == [10, 10]
+    assert sorted(forwards[0].responses + forwards[1].responses) == sorted(e.source for e in first)
+    assert same(columns(first), columns(second))
+    alone = fresh()
+    add_reference(alone, Counting(), 0, PER_BATCH, quiet=True)
+    assert all(np.allclose(a.ref_logprobs, b.ref_logprobs, atol=1e-6) for a, b in zip(first, alone))
+    third = Counting()
+    assert add_reference(fresh(), third, 0, PER_BATCH, cache=cache, rank=1, world=2, barrier=lambda: None) == 0
+
+
+def test_ranks_that_do_not_share_the_cache_are_told(cache):
+    with pytest.raises(UserError, match="lacks 10 responses that other ranks computed; ref_cache_dir must be one"):
+        add_reference(fresh(), Counting(), 0, PER_BATCH, cache=cache, rank=0, world=2, barrier=lambda: None, quiet=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_response_that_is_impossible_under_the_reference_is_named_and_not_cached(cache, value):
+    members = fresh(3)
+    victim = members[1]
+
+    def stats_of(batch):
+        stats = policy_stats(policy(), batch)
+        logprobs = stats.logprobs.clone()
+        starts = dict(zip((e.source for e in batch.episodes), batch.cu_seqlens.tolist()))
+        logprobs[starts[victim.source] + len(victim.completion_ids) - 1] = value
+        return stats._replace(logprobs=logprobs)
+
+    with pytest.raises(
+        UserError, match=f"row 2: the reference policy gives token {len(victim.completion_ids)} .*{value}"
+    ):
+        add_reference(members, stats_of, 0, 10_000, cache=cache, quiet=True)
+    assert not list(cache.directory.iterdir())
+
+
+def agreed(members, model, budget=PER_BATCH, **options):
+    check_agreement(members, lambda batch: policy_stats(model, batch), 0, budget, **options)
+
+
+def with_reference(model, count=20):
+    members = fresh(count)
+    add_reference(members, lambda batch: policy_stats(model, batch), 0, PER_BATCH, quiet=True)
+    return members
+
+
+def test_a_policy_that_is_not_its_reference_is_stopped_at_step_0(cache):
+    model = policy()
+    members = with_reference(model)
+    agreed(members, model)
+    with torch.no_grad():
+        model.lm_head.weight[5] += 0.01
+    with pytest.raises(UserError) as error:
+        agreed(members, model, cache=cache)
+    assert "differ from the initial policy's by up to 0.0" in str(error.value)
+    assert "rounding in float32 explains 3e-05" in str(error.value)
+    assert " of 20 responses: row " in str(error.value)
+    assert "adapter" in str(error.value) and "dropout" in str(error.value) and "not causal" in str(error.value)
+    assert f"delete {cache.directory}" in str(error.value)
+
+
+def test_the_row_that_disagrees_is_named_with_its_token():
+    model = policy()
+    members = with_reference(model)
+    victim = next(e for e in members if len(e.completion_ids) > 3)
+    victim.ref_logprobs = victim.ref_logprobs.copy()
+    victim.ref_logprobs[2] -= 0.5
+    with pytest.raises(UserError, match=rf"1 of 20 responses: {victim.source} \(0\.\d+ at token 3\)"):
+        agreed(members, model)
+
+
+def test_a_reference_that_is_not_a_number_is_stopped():
+    model = policy()
+    members = with_reference(model)
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(UserError, match="by up to inf"):
+        agreed(members, model)
+
+
+def test_64_responses_are_checked_in_other_shapes_within_the_budget():
+    model, shapes = policy(), []
+    members = with_reference(model, 200)
+
+    def stats_of(batch):
+        shapes.append(tuple(batch.input_ids.shape))
+        return policy_stats(model, batch)
+
+    check_agreement(members, stats_of, 0, 10_000)
+    assert [shape[0] for shape in shapes] == [64]
+    shapes.clear()
+    check_agreement(members, stats_of, 0, 100)
+    assert sum(shape[0] for shape in shapes) == 64 and len(shapes) > 8
+    # one batch, as the pass had it, would prove nothing
+    few = [e for e in members if len(e.completion_ids) > 1][:3]
+    shapes.clear()
+    check_agreement(few, stats_of, 0, 10_000)
+    assert shapes == [(3, max(e.length for e in few) - 1)]
+
+
+def test_a_policy_that_sees_the_future_is_stopped():
+    """All rows are of one length and fit one batch: only a response cut shorter shows it."""
+    model = policy()
+
+    def looks_ahead(batch):
+        stats = policy_stats(model, batch)
+        ends = torch.repeat_interleave(batch.actions[batch.cu_seqlens[1:] - 1], batch.cu_seqlens.diff())
+        return stats._replace(logprobs=stats.logprobs - 0.01 * ends)
+
+    members = [e for e in fresh(60) if e.length == 9]
+    assert len(members) > 1
+    add_reference(members, looks_ahead, 0, 10_000, quiet=True)
+    with pytest.raises(UserError, match="attention that is not causal"):
+        check_agreement(members, looks_ahead, 0, 10_000)
+
+
+def test_the_bound_is_that_of_the_dtype():
+    model = policy(hidden_size=64, layers=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter *= 4.0
+
+    def in_bfloat16(batch):
+        return policy_stats(model, batch, bf16=True)
+
+    members = fresh(60)
+    add_reference(members, lambda batch: policy_stats(model, batch), 0, PER_BATCH, quiet=True)
+    with pytest.raises(UserError, match="rounding in float32"):
+        check_agreement(members, in_bfloat16, 0, PER_BATCH)
+    check_agreement(members, in_bfloat16, 0, PER_BATCH, dtype="bfloat16")
+    for e in members:
+        e.ref_logprobs = e.ref_logprobs - np.float32(2.0)
+    with pytest.raises(UserError, match="rounding in bfloat16 explains 0.1"):
+        check_agreement(members, in_bfloat16, 0, PER_BATCH, dtype="bfloat16")
+    assert AGREEMENT_BOUNDS.keys() == {"float32", "bfloat16"}
+
+
+def test_stored_log_probabilities_of_another_distribution_are_noticed(caplog):
+    members = episodes(9)
+    for e in members:
+        e.behavior_logprobs = e.ref_logprobs + np.float32(0.01)
+    warn_about_behavior(members)
+    assert not caplog.records
+    for e in members:
+        e.behavior_logprobs = e.ref_logprobs / np.float32(0.5)
+    warn_about_behavior(members)
+    assert "differ from the reference policy's by" in caplog.text

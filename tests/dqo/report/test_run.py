@@ -1,0 +1,53 @@
+"""Problems that a model could not answer are refused before anything is trained."""
+
+import json
+
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from dqo import DQOConfig, DQOTrainer
+from dqo.commands.cli import train_command
+from dqo.errors import UserError
+from dqo.report.run import check_tasks
+from tests.dqo.helpers import arguments, rollout_rows, tokenizer
+
+PROMPT = rollout_rows()[0]["prompt"]
+
+
+def short_model():
+    """With learned positions, which end at 64."""
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer()), n_positions=64, n_embd=16, n_layer=1, n_head=2))
+
+
+@pytest.mark.parametrize(
+    "prompt, length, message",
+    [
+        (
+            PROMPT,
+            256,
+            rf"tasks.jsonl:1: {len(PROMPT)} tokens of prompt and 256.*--max_completion_length {64 - len(PROMPT)}$",
+        ),
+        ("1" * 64, 4, "tasks.jsonl:1: 64 tokens of prompt and 4.*64 positions; drop the rows"),
+        ("", 4, "tasks.jsonl:1: prompt has no tokens"),
+    ],
+)
+@pytest.mark.parametrize("as_object", [False, True])
+def test_tasks_that_do_not_fit_the_model_are_refused_before_training(files, prompt, length, message, as_object):
+    (files / "tasks.jsonl").write_text(json.dumps({"prompt": prompt, "answer": "3"}))
+    options = {"eval_tasks": str(files / "tasks.jsonl"), "verifier": "gsm8k", "max_completion_length": length}
+    with pytest.raises(UserError, match=message):
+        if as_object:
+            args = DQOConfig(output_dir=str(files / "out"), **options)
+            DQOTrainer(short_model(), args, str(files / "rollouts.jsonl"), processing_class=tokenizer()).train()
+        else:
+            short_model().save_pretrained(files / "model")
+            train_command(arguments(files, **options))
+    assert not (files / "out").exists()
+
+
+def test_tasks_beside_a_chat_template_are_said_to_go_without_it(files, caplog):
+    chat = tokenizer()
+    chat.chat_template = "{{ messages }}"
+    options = DQOConfig(output_dir=str(files / "out"), max_completion_length=4).options
+    check_tasks(options, short_model(), chat, [{"prompt": PROMPT, "answer": "3", "source": "tasks.jsonl:1"}])
+    assert "the prompts of eval_tasks are strings" in caplog.text

@@ -1,0 +1,135 @@
+"""Two processes (gloo) train what one process trains: DDP, and FSDP2's shards."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dqo.config.options import load_options
+from dqo.train.loop import train
+from dqo.train.parallel import Processes, add_over_processes, gather_objects, like, whole
+from tests.dqo.helpers import arguments
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[3]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+
+# what each run changes; the number of responses in a step stays 8
+RUNS = {
+    "dqo": {"value_warmup_steps": 4, "max_steps": 8},
+    "head": {"value_model": "head"},
+    "soft": {"value_model": "none"},
+    "dpo": {"method": "dpo"},
+    "sft": {"method": "sft"},
+    "kto": {"method": "kto"},  # with the mean over the companions of the whole step
+    "oreo": {"method": "oreo"},  # with the reference's logits
+    "average": {"target_ema": 0.8, "lam": 0.5},
+    "packed": {"padding_free": "True", "max_batch_tokens": 60},
+    "adapter": {"use_peft": True, "lora_r": 2, "kl_coef": 0.1},
+    "checkpointing": {"gradient_checkpointing": True},
+    # the greatest loss is an early one: weights of an earlier step are put back into the wrapped models
+    "best": {
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": "True",
+    },
+    "one group a step": {"per_device_train_batch_size": 1, "max_steps": 4},  # one process has nothing of it
+}
+
+
+def flags(files, output, **changes):
+    plain = {name: value for name, value in changes.items() if value is not True}
+    return [*arguments(files, output_dir=output, **plain), *(f"--{name}" for name, v in changes.items() if v is True)]
+
+
+def launch(*command):
+    environment = {"OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*LAUNCH, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Every run by one process, by two, and by two with shards; {(name, kind): directory}."""
+    from dqo.models.new import save
+    from tests.dqo.helpers import policy, rollout_rows, tokenizer
+
+    files = tmp_path_factory.mktemp("runs")
+    save(policy(), tokenizer(), files / "model")
+    lines = [json.dumps(row) for row in rollout_rows(prompts=12, samples=4)]
+    (files / "rollouts.jsonl").write_text("\n".join(lines))
+    found, lists = {}, []
+    for name, changes in RUNS.items():
+        changes = {"logging_steps": 2} | changes
+        alone = {"per_device_train_batch_size": 8} | changes
+        if name == "one group a step":  # over two processes 1 each is a step of 2: here one group of it would do
+            alone["per_device_train_batch_size"] = 2
+        found[name, "one"] = train(load_options(flags(files, files / f"{name}-one", **alone))).output_dir
+        for kind in ("ddp", "fsdp"):
+            found[name, kind] = files / f"{name}-{kind}"
+            both = {"per_device_train_batch_size": 4} | changes | ({"fsdp": True} if kind == "fsdp" else {})
+            lists.append(flags(files, found[name, kind], **both))
+    (files / "runs.json").write_text(json.dumps(lists))
+    launch("--multi_gpu", "-m", "tests.dqo.run_many", str(files / "runs.json"))
+    return found
+
+
+def logged(directory):
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    skipped = ("perf/", "eval_data/", "data/padding_frac")  # speeds, and what depends on who is padded with whom
+    return [{name: value for name, value in row.items() if not name.startswith(skipped)} for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_log_and_learn_what_one_does(runs, name, kind):
+    expected, found = logged(runs[name, "one"]), logged(runs[name, kind])
+    assert len(expected) == len(found)
+    for one, two in zip(expected, found):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert two[key] == pytest.approx(one[key], rel=2e-3, abs=2e-5), key
+    for file in runs[name, "one"].rglob("*model.safetensors"):
+        one, two = load_file(file), load_file(runs[name, kind] / file.relative_to(runs[name, "one"]))
+        assert one.keys() == two.keys()
+        for key in one:
+            assert torch.allclose(one[key], two[key], atol=2e-4), (file.name, key)
+    facts = json.loads((runs[name, kind] / "found.json").read_text())
+    assert facts["world"] == 2
+    assert facts["sharded"] == (kind == "fsdp")
+
+
+def test_a_run_of_two_processes_is_continued_by_one_and_the_other_way_round(files):
+    """Checkpoints hold whole tensors: what differs is the rounding of the sums."""
+    steps = {"logging_steps": 2, "max_steps": 8, "save_steps": 4, "save_total_limit": 5}
+    whole_run = train(load_options(flags(files, files / "whole", per_device_train_batch_size=8, **steps)))
+    first = flags(files, files / "mixed", per_device_train_batch_size=4, **steps, fsdp=True)
+    (files / "runs.json").write_text(json.dumps([first]))
+    launch("--multi_gpu", "-m", "tests.dqo.run_many", str(files / "runs.json"))
+    import shutil
+
+    shutil.rmtree(files / "mixed" / "checkpoint-8")
+    resumed = train(load_options(flags(files, files / "mixed", per_device_train_batch_size=8, **steps)))
+    assert resumed.held_out == pytest.approx(whole_run.held_out, rel=1e-3, abs=1e-5)
+
+
+def test_the_command_that_the_documentation_names_shards_and_reports(files):
+    output = launch("--use_fsdp", "--fsdp_version", "2", "-m", "dqo.train", *flags(files, files / "out", max_steps=2))
+    assert output.count("report:") == 1  # one process speaks
+    assert (files / "out" / "report.html").exists()
+
+
+def test_one_process_needs_no_group():
+    alone = Processes(0, 1, torch.device("cpu"))
+    sums = {"loss": torch.tensor([3.0, 2.0]), "value/min": torch.tensor(-1.0)}
+    assert add_over_processes(sums, alone) is sums
+    assert gather_objects([1, 2], alone) == [1, 2]
+    tensor = torch.ones(3)
+    assert whole(tensor) is tensor and like(tensor, torch.zeros(3)) is tensor

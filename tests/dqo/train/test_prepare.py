@@ -1,0 +1,209 @@
+"""The reference's columns of a run: from which model, from which cache, checked when."""
+
+import dataclasses
+import datetime
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dqo.config.options import load_options
+from dqo.data.batches import collate
+from dqo.errors import UserError
+from dqo.models.new import save
+from dqo.models.policy import policy_stats
+from dqo.reference.cache import _name_of
+from dqo.train.checkpoint import STATE_FILE
+from dqo.train.inputs import Given, check_options, load_rows
+from dqo.train.loop import train
+from dqo.train.parallel import Processes
+from dqo.train.prepare import prepare
+from tests.dqo.helpers import policy, rollout_rows, tokenizer
+
+
+@pytest.fixture
+def files(tmp_path):
+    save(policy(), tokenizer(), tmp_path / "model")
+    save(policy(seed=1), tokenizer(), tmp_path / "other")
+    (tmp_path / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rollout_rows())))
+    return tmp_path
+
+
+def options_of(files, **changes):
+    settings = {
+        "dataset_name": files / "rollouts.jsonl",
+        "model_name_or_path": files / "model",
+        "output_dir": files / "out",
+        "per_device_train_batch_size": 8,
+        "max_steps": 2,
+    } | changes
+    return load_options([part for name, value in settings.items() for part in (f"--{name}", str(value))])
+
+
+def prepared(files, **changes):
+    options = options_of(files, **changes)
+    check_options(options)
+    return prepare(options, Given(), *load_rows(options), Processes(0, 1, torch.device("cpu")))
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """How many responses prepare.py computes or checks."""
+    from dqo.train import prepare as module
+
+    calls = []
+    monkeypatch.setattr(
+        module, "policy_stats", lambda *arguments: calls.append(len(arguments[1].episodes)) or policy_stats(*arguments)
+    )
+    return calls
+
+
+def test_the_cache_lies_in_the_output_directory_or_where_it_is_asked_for(files, forwards):
+    prepared(files)
+    assert list((files / "out" / "ref_cache").glob("*/segment-*"))
+    before = sum(forwards)
+    prepared(files, output_dir=files / "out2", ref_cache_dir=files / "shared")
+    assert not (files / "out2" / "ref_cache").exists() and list((files / "shared").glob("*/segment-*"))
+    computed = sum(forwards) - before
+    prepared(files, output_dir=files / "out3", ref_cache_dir=files / "shared", method="dpo")
+    checked = sum(forwards) - before - computed
+    assert 0 < checked < computed  # the agreement check alone
+
+
+def test_a_model_directory_that_was_overwritten_reuses_nothing(files):
+    shared = {"ref_cache_dir": files / "shared"}
+    first = prepared(files, **shared).episodes()
+    for path in (files / "model").iterdir():
+        path.unlink()
+    (files / "model").rmdir()
+    save(policy(seed=1), tokenizer(), files / "model")
+    second = prepared(files, output_dir=files / "out2", **shared).episodes()
+    assert len(list((files / "shared").iterdir())) == 2
+    assert not any(np.array_equal(a.ref_lse, b.ref_lse) for a, b in zip(first, second))
+
+
+def test_stale_values_in_the_cache_are_stopped_with_the_cure(files):
+    from safetensors.numpy import load_file, save_file
+
+    prepared(files)
+    (path,) = (files / "out" / "ref_cache").glob("*/segment-*")
+    save_file(load_file(path) | {"logprobs": load_file(path)["logprobs"] - 1}, path)
+    path.rename(path.parent / _name_of(path.read_bytes()))  # whole, and of another model
+    with pytest.raises(UserError, match=f"stale values in the cache: delete {path.parent}"):
+        prepared(files)
+
+
+def test_another_reference_is_used_and_not_compared_with_the_policy(files):
+    finished = train(options_of(files, ref_model_name_or_path=files / "other", eval_fraction=0.3))
+    other = policy(seed=1)
+    for e in finished.prepared.episodes()[:5]:
+        assert np.allclose(e.ref_logprobs, policy_stats(other, collate([e], 0)).logprobs.detach(), atol=1e-5)
+    rows = [json.loads(line) for line in (files / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["eval_kl"] > 1e-6  # at step 0 the policy is not its reference
+    meta = json.loads(next((files / "out" / "ref_cache").glob("*/meta.json")).read_text())
+    assert meta["model"] == str(files / "other")
+    train(options_of(files, ref_model_name_or_path=files / "other", eval_fraction=0.3))
+    with pytest.raises(UserError, match="option ref_model_name_or_path: .*other' then, None now"):
+        train(options_of(files, eval_fraction=0.3))
+    save(policy(seed=2), tokenizer(), files / "third")
+    (files / "third" / "model.safetensors").replace(files / "other" / "model.safetensors")
+    with pytest.raises(UserError, match="reference: .* then, .* now"):
+        train(options_of(files, ref_model_name_or_path=files / "other", eval_fraction=0.3))
+
+
+def test_a_reference_of_another_vocabulary_is_refused(files):
+    from dqo.models.new import bpe_tokenizer, new_llama
+
+    words = bpe_tokenizer(["one two three", "1+2=3"], 300)
+    save(new_llama(words, hidden_size=16, layers=1, heads=2), words, files / "words")
+    with pytest.raises(UserError, match=r"the reference model .*words has a vocabulary of \d+, the policy of \d+"):
+        prepared(files, ref_model_name_or_path=files / "words")
+
+
+def test_a_method_without_reference_refuses_one(files):
+    with pytest.raises(UserError, match="method sft has no reference policy; remove --ref_model_name_or_path"):
+        prepared(files, method="sft", ref_model_name_or_path=files / "other")
+    prepared(files, method="sft")
+    assert not (files / "out" / "ref_cache").exists()
+
+
+def test_a_continued_run_is_not_compared_again(files, forwards):
+    train(options_of(files))
+    before = sum(forwards)
+    train(options_of(files))
+    assert sum(forwards) == before
+
+
+def test_held_out_rows_too_few_for_the_method_are_left_out_with_a_warning(files, caplog):
+    one_prompt = rollout_rows(prompts=1, seed=9)
+    (files / "held_out.jsonl").write_text("\n".join(map(json.dumps, one_prompt)))
+    found = prepared(files, method="kto", eval_dataset_name=files / "held_out.jsonl")
+    assert found.held_out == [] and "are not evaluated: kto needs responses of at least two prompts" in caplog.text
+
+
+def at(monkeypatch, day):
+    class Day(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, day)
+
+    monkeypatch.setattr("datetime.datetime", Day)
+
+
+def test_a_run_whose_template_writes_the_date_goes_on_the_next_day_with_the_same_ids(files, monkeypatch):
+    tok = tokenizer()
+    tok.chat_template = "{{ strftime_now('%d') }}+{% for m in messages %}{{ m.content }}{% endfor %}"
+    save(policy(), tok, files / "chat")
+    chats = [
+        row
+        | {"prompt": [{"role": "user", "content": row["prompt"]}]}
+        | {"completion": [{"role": "assistant", "content": row["completion"]}]}
+        for row in rollout_rows()
+    ]
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    at(monkeypatch, 5)
+    options = {"model_name_or_path": files / "chat"}
+    train(options_of(files, **options))
+    at(monkeypatch, 6)
+    found = prepared(files, **options)
+    assert found.resumed is not None
+    assert all(tok.decode(e.prompt_ids).startswith("05+") for e in found.episodes())
+    assert tok.decode(prepared(files, output_dir=files / "new", **options).episodes()[0].prompt_ids).startswith("06+")
+
+    path = found.resumed / STATE_FILE  # of a run that kept no time
+    state = json.loads(path.read_text())
+    state["identity"].pop("time that the chat template was told")
+    del state["files"], state["crc32"]  # nor checksums
+    path.write_text(json.dumps(state))
+    with pytest.raises(UserError, match="time that the chat template was told: None then, 2026-01-06"):
+        prepared(files, **options)
+
+
+def test_the_models_end_tokens_and_skipped_rows_reach_training(files, caplog):
+    tok, model = tokenizer(), policy()
+    tok.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if n %}{{ raise_exception('no') }}{% endif %}"
+    )
+    model.generation_config.eos_token_id, model.generation_config._from_model_config = [7], False
+    save(model, tok, files / "chat")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+            "completion_ids": [3 + i % 3, 5, 7],
+            "finish_reason": "stop",
+            "reward": row["reward"],
+        }
+        for i, row in enumerate(rollout_rows())
+    ]
+    rows[4]["chat_template_kwargs"] = {"n": 1}
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"model_name_or_path": files / "chat"}
+    with pytest.raises(UserError, match="^rollouts.jsonl:5: the chat template refuses the messages: no$"):
+        prepared(files, **options)
+    options = options_of(files, **options)
+    options = dataclasses.replace(options, train=dataclasses.replace(options.train, skip_bad_rows=True))
+    episodes = prepare(options, Given(), *load_rows(options), Processes(0, 1, torch.device("cpu"))).episodes()
+    assert {e.completion_ids[-1] for e in episodes} == {7} and len(episodes) == len(rows) - 1
+    assert "They are dropped; 31 rows are left" in caplog.text

@@ -1,0 +1,29 @@
+from dqo.train.watch import Watch
+
+
+def said(rows):
+    watch = Watch()
+    return [warning for step, row in enumerate(rows, start=1) for warning in watch.warnings({"step": step, **row})]
+
+
+def test_a_healthy_run_is_left_alone():
+    assert said([{"loss": 1 / step, "value/explained_variance": 0.1, "kl": 0.01} for step in range(1, 20)]) == []
+
+
+def test_a_loss_that_grows_is_called_diverging_once():
+    (warning,) = said([{"loss": loss} for loss in (1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0)])
+    assert "grown from 1 to 6 (step 5): it diverges" in warning
+
+
+def test_one_bad_row_is_no_divergence():
+    assert said([{"loss": loss} for loss in (1.0, 9.0, 1.0, 9.0, 1.0)]) == []
+
+
+def test_a_value_model_that_explains_nothing_is_named_with_the_cure():
+    (warning,) = said([{"loss": 1.0, "value/explained_variance": -0.2}] * 6)
+    assert "explained variance -0.2 at step 3" in warning and "value_warmup_steps" in warning
+
+
+def test_a_policy_far_from_its_reference_is_named():
+    (warning,) = said([{"loss": 1.0, "kl": 2.5}] * 4)
+    assert "2.5 nats a token away" in warning and "raise beta" in warning
