@@ -131,6 +131,15 @@ def test_trees_name_what_is_there_and_every_folder(page):
     assert page != README or len(lines) <= 15
 
 
+def test_the_architecture_lists_the_folders_in_the_order_of_their_imports():
+    from tests.folders import GROUP
+
+    groups = [
+        GROUP[name] for name in re.findall(r"\bdqo/(\w+)(?:/|\.py)", blocks(ROOT / "docs" / "architecture.md", "")[0])
+    ]
+    assert len(groups) == len(GROUP) and groups == sorted(groups)
+
+
 # ----------------------------------------------------------------------------------------------------------- commands
 
 
@@ -237,9 +246,6 @@ def check_pytest(arguments: list[str], text: str) -> None:
             assert re.search(rf"(?<![\w-]){re.escape(word.partition('=')[0])}(?![\w-])", text), word
         elif arguments[i - 1] == "-m":
             assert set(re.findall(r"\w+", word)) - {"and", "or", "not"} <= markers, word
-        elif arguments[i - 1] == "-k":
-            for name in set(re.findall(r"\w+", word)) - {"and", "or", "not"}:
-                assert list(ROOT.glob(f"benchmarks/**/bench_{name}.py")), name
         else:
             assert (ROOT / word).exists(), word
 
