@@ -1,6 +1,8 @@
 """README.md, CONTRIBUTING.md and docs/ are run: their Python, commands and links, and the paths and modules that they name."""
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import re
@@ -210,6 +212,27 @@ def test_commands_of_the_trainer_run_in_their_order_up_to_training(page, place, 
             assert left.value.code in (0, None)
         else:
             call(monkeypatch, script, arguments)
+
+
+@pytest.fixture(scope="module")
+def options() -> set[str]:
+    """Of all commands, with those of every method of the README's table."""
+    methods = re.findall(r"^\| `(\w+)`", README.read_text(), re.M)
+    shown = io.StringIO()
+    asked = [["train", "--method", method] for method in methods] + [["check"], ["convert"], ["init"], ["demo"]]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
+        for arguments in asked:
+            with pytest.raises(SystemExit):
+                call(patch, "dqo", [*arguments, "--help"])
+    return set(re.findall(r"(?<![\w-])--\w+", shown.getvalue()))
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/data.md", "docs/training.md", "docs/methods.md", "docs/gsm8k.md"])
+def test_options_that_it_names_are_options(name, options):
+    assert {"--beta", "--max_pairs_per_prompt", "--vocab_size"} <= options
+    assert not [
+        word for word in named(ROOT / name) if word.startswith("--") and word not in options | {"--help", "--config"}
+    ]
 
 
 @pytest.mark.slow
