@@ -303,5 +303,5 @@ def test_a_fraction_out_of_range_is_refused():
 
 def test_rows_are_checked_without_importing_torch():
     heavy = "{'torch', 'transformers', 'numpy', 'pyarrow', 'tqdm'}"
-    code = f"import sys, dqo.rows, dqo.convert; assert not {heavy} & set(sys.modules)"
+    code = f"import sys, dqo.data.rows, dqo.convert.entry; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
