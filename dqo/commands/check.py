@@ -15,12 +15,14 @@ import numpy as np
 from tyro.conf import Positional
 
 from dqo.commands.check_view import view
+from dqo.config.options import parse_flags
 from dqo.data.advice import row_warnings
 from dqo.data.episodes import Episode, make_episodes
 from dqo.data.rows import Row, check_process_reward, duplicate_count, prompt_key, read_rows
 from dqo.errors import UserError, printable
 from dqo.objectives import OBJECTIVES
 
+PLACE = 4
 _BAR = 40  # characters of the longest bar
 
 
@@ -71,6 +73,11 @@ class CheckConfig:
         if self.beta is not None and self.beta <= 0:
             found.append(("beta", f"must be positive, got {self.beta}"))
         return found if 0 <= self.gamma <= 1 else [*found, ("gamma", f"must be in [0, 1], got {self.gamma}")]
+
+
+def check_command(arguments: list[str], prog: str = "dqo check") -> None:
+    """Check rollout files and show what training will see of them."""
+    check(parse_flags(CheckConfig, arguments, prog))
 
 
 def check(config: CheckConfig) -> None:

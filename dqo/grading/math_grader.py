@@ -40,7 +40,7 @@ class MathGrader:
         self._lock = threading.Lock()
 
     def same(self, given: str, expected: str) -> bool:
-        """Whether two answers are the same, by `dqo.grading.answers` where that knows, else by math-verify. Any thread may call it.
+        """Whether two answers are the same, by `dqo.grading.answers` where that knows, else by math-verify; from any thread.
 
         Raises:
             UserError: when math-verify is not installed, or cannot be loaded.

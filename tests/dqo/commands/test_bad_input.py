@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dqo.commands.cli import dqo_command
+from dqo.commands.base import dqo_command
 from dqo.errors import UserError
 from dqo.models.new import save
 from tests.dqo.helpers import policy, tokenizer

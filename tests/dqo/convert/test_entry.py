@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dqo.commands.cli import dqo_command
+from dqo.commands.base import dqo_command
 from dqo.convert import entry
 from dqo.convert.entry import FORMATS, as_messages, convert, summary
 from dqo.data.rows import Row, read_rows

@@ -1,10 +1,16 @@
-"""Options of the commands that have no module of their own for them."""
+"""`dqo convert`: published data becomes a rollout file."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from tyro.conf import Positional
+
+from dqo.config.options import parse_flags
+from dqo.convert.entry import convert
+
+PLACE = 3
 
 
 @dataclass(frozen=True)
@@ -32,32 +38,14 @@ class ConvertConfig:
         return [("step_penalty", f"must be at least 0 or None, got {self.step_penalty}")]
 
 
-@dataclass(frozen=True)
-class InitConfig:
-    """Make a small randomly initialised Llama and a byte-level BPE tokenizer trained on a rollout file."""
+def convert_command(arguments: list[str], prog: str = "dqo convert") -> None:
+    """Turn a public data format into a rollout file."""
+    config = parse_flags(ConvertConfig, arguments, prog)
+    for name, value in convert(**dataclasses.asdict(config)).items():
+        several = isinstance(value, dict)
+        shown = ", ".join(f"{key} {share:.4g}" for key, share in value.items()) if several else _short(value)
+        print(f"{name:>32}  {shown}")
 
-    dataset_name: str
-    """Rollout file whose prompts and completions the tokenizer is trained on."""
-    output_dir: str
-    """New directory of model and tokenizer."""
-    vocab_size: int = 4096
-    """Tokens of the vocabulary."""
-    hidden_size: int = 256
-    """Width."""
-    layers: int = 4
-    """Transformer blocks."""
-    heads: int = 4
-    """Attention heads."""
-    max_length: int = 1024
-    """Positions."""
-    seed: int = 0
-    """Of the weights."""
 
-    def problems(self) -> list[tuple[str, str]]:
-        """(field, what is wrong) of every value out of range."""
-        found = [("seed", f"must be at least 0, got {self.seed}")] if self.seed < 0 else []
-        # the tokenizer begins with 256 bytes and three special tokens
-        for name, least in {"vocab_size": 259, "hidden_size": 1, "layers": 1, "heads": 1, "max_length": 1}.items():
-            if getattr(self, name) < least:
-                found.append((name, f"must be at least {least}, got {getattr(self, name)}"))
-        return found
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
