@@ -10,7 +10,8 @@ from dqo.commands.demo import demo_command
 from dqo.config.launcher import obey
 from dqo.config.options import dump_options, load_options
 from dqo.demo.recipe import DemoConfig
-from dqo.train.inputs import check_options, load_rows, read_tasks
+from dqo.evaluation.tasks import check_tasks, read_tasks
+from dqo.train.inputs import check_options, load_rows
 
 PLACE = 1
 
@@ -39,7 +40,8 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
             f"dqo-train: {options.train.method} on {options.train.dataset_name} -> {options.train.output_dir}",
             flush=True,
         )
-    from dqo.report.run import check_tasks, finish  # torch from here on
+    from dqo.evaluation.run import answers_of  # torch from here on
+    from dqo.report.run import finish
     from dqo.train.loop import train
 
     if tasks:
@@ -48,5 +50,5 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
     processes = run.prepared.processes
     processes.leave()
     if processes.main:
-        print(finish(options, run, tasks))
+        print(finish(options, run, answers_of(options, run, tasks)))
     processes.end()

@@ -9,7 +9,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 import yaml
@@ -18,9 +18,15 @@ from dqo.config.sources import read_options
 from dqo.config.values import brief, refuse, suggestion, typed, value_problems
 from dqo.errors import UserError, did_you_mean
 from dqo.files import name_problem
+from dqo.grading.verifiers import VERIFIERS, VerifierName
 from dqo.objectives import OBJECTIVES
 
 CPU_BATCH_TOKENS = 4096  # more leave the caches: 8,192 cost a quarter of the speed with a model of 1 M parameters
+
+
+def _verifier_help() -> str:
+    each = "; ".join(f"{name} {verifier.what}" for name, verifier in VERIFIERS.items())
+    return f"The verifier grades answers to eval_tasks: {each}."
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,7 @@ class TrainConfig:
     """Share of the prompts held out of dataset_name."""
     eval_tasks: str | None = None
     """Problems to answer after training (.jsonl: prompt, answer)."""
-    verifier: Literal["gsm8k", "math"] | None = None
-    """How answers to eval_tasks are graded: gsm8k compares the number after ####, math (extra math) the last boxed answer."""
+    verifier: Annotated[VerifierName | None, tyro.conf.arg(help=_verifier_help())] = None
     num_generations: int = 4
     """Sampled answers a problem, beside the greedy one."""
     max_completion_length: int = 256

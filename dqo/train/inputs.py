@@ -12,10 +12,8 @@ from dqo.config.lora import check_lora_config
 from dqo.config.options import Options, TrainConfig
 from dqo.data.advice import row_warnings
 from dqo.data.rows import Row, check_process_reward, prompt_key, read_rows, split_by_prompt
-from dqo.data.sources import read_records
 from dqo.errors import UserError
 from dqo.files import is_aside
-from dqo.grading.verifiers import check_answers
 from dqo.models.objects import check_objects
 from dqo.requirements import check_packages
 from dqo.train.damage import STATE_FILE
@@ -98,21 +96,3 @@ def shared_prompts(trained: set[str], rows: list[Row], name: str, trained_name: 
             f"{shared[0].source or repr(shared[0].prompt)[:80]}); take their rows out of one of the two, or give no evaluation "
             "rows: eval_fraction holds prompts out"
         )
-
-
-def read_tasks(path: str | None, verifier: str) -> list[dict]:
-    """The rows of eval_tasks, each with the strings prompt and answer, and its source; the verifier can grade by all answers."""
-    if path is None:
-        return []
-    _, records, problems = read_records(path)
-    wrong = [problem.source for problem in problems]
-    wrong += [
-        record.source
-        for record in records
-        if not all(isinstance(record.values.get(name), str) for name in ("prompt", "answer"))
-    ]
-    if wrong:
-        raise UserError(f"{', '.join(wrong[:10])}: a row of eval_tasks is an object with the strings prompt and answer")
-    tasks = [{**record.values, "source": record.source} for record in records]
-    check_answers(tasks, verifier)
-    return tasks
