@@ -21,15 +21,17 @@ class ConvertConfig:
     """Format of the source. Solutions with step labels: gsm8k-solutions, prm800k, math-shepherd, math-aps. Other trainers' data:
     trl-preference, trl-kto, trl-stepwise, oreo, open-r1, verl."""
     source: Positional[str]
-    """.jsonl or .parquet file, folder of a saved data set, or name on the Hugging Face hub (org/name or org/name:split)."""
+    """The source is a .jsonl or .parquet file, the folder of a saved data set, or a name on the Hugging Face hub (org/name or
+    org/name:split)."""
     destination: Positional[str]
-    """Rollout file to write (.jsonl)."""
+    """The rollout file (.jsonl) to write."""
     messages: bool = False
-    """Write prompts and completions as messages, for models with a chat template."""
+    """Prompts and completions are written as messages, for models with a chat template."""
     keep_annotations: bool = True
-    """Leave GSM8K's <<expression=value>> in the completions."""
+    """The completions keep GSM8K's annotations <<expression=value>>."""
     step_penalty: float | None = None
-    """gsm8k-solutions: step reward of a line with a wrong calculator annotation is minus this; 0.5 unless given."""
+    """A line with a wrong calculator annotation has minus this as its step reward. It is an option of gsm8k-solutions, where
+    None is 0.5."""
 
     def problems(self) -> list[tuple[str, str]]:
         """(field, what is wrong) of every value out of range."""

@@ -17,21 +17,21 @@ class InitConfig:
     """Make a small randomly initialised Llama and a byte-level BPE tokenizer trained on a rollout file."""
 
     dataset_name: str
-    """Rollout file whose prompts and completions the tokenizer is trained on."""
+    """The tokenizer is trained on the prompts and completions of this rollout file."""
     output_dir: str
-    """New directory of model and tokenizer."""
+    """The new directory where model and tokenizer are written."""
     vocab_size: int = 4096
-    """Tokens of the vocabulary."""
+    """The vocabulary has at most this many tokens."""
     hidden_size: int = 256
-    """Width."""
+    """The hidden states of the model have this width."""
     layers: int = 4
-    """Transformer blocks."""
+    """The model has this many transformer blocks."""
     heads: int = 4
-    """Attention heads."""
+    """Each block has this many attention heads."""
     max_length: int = 1024
-    """Positions."""
+    """A text may have at most this many positions."""
     seed: int = 0
-    """Of the weights."""
+    """The random weights depend on this seed."""
 
     def problems(self) -> list[tuple[str, str]]:
         """(field, what is wrong) of every value out of range."""

@@ -10,9 +10,9 @@ class DemoConfig:
     """Trains a tiny model with every method on the built-in arithmetic task and compares them: no network, no GPU."""
 
     output_dir: str = "dqo-demo"
-    """Where data, models and report.html go; a killed demonstration goes on there."""
+    """The directory where data, models and report.html are written. A demonstration that was killed goes on there."""
     seed: int = 0
-    """The seed of problems, model and samples; the task's hard entries stay the same."""
+    """Problems, model and samples depend on this seed. The task's hard entries do not."""
 
     def problems(self) -> list[tuple[str, str]]:
         return [] if self.seed >= 0 else [("seed", f"must be at least 0, got {self.seed}")]
