@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Annotated
 
+import tyro
 from tyro.conf import Positional
 
 from dqo.config.options import parse_flags
-from dqo.convert.entry import convert
+from dqo.convert.entry import FORMATS, convert
 
 PLACE = 3
 
@@ -17,9 +19,7 @@ PLACE = 3
 class ConvertConfig:
     """Turn a public data format into a rollout file."""
 
-    format: Positional[str]
-    """Format of the source. Solutions with step labels: gsm8k-solutions, prm800k, math-shepherd, math-aps. Other trainers' data:
-    trl-preference, trl-kto, trl-stepwise, oreo, open-r1, verl."""
+    format: Positional[Annotated[str, tyro.conf.arg(help=f"The format of the source is one of {', '.join(FORMATS)}.")]]
     source: Positional[str]
     """The source is a .jsonl or .parquet file, the folder of a saved data set, or a name on the Hugging Face hub (org/name or
     org/name:split)."""
