@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dqo.config.lora import check_lora_config
+from dqo.config.effects import without_effect
+from dqo.config.lora import check_lora_config, check_lora_options
 from dqo.config.options import Options, TrainConfig
 from dqo.data.advice import row_warnings
 from dqo.data.rows import Row, check_process_reward, prompt_key, read_rows, split_by_prompt
@@ -52,6 +53,7 @@ def check_options(options: Options, given: Given | None = None) -> None:
     check_objects(given.model, given.ref_model, given.tokenizer, adapters)
     if given.peft_config is not None:
         check_lora_config(given.peft_config)
+        check_lora_options(given.peft_config, options)
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise UserError(f"report_to needs the package {config.report_to}: pip install {config.report_to}")
     used = Path(config.output_dir)
@@ -73,7 +75,10 @@ def read(config: TrainConfig, source: Any) -> list[Row]:
 def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], list[Row]]:
     """Rows to train on and rows held out, by problem; every check of the data that needs no model."""
     config, given = options.train, given or Given()
-
+    adapters = config.use_peft or given.peft_config is not None
+    held_out_given = config.eval_dataset_name is not None or given.eval_dataset is not None
+    if idle := without_effect(options, adapters, held_out_given):
+        logger.warning(idle)
     rows = read(config, config.dataset_name if given.dataset is None else given.dataset)
     check_process_reward(rows, config.dataset_name or "the data set", config.process_reward)
     for warning in row_warnings(rows, config, options.objective):
