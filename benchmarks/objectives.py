@@ -17,8 +17,9 @@ import sys
 from pathlib import Path
 
 from benchmarks.methods import commit, per_problem
+from dqo.demo.recipe import Recipe
 from dqo.demo.report import evaluate_model
-from dqo.demo.run import Recipe, _distinct_problems, _rng
+from dqo.demo.rollouts import distinct_problems, rng_of
 from dqo.grading.arith import ArithTask
 from dqo.report import findings
 from dqo.stats import accuracy_interval
@@ -96,7 +97,7 @@ def main() -> None:
     arguments = parser.parse_args()
     seed = json.loads((arguments.demonstration / "demo.json").read_text())["seed"]
     task = ArithTask(RECIPE.min_steps, RECIPE.max_steps)
-    problems = _distinct_problems(task, _rng(seed, "evaluation"), RECIPE.eval_problems, set())
+    problems = distinct_problems(task, rng_of(seed, "evaluation"), RECIPE.eval_problems, set())
     rows = [measured("base", arguments.demonstration / "base", problems)]
     for name in arguments.methods:
         output = arguments.demonstration / "objectives" / name.replace(", ", "-").replace(" ", "-")

@@ -1,5 +1,5 @@
 """`python -m dqo <command>`, for machines where the scripts are not on the path."""
 
-from dqo.commands.cli import main
+from dqo.commands.base import main
 
 main()

@@ -23,12 +23,14 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from dqo.config.launcher import obey
 from dqo.config.options import Options, check_values, options_of
 from dqo.errors import UserError, did_you_mean
+from dqo.evaluation.run import answers_of, base_answers
+from dqo.evaluation.tasks import check_tasks, read_tasks
 from dqo.files import writing
-from dqo.report.run import base_answers, check_tasks, finish
+from dqo.report.run import finish
 from dqo.train import checkpoint, hub
 from dqo.train.callbacks import check_callbacks, made
 from dqo.train.held_out import predictions
-from dqo.train.inputs import Given, check_options, read_tasks, shared_prompts
+from dqo.train.inputs import Given, check_options, shared_prompts
 from dqo.train.loop import Trainer, begin, run_of
 from dqo.train.metrics import read_metrics
 from dqo.train.prepare import evaluation_episodes
@@ -209,7 +211,7 @@ class DQOTrainer:
         trainer.finish()
         run = run_of(trainer, held_out)
         if trainer.processes.main:
-            print(finish(self.options, run, tasks, base))
+            print(finish(self.options, run, answers_of(self.options, run, tasks, base)))
         losses = [row["loss"] for row in self.log_history if "loss" in row]
         return TrainOutput(trainer.counters["step"], losses[-1] if losses else 0.0, held_out)
 

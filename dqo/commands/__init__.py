@@ -1,4 +1,4 @@
-"""One file a command of `dqo`; each parses its options before torch is imported.
+"""One file a command of `dqo`; each checks its options before torch is imported.
 
-`cli` names the commands and turns errors into one line.
+`base` finds the commands, runs one, and turns errors into one line.
 """

@@ -15,12 +15,14 @@ import numpy as np
 from tyro.conf import Positional
 
 from dqo.commands.check_view import view
+from dqo.config.options import parse_flags
 from dqo.data.advice import row_warnings
 from dqo.data.episodes import Episode, make_episodes
 from dqo.data.rows import Row, check_process_reward, duplicate_count, prompt_key, read_rows
 from dqo.errors import UserError, printable
 from dqo.objectives import OBJECTIVES
 
+PLACE = 4
 _BAR = 40  # characters of the longest bar
 
 
@@ -31,35 +33,36 @@ class CheckConfig:
     Options mean what they mean in `dqo train`. Without a model the rows alone are checked."""
 
     data: Positional[tuple[str, ...]]
-    """Rollout files, folders of saved data sets, or names on the Hugging Face hub."""
+    """The rollout files, folders of saved data sets, or names on the Hugging Face hub to check."""
     model_name_or_path: str | None = None
-    """Model whose tokenizer places the rows on tokens."""
+    """The tokenizer of this model places the rows on tokens. None checks the rows alone."""
     rows: int = 3
-    """Rows shown on their tokens, from all over the file."""
+    """This many rows, from all over the file, are shown on their tokens."""
     max_length: int = 1024
-    """Tokens of prompt and completion."""
+    """A prompt and its completion have at most this many tokens together."""
     allow_truncation: bool = False
-    """Cut longer rows at max_length instead of refusing them."""
+    """Longer rows are cut at max_length instead of being refused."""
     truncation: Literal["terminal", "bootstrap", "drop"] = "terminal"
-    """Responses that did not end: paid as they are, bootstrapped, or dropped."""
+    """What becomes of responses that did not end: terminal pays them as they are, bootstrap adds the value of their last
+    state, drop leaves them out."""
     process_reward: Literal["none", "additive", "potential"] | None = None
-    """What step_rewards do."""
+    """What step_rewards do in training: none ignores them, additive pays them, potential pays their differences."""
     process_coef: float = 1.0
-    """Factor of the step rewards or potentials."""
+    """Step rewards or potentials are multiplied by this."""
     gamma: float = 1.0
-    """Discount, for potentials."""
+    """The discount of the method, which the differences of potentials depend on."""
     reward_scale: float = 1.0
-    """Outcome reward = reward_scale * reward + reward_shift."""
+    """The outcome reward is reward_scale * reward + reward_shift."""
     reward_shift: float = 0.0
-    """See reward_scale."""
+    """The outcome reward is reward_scale * reward + reward_shift."""
     reward_threshold: float = 0.5
-    """A response without label counts as correct above this reward."""
+    """A response without a label counts as correct when its reward is above this."""
     skip_bad_rows: bool = False
-    """Leave out rows that fail the checks, and say how many."""
+    """Rows that fail the checks are left out and counted, instead of ending the check."""
     method: Literal["dqo", "sft", "rft", "dpo", "kto", "dro", "oreo"] | None = None
-    """Warn of what this objective would make of the rows; None: of what any may."""
+    """The warnings are of what this method makes of the rows. None warns of what any method may."""
     beta: float | None = None
-    """KL temperature of the method; None: its default."""
+    """The KL temperature of the method. None takes the method's default."""
 
     def problems(self) -> list[tuple[str, str]]:
         """(field, what is wrong) of every value out of range."""
@@ -71,6 +74,11 @@ class CheckConfig:
         if self.beta is not None and self.beta <= 0:
             found.append(("beta", f"must be positive, got {self.beta}"))
         return found if 0 <= self.gamma <= 1 else [*found, ("gamma", f"must be in [0, 1], got {self.gamma}")]
+
+
+def check_command(arguments: list[str], prog: str = "dqo check") -> None:
+    """Check rollout files and show what training will see of them."""
+    check(parse_flags(CheckConfig, arguments, prog))
 
 
 def check(config: CheckConfig) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 from typing import Any
 
+from dqo.config.options import Options
 from dqo.errors import UserError
 
 # Fields whose every value is plain LoRA: fixed weights plus scale * B A, with B = 0 at the start.
@@ -57,6 +58,30 @@ def check_lora_config(config: Any) -> None:
     for name, values in (("lora_alpha", [config.lora_alpha]), ("alpha_pattern", config.alpha_pattern.values())):
         if not all(math.isfinite(value) and value > 0 for value in values):
             raise UserError(f"peft_config: {name}={getattr(config, name)!r}; it must be positive and finite")
+
+
+def check_lora_options(config: Any, options: Options) -> None:
+    """Refuses an option lora_* that was given and says something else than the peft.LoraConfig.
+
+    Raises:
+        UserError: naming both.
+    """
+    targets = config.target_modules
+    told = {
+        "lora_r": ("r", config.r),
+        "lora_alpha": ("lora_alpha", config.lora_alpha),
+        "lora_target_modules": (
+            "target_modules",
+            targets if targets is None or isinstance(targets, str) else {*targets},
+        ),
+    }
+    for option, (field, value) in told.items():
+        given = getattr(options.train, option)
+        if option in options.sources and (set(given) if isinstance(given, tuple) else given) != value:
+            raise UserError(
+                f"{option} {given} (from {options.sources[option]}) and peft_config with {field}={value!r} contradict each "
+                "other; remove one"
+            )
 
 
 def described(config: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 import yaml
@@ -18,9 +18,15 @@ from dqo.config.sources import read_options
 from dqo.config.values import brief, refuse, suggestion, typed, value_problems
 from dqo.errors import UserError, did_you_mean
 from dqo.files import name_problem
+from dqo.grading.verifiers import VERIFIERS, VerifierName
 from dqo.objectives import OBJECTIVES
 
 CPU_BATCH_TOKENS = 4096  # more leave the caches: 8,192 cost a quarter of the speed with a model of 1 M parameters
+
+
+def _verifier_help() -> str:
+    each = "; ".join(f"{name} {verifier.what}" for name, verifier in VERIFIERS.items())
+    return f"The verifier grades answers to eval_tasks: {each}."
 
 
 @dataclass(frozen=True)
@@ -28,139 +34,147 @@ class TrainConfig:
     """Offline training on a file of responses and rewards. Without --dataset_name the built-in demonstration runs."""
 
     method: Literal["dqo", "sft", "rft", "dpo", "kto", "dro", "oreo"] = "dqo"
-    """Objective; its own options are shown by `--method NAME --help`."""
+    """The objective to train with. `--method NAME --help` shows the options that it adds."""
     model_name_or_path: str | None = None
-    """Directory or hub name of the causal language model to train."""
+    """The causal language model to train is in this directory, or has this name on the hub."""
     ref_model_name_or_path: str | None = None
-    """Reference policy; None: the initial model."""
+    """The reference policy is in this directory, or has this name on the hub. None takes the initial model."""
     ref_cache_dir: str | None = None
-    """Directory of cached reference log-probabilities, shared between runs; None: output_dir/ref_cache."""
+    """The reference's log-probabilities are kept in this directory, which several runs may share. None takes
+    output_dir/ref_cache."""
     dataset_name: str | None = None
-    """Rollout file (.jsonl or .parquet): prompt, completion, reward."""
+    """The rollout file (.jsonl or .parquet) to train on, whose rows have prompt, completion and reward."""
     output_dir: str = "out"
-    """Directory of checkpoints, metrics.jsonl and report.html."""
+    """The directory where checkpoints, metrics.jsonl and report.html are written."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights as they are kept; bfloat16 only for the frozen ones under use_peft."""
+    """The weights are kept in this type. bfloat16 is for use_peft, where it holds for the frozen weights alone."""
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the models that are written to output_dir at the end; None: what the files of model_name_or_path have, and float32 for
-    adapters and their value model. Checkpoints keep the weights as they are trained, so that a run can go on exactly."""
+    """The models written to output_dir at the end have this type. None takes the type of the files of model_name_or_path, and
+    float32 for adapters and their value model. Checkpoints keep the weights as they are trained, so that a run can go on
+    exactly."""
     bf16: bool = False
-    """Products in bfloat16 (autocast); weights, optimizer states and the loss stay float32."""
+    """Matrix products are computed in bfloat16 (autocast). Weights, optimizer states and the loss stay float32."""
     attn_implementation: str | None = None
-    """transformers' attention: sdpa, eager, flash_attention_2 ...; None: its own choice."""
+    """The attention of transformers to use, such as sdpa, eager or flash_attention_2. None leaves the choice to transformers."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward: less memory, a third more time."""
+    """The backward pass computes the activations again, which saves memory and takes a third more time."""
     use_peft: bool = False
-    """Train LoRA adapters of policy and value model; the policy with its adapter off is the reference."""
+    """Policy and value model train LoRA adapters. The policy with its adapter switched off is the reference."""
     lora_r: int = 16
-    """Rank of the adapters."""
+    """The adapters have this rank. It needs use_peft."""
     lora_alpha: float = 32.0
-    """Their scale is lora_alpha / lora_r."""
+    """The adapters' output is multiplied by lora_alpha / lora_r. It needs use_peft."""
     lora_target_modules: tuple[str, ...] | None = None
-    """Names of the linear layers that get one; None: all of the trunk."""
+    """The linear layers with these names get an adapter. None gives one to every linear layer of the trunk."""
 
     router_aux_loss_coef: float | None = None
-    """Factor of the load-balancing loss of a mixture-of-experts policy's router; None or 0: it is not applied. It is of the real
-    tokens of a micro-batch, and a step's is the mean over its micro-batches by tokens: the one loss that depends on how a step is
-    split, exact when a step is one micro-batch."""
+    """The load-balancing loss of a mixture-of-experts policy's router is multiplied by this. None or 0 leaves it out. It
+    counts the real tokens of a micro-batch, and a step's loss is the mean over its micro-batches, weighted by their tokens.
+    It is the one loss that depends on how a step is split into micro-batches."""
 
     eval_dataset_name: str | None = None
-    """Rollout file held out for evaluation; without it eval_fraction of the prompts is held out."""
+    """The rollout file to evaluate on. Without it a share of the prompts is held out, which eval_fraction sets."""
     eval_fraction: float = 0.1
-    """Share of the prompts held out of dataset_name."""
+    """This share of the prompts of dataset_name is held out for evaluation."""
     eval_tasks: str | None = None
-    """Problems to answer after training (.jsonl: prompt, answer)."""
-    verifier: Literal["gsm8k", "math"] | None = None
-    """How answers to eval_tasks are graded: gsm8k compares the number after ####, math (extra math) the last boxed answer."""
+    """The file of problems (.jsonl with prompt and answer) that the model answers before and after training."""
+    verifier: Annotated[VerifierName | None, tyro.conf.arg(help=_verifier_help())] = None
     num_generations: int = 4
-    """Sampled answers a problem, beside the greedy one."""
+    """The model samples this many answers to each problem of eval_tasks, beside the greedy one."""
     max_completion_length: int = 256
-    """Tokens of a generated answer."""
+    """A generated answer has at most this many tokens."""
 
     max_length: int = 1024
-    """Tokens of prompt and completion."""
+    """A prompt and its completion have at most this many tokens together."""
     allow_truncation: bool = False
-    """Cut longer rows at max_length instead of refusing them."""
+    """Longer rows are cut at max_length instead of being refused."""
     truncation: Literal["terminal", "bootstrap", "drop"] = "terminal"
-    """Responses that did not end: paid as they are, bootstrapped with V of their last state, or dropped."""
+    """What becomes of responses that did not end: terminal pays them as they are, bootstrap adds the value of their last
+    state, drop leaves them out."""
     process_reward: Literal["none", "additive", "potential"] | None = None
-    """What step_rewards in the file do, which must be chosen when there are any: nothing; they are added on the last token of
-    their step; or they are potentials (pass rates of the prefixes), whose differences are paid and move no optimum."""
+    """What step_rewards in the file do, which must be chosen when there are any. none ignores them. additive pays each on the
+    last token of its step. potential takes them for pass rates of the prefixes and pays their differences, which moves no
+    optimum."""
     process_coef: float = 1.0
-    """Factor of the step rewards or potentials."""
+    """Step rewards or potentials are multiplied by this."""
     reward_scale: float = 1.0
-    """Outcome reward = reward_scale * reward + reward_shift."""
+    """The outcome reward is reward_scale * reward + reward_shift."""
     reward_shift: float = 0.0
-    """See reward_scale."""
+    """The outcome reward is reward_scale * reward + reward_shift."""
     reward_threshold: float = 0.5
-    """A response without label counts as correct above this reward."""
+    """A response without a label counts as correct when its reward is above this."""
     skip_bad_rows: bool = False
-    """Leave out rows that fail the checks, and say how many."""
+    """Rows that fail the checks are left out and counted, instead of ending the run."""
 
     learning_rate: float = 1e-6
-    """Of the policy."""
+    """The policy is trained with this learning rate after the warm-up."""
     critic_learning_rate: float = 1e-5
-    """Of the value model."""
+    """The value model is trained with this learning rate after the warm-up."""
     value_warmup_steps: float = 0
-    """First steps that train the value model alone; below 1 a share of all steps."""
+    """The first steps train the value model alone. A number below 1 is a share of all steps."""
     per_device_train_batch_size: int = 16
-    """Responses (pairs for dpo) in an optimizer step, times gradient_accumulation_steps, times processes."""
+    """An optimizer step takes this many responses (pairs for a method of pairs), times gradient_accumulation_steps, times the
+    number of processes."""
     gradient_accumulation_steps: int = 1
-    """See per_device_train_batch_size."""
+    """An optimizer step takes this many times per_device_train_batch_size responses from each process."""
     max_batch_tokens: int | None = None
-    """Tokens of a micro-batch, padding included, for memory and speed: the updates do not depend on it. None:
-    per_device_train_batch_size * max_length, what that many of the longest responses take; on a CPU at most 4,096."""
+    """A micro-batch has at most this many tokens, padding included. It sets memory and speed, and the updates do not depend
+    on it. None takes per_device_train_batch_size * max_length, and on a CPU at most 4,096."""
     padding_free: bool | None = None
-    """Pack responses into one row instead of padding them. None: where flash-attn or torch's own attention for packed sequences
-    runs (GPU, bfloat16); True insists."""
+    """Responses are packed into one row instead of being padded. None packs where flash-attn or torch's own attention for
+    packed sequences runs (a GPU, bfloat16). True refuses to run without packing."""
     num_train_epochs: float = 1.0
-    """Passes over the data."""
+    """The training passes over the data this many times."""
     max_steps: int = -1
-    """Optimizer steps; above 0 it overrides num_train_epochs."""
+    """The training makes this many optimizer steps. A number above 0 takes the place of num_train_epochs."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning-rate schedule after the warm-up."""
+    """The learning rates follow this schedule after the warm-up."""
     warmup_steps: float = 0
-    """Steps of linear learning-rate warm-up; below 1 a share of all steps."""
+    """The learning rates rise linearly over this many steps. A number below 1 is a share of all steps."""
     weight_decay: float = 0.0
-    """AdamW's, on matrices."""
+    """AdamW decays the weights of matrices at this rate."""
     adam_beta1: float = 0.9
+    """AdamW averages gradients with this decay."""
     adam_beta2: float = 0.999
+    """AdamW averages squared gradients with this decay."""
     adam_epsilon: float = 1e-8
+    """AdamW adds this to the root of the averaged squared gradients."""
     max_grad_norm: float = 1.0
-    """Clipping, of policy and value model each."""
+    """The gradients of the policy and of the value model are each clipped to this norm."""
 
     logging_steps: int = 10
-    """Steps between rows of metrics.jsonl."""
+    """A row of metrics.jsonl is written every this many steps."""
     eval_steps: int = 0
-    """Steps between evaluations on the held-out rows; 0 evaluates before and after training only."""
+    """The held-out rows are evaluated every this many steps. 0 evaluates before and after training only."""
     save_steps: int = 500
-    """Steps between checkpoints; one is always written at the end."""
+    """A checkpoint is written every this many steps, and one at the end."""
     save_total_limit: int = 2
-    """Checkpoints kept; the best by metric_for_best_model and the newest always are."""
+    """This many checkpoints are kept. The best by metric_for_best_model and the newest are always among them."""
     metric_for_best_model: str | None = None
-    """Held-out metric, with or without eval_, that says which evaluation is the best so far; such a one is followed by a
-    checkpoint, which is kept. None: loss under load_best_model_at_end, else no metric."""
+    """This held-out metric, with or without eval_, says which evaluation is the best so far. A checkpoint is written after it
+    and kept. None takes the loss under load_best_model_at_end, and else no metric."""
     greater_is_better: bool | None = None
-    """Whether the best has the greatest metric_for_best_model; None: unless its name ends in loss."""
+    """The best evaluation has the greatest metric_for_best_model. None says so unless the metric's name ends in loss."""
     load_best_model_at_end: bool = False
     """The models written at the end are those of the best evaluation, not of the last step."""
     resume_from_checkpoint: str = "auto"
-    """"auto" goes on from the last checkpoint in output_dir, "never" refuses a used output_dir; or a checkpoint's directory."""
+    """What to go on from: "auto" takes the last checkpoint in output_dir, "never" refuses an output_dir that is in use, and
+    any other word is the directory of a checkpoint."""
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    """Tracker that gets the rows of metrics.jsonl too."""
+    """The rows of metrics.jsonl are sent to this tracker too."""
     run_name: str | None = None
-    """The tracker's name of the run; None: output_dir."""
+    """The tracker shows the run under this name. None takes output_dir."""
     project: str | None = None
-    """Project of the tracker (wandb, trackio) that the run is in; None: WANDB_PROJECT, or dqo."""
+    """The tracker (wandb, trackio) puts the run into this project. None takes WANDB_PROJECT, or dqo without it."""
     use_cpu: bool = False
-    """Train on the CPU although there is an accelerator."""
+    """The training runs on the CPU although there is an accelerator."""
     fsdp: bool = False
-    """Shard weights, gradients and optimizer states over the processes (FSDP2), as accelerate launch --use_fsdp does."""
+    """Weights, gradients and optimizer states are sharded over the processes (FSDP2), as accelerate launch --use_fsdp does."""
     seed: int = 42
-    """Of the data order and of generated answers."""
+    """The order of the data and the generated answers depend on this seed."""
     dry_run: bool = False
-    """Check options and data, print them, and stop before a model is loaded."""
+    """The command checks options and data, prints them, and stops before it loads a model."""
 
     @property
     def best_metric(self) -> str | None:

@@ -1,38 +1,27 @@
-"""Published data -> rollout files. Each format is a function from a source to rows, in convert_*.py."""
+"""Published data -> rollout files. Each file of this folder that has a table FORMATS is a family of formats."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dqo.convert.forms import (
-    convert_open_r1,
-    convert_oreo,
-    convert_trl_kto,
-    convert_trl_preference,
-    convert_trl_stepwise,
-    convert_verl,
-)
-from dqo.convert.gsm8k import convert_gsm8k_solutions, without_annotations
+from dqo.convert.gsm8k import without_annotations
 from dqo.convert.source import Converted
-from dqo.convert.steps import convert_math_aps, convert_math_shepherd, convert_prm800k
 from dqo.data.rows import Row, prompt_key, read_rows, write_rows
 from dqo.errors import UserError, did_you_mean
+from dqo.modules import modules_in
 
-FORMATS: dict[str, Callable[..., Converted]] = {
-    "gsm8k-solutions": convert_gsm8k_solutions,
-    "prm800k": convert_prm800k,
-    "math-shepherd": convert_math_shepherd,
-    "math-aps": convert_math_aps,
-    "trl-preference": convert_trl_preference,
-    "trl-kto": convert_trl_kto,
-    "trl-stepwise": convert_trl_stepwise,
-    "oreo": convert_oreo,
-    "open-r1": convert_open_r1,
-    "verl": convert_verl,
-}
+
+def _formats() -> dict[str, Callable[..., Converted]]:
+    """{name of a format: its function of a source, whose keyword arguments are the options that it alone has}."""
+    tables = (getattr(module, "FORMATS", {}) for module in modules_in("dqo.convert") if module.__name__ != __name__)
+    return {name: function for table in tables for name, function in table.items()}
+
+
+FORMATS = _formats()
 
 
 def convert(
@@ -57,9 +46,10 @@ def convert(
     """
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}; known: {', '.join(FORMATS)}.{did_you_mean(format, FORMATS)}")
-    if step_penalty is not None and format != "gsm8k-solutions":
-        raise UserError(f"step_penalty is an option of gsm8k-solutions; {format} has step rewards of its own, or none")
     options = {} if step_penalty is None else {"step_penalty": step_penalty}
+    for option in options.keys() - inspect.signature(FORMATS[format]).parameters.keys():
+        owners = [name for name, function in FORMATS.items() if option in inspect.signature(function).parameters]
+        raise UserError(f"{option} is an option of {', '.join(owners)}; {format} has step rewards of its own, or none")
     rows, counts = FORMATS[format](source, **options)
     if not rows:
         raise UserError(f"{source}: no response is left to write")

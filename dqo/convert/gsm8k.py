@@ -14,7 +14,8 @@ from dqo.convert.source import Converted, source_records, text_of
 from dqo.data.forms import Record, shown
 from dqo.data.rows import Row
 from dqo.errors import UserError
-from dqo.grading.gsm8k import ANNOTATION, calculator_steps, gsm8k_answer, gsm8k_correct, line_spans, number
+from dqo.grading.gsm8k import ANNOTATION, calculator_steps, gsm8k_answer, gsm8k_correct, number
+from dqo.grading.text import line_spans
 
 logger = logging.getLogger(__name__)
 
@@ -130,3 +131,6 @@ def _counts(rows: list[Row]) -> dict[str, Any]:
         "grading_agreement": agreeing / max(len(rows), 1),
         "grading_disagreements": len(rows) - agreeing,
     }
+
+
+FORMATS = {"gsm8k-solutions": convert_gsm8k_solutions}

@@ -12,7 +12,7 @@ from typing import Any
 
 from dqo.data.forms import Record, shown
 from dqo.errors import UserError
-from dqo.grading.gsm8k import line_spans
+from dqo.grading.text import line_spans
 
 _OURS = {  # what apply_chat_template is called with
     *(

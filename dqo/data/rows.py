@@ -19,7 +19,8 @@ from dqo.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_LISTED = 10  # offenders of one message
+_LISTED = 10  # problems in one message
+_NAMED = 9  # further rows that are named with a problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ def read_rows(source: Any, *, skip_bad_rows: bool = False, reward_threshold: flo
     Args:
         source: path of a .jsonl or .parquet file or of a folder that `Dataset.save_to_disk` wrote, a data set's
             name on the Hugging Face hub ("org/name" or "org/name:split"), or an iterable of dicts (a list, a
-            datasets.Dataset) or of Rows; in any one of the forms of `dqo.rows_formats`.
+            datasets.Dataset) or of Rows; in any one of the forms of `dqo.data.forms`.
         skip_bad_rows: drop rows that do not fit and log how many, instead of raising.
         reward_threshold: a row without a label is right when its reward is above this.
 
@@ -96,14 +97,25 @@ def rows_of(
 
 
 def report(name: str, problems: list[Problem], total: int) -> str:
-    """The first ten problems, in the order of their rows."""
-    problems = sorted(problems, key=lambda problem: problem.index)
-    lines = [f"{problem.source}: {problem.message}" for problem in problems[:_LISTED]]
-    if len(problems) > _LISTED:
-        lines.append(f"... and {len(problems) - _LISTED} more")
+    """The first ten problems, in the order of their rows; what is the same for several rows is said once."""
+    same: dict[str, list[str]] = {}
+    for problem in sorted(problems, key=lambda problem: problem.index):
+        same.setdefault(problem.message, []).append(problem.source)
+    lines = [_once(message, sources) for message, sources in list(same.items())[:_LISTED]]
+    left = sum(map(len, list(same.values())[_LISTED:]))
+    if left:
+        lines.append(f"... and {left} more")
     if len(problems) == 1:
         return lines[0]
     return "\n  ".join([f"{name}: {len(problems)} of {total} rows do not fit:", *lines])
+
+
+def _once(message: str, sources: list[str]) -> str:
+    first, *more = sources
+    if not more:
+        return f"{first}: {message}"
+    named = ", ".join(more[:_NAMED]) + (", ..." if len(more) > _NAMED else "")
+    return f"{first}: {message} (the same in {len(more):,} more: {named})"
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:

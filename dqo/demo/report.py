@@ -7,9 +7,8 @@ import datetime
 from dataclasses import dataclass
 from pathlib import Path
 
-from dqo.data.rows import write_rows
-from dqo.demo.run import DemoConfig, Recipe, graded_rows, max_new_tokens
-from dqo.evaluation.accuracy import Accuracy, Problem, evaluate, text_of
+from dqo.demo.recipe import DemoConfig, Recipe
+from dqo.evaluation.accuracy import Accuracy, Problem, evaluate
 from dqo.grading.arith import ArithTask
 from dqo.models.policy import load_policy, load_tokenizer
 from dqo.report import findings
@@ -41,19 +40,11 @@ def evaluate_model(
         tokenizer,
         graded,
         num_generations=recipe.eval_samples,
-        max_new_tokens=max_new_tokens(recipe),
+        max_new_tokens=recipe.max_new_tokens,
         seed=seed + 1,
         description=name,
     )
     return Result(name, graded, tokenizer, accuracy, run)
-
-
-def write_held_out(task: ArithTask, problems: list[str], base: Result, path: Path) -> None:
-    """The base model's samples on problems that no method trains on: rows for the value model's report."""
-    rows = []
-    for problem, responses in zip(problems, base.accuracy.sampled):
-        rows += graded_rows(task, problem, [(text_of(base.tokenizer, r), r.ended) for r in responses])
-    write_rows(path, rows)
 
 
 def write_demo_report(

@@ -11,79 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dqo.config.options import Options, TrainConfig, command_line
+from dqo.demo.recipe import METHODS, DemoConfig, Recipe
+from dqo.demo.rollouts import distinct_problems, rng_of, write_demonstrations, write_graded, write_rollouts
 from dqo.errors import UserError
 from dqo.files import write_whole, writing
 from dqo.grading.arith import VOCABULARY, ArithTask
 from dqo.objectives import DPO, DQO, RFT, SFT, UNIT_EPISODES
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """Trains a tiny model with every method on the built-in arithmetic task and compares them: no network, no GPU."""
-
-    output_dir: str = "dqo-demo"
-    """Where data, models and report.html go; a killed demonstration goes on there."""
-    seed: int = 0
-    """Of problems, model and samples; the task's hard entries stay the same."""
-
-    def problems(self) -> list[tuple[str, str]]:
-        return [] if self.seed >= 0 else [("seed", f"must be at least 0, got {self.seed}")]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Every number of the demonstration."""
-
-    min_steps: int = 6
-    max_steps: int = 10
-    hidden_size: int = 64
-    layers: int = 2
-    heads: int = 4
-    intermediate_size: int = 128
-    initializer_range: float = (
-        0.05  # at width 64 the usual 0.02 leaves the model unable to copy from the prompt for long
-    )
-    demonstrations: int = 51200
-    sft_batch: int = 64
-    sft_epochs: float = 1.0
-    sft_learning_rate: float = 5e-3
-    prompts: int = 2048
-    samples: int = 8
-    eval_problems: int = 1000
-    eval_samples: int = 4
-    held_out_problems: int = 250  # whose base samples show what the value model knows
-    batch: int = 256
-    updates: int = 128  # of the policy, by every method, with batches of `batch` responses
-    learning_rates: dict[str, float] = field(
-        default_factory=lambda: {"sft": 1e-3, "rft": 1e-4, "dpo": 6e-5, "dqo": 1e-4}
-    )
-    critic_learning_rate: float = 1e-3
-    value_warmup_updates: int = 64  # of the value model alone
-    betas: dict[str, float] = field(default_factory=lambda: {"dpo": 0.7, "dqo": 0.2})
-
-
-METHODS = {"sft": "sft-continued", "rft": "rft", "dpo": "dpo", "dqo": "dqo"}
-
-
-def _rng(seed: int, purpose: str) -> random.Random:
-    return random.Random(f"{purpose}/{seed}")
-
-
-def _distinct_problems(task: ArithTask, rng: random.Random, count: int, taken: set[str]) -> list[str]:
-    """`count` problems that are not in `taken`, which they join."""
-    problems = []
-    while len(problems) < count:
-        problem = task.problem(rng)
-        if problem not in taken:
-            taken.add(problem)
-            problems.append(problem)
-    return problems
 
 
 def _train_options(recipe: Recipe, method: str, data: Path, model: Path, output: Path, seed: int, **changes) -> Options:
@@ -123,67 +61,6 @@ class Stage:
         print(f"[{self.number}/5] {time.perf_counter() - self.started:4.0f}s  {text}", flush=True)
 
 
-def write_demonstrations(task: ArithTask, recipe: Recipe, path: Path, seed: int, taken: set[str]) -> None:
-    """Demonstrations by the fallible author; all are trained on, so all have reward 1."""
-    from dqo.data.rows import Row, write_rows
-
-    rng = _rng(seed, "demonstrations")
-    problems = _distinct_problems(task, rng, recipe.demonstrations, taken)
-    write_rows(path, [Row(prompt=p, completion=task.demonstration(p, rng), reward=1.0) for p in problems])
-
-
-def graded_rows(task: ArithTask, problem: str, texts: list[tuple[str, bool]]) -> list:
-    """Rollout rows of one problem's responses, (text, ended) each; a wrong step is worth -1 in step_rewards."""
-    from dqo.data.rows import Row
-
-    rows = []
-    for text, ended in texts:
-        if not text.strip():
-            continue
-        grade = task.grade(problem, text)
-        rows.append(
-            Row(
-                prompt=problem,
-                completion=text,
-                reward=float(grade.correct and ended),
-                label=grade.correct and ended,
-                steps=grade.steps,
-                step_rewards=[0.0 if right else -1.0 for right in grade.step_correct],
-                finish_reason="stop" if ended else "length",
-                answer=task.answer(problem),
-            )
-        )
-    return rows
-
-
-def write_rollouts(task: ArithTask, recipe: Recipe, base: Path, path: Path, seed: int, problems: list[str]) -> None:
-    """The base model's own samples, graded: the offline data set."""
-    from dqo.data.rows import write_rows
-    from dqo.evaluation.accuracy import text_of
-    from dqo.models.generate import generate
-    from dqo.models.policy import load_policy, load_tokenizer
-
-    policy, tokenizer = load_policy(str(base)), load_tokenizer(str(base))
-    answers = generate(
-        policy,
-        tokenizer(problems)["input_ids"],
-        stop_ids=[tokenizer.eos_token_id],
-        pad_id=tokenizer.pad_token_id,
-        num_generations=recipe.samples,
-        max_new_tokens=max_new_tokens(recipe),
-        seed=seed,
-    )
-    rows = []
-    for problem, responses in zip(problems, answers):
-        rows += graded_rows(task, problem, [(text_of(tokenizer, r), r.ended) for r in responses])
-    write_rows(path, rows)
-
-
-def max_new_tokens(recipe: Recipe) -> int:
-    """A step has six characters with its newline, the answer two, and EOS one."""
-    return 6 * recipe.max_steps + 4
-
-
 def run_demo(config: DemoConfig, recipe: Recipe | None = None) -> Path:
     """Runs the whole demonstration and returns the path of report.html."""
     stage = Stage()
@@ -197,13 +74,13 @@ def run_demo(config: DemoConfig, recipe: Recipe | None = None) -> Path:
     taken: set[str] = set()
     data = output / "data"
     data.mkdir(exist_ok=True)
-    evaluation = _distinct_problems(task, _rng(config.seed, "evaluation"), recipe.eval_problems, taken)
-    problems = _distinct_problems(task, _rng(config.seed, "rollouts"), recipe.prompts, taken)
+    evaluation = distinct_problems(task, rng_of(config.seed, "evaluation"), recipe.eval_problems, taken)
+    problems = distinct_problems(task, rng_of(config.seed, "rollouts"), recipe.prompts, taken)
     write_demonstrations(task, recipe, data / "demonstrations.jsonl", config.seed, set(taken))
     further = dataclasses.replace(recipe, demonstrations=recipe.prompts * recipe.samples)
     write_demonstrations(task, further, data / "more_demonstrations.jsonl", config.seed + 1, set(taken))
 
-    from dqo.demo.report import evaluate_model, write_demo_report, write_held_out  # torch from here on
+    from dqo.demo.report import evaluate_model, write_demo_report  # torch from here on
     from dqo.models.new import character_tokenizer, new_llama, save
     from dqo.train.loop import train
 
@@ -233,7 +110,10 @@ def run_demo(config: DemoConfig, recipe: Recipe | None = None) -> Path:
     stage.begin(f"every method from the same base model, {recipe.updates} updates each")
     results = [evaluate_model("base", base, task, evaluation, recipe, config.seed)]
     held_out = data / "held_out.jsonl"
-    write_held_out(task, evaluation[: recipe.held_out_problems], results[0], held_out)
+    tokenizer, samples = results[0].tokenizer, results[0].accuracy.sampled
+    write_graded(
+        task, evaluation[: recipe.held_out_problems], tokenizer, samples, held_out
+    )  # no method trains on these
     for method, name in METHODS.items():
         changes = {"learning_rate": recipe.learning_rates[method], "max_steps": recipe.updates}
         if method == "dqo":

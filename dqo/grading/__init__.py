@@ -1,4 +1,4 @@
 """Grades a response's text: what is right, and which step is wrong.
 
-One file a verifier: gsm8k, math (answers, math_grader) and the built-in arithmetic. Knows strings, not rows.
+A verifier is one file and one line of the table in `verifiers`; `arith` is the built-in task. Knows strings, not rows.
 """

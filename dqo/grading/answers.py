@@ -3,7 +3,7 @@ r"""Final answers of mathematics, and whether two are the same: by their structu
 Answers that are called the same are the same: `1/2`, `\frac12` and `0.5`; `2\frac14` and `2.25`; `\{1, 2\}` and `2, 1`. White
 space only separates: `2 3` is not `23`. A name (`x = 5`) or a unit (`5 \text{ cm}`, `90^\circ`, `50\%`) may be missing on one
 side, but two names or units must agree; `50\%` is `50` without its sign, and also `1/2`. Algebra is not done: `\sqrt{12}` is not
-found to be `2\sqrt3`. `dqo.math_grader` asks math-verify for that.
+found to be `2\sqrt3`. `dqo.grading.math_grader` asks math-verify for that.
 """
 
 from __future__ import annotations

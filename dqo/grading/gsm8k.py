@@ -9,6 +9,8 @@ from collections import deque
 from dataclasses import dataclass
 from fractions import Fraction
 
+from dqo.grading.text import line_spans
+
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _TOKEN = re.compile(rf"\s*(?:(?P<number>{_NUMBER})|(?P<symbol>[-+*/()%xX×·÷−]))")
 _SYMBOLS = {"x": "*", "X": "*", "×": "*", "·": "*", "÷": "/", "−": "-"}
@@ -21,11 +23,6 @@ _DEEPEST = 50  # parentheses and signs
 _CALCULATOR = Fraction(1, 10**12)  # calculators work in double precision: 8.294400000000001 is 0.2 * 41.472
 
 ANNOTATION = re.compile(r"<<([^<>\n]*)>>")
-
-
-def line_spans(text: str) -> list[tuple[int, int]]:
-    """Character spans of the lines, which cover the text: a newline belongs to the line it ends."""
-    return [match.span() for match in re.finditer(r"[^\n]*\n|[^\n]+", text)]
 
 
 def _tokens(text: str) -> list[str]:

@@ -16,12 +16,13 @@ import sys
 import threading
 
 from dqo.errors import UserError
+from dqo.grading import math_worker
 from dqo.grading.answers import LONGEST, final_answer, verdict
 
 logger = logging.getLogger(__name__)
 
 _START_SECONDS = 120  # importing sympy on a busy machine
-_CHILD = "import sys; sys.path[:] = sys.argv[2:]; from dqo.math_worker import serve; serve(int(sys.argv[1]))"
+_CHILD = f"import sys; sys.path[:] = sys.argv[2:]; from {math_worker.__name__} import serve; serve(int(sys.argv[1]))"
 
 
 class MathGrader:
@@ -39,7 +40,7 @@ class MathGrader:
         self._lock = threading.Lock()
 
     def same(self, given: str, expected: str) -> bool:
-        """Whether two answers are the same, by `dqo.answers` where that knows, else by math-verify. Any thread may call it.
+        """Whether two answers are the same, by `dqo.grading.answers` where that knows, else by math-verify; from any thread.
 
         Raises:
             UserError: when math-verify is not installed, or cannot be loaded.

@@ -1,4 +1,4 @@
-"""The other end of `dqo.math_grader`: a process that compares answers by math-verify, one JSON line each, until its input ends.
+"""The process of `dqo.grading.math_grader`: it compares answers by math-verify, one JSON line each, until its input ends.
 
 It has a limit of memory and none of time: its parent kills it.
 """

@@ -9,9 +9,9 @@ from typing import ClassVar
 @dataclass(frozen=True)
 class DPO:
     beta: float = 0.1
-    """KL temperature."""
+    """The KL temperature multiplies log(pi/ref)."""
     max_pairs_per_prompt: int = 4
-    """Pairs made from each prompt; every response is used before one is used again."""
+    """Each prompt gives at most this many pairs. Every response is used before one is used again."""
 
     unit: ClassVar[str] = "pair"
     needs_reference: ClassVar[bool] = True

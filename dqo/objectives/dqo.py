@@ -9,32 +9,33 @@ from typing import ClassVar, Literal
 @dataclass(frozen=True)
 class DQO:
     beta: float = 0.1
-    """KL temperature: Q = V + beta * log(pi/ref)."""
+    """The KL temperature is the beta of Q = V + beta * log(pi/ref)."""
     gamma: float = 1.0
-    """Discount."""
+    """A reward is discounted by this factor for each token."""
     lam: float = 1.0
-    """lambda of the lambda-return; the paper's ablation prefers 1."""
+    """The lambda-return has this lambda. The paper's ablation prefers 1."""
     policy_target: Literal["return", "td", "one_step"] = "return"
     """What the policy regresses on: the lambda-return of the next state (the paper), its TD(lambda) form, or V."""
     target: Literal["detach", "residual"] = "detach"
-    """"residual" trains both ends of the soft Bellman residual."""
+    """"detach" holds the target of the soft Bellman residual fixed. "residual" trains both of its ends."""
     is_level: Literal["trajectory", "suffix", "prefix", "token", "none"] = "trajectory"
-    """Level of the importance weights; "trajectory" is the paper's."""
+    """The importance weights are products over this level. "trajectory" is the paper's."""
     is_cap: float | None = 1.0
-    """Cap of the log importance weight (1.0: weights up to e)."""
+    """The log importance weight is at most this; 1.0 allows weights up to e. None sets no cap."""
     is_floor: float | None = None
-    """Floor of the log importance weight."""
+    """The log importance weight is at least this. None sets no floor."""
     policy_scale: float = 1.0
-    """Factor of the policy loss."""
+    """The policy loss is multiplied by this factor."""
     value_coef: float = 1.0
-    """Factor of the value loss."""
+    """The value loss is multiplied by this factor."""
     value_model: Literal["separate", "head", "none"] = "separate"
-    """"separate": a model of its own, from the policy's trunk and a zero head; "head": an MLP on the policy's hidden states;
-    "none": soft values from the logsumexp."""
+    """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
+    hidden states. "none" takes soft values from the logsumexp."""
     kl_coef: float = 0.0
-    """Factor of the exact KL to the reference, a token; above 0 the reference stays in memory."""
+    """The exact KL to the reference, a token, is multiplied by this and added. Above 0 the reference stays in memory."""
     target_ema: float | None = None
-    """Decay of an exponential moving average of the value model, which takes its place in every target; None: no average."""
+    """An exponential moving average of the value model with this decay takes its place in every target. None takes the value
+    model itself."""
 
     unit: ClassVar[str] = "token"
     needs_reference: ClassVar[bool] = True

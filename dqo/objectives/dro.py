@@ -15,13 +15,14 @@ from typing import ClassVar, Literal
 @dataclass(frozen=True)
 class DRO:
     beta: float = 0.1
-    """KL temperature (the paper's tau)."""
+    """The KL temperature (the paper's tau) multiplies log(pi/ref)."""
     policy_scale: float | None = None
-    """Factor of the policy loss; None is the paper's 1 / beta."""
+    """The policy loss is multiplied by this factor. None takes the paper's 1 / beta."""
     value_coef: float = 1.0
-    """Factor of the value loss."""
+    """The value loss is multiplied by this factor."""
     value_model: Literal["separate", "head"] = "separate"
-    """"separate": a model of its own, from the policy's trunk and a zero head; "head": an MLP on the policy's hidden states."""
+    """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
+    hidden states."""
 
     unit: ClassVar[str] = "sequence"
     needs_reference: ClassVar[bool] = True

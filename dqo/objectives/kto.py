@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class KTO:
     beta: float = 0.1
-    """KL temperature."""
+    """The KL temperature multiplies log(pi/ref)."""
     desirable_weight: float = 1.0
-    """Factor of the loss of responses labelled correct."""
+    """The loss of responses labelled correct is multiplied by this factor."""
     undesirable_weight: float = 1.0
-    """Factor of the loss of the others."""
+    """The loss of responses labelled wrong is multiplied by this factor."""
 
     unit: ClassVar[str] = "sequence"
     needs_reference: ClassVar[bool] = True

@@ -16,15 +16,16 @@ from typing import ClassVar, Literal
 @dataclass(frozen=True)
 class OREO:
     beta: float = 0.03
-    """KL temperature."""
+    """The KL temperature multiplies log(pi/ref)."""
     alpha: float = 0.01
-    """Factor of the exact KL to the reference, which then stays in memory."""
+    """The exact KL to the reference is multiplied by this and added. Above 0 the reference stays in memory."""
     level: Literal["token", "response"] = "token"
-    """Which states count: every token's (the paper), or the first of each response."""
+    """Which states count: "token" takes the state of every token (the paper), "response" the first of each response."""
     value_coef: float = 1.0
-    """Factor of the value loss."""
+    """The value loss is multiplied by this factor."""
     value_model: Literal["separate", "head"] = "separate"
-    """"separate": a model of its own, from the policy's trunk and a zero head; "head": an MLP on the policy's hidden states."""
+    """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
+    hidden states."""
 
     unit: ClassVar[str] = "sequence"
     needs_reference: ClassVar[bool] = True

@@ -9,7 +9,7 @@ from typing import ClassVar
 @dataclass(frozen=True)
 class RFT:
     max_per_prompt: int | None = None
-    """Correct responses kept for each prompt; None keeps all distinct ones."""
+    """At most this many correct responses are kept for each prompt. None keeps all distinct ones."""
 
     unit: ClassVar[str] = "token"
     needs_reference: ClassVar[bool] = False

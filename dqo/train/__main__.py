@@ -1,5 +1,5 @@
 """`python -m dqo.train`, for launchers of processes: the command `dqo-train`."""
 
-from dqo.commands.cli import train_main
+from dqo.commands.train import main
 
-train_main()
+main()

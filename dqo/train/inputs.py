@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dqo.config.lora import check_lora_config
+from dqo.config.effects import without_effect
+from dqo.config.lora import check_lora_config, check_lora_options
 from dqo.config.options import Options, TrainConfig
 from dqo.data.advice import row_warnings
 from dqo.data.rows import Row, check_process_reward, prompt_key, read_rows, split_by_prompt
-from dqo.data.sources import read_records
 from dqo.errors import UserError
 from dqo.files import is_aside
-from dqo.grading.verifiers import check_answers
 from dqo.models.objects import check_objects
 from dqo.requirements import check_packages
 from dqo.train.damage import STATE_FILE
@@ -54,6 +53,7 @@ def check_options(options: Options, given: Given | None = None) -> None:
     check_objects(given.model, given.ref_model, given.tokenizer, adapters)
     if given.peft_config is not None:
         check_lora_config(given.peft_config)
+        check_lora_options(given.peft_config, options)
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise UserError(f"report_to needs the package {config.report_to}: pip install {config.report_to}")
     used = Path(config.output_dir)
@@ -75,7 +75,10 @@ def read(config: TrainConfig, source: Any) -> list[Row]:
 def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], list[Row]]:
     """Rows to train on and rows held out, by problem; every check of the data that needs no model."""
     config, given = options.train, given or Given()
-
+    adapters = config.use_peft or given.peft_config is not None
+    held_out_given = config.eval_dataset_name is not None or given.eval_dataset is not None
+    if idle := without_effect(options, adapters, held_out_given):
+        logger.warning(idle)
     rows = read(config, config.dataset_name if given.dataset is None else given.dataset)
     check_process_reward(rows, config.dataset_name or "the data set", config.process_reward)
     for warning in row_warnings(rows, config, options.objective):
@@ -98,21 +101,3 @@ def shared_prompts(trained: set[str], rows: list[Row], name: str, trained_name: 
             f"{shared[0].source or repr(shared[0].prompt)[:80]}); take their rows out of one of the two, or give no evaluation "
             "rows: eval_fraction holds prompts out"
         )
-
-
-def read_tasks(path: str | None, verifier: str) -> list[dict]:
-    """The rows of eval_tasks, each with the strings prompt and answer, and its source; the verifier can grade by all answers."""
-    if path is None:
-        return []
-    _, records, problems = read_records(path)
-    wrong = [problem.source for problem in problems]
-    wrong += [
-        record.source
-        for record in records
-        if not all(isinstance(record.values.get(name), str) for name in ("prompt", "answer"))
-    ]
-    if wrong:
-        raise UserError(f"{', '.join(wrong[:10])}: a row of eval_tasks is an object with the strings prompt and answer")
-    tasks = [{**record.values, "source": record.source} for record in records]
-    check_answers(tasks, verifier)
-    return tasks

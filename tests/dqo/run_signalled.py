@@ -6,7 +6,7 @@ accelerate launch --multi_gpu --num_processes 2 -m tests.dqo.run_signalled --dat
 import os
 import signal
 
-from dqo.commands import cli
+from dqo.commands.train import main
 from dqo.train import loop as train
 
 calls = []
@@ -21,4 +21,4 @@ def counted(*arguments):
 
 
 train.accumulate = counted
-cli.train_main()
+main()

@@ -154,7 +154,7 @@ def test_compute_metrics_gets_predictions_and_its_numbers_are_logged(files):
 def test_tasks_are_answered_and_reported_as_by_the_command(files, as_object, capsys):
     import sys
 
-    from dqo.commands.cli import train_command
+    from dqo.commands.train import train_command
 
     tasks = [{"prompt": row["prompt"], "answer": row["completion"][-1]} for row in unseen(files)[:3]]
     (files / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))

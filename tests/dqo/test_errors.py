@@ -3,7 +3,7 @@ import logging
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dqo.commands.cli import _Formatter
+from dqo.commands.base import _Formatter
 from dqo.data.rows import read_rows
 from dqo.errors import UserError, printable
 from dqo.report.page import write_report

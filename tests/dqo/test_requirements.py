@@ -116,8 +116,8 @@ def test_a_run_says_so_before_it_reads_anything(tmp_path):
         "metadata.version = lambda name: '1.9' if name == 'torch' else real(name)\n"
         "metadata.requires = {'dqo': ['torch>=2.11']}.get\n"
         "sys.argv = ['dqo-train', '--dataset_name', 'nowhere.jsonl', '--model_name_or_path', 'nowhere']\n"
-        "from dqo.commands.cli import train_main\n"
-        "try:\n    train_main()\n"
+        "from dqo.commands.train import main\n"
+        "try:\n    main()\n"
         "finally:\n    print('torch' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)

@@ -13,7 +13,7 @@ import pytest
 
 from dqo import signals
 from dqo.api import DQOConfig, DQOTrainer
-from dqo.commands import cli
+from dqo.commands.train import main
 from dqo.reference import columns as reference
 from dqo.train import held_out
 from dqo.train import loop as train
@@ -34,7 +34,7 @@ def command(options, output, place, number):
     os.dup2(file, 2)
     place(lambda: os.kill(os.getpid(), number))
     sys.argv = ["dqo-train", *options]
-    cli.train_main()
+    main()
 
 
 def at_call(count, owner, name, send):
@@ -131,9 +131,7 @@ def test_a_run_that_is_told_to_end_ends_in_order_and_goes_on(data, unbroken, pla
 
 
 @pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
-@pytest.mark.parametrize(
-    "entry", ["from dqo.commands.cli import train_main as main", "from dqo.commands.cli import main"]
-)
+@pytest.mark.parametrize("entry", ["from dqo.commands.train import main", "from dqo.commands.base import main"])
 def test_during_imports_there_is_a_line_and_no_traceback(number, entry, tmp_path):
     (tmp_path / "rows.jsonl").write_text(
         '{"prompt": "1", "completion": "2", "reward": 1.0}\n{"prompt": "1", "completion": "3", "reward": 0}'

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dqo.commands.cli import dqo_command
+from dqo.commands.base import dqo_command
 from dqo.errors import UserError
 from dqo.models.new import save
 from tests.dqo.helpers import policy, tokenizer
@@ -253,7 +253,8 @@ def test_a_missing_eos_and_a_missing_pad_token_are_one_line_each(tmp_path, caplo
 
 def test_many_offenders_are_listed_to_the_tenth_and_can_be_skipped(tmp_path, model):
     bad = [RIGHT | {"completion": " "}] * 37
-    part = "37 of 39 rows do not fit: ... rollouts.jsonl:3: completion is empty ... and 27 more ... --skip_bad_rows goes on"
+    part = "37 of 39 rows do not fit: ... rollouts.jsonl:3: completion is empty ... (the same in 36 more: rollouts.jsonl:4, "
+    part += "... --skip_bad_rows goes on"
     both_refuse(tmp_path, model, lines(RIGHT, WRONG, *bad), part)
     dqo_command(["check", str(tmp_path / "rollouts.jsonl"), "--skip_bad_rows"])
 

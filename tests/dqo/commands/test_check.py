@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from dqo.commands.base import dqo_command
 from dqo.commands.check import CheckConfig, check, histogram, summary
-from dqo.commands.cli import dqo_command
 from dqo.config.options import TrainConfig
 from dqo.data.rows import read_rows
 from dqo.errors import UserError
@@ -88,7 +88,7 @@ def test_a_beta_that_does_not_fit_is_refused(tmp_path, options, said):
 def test_without_a_model_neither_torch_nor_transformers_is_imported(tmp_path):
     path = written(tmp_path, ROWS)
     code = (
-        "import sys; from dqo.commands.cli import dqo_command; dqo_command(sys.argv[1:]); "
+        "import sys; from dqo.commands.base import dqo_command; dqo_command(sys.argv[1:]); "
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     finished = subprocess.run([sys.executable, "-c", code, "check", path], capture_output=True, text=True)

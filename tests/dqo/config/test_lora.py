@@ -14,6 +14,7 @@ from dqo.models.lora import add_adapter
 from dqo.models.new import save
 from dqo.train.checkpoint import check_same_run
 from dqo.train.damage import write_state
+from dqo.train.inputs import Given, check_options
 from dqo.train.loop import Trainer
 from tests.dqo.helpers import policy, rollout_rows, tokenizer
 
@@ -174,3 +175,34 @@ def test_after_a_reload_everything_is_as_it_was(tmp_path, monkeypatch, fields):
     assert torch.allclose(reloaded(ids).logits, whole.model(ids).logits, atol=1e-6)
     base = policy(layers=2)
     assert (base(ids).logits - whole.model(ids).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options, fields, message",
+    [
+        (
+            {"lora_r": 4},
+            {"r": 8},
+            r"lora_r 4 \(from DQOConfig\) and peft_config with r=8 contradict each other; remove one",
+        ),
+        ({"lora_r": 16}, {"r": 8}, "lora_r 16"),  # its default, and yet it was asked for
+        ({"lora_alpha": 4.0}, {"r": 8}, "lora_alpha 4.0 .* lora_alpha=8 contradict"),
+        ({"lora_target_modules": ["q_proj"]}, {}, "lora_target_modules .* target_modules=None contradict"),
+        (
+            {"lora_target_modules": ["q_proj"]},
+            {"target_modules": "all-linear"},
+            "target_modules='all-linear' contradict",
+        ),
+        ({"lora_r": 8, "lora_alpha": 2}, {"r": 8, "lora_alpha": 2}, None),
+        ({"lora_target_modules": ["v_proj", "q_proj"]}, {"target_modules": ["q_proj", "v_proj"]}, None),
+        ({}, {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"]}, None),
+    ],
+)
+def test_lora_options_beside_a_peft_config_say_the_same_or_are_refused(tmp_path, options, fields, message):
+    args = DQOConfig(output_dir=str(tmp_path / "out"), **options)
+    given = Given(dataset=[], model=policy(), tokenizer=tokenizer(), peft_config=peft.LoraConfig(**fields))
+    if message is None:
+        return check_options(args.options, given)
+    with pytest.raises(UserError, match=message):
+        check_options(args.options, given)
+    assert not (tmp_path / "out").exists()

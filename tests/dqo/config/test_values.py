@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from dqo.api import DQOConfig, DQOTrainer
+from dqo.commands.base import dqo_command
 from dqo.commands.check import CheckConfig
-from dqo.commands.cli import dqo_command
-from dqo.commands.options import ConvertConfig, InitConfig
+from dqo.commands.convert import ConvertConfig
+from dqo.commands.init import InitConfig
 from dqo.config.options import TrainConfig, load_options, parse_flags
 from dqo.config.values import SYNONYMS, brief, suggestion
-from dqo.demo.run import DemoConfig
+from dqo.demo.recipe import DemoConfig
 from dqo.errors import UserError
 from dqo.objectives import OBJECTIVES
 

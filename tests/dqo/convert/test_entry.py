@@ -1,16 +1,34 @@
 """The command: formats, options, summary."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from dqo.commands.cli import dqo_command
+from dqo.commands.base import dqo_command
+from dqo.convert import entry
 from dqo.convert.entry import FORMATS, as_messages, convert, summary
 from dqo.data.rows import Row, read_rows
 from dqo.errors import UserError
 
+SAMPLES = Path(__file__).parents[4] / "shared" / "data" / "process_samples"
 KTO = {"prompt": "The sky is", "completion": " blue", "label": True}
 SHEPHERD = "How? Step 1: 1+1 = <<1+1=2>>2 ки\nStep 2: 2+1 = 3. The answer is: 3 ки"
+
+
+def test_formats_are_the_files_of_the_folder_and_each_has_its_test():
+    helpers = {"__init__", "entry", "source"}
+    files = {path.stem for path in Path(entry.__file__).parent.glob("*.py")} - helpers
+    assert {function.__module__ for function in FORMATS.values()} == {f"dqo.convert.{name}" for name in files}
+    assert {path.stem for path in Path(__file__).parent.glob("test_*.py")} >= {f"test_{name}" for name in files}
+
+
+def test_convert_is_what_the_package_hands_out():
+    from dqo.convert import convert as handed_out
+
+    assert handed_out is convert
+    with pytest.raises(ImportError, match="cannot import name 'converted'"):
+        from dqo.convert import converted  # noqa: F401
 
 
 def written(folder, *rows, name="source.jsonl"):
@@ -179,3 +197,19 @@ def test_whatever_stands_in_a_field_the_rows_pass_every_check_or_the_source_is_r
             except Exception as error:
                 raise AssertionError(f"{path} = {wrong!r}") from error
     assert refused
+
+
+@pytest.mark.parametrize(
+    "format, rows, correct, not_ended",
+    [("prm800k", 35, 9, 26), ("math-shepherd", 7, 0, 0), ("math-aps", 124, 115, 8)],
+)
+def test_published_rows_become_rows_that_pass_every_check(format, rows, correct, not_ended, tmp_path):
+    source = SAMPLES / f"samples_{format}.jsonl"
+    if not source.exists():
+        pytest.skip("the sample rows are not beside the project")
+    summary = convert(format, source, tmp_path / "out.jsonl")
+    read = read_rows(tmp_path / "out.jsonl")
+    assert len(read) == summary["rows"] == rows
+    assert sum(row.label for row in read) == correct
+    assert summary["not_ended"] == not_ended
+    assert all(row.step_rewards is not None for row in read)

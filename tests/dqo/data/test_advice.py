@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dqo.commands.cli import dqo_command
+from dqo.commands.base import dqo_command
 from dqo.data.advice import row_warnings
 from dqo.data.rows import read_rows, write_rows
 from dqo.errors import UserError

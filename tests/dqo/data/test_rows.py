@@ -139,8 +139,10 @@ def test_null_keys_of_messages_are_dropped():
 # One message for many rows
 
 
-def test_ten_offenders_are_listed_in_the_order_of_the_file_and_the_rest_is_counted(tmp_path):
-    rows = [{**GOOD, "reward": "1"}] * 7 + ["{"] + [{**GOOD, "completion": ""}] * 5 + [OTHER]
+def test_ten_problems_are_listed_in_the_order_of_the_file_and_the_rest_is_counted(tmp_path):
+    rows = (
+        [{**GOOD, "reward": f"{i}"} for i in range(7)] + ["{"] + [{**GOOD, "label": i} for i in range(2, 7)] + [OTHER]
+    )
     message = refusal(write(tmp_path, *rows))
     lines = message.splitlines()
     assert lines[0] == "rollouts.jsonl: 13 of 14 rows do not fit:"
@@ -148,6 +150,18 @@ def test_ten_offenders_are_listed_in_the_order_of_the_file_and_the_rest_is_count
     says(lines[8], "not valid JSON")
     assert lines[11] == "  ... and 3 more"
     says(lines[12], "1 rows fit")
+
+
+def test_what_is_the_same_for_several_rows_is_said_once_with_their_lines(tmp_path):
+    rows = [{**GOOD, "reward": "1"}, OTHER, {**GOOD, "completion": ""}] + [{**GOOD, "reward": "1"}] * 12
+    lines = refusal(write(tmp_path, *rows)).splitlines()
+    assert lines[0] == "rollouts.jsonl: 14 of 15 rows do not fit:" and len(lines) == 4
+    says(
+        lines[1],
+        'rollouts.jsonl:1: reward is "1"',
+        "(the same in 12 more: rollouts.jsonl:4, ... rollouts.jsonl:12, ...)",
+    )
+    says(lines[2], "rollouts.jsonl:3: completion is empty")
 
 
 def test_bad_rows_are_skipped_on_request_and_the_log_says_how_many(tmp_path, caplog):
@@ -303,5 +317,5 @@ def test_a_fraction_out_of_range_is_refused():
 
 def test_rows_are_checked_without_importing_torch():
     heavy = "{'torch', 'transformers', 'numpy', 'pyarrow', 'tqdm'}"
-    code = f"import sys, dqo.rows, dqo.convert; assert not {heavy} & set(sys.modules)"
+    code = f"import sys, dqo.data.rows, dqo.convert.entry; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -248,10 +248,17 @@ def test_an_error_of_the_template_names_the_row_and_can_be_skipped(caplog):
     good = {"prompt": user("two"), "completion": answer("four")}
     with pytest.raises(UserError, match="^row 2: the chat template refuses the messages: System role not supported$"):
         made([good, bad], tok)
-    with pytest.raises(UserError, match="the data: 2 of 3 rows do not fit:\n  row 1: the chat template .*\n  row 3: "):
+    with pytest.raises(
+        UserError, match="the data: 2 of 3 rows do not fit:\n  row 1: the chat template .*the same in 1 more: row 3"
+    ):
         made([bad, good, bad], tok)
     assert len(made([good, bad], tok, skip_bad_rows=True)) == 1
     assert "row 2: the chat template refuses" in caplog.text and "They are dropped; 1 rows are left" in caplog.text
+    tok.chat_template = None
+    with pytest.raises(UserError) as caught:
+        made([good] * 30, tok)
+    assert str(caught.value).count("the tokenizer has no chat_template") == 1
+    assert "30 of 30 rows do not fit" in str(caught.value) and "the same in 29 more: row 2, " in str(caught.value)
     tok.chat_template = {"rag": CHATML}
     with pytest.raises(UserError, match="row 1: the chat template refuses the messages: .*no default"):
         made([good], tok)

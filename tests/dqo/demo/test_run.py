@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from dqo.demo.run import DemoConfig, Recipe, run_demo
+from dqo.demo.recipe import DemoConfig, Recipe
+from dqo.demo.run import run_demo
 from dqo.errors import UserError
 
 pytestmark = pytest.mark.slow

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from dqo.evaluation.accuracy import Problem, evaluate
-from dqo.report.run import problems_of
 from tests.dqo.helpers import policy, tokenizer
 
 TOKENIZER = tokenizer()
@@ -41,8 +40,3 @@ def test_an_answer_without_an_end_is_wrong():
     result = found(biased(7))
     assert (result.greedy, result.sampling) == ([0], [[0, 0]])
     assert result.greedy_texts == [TOKENIZER.decode([7, 7, 7])]
-
-
-def test_problems_have_the_prompts_of_training():
-    (problem,) = problems_of([{"prompt": "<bos><bos>1+2=", "answer": "3"}], TOKENIZER, "gsm8k")
-    assert problem.prompt_ids == [1, *PROMPT]

@@ -241,7 +241,8 @@ HOSTILE = [
 
 def test_long_texts_take_linear_time():
     code = (
-        "import sys; from dqo.answers import LONGEST, boxed, final_answer, verdict; from dqo.verify import *\n"
+        "import sys; from dqo.grading.answers import LONGEST, boxed, final_answer, verdict\n"
+        "from dqo.grading.gsm8k import *\n"
         "for piece in sys.argv[1:]:\n"
         "    text = piece * (100_000 // len(piece)) + '!'\n"
         "    boxed(text), final_answer(text), verdict(text, text + '1'), gsm8k_answer('####' + text), gsm8k_answer(text)\n"

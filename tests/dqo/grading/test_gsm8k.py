@@ -12,7 +12,6 @@ from dqo.grading.gsm8k import (
     evaluate_expression,
     gsm8k_answer,
     gsm8k_correct,
-    line_spans,
     number,
 )
 
@@ -168,15 +167,6 @@ def test_an_annotation_without_an_end_cannot_be_read():
 def test_a_wrong_annotation_outweighs_one_that_cannot_be_read():
     (step,) = calculator_steps("<<x=1>> <<1=2>>")
     assert step.correct is False
-
-
-@given(st.text(alphabet="ab\n\r\x0b\u2028<>=1", max_size=30))
-def test_spans_cover_the_text_without_overlap_and_end_at_newlines_only(text):
-    spans = line_spans(text)
-    assert "".join(text[start:end] for start, end in spans) == text
-    assert [text[start:end].count("\n") for start, end in spans[:-1]] == [1] * len(spans[:-1])
-    assert all(start < end for start, end in spans)
-    assert [(step.start, step.end) for step in calculator_steps(text)] == spans
 
 
 @pytest.mark.parametrize(

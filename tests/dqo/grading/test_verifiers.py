@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from dqo.config.options import load_options, options_of
 from dqo.errors import UserError
+from dqo.evaluation.tasks import read_tasks
 from dqo.grading.math_grader import GRADER
-from dqo.grading.verifiers import VERIFIERS, check_answers, graded_by
-from dqo.train.inputs import read_tasks
+from dqo.grading.verifiers import VERIFIERS, Verifier, check_answers, graded_by
 
 
 def task(answer, line=1):
@@ -46,7 +47,7 @@ def test_a_verifier_that_fails_names_the_problem_and_calls_the_completion_wrong(
     def fails(completion, answer):
         raise RecursionError("too deep") if completion == "odd" else ZeroDivisionError
 
-    monkeypatch.setitem(VERIFIERS, "gsm8k", fails)
+    monkeypatch.setitem(VERIFIERS, "gsm8k", Verifier(fails, ""))
     correct = graded_by("gsm8k", task("4", 7))
     assert correct("odd") is False
     assert (
@@ -66,3 +67,14 @@ def test_a_missing_math_verify_is_named_before_training(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package math-verify: pip install 'math-verify>=0.8'"):
         check_answers([task("4")], "math")
+
+
+def test_the_option_takes_the_verifiers_of_the_table_and_its_help_says_what_each_compares(capsys):
+    for name in VERIFIERS:
+        assert load_options(["--eval_tasks", "x.jsonl", "--verifier", name]).train.verifier == name
+    with pytest.raises(SystemExit):
+        load_options(["--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(f"{name} {verifier.what}" in shown for name, verifier in VERIFIERS.items())
+    with pytest.raises(UserError, match=r"verifier must be .*gsm8k.*, got 'gsm9k'"):
+        options_of({"verifier": "gsm9k"}, "here")

@@ -9,9 +9,11 @@ import sys
 import pytest
 
 from dqo import DQOConfig, DQOTrainer, files
-from dqo.commands import cli
+from dqo.commands.base import run
+from dqo.commands.train import main
 from dqo.convert.entry import convert
-from dqo.demo.run import DemoConfig, Recipe, _claim
+from dqo.demo.recipe import DemoConfig, Recipe
+from dqo.demo.run import _claim
 from dqo.errors import UserError
 from dqo.models.new import save
 from dqo.report.page import write_report
@@ -33,7 +35,7 @@ def limited(options, output, size):
     os.dup2(file, 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     sys.argv = ["dqo-train", *options]
-    cli.train_main()
+    main()
 
 
 def sizes(directory):
@@ -188,7 +190,7 @@ def test_what_no_writer_names_is_still_one_line(kind, capsys):
         raise OSError(kind, os.strerror(kind), "some/file")
 
     with pytest.raises(SystemExit) as ended:
-        cli._run(command)
+        run(command)
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: some/file: {os.strerror(kind)}\n"
 
@@ -198,4 +200,4 @@ def test_a_mistake_in_the_program_keeps_its_traceback():
         raise FileNotFoundError(errno.ENOENT, "x")
 
     with pytest.raises(FileNotFoundError):
-        cli._run(command)
+        run(command)

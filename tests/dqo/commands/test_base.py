@@ -1,5 +1,6 @@
 """The commands as a user types them."""
 
+import errno
 import json
 import re
 import subprocess
@@ -8,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from dqo.commands import cli
+import dqo.commands
+from dqo.commands import base
+from dqo.errors import UserError
 from dqo.models.new import save
 from tests.dqo.helpers import policy, rollout_rows, tokenizer
 
 ROOT = Path(__file__).parents[3]
 
 
-def dqo(*arguments, cwd=ROOT):
+def dqo_run(*arguments, cwd=ROOT):
     return subprocess.run([sys.executable, "-m", "dqo", *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
 
 
@@ -28,7 +31,7 @@ def files(tmp_path):
 
 def training(files, *more):
     data = ("--dataset_name", files / "rollouts.jsonl", "--model_name_or_path", files / "model")
-    return dqo("train", *data, "--output_dir", files / "out", "--max_steps", 3, *more)
+    return dqo_run("train", *data, "--output_dir", files / "out", "--max_steps", 3, *more)
 
 
 def test_training_on_a_file_ends_with_a_report_and_its_numbers(files):
@@ -49,7 +52,7 @@ def test_training_on_a_file_ends_with_a_report_and_its_numbers(files):
 def test_the_written_config_reproduces_the_options(files):
     training(files)
     config = files / "out" / "config.yaml"
-    finished = dqo("train", "--config", config, "--output_dir", files / "again", "--dry_run")
+    finished = dqo_run("train", "--config", config, "--output_dir", files / "again", "--dry_run")
     assert finished.returncode == 0, finished.stderr
     assert "max_steps: 3" in finished.stdout
     assert not (files / "again").exists()
@@ -67,7 +70,7 @@ def test_the_written_config_reproduces_the_options(files):
     ],
 )
 def test_mistakes_exit_with_2_and_name_the_cure(arguments, message):
-    finished = dqo(*arguments)
+    finished = dqo_run(*arguments)
     assert finished.returncode == 2
     assert re.search(message, finished.stderr, re.S), finished.stderr
     assert "Traceback" not in finished.stderr
@@ -107,8 +110,10 @@ def test_gsm8k_solutions_go_from_conversion_to_training(tmp_path):
         for i in range(12)
     ]
     (tmp_path / "solutions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert dqo("convert", "gsm8k-solutions", tmp_path / "solutions.jsonl", tmp_path / "rollouts.jsonl").returncode == 0
-    bare = dqo(
+    assert (
+        dqo_run("convert", "gsm8k-solutions", tmp_path / "solutions.jsonl", tmp_path / "rollouts.jsonl").returncode == 0
+    )
+    bare = dqo_run(
         "convert",
         "gsm8k-solutions",
         tmp_path / "solutions.jsonl",
@@ -121,7 +126,7 @@ def test_gsm8k_solutions_go_from_conversion_to_training(tmp_path):
     assert "<<" in (tmp_path / "rollouts.jsonl").read_text()
     assert "-2.0" in (tmp_path / "bare.jsonl").read_text() and "-0.5" in (tmp_path / "rollouts.jsonl").read_text()
     size = ("--vocab_size", 300, "--hidden_size", 16, "--layers", 1, "--heads", 2)
-    made = dqo("init", "--dataset_name", tmp_path / "rollouts.jsonl", "--output_dir", tmp_path / "model", *size)
+    made = dqo_run("init", "--dataset_name", tmp_path / "rollouts.jsonl", "--output_dir", tmp_path / "model", *size)
     assert made.returncode == 0, made.stderr
     undecided = training(tmp_path)
     assert undecided.returncode == 2 and "--process_reward additive" in undecided.stderr
@@ -129,7 +134,70 @@ def test_gsm8k_solutions_go_from_conversion_to_training(tmp_path):
     assert finished.returncode == 0, finished.stderr
 
 
-def test_help_lists_every_command(capsys):
-    cli.dqo_command(["--help"])
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in cli.COMMANDS)
+HELP = """usage: dqo <command> [options]; `dqo <command> --help` for its options
+
+  train     Train on your rollouts; without any option of training, the built-in demonstration.
+  demo      Compare base, continued SFT, RFT, DPO and DQO on a built-in task, from nothing to report.html.
+  convert   Turn a public data format into a rollout file.
+  check     Check rollout files and show what training will see of them.
+  init      Make a small random model with a tokenizer trained on a rollout file.
+"""
+
+
+def test_help_lists_the_commands_in_the_order_of_their_places(capsys):
+    base.dqo_command(["--help"])
+    assert capsys.readouterr().out == HELP
+
+
+def test_every_module_beside_the_base_and_the_view_is_a_command():
+    files = {path.stem for path in Path(base.__file__).parent.glob("*.py")} - {"__init__", "base", "check_view"}
+    assert set(base.commands()) == files
+
+
+def test_a_command_is_a_file_and_no_list_names_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "greet.py").write_text(
+        'PLACE = 0\ndef greet_command(arguments, prog):\n    """Say hello."""\n    print(prog, arguments)\n'
+    )
+    monkeypatch.setattr(dqo.commands, "__path__", [*dqo.commands.__path__, str(tmp_path)])
+    base.dqo_command(["greet", "--loud"])
+    assert capsys.readouterr().out == "dqo greet ['--loud']\n"
+    base.dqo_command([])
+    assert capsys.readouterr().out.splitlines()[2] == "  greet     Say hello."
+    sys.modules.pop("dqo.commands.greet")
+
+
+@pytest.mark.parametrize(
+    "raised, code, said",
+    [
+        (UserError("rows.jsonl:3: no"), 2, "error: rows.jsonl:3: no\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "out"), 2, "error: out: No space left on device\n"),
+        (BrokenPipeError(), 1, ""),
+        (OSError(errno.ENOENT, "No such file", "x"), None, None),  # a fault of the program: its traceback says where
+        (KeyError("x"), None, None),
+    ],
+)
+def test_an_error_of_the_user_or_the_machine_is_one_line_and_exit_code_2(monkeypatch, capfd, raised, code, said):
+    def command():
+        raise raised
+
+    monkeypatch.setattr(base.signals, "install", lambda: None)
+    monkeypatch.setattr(base.os, "dup2", lambda *_: None)
+    with pytest.raises(SystemExit if code is not None else type(raised)) as ended:
+        base.run(command)
+    if code is not None:
+        assert ended.value.code == code and capfd.readouterr().err == said
+
+
+def test_train_is_what_the_package_hands_out():
+    from dqo.train import begin, loop, train
+
+    assert train is loop.train and begin is loop.begin
+    with pytest.raises(ImportError, match="cannot import name 'trained'"):
+        from dqo.train import trained  # noqa: F401
+
+
+@pytest.mark.parametrize("module", ["dqo", "dqo.train"])
+def test_modules_run_as_the_scripts_do(module):
+    arguments = ["train", "--lam", "2"] if module == "dqo" else ["--lam", "2"]
+    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "lam must be in [0, 1], got 2.0 (from --lam)" in done.stderr

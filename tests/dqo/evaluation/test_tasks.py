@@ -6,9 +6,9 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dqo import DQOConfig, DQOTrainer
-from dqo.commands.cli import train_command
+from dqo.commands.train import train_command
 from dqo.errors import UserError
-from dqo.report.run import check_tasks
+from dqo.evaluation.tasks import check_tasks
 from tests.dqo.helpers import arguments, rollout_rows, tokenizer
 
 PROMPT = rollout_rows()[0]["prompt"]

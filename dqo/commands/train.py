@@ -1,0 +1,54 @@
+"""`dqo train`, which is `dqo-train` too."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+from dqo.commands.base import FIRST_PROCESS, run
+from dqo.commands.demo import demo_command
+from dqo.config.launcher import obey
+from dqo.config.options import dump_options, load_options
+from dqo.demo.recipe import DemoConfig
+from dqo.evaluation.tasks import check_tasks, read_tasks
+from dqo.train.inputs import check_options, load_rows
+
+PLACE = 1
+
+
+def main() -> None:
+    """Entry point of `dqo-train`."""
+    run(lambda: train_command(sys.argv[1:], "dqo-train"))
+
+
+def train_command(arguments: list[str], prog: str = "dqo train") -> None:
+    """Train on your rollouts; without any option of training, the built-in demonstration."""
+    flags = {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in arguments if a.startswith("--")}
+    if "-h" not in arguments and flags <= {f.name for f in dataclasses.fields(DemoConfig)}:
+        return demo_command(arguments, prog)
+    options = obey(load_options(arguments, prog))
+    check_options(options)
+    tasks = read_tasks(options.train.eval_tasks, options.train.verifier)
+    rows = load_rows(options)
+    if options.train.dry_run:
+        train_rows, held_out = rows
+        print(dump_options(options), end="")
+        print(f"# {len(train_rows):,} rows to train on, {len(held_out):,} held out; nothing was loaded or written")
+        return None
+    if FIRST_PROCESS:
+        print(
+            f"dqo-train: {options.train.method} on {options.train.dataset_name} -> {options.train.output_dir}",
+            flush=True,
+        )
+    from dqo.evaluation.run import answers_of  # torch from here on
+    from dqo.report.run import finish
+    from dqo.train.loop import train
+
+    if tasks:
+        check_tasks(options, None, None, tasks)
+    run = train(options, rows=rows)
+    processes = run.prepared.processes
+    processes.leave()
+    if processes.main:
+        print(finish(options, run, answers_of(options, run, tasks)))
+    processes.end()

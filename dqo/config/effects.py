@@ -1,0 +1,35 @@
+"""Options that were given and change nothing in this run, so that nobody waits for their effect."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dqo.config.options import Options, TrainConfig
+
+
+def without_effect(options: Options, adapters: bool, held_out_given: bool) -> str:
+    """One line that names each such option with the reason; "" when there is none. An option at its default is not named.
+
+    Args:
+        adapters: whether adapters are trained. held_out_given: whether there are rows to evaluate on beside the training rows.
+    """
+    config, objective = options.train, options.objective
+    reasons = {
+        "the method trains no value model": (objective.needs_values, ["critic_learning_rate", "value_warmup_steps"]),
+        "the method has no reference policy": (objective.needs_reference, ["ref_cache_dir"]),
+        "no adapters are trained": (adapters, ["lora_r", "lora_alpha", "lora_target_modules"]),
+        "the evaluation rows are given": (not held_out_given, ["eval_fraction"]),
+        "eval_tasks is not given": (
+            config.eval_tasks is not None,
+            ["verifier", "num_generations", "max_completion_length"],
+        ),
+        "step rewards are not used": (config.process_reward not in (None, "none"), ["process_coef"]),
+        "report_to is none": (config.report_to != "none", ["run_name", "project"]),
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    found = []
+    for reason, (used, names) in reasons.items():
+        idle = [n for n in names if n in options.sources and getattr(config, n) != defaults[n]]
+        if idle and not used:
+            found.append(f"{', '.join(idle)} ({reason})")
+    return f"these options have no effect: {'; '.join(found)}" if found else ""
