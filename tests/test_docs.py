@@ -136,7 +136,27 @@ def loss_of_ones_own(written: str, files: Path, capsys) -> None:  # noqa: F811
     assert names["metrics"]["entropy"] > 0
 
 
-RUNS = {"DQOTrainer(": train_from_python, "= soft_bellman_loss(": loss_of_logits, "linear_row_loss(": loss_of_ones_own}
+def objective_of_the_recipe(written: str, files: Path, capsys) -> None:  # noqa: F811
+    from dqo_kernels import TokenStats
+
+    names = {"__name__": "recipe"}
+    exec(written, names)
+    logprobs = -torch.rand(7, dtype=torch.float64).requires_grad_()
+    rows, ends = {"ref_logprobs": -torch.rand(7, dtype=torch.float64)}, [0, 1, 3, 6, 7]
+    loss, metrics = names["IPO"](beta=0.3)(TokenStats(logprobs, None, None), rows, torch.tensor(ends))
+    ratio = logprobs - rows["ref_logprobs"]
+    better, worse, *other = [sum(ratio[a:b]) for a, b in zip(ends, ends[1:])]
+    expected = (better - worse - 1 / 0.6) ** 2 + (other[0] - other[1] - 1 / 0.6) ** 2
+    torch.testing.assert_close(loss, expected)
+    assert metrics["rewards/margins"][1] == 2
+
+
+RUNS = {
+    "DQOTrainer(": train_from_python,
+    "= soft_bellman_loss(": loss_of_logits,
+    "linear_row_loss(": loss_of_ones_own,
+    "class IPO(": objective_of_the_recipe,
+}
 PYTHON = [(page, text) for page in PAGES for text in blocks(page, "python")]
 
 
