@@ -9,8 +9,9 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import cuda_resources, report_gpu
-from benchmarks.units import COPY, UNITS, Unit
+from benchmarks.gpu import cuda_resources
+from benchmarks.gpu import section as report_gpu
+from benchmarks.harness.units import COPY, UNITS, Unit
 
 HERE = Path(__file__).parent
 COMMANDS = {

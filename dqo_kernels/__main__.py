@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from dqo_kernels import dispatch, lambda_return, linear_row_loss, soft_bellman, soft_bellman_loss, token_stats
+from dqo_kernels import lambda_return, linear_row_loss, soft_bellman, soft_bellman_loss, token_stats
+from dqo_kernels.core import dispatch
 
 VALUE_BOUND = 2e-6  # |error| <= VALUE_BOUND * (1 + |value|); README
 GRADIENT_BOUND = 2e-5  # of the largest entry of the gradient
@@ -31,7 +32,7 @@ def describe() -> Iterator[str]:
     packages = ("dqo", "torch", "triton")
     yield ", ".join(f"{name} {_version(name)}" for name in packages if importlib.util.find_spec(name))
     if dispatch._cpu is not None:
-        from dqo_kernels.cpu_threads import POOL
+        from dqo_kernels.core.cpu_threads import POOL
 
         others = [name for name in dispatch._cpu.instruction_sets() if name != dispatch._cpu.instruction_set()]
         threads = f"torch's own ({POOL.name})" if POOL else "started for each call"

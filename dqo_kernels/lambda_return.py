@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dqo_kernels import checks, dispatch, library
-from dqo_kernels.packed import compute_dtype, is_last_row, next_row, reverse_scan, sequence_index, times
+from dqo_kernels.core import checks, dispatch, library
+from dqo_kernels.core.packed import compute_dtype, is_last_row, next_row, reverse_scan, sequence_index, times
 
 
 def lambda_return_reference(

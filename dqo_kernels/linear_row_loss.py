@@ -4,7 +4,7 @@
     loss_sum, metric_sums = row_loss(stats, rows, cu_seqlens)          summed over runs of whole groups
 
 Backends: reference (statistics in recomputed chunks, then one call for each run of groups that fits the workspace); cpp,
-triton and cuda (linear_engine.py: a run's gradient is made while its logits are still in the workspace).
+triton and cuda (linear/engine.py: a run's gradient is made while its logits are still in the workspace).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dqo_kernels import checks, dispatch, library
-from dqo_kernels.linear_engine import Engine
-from dqo_kernels.linear_inputs import Differentiable, Linear
+from dqo_kernels.core import checks, dispatch, library
+from dqo_kernels.linear.engine import Engine
+from dqo_kernels.linear.inputs import Differentiable, Linear
 from dqo_kernels.linear_token_stats import linear_token_stats_reference
 from dqo_kernels.token_stats import TokenStats
 

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dqo_kernels import checks
-from dqo_kernels.layout import Layout
+from dqo_kernels.core import checks
+from dqo_kernels.core.layout import Layout
+from dqo_kernels.core.packed import sequence_index
 from dqo_kernels.linear_row_loss import linear_row_loss
 from dqo_kernels.linear_token_stats import linear_token_stats
-from dqo_kernels.packed import sequence_index
 from dqo_kernels.soft_bellman_loss import Call, SoftBellmanOutput, loss_from_statistics
 from dqo_kernels.token_stats import TokenStats
 

@@ -1,6 +1,6 @@
 """linear_token_stats: the statistics of `F.linear(hidden, weight, bias)` without ever holding (N, V) whole.
 
-Backends: reference (chunks of rows, each recomputed in the backward), and cpp, triton and cuda (linear_engine.py). Logits are
+Backends: reference (chunks of rows, each recomputed in the backward), and cpp, triton and cuda (linear/engine.py). Logits are
 made in float32 in all of them, whatever the dtype of the hidden states.
 """
 
@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqo_kernels import checks, dispatch, library
-from dqo_kernels.linear_engine import Engine
-from dqo_kernels.linear_inputs import Differentiable, Linear, no_autocast
+from dqo_kernels.core import checks, dispatch, library
+from dqo_kernels.linear.engine import Engine
+from dqo_kernels.linear.inputs import Differentiable, Linear, no_autocast
 from dqo_kernels.token_stats import TokenStats, in_chunks, row_stats
 
 

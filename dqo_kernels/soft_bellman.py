@@ -19,9 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dqo_kernels import checks, dispatch, library
-from dqo_kernels.lambda_return import lambda_return_reference
-from dqo_kernels.packed import (
+from dqo_kernels.core import checks, dispatch, library
+from dqo_kernels.core.packed import (
     RowsThatCount,
     compute_dtype,
     next_row,
@@ -31,6 +30,7 @@ from dqo_kernels.packed import (
     suffix_sum,
     times,
 )
+from dqo_kernels.lambda_return import lambda_return_reference
 
 POLICY_TARGETS = ("return", "td", "one_step")
 TARGETS = ("detach", "residual")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import dqo_kernels._cuda as _cuda
-from dqo_kernels.addresses import address, addresses, bellman_options, where
+from dqo_kernels.core.addresses import address, addresses, bellman_options, where
 
 
 def fwd(

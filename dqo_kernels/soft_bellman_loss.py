@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dqo_kernels import checks, dispatch
-from dqo_kernels.layout import Layout
+from dqo_kernels.core import checks, dispatch
+from dqo_kernels.core.layout import Layout
+from dqo_kernels.core.vocab_parallel import VocabSlices
 from dqo_kernels.soft_bellman import REDUCTIONS, SoftBellmanTerms, bellman_rows, check_row_options
 from dqo_kernels.token_stats import TokenStats
 from dqo_kernels.token_stats import statistics as token_statistics
-from dqo_kernels.vocab_parallel import VocabSlices
 
 
 class SoftBellmanOutput(NamedTuple):

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import dqo_kernels._cuda as _cuda
-from dqo_kernels import checks, dispatch, library
-from dqo_kernels.addresses import DTYPES, address, addresses, bellman_options, where
-from dqo_kernels.dispatch import ONE_PASS
-from dqo_kernels.packed import compute_dtype
+from dqo_kernels.core import checks, dispatch, library
+from dqo_kernels.core.addresses import DTYPES, address, addresses, bellman_options, where
+from dqo_kernels.core.dispatch import ONE_PASS
+from dqo_kernels.core.packed import compute_dtype
 from dqo_kernels.token_stats import readable
 from dqo_kernels.token_stats_cuda import arguments, new_fields
 

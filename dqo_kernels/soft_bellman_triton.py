@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dqo_kernels.scan_triton import BLOCK, OPTIONS, last_of, pair_scan, run, times
+from dqo_kernels.core.scan_triton import BLOCK, OPTIONS, last_of, pair_scan, run, times
 
 _LEVELS = ("none", "token", "suffix", "trajectory", "prefix")  # the last two need the sum over the whole sequence
 _NONE, _TOKEN, _SUFFIX, _TRAJECTORY, _PREFIX = (tl.constexpr(i) for i in range(5))

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dqo_kernels import checks, dispatch, library
-from dqo_kernels.packed import compute_dtype
-from dqo_kernels.vocab_parallel import VocabSlices, sliced_rows
+from dqo_kernels.core import checks, dispatch, library
+from dqo_kernels.core.packed import compute_dtype
+from dqo_kernels.core.vocab_parallel import VocabSlices, sliced_rows
 
 # The reference makes full-precision copies of at most this many bytes of logits at a time.
 CHUNK_BYTES = 64 * 2**20

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 import dqo_kernels._cpu as _cpu
-import dqo_kernels.cpu_threads  # noqa: F401  (hands torch's threads to the kernels)
-from dqo_kernels.addresses import DTYPES, address, rows
+import dqo_kernels.core.cpu_threads  # noqa: F401  (hands torch's threads to the kernels)
+from dqo_kernels.core.addresses import DTYPES, address, rows
 
 
 def _arguments(logits, actions, ref_logits, mask, temperatures, temperature, softcap):

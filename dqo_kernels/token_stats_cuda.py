@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import dqo_kernels._cuda as _cuda
-from dqo_kernels.addresses import DTYPES, address, addresses, rows, where
+from dqo_kernels.core.addresses import DTYPES, address, addresses, rows, where
 
 
 def arguments(logits, actions, ref_logits, mask, temperatures, temperature, softcap):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.small_models import small_config
+from benchmarks.trainer.small_models import small_config
 from dqo import attention
 from dqo.architecture import recompute_activations
 from dqo.batches import collate, groups_of

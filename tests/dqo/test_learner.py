@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.memory import extra_memory
+from benchmarks.harness.memory import extra_memory
 from dqo.architecture import recompute_activations
 from dqo.batches import collate
 from dqo.learner import Learner, objective_sums

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.small_models import small_model
+from benchmarks.trainer.small_models import small_model
 from dqo.architecture import disable_dropout, recompute_activations
 from dqo.batches import collate, groups_of
 from dqo.config import load_options

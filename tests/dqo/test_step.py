@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.memory import extra_memory
+from benchmarks.harness.memory import extra_memory
 from dqo import attention
 from dqo.batches import collate, groups_of, micro_batch_plan
 from dqo.errors import UserError
@@ -14,8 +14,8 @@ from dqo.objectives import DPO, DQO, DRO, KTO, OREO, SFT, UNIT_EPISODES
 from dqo.parallel import Processes
 from dqo.step import accumulate
 from dqo.value_models import make_value_model, value_model_from, value_rows
-from dqo_kernels import dispatch
-from dqo_kernels.linear_inputs import WORKSPACE_BYTES
+from dqo_kernels.core import dispatch
+from dqo_kernels.linear.inputs import WORKSPACE_BYTES
 from tests.dqo.helpers import episodes, gradients, policy
 
 OBJECTIVES = [DQO(), DQO(lam=0.9, is_level="suffix"), DQO(value_model="none"), DQO(target="residual"), SFT(), DPO()]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForTokenClassification, OPTConfig, OPTForCausalLM
 
-from benchmarks.small_models import small_model
+from benchmarks.trainer.small_models import small_model
 from dqo.batches import collate
 from dqo.errors import UserError
 from dqo.learner import Learner, objective_sums, update_target

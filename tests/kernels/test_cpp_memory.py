@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dqo_kernels import dispatch
+from dqo_kernels.core import dispatch
 from tests.kernels.stats_cases import make
 
 _cpu = pytest.importorskip("dqo_kernels._cpu", reason=dispatch.unavailable("cpp"))

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from dqo_kernels import dispatch, lambda_return, soft_bellman_loss
+from dqo_kernels import lambda_return, soft_bellman_loss
+from dqo_kernels.core import dispatch
 from dqo_kernels.soft_bellman import IS_LEVELS, POLICY_TARGETS, bellman_rows
 from tests.kernels.oracle import random_batch
 
