@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -54,9 +54,6 @@ def describe() -> Iterator[str]:
         yield f"\ncuda: torch finds no device; of dqo_kernels._cuda: {dispatch.unavailable('cuda', 'cuda') or 'it does'}"
 
 
-Case = Callable[[torch.dtype, torch.device, str], tuple[list[Tensor], list[Tensor]]]
-
-
 def _inputs(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(0)
     n, vocab = 37, 5003
@@ -78,6 +75,7 @@ def _inputs(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
 
 def _token_stats(x, backend):
     stats = token_stats(x["logits"], x["actions"], x["ref_logits"], temperature=0.8, backend=backend)
+    assert stats.kl is not None  # there is a reference
     loss = (stats.logprobs + 0.3 * stats.lse - 0.2 * stats.entropy + 0.1 * stats.kl).sum()
     return list(stats), loss, [x["logits"]]
 

@@ -56,8 +56,9 @@ def _save(ctx, inputs, output):
 def _gradient(ctx, grad_returns):
     (cu_seqlens,) = ctx.saved_tensors
     if grad_returns is None:
-        return (None,) * 7
-    return *_BACKWARD(grad_returns.contiguous(), cu_seqlens, ctx.gamma, ctx.lam, ctx.backend), None, None, None, None
+        return _FORWARD.gradients()
+    made = _BACKWARD(grad_returns.contiguous(), cu_seqlens, ctx.gamma, ctx.lam, ctx.backend)
+    return _FORWARD.gradients(**dict(zip(("rewards", "values", "bootstrap"), made)))
 
 
 _FORWARD.differentiable(_save, _gradient)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dqo_kernels.core import checks, dispatch, library
+from dqo_kernels.core.row_stats import Coefficients, SavedStats
 from dqo_kernels.linear.engine import Engine
 from dqo_kernels.linear.inputs import Differentiable, Linear, no_autocast
-from dqo_kernels.token_stats import TokenStats, in_chunks, row_stats
+from dqo_kernels.token_stats import TokenStats, in_chunks, row_stats, seen
 
 
 def linear_token_stats_reference(call: Linear, inputs: Differentiable) -> TokenStats:
@@ -44,27 +45,27 @@ def linear_token_stats_reference(call: Linear, inputs: Differentiable) -> TokenS
 class _FromEngine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, low, lora_b, engine):
-        fields, kept = engine.statistics(0, len(engine.actions))
+        stats, kept = engine.statistics(0, len(engine.actions))
         if not any(engine.wanted):
             kept = None
             engine.release()
         # Saved, the inputs are watched for changes; the outputs would hold themselves, and the engine, for ever as attributes.
-        ctx.save_for_backward(hidden, weight, bias, low, lora_b, *fields[2:5], *fields[7:], *engine.constants())
+        ctx.save_for_backward(hidden, weight, bias, low, lora_b, *stats.saved(), *engine.constants())
         ctx.engine, ctx.kept = engine, kept
         ctx.set_materialize_grads(False)
-        logprobs, lse, entropy, _, _, ref_logprobs, ref_lse, kl, _, _ = fields
-        ctx.mark_non_differentiable(ref_logprobs, ref_lse)
-        return logprobs, lse, entropy, ref_logprobs, ref_lse, kl
+        ctx.mark_non_differentiable(stats.ref_logprobs, stats.ref_lse)
+        return stats.shown()
 
     @staticmethod
     @library.once_differentiable("linear_token_stats")
     def backward(ctx, c_logprobs, c_lse, c_entropy, _ref_logprobs, _ref_lse, c_kl):
         saved, engine = library.in_memory("linear_token_stats", ctx.saved_tensors), ctx.engine
-        inputs, fields = Differentiable(*saved[:5]), [None, None, *saved[5:8], None, None, *saved[8:11]]
+        hidden, weight, bias, low, lora_b, *rest = saved
+        inputs, stats = Differentiable(hidden, weight, bias, low, lora_b), SavedStats(*rest[: len(SavedStats._fields)])
         gradients = engine.gradients()
         kept, ctx.kept = ctx.kept, None  # the gradient is written over the logits: a second backward projects again
-        coefficients = [c_logprobs, c_lse, c_entropy, None if engine.ref is None else c_kl]
-        engine.differentiate(0, len(engine.actions), fields, kept, coefficients, gradients)
+        coefficients = Coefficients(c_logprobs, c_lse, c_entropy, None if engine.ref is None else c_kl)
+        engine.differentiate(0, len(engine.actions), stats, kept, coefficients, gradients)
         del kept
         engine.release()  # whoever holds on to a statistic does not hold on to logits
         return *gradients.of(inputs), None
@@ -111,11 +112,25 @@ def linear_token_stats(
     Raises:
         ValueError, RuntimeError: as `token_stats`.
     """
-    call = Linear.of(locals())
+    call = Linear(
+        hidden=hidden,
+        weight=weight,
+        actions=actions,
+        bias=bias,
+        lora_a=lora_a,
+        lora_b=lora_b,
+        lora_scale=lora_scale,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
+        temperature=temperature,
+        softcap=softcap,
+        workspace_bytes=workspace_bytes,
+    ).checked(group)
     chosen = dispatch.choose("linear_token_stats", hidden.device.type, backend, call.dtype)
     inputs = call.differentiable()
     if chosen == "reference":
         return linear_token_stats_reference(call, inputs)
     library.outside_graphs("linear_token_stats")
-    fields = _FromEngine.apply(*inputs.tensors(), Engine(chosen, call, inputs))
-    return TokenStats(*fields) if ref_hidden is not None else TokenStats(*fields[:3])
+    shown = _FromEngine.apply(*inputs, Engine(chosen, call, inputs))
+    return seen(shown, ref_hidden is not None)

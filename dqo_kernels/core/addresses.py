@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from dqo_kernels.core.bellman_options import BellmanOptions
+
 ABSENT = (0, 1, 0, 0)
 # The numbers of the enumerations in csrc: Dtype, PolicyTarget, IsLevel.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -30,8 +32,9 @@ def rows(x: Tensor | None) -> tuple[int, int, int, int]:
     return x.data_ptr(), max(inner, 1), outer_stride, x.stride(-2)
 
 
-def bellman_options(beta, gamma, lam, policy_target, target="residual", is_level="none", is_cap=None, is_floor=None):
+def encoded(options: BellmanOptions) -> tuple[float, float, float, int, bool, int, float, float]:
     """SoftBellmanOptions of csrc/common/soft_bellman.h."""
+    beta, gamma, lam, policy_target, target, is_level, is_cap, is_floor = options
     cap = math.inf if is_cap is None else is_cap
     floor = -math.inf if is_floor is None else is_floor
     return beta, gamma, lam, _POLICY_TARGETS[policy_target], target == "residual", _IS_LEVELS[is_level], cap, floor

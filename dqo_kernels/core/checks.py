@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ INDEX_DTYPES = (
 IGNORED_LABEL = -100  # of torch's cross_entropy and of transformers' labels
 
 
-def fail(name: str, expected: str, got: object) -> None:
+def fail(name: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
@@ -48,9 +49,9 @@ def rows_only(name: str, value: Tensor, expected: str, dimensions: int) -> None:
 
 def tensor(name: str, value: object, expected: tuple[int, ...], like: Tensor, meaning: str = "") -> None:
     """A floating tensor of a shape on the device of `like`."""
-    floating(name, value)
-    shape(name, value, expected, meaning)
-    same_device(name, value, like)
+    found = floating(name, value)
+    shape(name, found, expected, meaning)
+    same_device(name, found, like)
 
 
 def same_device(name: str, value: Tensor, like: Tensor) -> None:
@@ -58,9 +59,9 @@ def same_device(name: str, value: Tensor, like: Tensor) -> None:
         fail(name, f"device {like.device}", f"device {value.device}")
 
 
-def whole(name: str, value: object) -> None:
-    """A tensor whose numbers are all here, one after another in memory: whatever else there is would be read as something that it
-    is not, and memory that was given back ends the process."""
+def whole(name: str, value: object) -> Tensor:
+    """`value`, if it is a tensor whose numbers are all here, one after another in memory. Kernels would read another layout as
+    numbers that it does not have, and would end the process at memory that was given back."""
     if not isinstance(value, Tensor):
         fail(name, "a tensor", type(value).__name__)
     sharding = sys.modules.get("torch.distributed.tensor")  # without it nobody can have made one
@@ -68,7 +69,7 @@ def whole(name: str, value: object) -> None:
         cure = "give dqo_kernels.gather_weight(it), gathered once a step; or its .to_local() rows of V, with group="
         fail(name, "a plain tensor", f"a DTensor placed as {value.placements}; {cure}")
     if torch.compiler.is_compiling():
-        return
+        return value
     if value.is_nested:
         fail(name, "a dense tensor", "a nested one; pack it (its .values(), with cu_seqlens) or pad it (with mask)")
     if value.is_quantized:
@@ -76,6 +77,7 @@ def whole(name: str, value: object) -> None:
     if value.layout != torch.strided:
         fail(name, "a dense tensor", f"one of layout {value.layout}; give its .to_dense()")
     stored(name, value)
+    return value
 
 
 def stored(name: str, value: Tensor) -> None:
@@ -94,17 +96,20 @@ def stored(name: str, value: Tensor) -> None:
         fail(name, "a tensor with its numbers in memory", f"{got}: it was freed or resized")
 
 
-def floating(name: str, value: object) -> None:
-    whole(name, value)
-    if not value.dtype.is_floating_point:
-        fail(name, "a floating dtype", str(value.dtype))
+def floating(name: str, value: object) -> Tensor:
+    """`value`, if it is a tensor of a floating dtype."""
+    found = whole(name, value)
+    if not found.dtype.is_floating_point:
+        fail(name, "a floating dtype", str(found.dtype))
+    return found
 
 
-def index(name: str, value: object) -> None:
-    """A tensor of integers of any width, signed or not."""
-    whole(name, value)
-    if value.dtype not in INDEX_DTYPES:
-        fail(name, "an integer dtype", str(value.dtype))
+def index(name: str, value: object) -> Tensor:
+    """`value`, if it is a tensor of integers of any width, signed or not."""
+    found = whole(name, value)
+    if found.dtype not in INDEX_DTYPES:
+        fail(name, "an integer dtype", str(found.dtype))
+    return found
 
 
 def owned(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,11 +132,11 @@ def reads_values(like: Tensor) -> bool:
 
 def actions(value: object, expected: tuple[int, ...], vocab: int, like: Tensor, mask: Tensor | None = None) -> None:
     """Token ids in [0, vocab); those under a False of `mask` (of the same shape) may be anything."""
-    index("actions", value)
-    shape("actions", value, expected)
-    same_device("actions", value, like)
-    if reads_values(like) and value.numel():
-        ids = value.long()
+    ids = index("actions", value)
+    shape("actions", ids, expected)
+    same_device("actions", ids, like)
+    if reads_values(like) and ids.numel():
+        ids = ids.long()
         counted = ids if mask is None else torch.where(mask, ids, 0)
         low, high = int(counted.min()), int(counted.max())
         if low < 0 or high >= vocab:
@@ -174,7 +179,7 @@ def seqlens(value: Sequence[int], cu_seqlens: Tensor, n: int) -> None:
         fail("seqlens", "the differences of cu_seqlens", list(value))
 
 
-def number(name: str, value: object, low: float, high: float, expected: str) -> None:
+def in_range(name: str, value: Any, low: float, high: float, expected: str) -> None:
     """A number in [low, high]. A tensor is none: its gradient would be lost."""
     if not torch.compiler.is_compiling() and (not isinstance(value, Real) or isinstance(value, bool)):
         fail(name, expected, f"{value!r} of type {type(value).__name__}"[:200])
@@ -183,21 +188,21 @@ def number(name: str, value: object, low: float, high: float, expected: str) -> 
 
 
 def unit_interval(name: str, value: float) -> None:
-    number(name, value, 0.0, 1.0, "a number in [0, 1]")
+    in_range(name, value, 0.0, 1.0, "a number in [0, 1]")
 
 
 def positive(name: str, value: float, alternative: str = "") -> None:
-    number(name, value, SMALLEST, LARGEST, POSITIVE + alternative)
+    in_range(name, value, SMALLEST, LARGEST, POSITIVE + alternative)
 
 
 def factor(name: str, value: float) -> None:
-    number(name, value, -LARGEST, LARGEST, FACTOR)
+    in_range(name, value, -LARGEST, LARGEST, FACTOR)
 
 
-def log_bound(name: str, value: float | None, none: float) -> None:
-    """Of a log-weight: None, or infinity of the sign of `none`, is no bound."""
+def log_bound(name: str, value: Any, none: float) -> None:
+    """A bound of a log-weight, or no bound: None, or the infinity that `none` is."""
     if value is not None and not (isinstance(value, Real) and value == none):
-        number(name, value, -1e4, 1e4, "None or a number in [-10000, 10000], the logarithm of a weight")
+        in_range(name, value, -1e4, 1e4, "None or a number in [-10000, 10000], the logarithm of a weight")
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -223,11 +228,12 @@ def temperature(value: float | Tensor, expected: tuple[int, ...], like: Tensor, 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def logits(name: str, value: object) -> None:
-    """A tensor of a dtype that the row kernels read."""
-    floating(name, value)
-    if value.dtype not in LOGITS_DTYPES:
-        fail(name, "torch.float32, torch.bfloat16, torch.float16 or torch.float64", str(value.dtype))
+def logits(name: str, value: object) -> Tensor:
+    """`value`, if it is a tensor of a dtype that the row kernels read."""
+    found = floating(name, value)
+    if found.dtype not in LOGITS_DTYPES:
+        fail(name, "torch.float32, torch.bfloat16, torch.float16 or torch.float64", str(found.dtype))
+    return found
 
 
 def softcap(value: float | None) -> None:

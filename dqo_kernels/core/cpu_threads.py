@@ -38,10 +38,11 @@ def of_torch(runtimes: list[Path]) -> Path | None:
 def borrow_pool() -> Path | None:
     """Hands torch's pool to the kernels; returns the runtime, or None when they start their own threads."""
     runtime = of_torch(openmp_runtimes())
-    address = 0
+    address = None
     if runtime is not None:
         library = ctypes.CDLL(str(runtime), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-        address = ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value if hasattr(library, "GOMP_parallel") else 0
+        if hasattr(library, "GOMP_parallel"):
+            address = ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value
     _cpu.use_openmp(address or 0)
     return runtime if address else None
 

@@ -19,6 +19,9 @@ class Layout:
     Attributes: `shape`, that of `actions`; `cu_seqlens` (B+1,) int64; `mask` (N,) bool, or None when every row counts.
     """
 
+    mask: Tensor | None
+    cu_seqlens: Tensor
+
     def __init__(self, features: Tensor, name: str, mask: Tensor | None, cu_seqlens: Tensor | None):
         """`features`, called `name`, is (N, X) with cu_seqlens or (B, T, X) with mask; anything else is refused."""
         checks.logits(name, features)
@@ -46,25 +49,25 @@ class Layout:
             checks.fail(name, "2 dimensions with cu_seqlens or 3 with mask", f"shape {shape}")
         self.shape = shape[:-1]
 
-    def rows(self, x: Tensor | None) -> Tensor | None:
+    def rows(self, x: Tensor) -> Tensor:
         """(N, ...) rows of x, which has the caller's layout."""
-        return x if x is None or self.mask is None else x.flatten(0, 1)
+        return x if self.mask is None else x.flatten(0, 1)
 
-    def unrows(self, rows: Tensor | None) -> Tensor | None:
+    def unrows(self, rows: Tensor) -> Tensor:
         """(N,) rows in the caller's layout."""
-        return rows if rows is None or self.mask is None else rows.reshape(self.shape)
+        return rows if self.mask is None else rows.reshape(self.shape)
 
-    def counted(self, rows: Tensor | None) -> Tensor | None:
+    def counted(self, rows: Tensor) -> Tensor:
         """(N,) rows with 0 where they do not count; whatever arrives there in the backward goes no further."""
-        return rows if rows is None or self.mask is None else torch.where(self.mask, rows, 0)
+        return rows if self.mask is None else torch.where(self.mask, rows, 0)
 
     def count(self) -> Tensor | int:
         """How many rows count, 1 at least; on the device, unless the shapes tell."""
         return max(self.shape[0], 1) if self.mask is None else self.mask.sum().clamp(min=1)
 
-    def selected(self, x: Tensor | None) -> Tensor | None:
+    def selected(self, x: Tensor) -> Tensor:
         """(n, ...): only the rows of x that count; for what must not touch the others. Waits for the device."""
-        return x if x is None or self.mask is None else self.rows(x)[self.mask]
+        return x if self.mask is None else self.rows(x)[self.mask]
 
     def selected_boundaries(self) -> Tensor:
         """(B+1,) boundaries of the selected rows."""
@@ -72,8 +75,8 @@ class Layout:
             return self.cu_seqlens
         return torch.nn.functional.pad(self.mask.view(self.shape).sum(1).cumsum(0), (1, 0))
 
-    def scattered(self, rows: Tensor | None) -> Tensor | None:
+    def scattered(self, rows: Tensor) -> Tensor:
         """(n,) selected rows back at their places among the N; 0 elsewhere."""
-        if rows is None or self.mask is None:
+        if self.mask is None:
             return rows
         return rows.new_zeros(self.mask.shape).masked_scatter(self.mask, rows)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,11 +63,12 @@ class Operation:
     def __init__(self, schema: str, implementation: Callable, fake: Callable):
         self.name = schema.partition("(")[0]
         self.implementation = implementation
-        self.function: type[torch.autograd.Function] | None = None
+        self.function: Any = None  # an autograd.Function, once it is differentiable
         LIBRARY.define(schema)
         LIBRARY.impl(self.name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"dqo_kernels::{self.name}", fake, lib=LIBRARY)
         self.registered = getattr(torch.ops.dqo_kernels, self.name).default
+        self._no_gradients: dict[str, Any] = dict.fromkeys(x.name for x in self.registered._schema.arguments)
 
     def differentiable(self, save: Callable, gradient: Callable) -> None:
         """Autograd: save(ctx, inputs, output), then gradient(ctx, *gradients). Gradients that are absent arrive as None."""
@@ -84,6 +86,19 @@ class Operation:
         methods = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
         self.function = type(self.name, (torch.autograd.Function,), methods)
         torch.library.register_autograd(self.registered.name(), gradient, setup_context=setup_context, lib=LIBRARY)
+
+    def named(self, inputs: tuple) -> dict[str, Any]:
+        """The arguments of a call by their names."""
+        return dict(zip(self._no_gradients, inputs, strict=True))
+
+    def gradients(self, **present: Tensor | None) -> tuple:
+        """What a backward returns: a gradient for each argument by its name, None for the others."""
+        found = self._no_gradients | present
+        if len(found) != len(self._no_gradients):
+            raise TypeError(
+                f"dqo_kernels::{self.name} has no argument {', '.join(present.keys() - self._no_gradients)}"
+            )
+        return tuple(found.values())
 
     def differentiable_once(self) -> None:
         """For an operation of a backward: differentiating it again is refused instead of giving nothing in silence."""

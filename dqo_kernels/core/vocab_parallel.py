@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dqo_kernels.core import checks, library
+from dqo_kernels.core.row_stats import Coefficients, RowStats, SavedStats, mapped
 
 NO_DISTRIBUTION = -torch.inf  # the peak of a slice of nothing but -inf
 
@@ -73,39 +74,48 @@ class VocabSlices:
         """x itself, which all processes hold; its gradient is the sum of theirs."""
         return _Shared.apply(x, self.group)
 
-    def merged(self, fields: list[Tensor], here: Tensor, temperature: float | Tensor) -> list[Tensor]:
-        """The row kernel's ten fields of whole rows, from those of this process's columns."""
-        logprobs, _, entropy, peak, log_total, ref_logprobs, _, kl, ref_peak, ref_log_total = fields
-        if not len(logprobs):
-            return list(fields)
-        sent = [here.to(peak.dtype), peak, log_total, entropy, logprobs]
-        has_ref = len(ref_peak) > 0
-        sent += [ref_peak, ref_log_total, kl, ref_logprobs] if has_ref else []
+    def merged(self, stats: RowStats, here: Tensor, temperature: float | Tensor) -> RowStats:
+        """The statistics of whole rows, from those of this process's columns."""
+        if not len(stats.logprobs):
+            return stats
+        has_ref = len(stats.ref_peak) > 0
+        sent = [here.to(stats.peak.dtype), stats.peak, stats.log_total, stats.entropy, stats.logprobs]
+        sent += [stats.ref_peak, stats.ref_log_total, stats.kl, stats.ref_logprobs] if has_ref else []
         own = torch.stack(sent)
         received = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(received, own, group=self.group)
-        everyone = torch.stack(received, 1).double()  # (field, process, row)
-        here, slices = everyone[0] != 0, _Masses.of(everyone[1], everyone[2], temperature)
-        merged = [slices.taken(everyone[4], here), slices.lse(temperature)]
-        merged += [slices.expectation(everyone[3] - slices.log_mass), slices.peak, slices.log_total]
-        if not has_ref:
-            return [x.to(own.dtype) for x in merged] + list(fields[5:])
-        ref = _Masses.of(everyone[5], everyone[6], temperature)
-        within = torch.where(everyone[5] == NO_DISTRIBUTION, torch.inf, everyone[7])
-        merged += [ref.taken(everyone[8], here), ref.lse(temperature)]
-        merged += [slices.expectation(within + (slices.log_mass - ref.log_mass)), ref.peak, ref.log_total]
-        return [x.to(own.dtype) for x in merged]
+        everyone = torch.stack(received, 1).double()  # (sent, process, row)
+        held, peak, log_total, entropy, logprobs = everyone[:5]
+        holders, slices = held != 0, _Masses.of(peak, log_total, temperature)
+        merged = stats._replace(
+            logprobs=slices.taken(logprobs, holders),
+            lse=slices.lse(temperature),
+            entropy=slices.expectation(entropy - slices.log_mass),
+            peak=slices.peak,
+            log_total=slices.log_total,
+        )
+        if has_ref:
+            ref_peak, ref_log_total, kl, ref_logprobs = everyone[5:]
+            ref = _Masses.of(ref_peak, ref_log_total, temperature)
+            within = torch.where(ref_peak == NO_DISTRIBUTION, torch.inf, kl)
+            merged = merged._replace(
+                ref_logprobs=ref.taken(ref_logprobs, holders),
+                ref_lse=ref.lse(temperature),
+                kl=slices.expectation(within + (slices.log_mass - ref.log_mass)),
+                ref_peak=ref.peak,
+                ref_log_total=ref.log_total,
+            )
+        return mapped(lambda x: x.to(own.dtype), merged)
 
     @staticmethod
-    def coefficients(here: Tensor, local_actions: Tensor, upstream: list[Tensor | None]) -> list[Tensor | None]:
-        """Of (logprobs, lse, entropy, kl) for this process's columns: where the action is elsewhere, its gradient of the
-        log-probability is that of -lse alone. An id outside V keeps its own, for the row kernel to answer with NaN."""
-        c_logprobs, c_lse, *rest = upstream
-        if c_logprobs is None:
-            return upstream
-        own = torch.where(here | (local_actions < 0), c_logprobs, 0)
-        apart = own - c_logprobs
-        return [own, apart if c_lse is None else c_lse + apart, *rest]
+    def coefficients(here: Tensor, local_actions: Tensor, arriving: Coefficients) -> Coefficients:
+        """For this process's columns. A row whose action another process holds has no gradient of its logit here: that of its
+        log-probability is the one of -lse. An id outside V keeps its coefficient, for the row kernel to answer with NaN."""
+        if arriving.logprobs is None:
+            return arriving
+        own = torch.where(here | (local_actions < 0), arriving.logprobs, 0)
+        apart = own - arriving.logprobs
+        return arriving._replace(logprobs=own, lse=apart if arriving.lse is None else arriving.lse + apart)
 
 
 @dataclass
@@ -167,32 +177,29 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ref_logits, mask, temperatures, actions, here, temperature, softcap, backend, slices):
         inputs = (logits, actions, ref_logits, mask, temperatures, temperature, softcap)
-        fields = library.run("token_stats", "fwd", backend, *inputs)
-        fields = slices.merged(fields, here, temperature if temperatures is None else temperatures)
+        stats = library.run("token_stats", "fwd", backend, *inputs)
+        stats = slices.merged(stats, here, temperature if temperatures is None else temperatures)
         if mask is not None:
-            fields = [torch.where(mask, x, 0) if len(x) else x for x in fields]
-        ctx.save_for_backward(logits, ref_logits, mask, temperatures, actions, here, *fields)
+            stats = mapped(lambda x: torch.where(mask, x, 0) if len(x) else x, stats)
+        ctx.save_for_backward(logits, ref_logits, mask, temperatures, actions, here, *stats.saved())
         ctx.options = temperature, softcap, backend
         ctx.set_materialize_grads(False)
-        logprobs, lse, entropy, _, _, ref_logprobs, ref_lse, kl, _, _ = fields
-        ctx.mark_non_differentiable(ref_logprobs, ref_lse)
-        return logprobs, lse, entropy, ref_logprobs, ref_lse, kl
+        ctx.mark_non_differentiable(stats.ref_logprobs, stats.ref_lse)
+        return stats.shown()
 
     @staticmethod
     @library.once_differentiable("token_stats")
     def backward(ctx, c_logprobs, c_lse, c_entropy, _ref_logprobs, _ref_lse, c_kl):
-        logits, ref_logits, mask, temperatures, actions, here, *fields = ctx.saved_tensors
+        logits, ref_logits, mask, temperatures, actions, here, *saved = ctx.saved_tensors
         temperature, softcap, backend = ctx.options
-        _, _, entropy, peak, log_total, _, _, kl, ref_peak, ref_log_total = fields
         if ref_logits is None or c_kl is None:
             ref_logits = c_kl = None
-        upstream = VocabSlices.coefficients(here, actions, [c_logprobs, c_lse, c_entropy, c_kl])
+        arriving = VocabSlices.coefficients(here, actions, Coefficients(c_logprobs, c_lse, c_entropy, c_kl))
         gradient = None
-        if any(c is not None for c in upstream):
-            upstream = [None if c is None else c.contiguous() for c in upstream]
+        if not arriving.are_absent():
             inputs = (logits, actions, ref_logits, mask, temperatures, temperature, softcap)
-            stats = (peak, log_total, ref_peak, ref_log_total, entropy, kl)
-            gradient = library.run("token_stats", "bwd", backend, *inputs, *stats, *upstream)
+            coefficients = mapped(Tensor.contiguous, arriving)
+            gradient = library.run("token_stats", "bwd", backend, *inputs, *SavedStats(*saved), *coefficients)
         return gradient, *[None] * 9
 
 

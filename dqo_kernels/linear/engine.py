@@ -12,10 +12,14 @@ projected a second time for its gradient, all but the last workspace of it.
 
 from __future__ import annotations
 
+import operator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from dqo_kernels.core import checks, library
+from dqo_kernels.core.row_stats import Coefficients, RowStats, SavedStats, joined, mapped
 from dqo_kernels.linear.gemm import Products, gradient_dtype
 from dqo_kernels.linear.inputs import Differentiable, Linear, no_autocast
 
@@ -23,17 +27,24 @@ from dqo_kernels.linear.inputs import Differentiable, Linear, no_autocast
 class Head:
     """Projects hidden states to logits."""
 
-    def __init__(self, products: Products, hidden: Tensor, weight: Tensor, bias: Tensor | None, low=None, lora_b=None):
-        self.products = products
-        parts = (hidden, weight, bias, low, lora_b)
-        self.hidden, self.weight, self.bias, self.low, self.lora_b = (None if x is None else x.detach() for x in parts)
+    def __init__(
+        self,
+        products: Products,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low: Tensor | None = None,
+        lora_b: Tensor | None = None,
+    ):
+        self.products, self.hidden, self.weight = products, hidden.detach(), weight.detach()
+        self.bias, self.low, self.lora_b = (None if x is None else x.detach() for x in (bias, low, lora_b))
 
     def logits(self, first: int, last: int, out: Tensor) -> Tensor:
         """(last - first, V) written into the workspace `out`."""
         out = out[: last - first]
         with no_autocast(out.device):
             self.products.project(self.hidden[first:last], self.weight, out)
-            if self.low is not None:
+            if self.low is not None and self.lora_b is not None:
                 self.products.add_projection(self.low[first:last], self.lora_b, out)
             return out if self.bias is None else out.add_(self.bias)
 
@@ -62,11 +73,11 @@ class Gradients:
         with no_autocast(dz.device):
             if self.hidden is not None:
                 products.back(dz, head.weight, self.hidden[first:last])
-            if self.low is not None:
+            if self.low is not None and head.lora_b is not None:
                 products.back(dz, head.lora_b, self.low[first:last])
             if self.weight is not None:
                 products.accumulate(dz, head.hidden[first:last], self.weight, untouched)
-            if self.lora_b is not None:
+            if self.lora_b is not None and head.low is not None:
                 products.accumulate(dz, head.low[first:last], self.lora_b, untouched)
             if self.bias is not None:
                 self.bias += dz.sum(0, dtype=self.bias.dtype)
@@ -78,11 +89,21 @@ class Gradients:
                 if x is not None:
                     x.zero_()
         made = (self.hidden, self.weight, self.bias, self.low, self.lora_b)
-        pairs = zip(made, inputs.tensors())
-        return [x if x is None or (scaled_later and of.dtype == torch.float16) else x.to(of.dtype) for x, of in pairs]
+
+        def cast(x: Tensor | None, owner: Tensor | None) -> Tensor | None:
+            if x is None or owner is None or (scaled_later and owner.dtype == torch.float16):
+                return x
+            return x.to(owner.dtype)
+
+        return [cast(x, owner) for x, owner in zip(made, inputs)]
 
 
-Kept = tuple[int, int, tuple]  # rows [begin, end) and their row kernel's inputs, which the workspace still holds
+class Kept(NamedTuple):
+    """What the workspace still holds."""
+
+    first: int  # of rows [first, last)
+    last: int
+    inputs: tuple  # of the row kernel
 
 
 class Engine:
@@ -92,8 +113,8 @@ class Engine:
         self.backend, self.slices = backend, call.slices
         self.wanted, dtype = inputs.wanted(), call.dtype
         products = Products()
-        self.head, self.ref = Head(products, *inputs.tensors()), None
-        if call.ref_hidden is not None:
+        self.head, self.ref = Head(products, *inputs), None
+        if call.ref_hidden is not None and call.ref_weight is not None:
             self.ref = Head(products, call.ref_hidden, call.ref_weight, call.ref_bias)
         self.actions, self.here = checks.owned_index(call.actions), None
         if self.slices is not None:
@@ -127,7 +148,8 @@ class Engine:
         return Gradients(self.head, self.wanted, self.dz_dtype, self.dz_dtype if once else self.dtype)
 
     def chunks(self, first: int, last: int) -> list[tuple[int, int]]:
-        """What fits the workspace at once; the last is full, because it is the one that is kept."""
+        """Ranges of rows that fit the workspace at once. The first may be shorter. The last is full: the workspace keeps it, and
+        what is kept need not be projected again."""
         ends = list(range(last, first, -self.rows))[::-1] or [last]
         return list(zip([first, *ends], ends))
 
@@ -140,42 +162,42 @@ class Engine:
         temperatures = None if self.temperatures is None else self.temperatures[first:last]
         return z, self.actions[first:last], z_ref, None, temperatures, float(self.temperature), self.softcap
 
-    def statistics(self, first: int, last: int) -> tuple[list[Tensor], Kept]:
-        """The row kernel's fields of rows [first, last), and what of them is still in the workspace."""
+    def statistics(self, first: int, last: int) -> tuple[RowStats, Kept]:
+        """The statistics of rows [first, last), and what the workspace holds of these rows."""
         parts = []
         for begin, end in self.chunks(first, last):
             inputs = self._inputs(begin, end)
-            fields = library.run("token_stats", "fwd", self.backend, *inputs)
-            if self.slices is not None:
+            stats = library.run("token_stats", "fwd", self.backend, *inputs)
+            if self.slices is not None and self.here is not None:
                 temperature = self.temperature if self.temperatures is None else self.temperatures[begin:end]
-                fields = self.slices.merged(fields, self.here[begin:end], temperature)
-            parts.append(fields)
-        fields = parts[0] if len(parts) == 1 else [torch.cat(field) for field in zip(*parts)]
-        return list(fields), (begin, end, inputs)
+                stats = self.slices.merged(stats, self.here[begin:end], temperature)
+            parts.append(stats)
+        return joined(parts), Kept(begin, end, inputs)
 
     def differentiate(
         self,
         first: int,
         last: int,
-        fields: list[Tensor],
+        saved: SavedStats,
         kept: Kept | None,  # overwritten; None projects everything again
-        coefficients: list[Tensor | None],  # of logprobs, lse, entropy, kl: (last - first,) or None
+        coefficients: Coefficients,  # (last - first,) each
         gradients: Gradients,
     ) -> None:
         """Adds the gradient of sum(coefficient * statistic) over rows [first, last)."""
-        if all(c is None for c in coefficients):
+        if coefficients.are_absent():
             return
-        if self.slices is not None:
-            own = slice(first, last)
-            coefficients = self.slices.coefficients(self.here[own], self.actions[own], coefficients)
-        _, _, entropy, peak, log_total, _, _, kl, ref_peak, ref_log_total = fields
+        if self.slices is not None and self.here is not None:
+            held = slice(first, last)
+            coefficients = self.slices.coefficients(self.here[held], self.actions[held], coefficients)
         for begin, end in reversed(self.chunks(first, last)):
-            held = kept is not None and kept[:2] == (begin, end)
-            z, actions, z_ref, *rest = kept[2] if held else self._inputs(begin, end)
-            own = slice(begin - first, end - first)
-            c = [None if x is None else x[own].contiguous() for x in coefficients]
-            saved = [x[own] for x in (peak, log_total, ref_peak, ref_log_total, entropy, kl)]
-            z_ref = None if c[3] is None else z_ref
+            if kept is not None and (kept.first, kept.last) == (begin, end):
+                z, actions, z_ref, *rest = kept.inputs
+            else:
+                z, actions, z_ref, *rest = self._inputs(begin, end)
+            z_ref = None if coefficients.kl is None else z_ref
             out = self.workspaces[-1][: end - begin] if self.beside else z
-            dz = library.run("token_stats", "bwd", self.backend, z, actions, z_ref, *rest, *saved, *c, out=out)
+            rows = slice(begin - first, end - first)
+            stats = mapped(operator.itemgetter(rows), saved)
+            arriving = mapped(Tensor.contiguous, mapped(operator.itemgetter(rows), coefficients))
+            dz = library.run("token_stats", "bwd", self.backend, z, actions, z_ref, *rest, *stats, *arriving, out=out)
             gradients.add(begin, end, dz)

@@ -6,7 +6,8 @@ reference logits = ref_hidden @ ref_weight^T + ref_bias, constants
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,9 @@ def no_autocast(device: torch.device):
     return torch.autocast(device.type, enabled=False)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Linear:
-    """The arguments of one call; what each means is said in `linear_token_stats`."""
+    """The arguments of one call; what each means is said in `linear_token_stats`. `slices` comes from the argument `group`."""
 
     hidden: Tensor
     weight: Tensor
@@ -41,28 +42,24 @@ class Linear:
     temperature: float | Tensor
     softcap: float | None
     workspace_bytes: int | None
-    backend: str | None
-    slices: VocabSlices | None
+    slices: VocabSlices | None = None
 
-    @classmethod
-    def of(cls, given: dict) -> Linear:
-        """From the arguments of a public function, by name; ValueError names the one that does not fit."""
-        own = {field: given[field] for field in cls.__dataclass_fields__ if field in given}
-        hidden, weight = own["hidden"], own["weight"]
+    def checked(self, group: object) -> Linear:
+        """The same call, with its slice of the vocabulary; ValueError names the argument that does not fit."""
+        hidden, weight = self.hidden, self.weight
         checks.floating("hidden", hidden)
         checks.rows_only("hidden", hidden, "(N, D)", 2)
         checks.floating("weight", weight)
         if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] < 1:
             checks.fail("weight", f"shape (V, {hidden.shape[1]}) to fit hidden", f"shape {tuple(weight.shape)}")
-        slices = VocabSlices.of(given["group"], len(weight), len(hidden), hidden)
-        call = cls(**own, slices=slices)
-        call._check()
-        return call
+        slices = VocabSlices.of(group, len(weight), len(hidden), hidden)
+        self._check(slices)
+        return replace(self, slices=slices)
 
-    def _check(self) -> None:
+    def _check(self, slices: VocabSlices | None) -> None:
         hidden, (n, width), columns = self.hidden, self.hidden.shape, len(self.weight)
         checks.tensor("weight", self.weight, (columns, width), hidden)
-        checks.actions(self.actions, (n,), columns if self.slices is None else self.slices.vocab, hidden)
+        checks.actions(self.actions, (n,), columns if slices is None else slices.vocab, hidden)
         if self.bias is not None:
             checks.tensor("bias", self.bias, (columns,), hidden)
         _check_both("lora_a", self.lora_a, "lora_b", self.lora_b)
@@ -85,7 +82,7 @@ class Linear:
         checks.softcap(self.softcap)
         checks.factor("lora_scale", self.lora_scale)
         if self.workspace_bytes is not None:
-            checks.number("workspace_bytes", self.workspace_bytes, 1, 2**62, "a positive number of bytes or None")
+            checks.in_range("workspace_bytes", self.workspace_bytes, 1, 2**62, "a positive number of bytes or None")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,8 +105,7 @@ class Linear:
         return max(1, budget // (widest * bytes_per_logit))
 
 
-@dataclass(frozen=True, eq=False)
-class Differentiable:
+class Differentiable(NamedTuple):
     """The tensors that receive gradients. `low` is (N, rank): the hidden states after the low-rank update's first matrix."""
 
     hidden: Tensor
@@ -118,12 +114,13 @@ class Differentiable:
     low: Tensor | None
     lora_b: Tensor | None
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.hidden, self.weight, self.bias, self.low, self.lora_b
+    def wanted(self) -> tuple[bool, bool, bool, bool, bool]:
+        """Of each, whether its gradient is."""
 
-    def wanted(self) -> tuple[bool, ...]:
-        live = torch.is_grad_enabled()
-        return tuple(live and x is not None and x.requires_grad for x in self.tensors())
+        def live(x: Tensor | None) -> bool:
+            return x is not None and x.requires_grad and torch.is_grad_enabled()
+
+        return live(self.hidden), live(self.weight), live(self.bias), live(self.low), live(self.lora_b)
 
 
 def _check_both(name: str, value: Tensor | None, other: str, other_value: Tensor | None) -> None:

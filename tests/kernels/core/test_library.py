@@ -5,6 +5,7 @@ import torch
 
 from dqo_kernels import lambda_return, soft_bellman_loss, token_stats
 from dqo_kernels.core import dispatch, library
+from dqo_kernels.core.row_stats import RowStats
 from tests.kernels import edge_cases
 from tests.kernels.edge_cases import arguments, call, differentiated, live_of, same
 from tests.kernels.oracle import random_batch
@@ -42,7 +43,7 @@ def test_opcheck_of_token_stats(device, dtype, form):
         arguments = stats_arguments(device, dtype, form)
         forward = OPS.token_stats(*arguments, backend)
         torch.library.opcheck(OPS.token_stats.default, (arguments[0].requires_grad_(), *arguments[1:], backend))
-        stats = [forward[i].detach() for i in (3, 4, 8, 9, 2, 7)]
+        stats = [x.detach() for x in RowStats(*forward).saved()]
         upstream = [torch.randn(6, dtype=forward[0].dtype).to(device) for _ in range(4)]
         if form == "one model":
             upstream[3] = None
@@ -63,7 +64,7 @@ def test_opcheck_of_one_pass(device, dtype, form):
     reference = (None, None) if form != "one model" else (ref_logprobs, None)
     values = values.clone().requires_grad_()
     boundaries, count = torch.tensor([0, 4, 6], device=device), torch.tensor(5, device=device)
-    tail = ("td", "suffix", 1.0, None, 0.5, 2.0, 0.0 if form == "one model" else 0.3)
+    tail = ("td", "detach", "suffix", 1.0, None, 0.5, 2.0, 0.0 if form == "one model" else 0.3)
     options = (boundaries, count, *reference, rewards, values, None, None, None, 0.1, 0.9, 0.8, *tail)
     torch.library.opcheck(OPS.soft_bellman_loss_one_pass.default, (logits.requires_grad_(), *rest, *options))
 
@@ -84,7 +85,7 @@ def test_opcheck_of_the_scans(device, dtype):
             options = (0.1, 0.9, 0.8, "td", target, "suffix", 1.0, None)
             arguments = (live[0], rows[1], rows[2], live[3], cu_seqlens, mask, rows[1] - 0.1, ends, None)
             torch.library.opcheck(OPS.soft_bellman.default, (*arguments, *options, backend))
-        arguments = (rows[0], rows[1], cu_seqlens, mask, 0.1, 0.9, 0.8, "td", backend)
+        arguments = (rows[0], rows[1], cu_seqlens, mask, *options, backend)
         torch.library.opcheck(OPS.soft_bellman_backward_residual.default, arguments)
 
 
