@@ -196,24 +196,28 @@ def linear_row_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of `row_loss` over packed responses.
 
+    Compilation: the native backends break a compiled graph, so `torch.compile(..., fullgraph=True)` refuses this call. Leave
+    fullgraph out, or take backend="reference" or the form with logits, which compile whole.
+
     Args:
         hidden, weight, actions, bias, lora_*, ref_*, temperature, softcap, workspace_bytes, group: as `linear_token_stats`.
-        row_loss: plain torch `(stats, rows, cu_seqlens) -> (loss_sum, metric_sums)`. It sees whole groups, must be a sum over
-            them, and may read only tensors in `rows`: those receive gradients; what it closes over receives none from the native
-            backends.
+        row_loss: a function in plain torch, `(stats, rows, cu_seqlens) -> (loss_sum, metric_sums)`. It is called for runs of
+            whole groups, and what it returns is added up. It reads its tensors from `rows`, which receive gradients. A tensor
+            that it takes from outside receives none in the native backends.
         cu_seqlens: (B+1,) integer boundaries of the rows.
-        rows: tensors (N, ...), sliced along with the statistics; one value a sequence goes on its rows.
-        cu_groups: (M+1,) integer boundaries over the sequences: pairs or lists that a loss couples; None is one sequence each.
-        coupling: "group", or "batch" for a loss that couples everything: it is then called once.
-        seqlens: the B lengths as host integers. Without them a call on a GPU whose rows do not all fit the workspace waits for
-            the device once, to read cu_seqlens.
-        loss_scale: multiplies the loss, not the metrics. A factor given here is free, one that arrives in the backward is a pass
-            over the gradient of the weight: give 1 / (number of tokens of the step) here.
+        rows: tensors (N, ...), cut into runs as the statistics are. Repeat a value of a sequence on each of its rows.
+        cu_groups: (M+1,) integer boundaries over the sequences. A group is what the loss couples: a pair, or a list. None makes
+            every sequence a group.
+        coupling: "group", or "batch" for a loss that couples all sequences; `row_loss` is then called once.
+        seqlens: the B lengths as host integers. Without them a call on a GPU whose rows do not fit the workspace waits for the
+            device once, to read cu_seqlens.
+        loss_scale: multiplies the loss, not the metrics. Give 1 / (number of tokens of the step) here, where it costs nothing. A
+            factor that arrives in the backward must be multiplied into the gradient of the weight, which is read and written.
         backend: "reference", "cpp", "triton", "cuda", or None for the best that can run.
 
     Returns:
-        (loss_sum, metric_sums): a scalar, differentiable once in hidden, weight, bias, lora_a, lora_b and `rows`, and detached
-        sums. The native backends make the gradients here, in the forward; the backward hands them over.
+        (loss_sum, metric_sums): a scalar and detached sums. The scalar is differentiable once, in hidden, weight, bias, lora_a,
+        lora_b and `rows`. The native backends compute its gradients in this call, and the backward hands them over.
 
     Raises:
         ValueError, RuntimeError: as `linear_token_stats`, and for boundaries, `rows` or `coupling` that do not fit.

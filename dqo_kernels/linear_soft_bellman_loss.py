@@ -150,19 +150,22 @@ def linear_soft_bellman_loss(
 ) -> SoftBellmanOutput:
     """`soft_bellman_loss(F.linear(hidden, weight, bias), ...)` without the logits.
 
+    Compilation: the native backends break a compiled graph, so `torch.compile(..., fullgraph=True)` refuses this call. Leave
+    fullgraph out, or take backend="reference" or the form with logits, which compile whole.
+
     Args:
         hidden: (N, D) packed with `cu_seqlens`, or (B, T, D) padded with `mask`. Floating.
         weight, bias: (V, D), (V,): the policy's head. lora_a, lora_b, lora_scale: see `linear_token_stats`.
-        ref_hidden, ref_weight, ref_bias: the reference policy's, in place of ref_logprobs and ref_lse.
-        seqlens: of a packed call, the B lengths as host integers: see `linear_row_loss`. A padded call on a GPU waits for the
-            device to select the rows of its mask.
+        ref_hidden, ref_weight, ref_bias: those of the reference policy. They replace ref_logprobs and ref_lse.
+        seqlens: the B lengths of a packed call as host integers; see `linear_row_loss`. A padded call on a GPU waits for the
+            device, which selects the rows of its mask.
         workspace_bytes: bytes of logits held at once; None is 256 MiB on the CPU, 2 GiB on a GPU.
         group: the processes that hold V together; see `linear_token_stats`.
         Everything else: as `soft_bellman_loss`.
 
     Returns:
-        SoftBellmanOutput; `loss` is differentiable in hidden, weight, bias, lora_a, lora_b and values. Unless reduction is
-        "none" its gradients are made in the forward, and it can be differentiated once.
+        SoftBellmanOutput; `loss` is differentiable in hidden, weight, bias, lora_a, lora_b and values. With reduction "mean" or
+        "sum" the native backends compute its gradients in this call, and it can be differentiated once.
 
     Raises:
         ValueError, RuntimeError: as `soft_bellman_loss`.

@@ -89,25 +89,28 @@ def linear_token_stats(
     backend: str | None = None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> TokenStats:
-    """`token_stats(F.linear(hidden, weight, bias), actions, F.linear(ref_hidden, ref_weight, ref_bias))`, in chunks.
+    """`token_stats(F.linear(hidden, weight, bias), actions, F.linear(ref_hidden, ref_weight, ref_bias))`, in chunks of rows.
+
+    Compilation: the native backends break a compiled graph, so `torch.compile(..., fullgraph=True)` refuses this call. Leave
+    fullgraph out, or take backend="reference" or the form with logits, which compile whole.
 
     Args:
         hidden: (N, D) floating, the policy's last hidden states.
         weight: (V, D) floating, the policy's head; its dtype may differ from that of `hidden`.
         actions: (N,) integer token ids in [0, V).
         bias: (V,) or None.
-        lora_a, lora_b, lora_scale: (R, D), (V, R): a low-rank update of the head, weight + lora_scale * lora_b @ lora_a, which is
-            never formed. With a frozen `weight` the update costs two thin products beside the two GEMMs that are left.
-        ref_hidden, ref_weight, ref_bias: (N, D'), (V, D'), (V,): the reference policy's; constants.
+        lora_a, lora_b, lora_scale: (R, D), (V, R) and a number: a low-rank update of the head. The head is then
+            weight + lora_scale * lora_b @ lora_a, which is never formed. If `weight` is frozen, its gradient is not computed.
+        ref_hidden, ref_weight, ref_bias: (N, D'), (V, D'), (V,) of the reference policy. They get no gradient.
         temperature, softcap: as in `token_stats`.
         workspace_bytes: bytes of logits held at once; None is 256 MiB on the CPU, 2 GiB on a GPU.
         backend: "reference", "cpp", "triton", "cuda", or None for the best that can run.
-        group: the processes that hold V together: weight, bias, lora_b, ref_weight and ref_bias are then this process's
-            consecutive rows, in the order of ranks; everything else is the same in all of them. See `token_stats`.
+        group: the processes that hold V together. Each gives its own consecutive rows of weight, bias, lora_b, ref_weight and
+            ref_bias, in the order of ranks. Everything else is the same in all processes. See `token_stats`.
 
     Returns:
-        TokenStats, differentiable in hidden, weight, bias, lora_a and lora_b. Results do not depend on `workspace_bytes`
-        beyond rounding. The workspace is held until the backward, for what of it need not be projected again.
+        TokenStats, differentiable in hidden, weight, bias, lora_a and lora_b. `workspace_bytes` changes results by rounding only.
+        The call holds its workspace until the backward, which reads the last logits there instead of computing them again.
 
     Raises:
         ValueError, RuntimeError: as `token_stats`.

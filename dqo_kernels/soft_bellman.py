@@ -36,7 +36,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class SoftBellmanTerms(NamedTuple):
-    """Losses, reduced or (N,), and detached (N,) tensors. With target="residual" value_loss is detached too."""
+    """Two losses, reduced or (N,), and detached (N,) tensors. With target="residual" value_loss is detached too."""
 
     policy_loss: Tensor
     value_loss: Tensor
@@ -265,11 +265,11 @@ def soft_bellman(
     Args:
         logprobs, ref_logprobs, rewards: (N,) floating. The last two are constants.
         values: (N,) V(s_t), the state before action t; None takes the soft values beta * (lse - ref_lse).
-        cu_seqlens: (B+1,) integer boundaries; empty sequences count nothing.
+        cu_seqlens: (B+1,) integer boundaries. A sequence may be empty.
         behavior_logprobs: (N,) of the policy that wrote the responses; ref_logprobs when None.
         lse, ref_lse: (N,) logsumexps, used only when `values` is None.
-        bootstrap: (B,) V(s_{T+1}) of responses that did not end; 0 when None. Live only with target="residual".
-        target_values: (N,) a slow copy's values, in every place where the gradient stops.
+        bootstrap: (B,) V(s_{T+1}) of responses that did not end; 0 when None. It gets a gradient with target="residual" only.
+        target_values: (N,) values of a slow copy of the value model. They replace `values` wherever a value is a constant.
         beta: KL temperature, positive. gamma, lam: in [0, 1].
         policy_target: "return" (the paper), "td", "one_step". target: "detach" or "residual".
         is_level: "trajectory" (the paper), "suffix", "prefix", "token", "none". is_cap, is_floor: in log space, or None.

@@ -24,7 +24,8 @@ from dqo_kernels.token_stats import statistics as token_statistics
 
 
 class SoftBellmanOutput(NamedTuple):
-    """Only `loss` is differentiable. Losses are reduced (or rows); the tensors after `kl_loss` have the shape of actions."""
+    """Only `loss` is differentiable. The losses are scalars, or with reduction "none" have the shape of actions, as what follows
+    `kl_loss` has."""
 
     loss: Tensor
     policy_loss: Tensor
@@ -254,10 +255,11 @@ def soft_bellman_loss(
         ref_logits: shape of logits, the reference policy's; or
         ref_logprobs (and ref_lse for soft values): shape of actions, at the same temperature.
         behavior_logprobs: shape of actions, of the policy that wrote the responses; the reference's when None.
-        mask: (B, T) bool, True on the rows that count; it may have holes, and masked inputs may be NaN.
+        mask: (B, T) bool, True on the rows that count. It may have holes. Inputs may be NaN where it is False.
         cu_seqlens: (B+1,) integer boundaries of packed rows.
         bootstrap: (B,) V(s_{T+1}) of responses cut by the length limit; 0 when None.
-        target_values: shape of actions, a slow copy's values for every place where the gradient stops.
+        target_values: shape of actions, values of a slow copy of the value model. They replace `values` wherever a value is a
+            constant.
         beta, gamma, lam, policy_target, target, is_level, is_cap, is_floor: see `soft_bellman`.
         policy_scale, value_coef, kl_coef: factors of the three losses; kl_coef needs ref_logits (OREO's alpha is 2*kl_coef).
         temperature: a number, or one a row in the shape of actions. softcap: see `token_stats`.

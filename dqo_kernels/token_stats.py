@@ -120,9 +120,9 @@ def row_stats(
 
 
 def in_chunks(rows: int, n: int, per_row: list[Tensor | float | None], function) -> TokenStats:
-    """`function` of every `rows` rows of `per_row` (tensors with N rows are split, the rest passed on), joined.
+    """Calls `function` for every `rows` rows and joins what it returns. Tensors with N rows are split; the rest is passed on.
 
-    With more than one chunk each is recomputed in the backward, so that no chunk's (rows, V) tensors outlive it.
+    If there are several chunks, the backward computes each again, so that no (rows, V) tensor outlives its chunk.
     """
     if n <= rows:
         return function(*per_row)
@@ -278,9 +278,9 @@ def token_stats(
         temperature: a positive number, or (N,) of them; a constant.
         softcap: z becomes softcap * tanh(z / softcap) before the temperature (Gemma 2); None leaves z alone.
         backend: "reference", "cpp", "triton", "cuda", or None for the best that can run.
-        group: the processes that hold V together: `logits` (and `ref_logits`) are then this process's consecutive columns, in
-            the order of ranks, while `actions` are ids of the whole V. Every process gets the statistics of whole rows, and the
-            gradient of its own columns. Gathers nine numbers a row at most, and waits for the device once.
+        group: the processes that hold V together. Each gives its own consecutive columns as `logits` (and `ref_logits`), in the
+            order of ranks, and the same `actions`, which are ids of the whole V. Each gets the statistics of whole rows, and the
+            gradient of its own columns. The call gathers nine numbers a row at most, and waits for the device once.
 
     Returns:
         TokenStats; `logprobs`, `lse`, `entropy` and `kl` are differentiable in `logits`.

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.harness.environment import commit
 from dqo.statistics import accuracy_interval, paired_test
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -65,11 +66,6 @@ def per_problem(scores: list) -> np.ndarray:
     """(P,): the score, or the mean over samples, of each problem."""
     scores = np.asarray(scores, float)
     return scores if scores.ndim == 1 else scores.mean(axis=1)
-
-
-def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
 
 
 def table(summary: dict) -> str:

@@ -16,7 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.evidence.methods import commit, per_problem
+from benchmarks.evidence.methods import per_problem
+from benchmarks.harness.environment import commit
 from dqo import findings
 from dqo.demo import Recipe, _distinct_problems, _rng
 from dqo.demo_report import evaluate_model
@@ -103,7 +104,14 @@ def main() -> None:
         if not (output / "report.html").exists():
             train(name, arguments.demonstration, output)
         rows.append(measured(name, output, problems))
-    facts = {"date": datetime.date.today().isoformat(), "commit": commit(), "seed": seed, **findings.machine()}
+    command = f"python -m benchmarks.evidence.objectives {arguments.demonstration}"
+    facts = {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "seed": seed,
+        **findings.machine(),
+    }
     facts |= {"options": {name: COMMON | OPTIONS[name] for name in OPTIONS}, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "objectives.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import tools as gpu_tools
+from benchmarks.gpu import tools
 from benchmarks.harness import environment
 from benchmarks.harness.records import entry, names
 from benchmarks.harness.timing import FAILED, Budget, Case, Operation, measure
@@ -99,12 +99,10 @@ def checks() -> dict[str, Callable[[float], dict]]:
     """What is run of seconds and gives a record, in its order."""
 
     def tests(seconds: float) -> dict:
-        return gpu_tools.run_tests(seconds) | {"sources": environment.sources(environment.TESTS)}
+        return tools.run_tests(seconds) | {"sources": environment.sources(environment.TESTS)}
 
-    sanitizers = {
-        f"sanitizer {tool}": functools.partial(gpu_tools.run_sanitizer, tool) for tool in gpu_tools.SANITIZERS
-    }
-    return {TESTS: tests, SMALL_CASES: gpu_tools.run_small_cases} | sanitizers
+    sanitizers = {f"sanitizer {tool}": functools.partial(tools.run_sanitizer, tool) for tool in tools.SANITIZERS}
+    return {TESTS: tests, SMALL_CASES: tools.run_small_cases} | sanitizers
 
 
 def profiles(device_type: str) -> Iterator[tuple[str, Callable[[float], dict]]]:
@@ -115,7 +113,7 @@ def profiles(device_type: str) -> Iterator[tuple[str, Callable[[float], dict]]]:
                 continue
             yield (
                 f"{operation.name} {candidate.backend}",
-                functools.partial(gpu_tools.run_ncu, operation.name, candidate.backend),
+                functools.partial(tools.run_ncu, operation.name, candidate.backend),
             )
 
 
@@ -127,7 +125,7 @@ def run_check(group: str, name: str, check: Callable[[float], dict], results: Re
     print(name, flush=True)
     try:
         record = check(seconds)
-    except gpu_tools.Unfinished as reason:
+    except tools.Unfinished as reason:
         results.all["not_finished"][name] = str(reason).splitlines()[0]
         results.save()
         sys.exit(f"benchmarks.gpu: {name}: {reason}\nWhat was found before is kept; run it again to go on.")

@@ -15,7 +15,7 @@ import sys
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.small_inputs import CASES, Case, Made
+from benchmarks.kernels.small_inputs import CASES, Made, SmallCase
 from dqo_kernels.core import dispatch
 
 COMPOSED = {"soft_bellman_loss": ("token_stats", "soft_bellman")}  # what is made of the table's operations
@@ -43,7 +43,7 @@ def backends(operation: str, device_type: str) -> list[str]:
     return [name for name in names if dispatch.unavailable(name, device_type) is None]
 
 
-def _results(case: Case, made: Made, backend: str) -> tuple[list[Tensor], list[Tensor]]:
+def _results(case: SmallCase, made: Made, backend: str) -> tuple[list[Tensor], list[Tensor]]:
     made = {name: x.detach().clone().requires_grad_(name in case.live) for name, x in made.items()}
     values, loss = case.run(made, backend)
     gradients = torch.autograd.grad(loss, [made[name] for name in case.live])
@@ -56,7 +56,7 @@ def _largest(errors: list[Tensor]) -> float:
     return together.max().item() if together.numel() else 0.0
 
 
-def shares(case: Case, dtype: torch.dtype, backend: str, device: torch.device) -> tuple[float, float]:
+def shares(case: SmallCase, dtype: torch.dtype, backend: str, device: torch.device) -> tuple[float, float]:
     """The largest errors of the results and of the gradients, as shares of their bounds."""
     exact = {name: x.double() if x.is_floating_point() else x for name, x in case.made.items()}
     want_values, want_gradients = _results(case, exact, "reference")
@@ -66,7 +66,7 @@ def shares(case: Case, dtype: torch.dtype, backend: str, device: torch.device) -
     return _largest(off) / case.value_bound, _largest(steep) / GRADIENT_BOUNDS[dtype]
 
 
-def verdict(case: Case, dtype: torch.dtype, backend: str, device: torch.device) -> tuple[str, str]:
+def verdict(case: SmallCase, dtype: torch.dtype, backend: str, device: torch.device) -> tuple[str, str]:
     """ "ok", "FAILED" or "refused", and what was found."""
     try:
         found = shares(case, dtype, backend, device)

@@ -31,7 +31,7 @@ Run = Callable[
 ]  # of the tensors and a backend: the results, and a loss of them
 
 
-class Case(NamedTuple):
+class SmallCase(NamedTuple):
     operation: str
     name: str
     made: Made  # on the CPU
@@ -83,7 +83,7 @@ def _token_stats(x: Made, backend: str, **options):
     return fields, _weighted([*fields[:3], *fields[5:]])  # not those of the reference
 
 
-def _token_stats_cases(dtype: torch.dtype) -> Iterator[Case]:
+def _token_stats_cases(dtype: torch.dtype) -> Iterator[SmallCase]:
     shapes = (("one model", 13, 1003, {}), ("two models", 13, 1003, {"softcap": 6.0}), ("long rows", 3, 70_001, {}))
     shapes += (("aligned", 4, 1024, {"softcap": 30.0}), ("one column", 3, 1, {}), ("no rows", 0, 1003, {}))
     for name, n, vocab, options in shapes:
@@ -91,7 +91,7 @@ def _token_stats_cases(dtype: torch.dtype) -> Iterator[Case]:
         made = {"logits": make.normal(n, vocab, scale=4.0), "actions": make.actions(vocab, n)}
         if name != "one model":
             made |= {"ref_logits": make.normal(n, vocab, scale=4.0), "temperature": make.temperatures(n)}
-        yield Case("token_stats", name, made, ("logits",), functools.partial(_token_stats, **options), 2e-6)
+        yield SmallCase("token_stats", name, made, ("logits",), functools.partial(_token_stats, **options), 2e-6)
 
 
 def _scan_inputs(make: Numbers, lengths: tuple[int, ...]) -> Made:
@@ -109,10 +109,10 @@ def _lambda_return(x: Made, backend: str):
     return [returns], _weighted([returns])
 
 
-def _lambda_return_cases(dtype: torch.dtype) -> Iterator[Case]:
+def _lambda_return_cases(dtype: torch.dtype) -> Iterator[SmallCase]:
     for name, lengths in (("short", LENGTHS), ("long", LONG)):
         made = _scan_inputs(Numbers(dtype), lengths)
-        yield Case("lambda_return", name, made, ("rewards", "values", "bootstrap"), _lambda_return)
+        yield SmallCase("lambda_return", name, made, ("rewards", "values", "bootstrap"), _lambda_return)
 
 
 def _soft_bellman(x: Made, backend: str, given: tuple[str, ...] = (), **options):
@@ -139,13 +139,13 @@ SOFT_BELLMAN = {  # the live tensors beside the log-probabilities, the optional 
 }
 
 
-def _soft_bellman_cases(dtype: torch.dtype) -> Iterator[Case]:
+def _soft_bellman_cases(dtype: torch.dtype) -> Iterator[SmallCase]:
     for lengths in (LENGTHS, LONG):
         for name, (live, given, options) in SOFT_BELLMAN.items():
             run = functools.partial(_soft_bellman, given=given, **options)
             made = _scan_inputs(Numbers(dtype), lengths)
             name = f"{name}, {'long' if lengths == LONG else 'short'}"
-            yield Case("soft_bellman", name, made, ("logprobs", *live), run)
+            yield SmallCase("soft_bellman", name, made, ("logprobs", *live), run)
 
 
 def _linear_inputs(make: Numbers, n: int) -> Made:
@@ -165,8 +165,10 @@ def _linear_token_stats(x: Made, backend: str):
     return list(stats), _weighted([stats.logprobs, stats.lse, stats.entropy, stats.kl])
 
 
-def _linear_token_stats_cases(dtype: torch.dtype) -> Iterator[Case]:
-    yield Case("linear_token_stats", "all", _linear_inputs(Numbers(dtype), sum(LENGTHS)), HEAD, _linear_token_stats)
+def _linear_token_stats_cases(dtype: torch.dtype) -> Iterator[SmallCase]:
+    yield SmallCase(
+        "linear_token_stats", "all", _linear_inputs(Numbers(dtype), sum(LENGTHS)), HEAD, _linear_token_stats
+    )
 
 
 def _linear_row_loss(x: Made, backend: str, **options):
@@ -181,7 +183,7 @@ def _linear_row_loss(x: Made, backend: str, **options):
     return [loss, *sums.values()], loss
 
 
-def _linear_row_loss_cases(dtype: torch.dtype) -> Iterator[Case]:
+def _linear_row_loss_cases(dtype: torch.dtype) -> Iterator[SmallCase]:
     for coupling in ("group", "batch"):
         make = Numbers(dtype)
         made = _linear_inputs(make, sum(LENGTHS)) | {
@@ -189,7 +191,7 @@ def _linear_row_loss_cases(dtype: torch.dtype) -> Iterator[Case]:
             "cu_seqlens": _boundaries(LENGTHS),
         }
         run = functools.partial(_linear_row_loss, coupling=coupling)
-        yield Case("linear_row_loss", coupling, made, (*HEAD, "advantages"), run)
+        yield SmallCase("linear_row_loss", coupling, made, (*HEAD, "advantages"), run)
 
 
 def _soft_bellman_loss(x: Made, backend: str, **options):
@@ -203,7 +205,7 @@ def _soft_bellman_loss(x: Made, backend: str, **options):
     return [field for field in out if field is not None], out.loss
 
 
-def _soft_bellman_loss_cases(dtype: torch.dtype) -> Iterator[Case]:
+def _soft_bellman_loss_cases(dtype: torch.dtype) -> Iterator[SmallCase]:
     make, vocab, b, t = Numbers(dtype), 1003, 4, 9
     mask = torch.arange(t) < torch.tensor([[9], [4], [0], [7]])
     mask[3, 2] = False  # a hole
@@ -212,22 +214,22 @@ def _soft_bellman_loss_cases(dtype: torch.dtype) -> Iterator[Case]:
     padded |= {"actions": make.actions(vocab, b, t), "rewards": make.rows(b, t), "values": make.rows(b, t)}
     padded |= {"temperature": make.temperatures(b, t), "bootstrap": make.rows(b), "mask": mask}
     run = functools.partial(_soft_bellman_loss, kl_coef=0.1, softcap=15.0, lam=0.9)
-    yield Case("soft_bellman_loss", "padded, exact KL", padded, ("logits", "values"), run)
+    yield SmallCase("soft_bellman_loss", "padded, exact KL", padded, ("logits", "values"), run)
     run = functools.partial(run, is_level="suffix")
-    yield Case("soft_bellman_loss", "padded, exact KL, suffix weights", padded, ("logits", "values"), run)
+    yield SmallCase("soft_bellman_loss", "padded, exact KL, suffix weights", padded, ("logits", "values"), run)
 
     make, n = Numbers(dtype), sum(LENGTHS)
     packed = {"logits": make.normal(n, vocab, scale=3.0), "actions": make.actions(vocab, n), "rewards": make.rows(n)}
     packed |= {"ref_logprobs": -make.rows(n).abs() - 4, "cu_seqlens": _boundaries(LENGTHS)}
     given = packed | {"values": make.rows(n), "behavior_logprobs": -make.rows(n).abs() - 4}
     run = functools.partial(_soft_bellman_loss, is_level="token", policy_target="td", lam=0.9)
-    yield Case("soft_bellman_loss", "packed, log-probabilities given", given, ("logits", "values"), run)
+    yield SmallCase("soft_bellman_loss", "packed, log-probabilities given", given, ("logits", "values"), run)
     run = functools.partial(_soft_bellman_loss, target="residual", reduction="sum", policy_scale=0.5)
     soft = packed | {"ref_lse": make.rows(n)}
-    yield Case("soft_bellman_loss", "packed, soft values", soft, ("logits",), run)
+    yield SmallCase("soft_bellman_loss", "packed, soft values", soft, ("logits",), run)
 
 
-CASES: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
+CASES: dict[str, Callable[[torch.dtype], Iterator[SmallCase]]] = {
     "token_stats": _token_stats_cases,
     "lambda_return": _lambda_return_cases,
     "soft_bellman": _soft_bellman_cases,

@@ -6,8 +6,8 @@
     dz = d loss / d z                   one read and one write, in place; beside z where bfloat16 is multiplied (gemm.py)
     dX = dz @ weight,  dW += dz^T @ hidden      GEMMs 2 and 3, each only where somebody wants its result
 
-As many rows as fit the workspace go through these steps at once: three GEMMs, four with the exact KL. What does not fit is
-projected a second time for its gradient, all but the last workspace of it.
+As many rows as fit the workspace go through these steps at once: three GEMMs, four with the exact KL. If not all rows fit,
+the backward projects rows again, except those that the workspace still holds.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Head:
 
 
 class Gradients:
-    """Those of a Differentiable, each only if wanted. Sums over several workspaces are kept in the dtype of the logits."""
+    """The gradients of a Differentiable that are wanted. A sum over several workspaces has the dtype of the logits."""
 
     def __init__(self, head: Head, wanted: tuple[bool, ...], dz_dtype: torch.dtype, sum_dtype: torch.dtype):
         def zeros(x, want, dtype):
@@ -83,7 +83,8 @@ class Gradients:
                 self.bias += dz.sum(0, dtype=self.bias.dtype)
 
     def of(self, inputs: Differentiable, scaled_later: bool = False) -> list[Tensor | None]:
-        """In the dtypes of the tensors they belong to; not yet in float16, whose range is small, if they are `scaled_later`."""
+        """The gradients, cast to the dtypes of their tensors. What is `scaled_later` is not yet cast to float16, whose range is
+        small."""
         if self.untouched:
             for x in (self.weight, self.lora_b):
                 if x is not None:

@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from benchmarks import report
-from benchmarks.gpu import profile_one as gpu_profile
+from benchmarks.gpu import profile_one, section, tools
 from benchmarks.gpu import run as gpu
-from benchmarks.gpu import section as report_gpu
-from benchmarks.gpu import tools as gpu_tools
 from benchmarks.harness import timing as harness
 from benchmarks.harness.timing import Case, Operation
 from benchmarks.kernels.bench_token_stats import OPERATION
@@ -44,7 +42,7 @@ class Machine:
         self.now += 60.0
         if isinstance(self.script[word], BaseException):
             raise self.script[word]
-        return gpu_tools.Ended(*self.script[word])
+        return tools.Ended(*self.script[word])
 
 
 @pytest.fixture
@@ -65,8 +63,8 @@ def machine(monkeypatch):
     monkeypatch.setattr(gpu, "OPERATIONS", [operation])
     monkeypatch.setattr(gpu, "the_device", lambda: CPU)
     monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: made.now, perf_counter=time.perf_counter))
-    monkeypatch.setattr(gpu_tools, "execute", made.execute)
-    monkeypatch.setattr(gpu_tools.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(tools, "execute", made.execute)
+    monkeypatch.setattr(tools.shutil, "which", lambda name: f"/usr/bin/{name}")
     return made
 
 
@@ -139,7 +137,7 @@ def test_tests_that_did_not_run_are_no_verdict(machine, tmp_path, ended):
 
 
 def test_a_part_that_ran_out_of_time_is_tried_again(machine, tmp_path):
-    machine.script["racecheck"] = gpu_tools.Unfinished("not over after 360 s")
+    machine.script["racecheck"] = tools.Unfinished("not over after 360 s")
     with pytest.raises(SystemExit, match="sanitizer racecheck: not over"):
         call(tmp_path)
     results = written(tmp_path)
@@ -188,15 +186,13 @@ def test_errors_of_a_sanitizer_do_not_stop_but_fail(machine, tmp_path):
 def test_tools_that_cannot_be_used_are_no_failure(machine, tmp_path, monkeypatch):
     for tool in ("memcheck", "racecheck"):
         machine.script[tool] = (1, UNSUPPORTED)
-    monkeypatch.setattr(
-        gpu_tools.shutil, "which", lambda name: None if "racecheck" in machine.ran else f"/usr/bin/{name}"
-    )
+    monkeypatch.setattr(tools.shutil, "which", lambda name: None if "racecheck" in machine.ran else f"/usr/bin/{name}")
     results = call(tmp_path)
-    outcomes = [results["checks"][f"sanitizer {tool}"]["outcome"] for tool in gpu_tools.SANITIZERS]
+    outcomes = [results["checks"][f"sanitizer {tool}"]["outcome"] for tool in tools.SANITIZERS]
     assert outcomes == ["refused", "refused", "missing", "missing"]
-    monkeypatch.setattr(gpu_tools.shutil, "which", lambda name: f"/usr/bin/{name}")  # installed since
+    monkeypatch.setattr(tools.shutil, "which", lambda name: f"/usr/bin/{name}")  # installed since
     results = call(tmp_path)
-    outcomes = [results["checks"][f"sanitizer {tool}"]["outcome"] for tool in gpu_tools.SANITIZERS]
+    outcomes = [results["checks"][f"sanitizer {tool}"]["outcome"] for tool in tools.SANITIZERS]
     assert outcomes == ["refused", "refused", "passed", "passed"]
 
 
@@ -224,7 +220,7 @@ def test_the_report_begins_with_the_checks(machine, tmp_path):
     assert "- sanitizer initcheck: 0 errors\n" in text
     assert "- trl: trl is not installed (2 cases)" in text
     assert "| token_stats cpp | `_forward` | 1 | 1200 | 91.5 % | 64 |  |" in text
-    assert text.count("| not measured |") == len(report_gpu.TARGETS)
+    assert text.count("| not measured |") == len(section.TARGETS)
     assert text.index("### Checks") < text.index("### Targets") < text.index("### token_stats")
 
 
@@ -235,18 +231,18 @@ def target_row(target, backend, share, seconds):
 
 
 def test_targets_are_compared_with_the_fastest_of_ours():
-    met = [target_row(target, "cuda", 0.91, 12e-6) for target in report_gpu.TARGETS]
-    missed = [target_row(target, "triton", 0.5, 16e-6) for target in report_gpu.TARGETS]
-    peers_rows = [target_row(target, None, 0.99, 1e-6) for target in report_gpu.TARGETS]
-    lines = report_gpu.targets(met + missed + peers_rows)
-    assert sum(line.endswith("| cuda | yes |") for line in lines) == len(report_gpu.TARGETS)
+    met = [target_row(target, "cuda", 0.91, 12e-6) for target in section.TARGETS]
+    missed = [target_row(target, "triton", 0.5, 16e-6) for target in section.TARGETS]
+    peers_rows = [target_row(target, None, 0.99, 1e-6) for target in section.TARGETS]
+    lines = section.targets(met + missed + peers_rows)
+    assert sum(line.endswith("| cuda | yes |") for line in lines) == len(section.TARGETS)
     assert "| 91 % of copy |" in lines[4] and "| 1.1 of the floor |" in lines[6] and "| 12 us |" in lines[9]
-    assert sum(line.endswith("| triton | no |") for line in report_gpu.targets(missed)) == len(report_gpu.TARGETS)
+    assert sum(line.endswith("| triton | no |") for line in section.targets(missed)) == len(section.TARGETS)
 
 
 def test_every_target_is_a_case_that_a_gpu_measures():
     cases = {operation.name: operation for operation in gpu.OPERATIONS}
-    for target in report_gpu.TARGETS:
+    for target in section.TARGETS:
         operation, shape, dtype, variant, mode = target.where
         operation = cases[operation]
         found = [
@@ -262,6 +258,6 @@ def test_every_target_is_a_case_that_a_gpu_measures():
         for backend in ("triton", "cuda", *(["cuda_one_pass"] if operation == "soft_bellman_loss" else []))
     ]
     assert (
-        gpu_profile.case_of(cases["token_stats"], cases["token_stats"].candidates[0], "cuda", "default").shape
+        profile_one.case_of(cases["token_stats"], cases["token_stats"].candidates[0], "cuda", "default").shape
         == "8192x151936"
     )

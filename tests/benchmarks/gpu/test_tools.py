@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import tools as gpu_tools
+from benchmarks.gpu import tools
 from tests.benchmarks.gpu.recorded_output import (
     CLEAN,
     CRASHED,
@@ -21,18 +21,18 @@ from tests.benchmarks.gpu.recorded_output import (
 
 
 def test_pytest_is_read_from_its_last_line_and_its_summary():
-    found = gpu_tools.read_pytest(PASSED)
+    found = tools.read_pytest(PASSED)
     assert found == {
         "passed": 106, "skipped": 3, "failed": 0, "failures": [],
         "reasons": {"needs two GPUs": 1, "torch without gloo: nothing to do": 2},
     }  # fmt: skip
-    found = gpu_tools.read_pytest(FAILED)
+    found = tools.read_pytest(FAILED)
     assert (found["passed"], found["skipped"], found["failed"]) == (1, 1, 3)
     names = ["test_c[1]", "test_c[a b]", "test_e"]
     assert found["failures"] == [f"tests/test_x.py::{name}" for name in names]
     decorated = "===== 2 passed, 1 skipped in 0.10s ====="
-    assert gpu_tools.read_pytest(decorated)["passed"] == 2
-    assert gpu_tools.read_pytest("Traceback (most recent call last):\nSegmentation fault") == {}
+    assert tools.read_pytest(decorated)["passed"] == 2
+    assert tools.read_pytest("Traceback (most recent call last):\nSegmentation fault") == {}
 
 
 NUMPY = "UserWarning: Failed to initialize NumPy: No module named 'numpy'\n"  # torch's, and no refusal
@@ -54,23 +54,23 @@ NUMPY = "UserWarning: Failed to initialize NumPy: No module named 'numpy'\n"  # 
     ],
 )
 def test_what_a_sanitizer_says(tool, code, text, outcome, detail):
-    record = gpu_tools.read_sanitizer(tool, code, text)
+    record = tools.read_sanitizer(tool, code, text)
     assert record["outcome"] == outcome and record["detail"].startswith(detail)
 
 
 def test_a_sanitizer_names_the_kernels():
-    kernels = gpu_tools.read_sanitizer("memcheck", 66, OUT_OF_BOUNDS)["kernels"]
+    kernels = tools.read_sanitizer("memcheck", 66, OUT_OF_BOUNDS)["kernels"]
     assert kernels == {"_backward_kernel": 1, "void dqo::fold<float, (int)8>(const float *, float *)": 1}
-    assert gpu_tools.read_sanitizer("racecheck", 66, RACE)["kernels"] == {"sumKernel(int *, int *)": 2}
+    assert tools.read_sanitizer("racecheck", 66, RACE)["kernels"] == {"sumKernel(int *, int *)": 2}
 
 
 def test_ncu_is_read_by_kernel():
-    forward, backward = gpu_tools.read_ncu(NCU)
+    forward, backward = tools.read_ncu(NCU)
     numbers = {"microseconds": 1200.0, "dram_percent": 91.5, "registers": 64, "occupancy_percent": None}
     assert forward == {"kernel": "_forward", "launches": 1} | numbers
     numbers = {"microseconds": 4.0, "dram_percent": 80.0, "registers": 48, "occupancy_percent": 30.5}
     assert backward == {"kernel": "_backward(float *, float)", "launches": 2} | numbers
-    assert gpu_tools.read_ncu("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission") == []
+    assert tools.read_ncu("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission") == []
 
 
 @pytest.mark.parametrize(
@@ -82,19 +82,19 @@ def test_ncu_is_read_by_kernel():
     ],
 )
 def test_an_ncu_that_does_not_work_is_refused(monkeypatch, text, detail):
-    monkeypatch.setattr(gpu_tools.shutil, "which", lambda name: None)
-    assert gpu_tools.run_ncu("token_stats", "triton", 9.0) == {"outcome": "missing", "detail": "ncu is not on PATH"}
-    monkeypatch.setattr(gpu_tools.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(gpu_tools, "execute", lambda *arguments: gpu_tools.Ended(1, text))
-    record = gpu_tools.run_ncu("token_stats", "triton", 9.0)
+    monkeypatch.setattr(tools.shutil, "which", lambda name: None)
+    assert tools.run_ncu("token_stats", "triton", 9.0) == {"outcome": "missing", "detail": "ncu is not on PATH"}
+    monkeypatch.setattr(tools.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(tools, "execute", lambda *arguments: tools.Ended(1, text))
+    record = tools.run_ncu("token_stats", "triton", 9.0)
     assert record["outcome"] == "refused" and record["detail"].startswith(detail)
 
 
 def test_a_process_past_its_time_ends_with_what_it_started(tmp_path):
-    assert gpu_tools.execute(["sh", "-c", "echo $A; echo b >&2; exit 3"], 9.0, {"A": "a"}) == (3, "a\nb\n")
+    assert tools.execute(["sh", "-c", "echo $A; echo b >&2; exit 3"], 9.0, {"A": "a"}) == (3, "a\nb\n")
     child = tmp_path / "child"
-    with pytest.raises(gpu_tools.Unfinished, match="not over after 0 s; its last line: 'begun'"):
-        gpu_tools.execute(["sh", "-c", f"echo begun; sleep 60 & echo $! > {child}; wait"], 0.3)
+    with pytest.raises(tools.Unfinished, match="not over after 0 s; its last line: 'begun'"):
+        tools.execute(["sh", "-c", f"echo begun; sleep 60 & echo $! > {child}; wait"], 0.3)
     state = Path("/proc") / child.read_text().strip() / "stat"
     for _ in range(100):
         if (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.gpu import tools as gpu_tools
+from benchmarks.gpu import tools
 from benchmarks.harness import peers
 from benchmarks.kernels import small_cases
 from dqo_kernels.core import dispatch, library
@@ -13,7 +13,7 @@ def test_small_cases_agree(capsys):
         pytest.skip(reason)
     assert small_cases.main(["--device", "cpu", "--backend", "cpp"]) == 0
     text = capsys.readouterr().out
-    assert gpu_tools.read_small_cases(0, text)["outcome"] == "passed"
+    assert tools.read_small_cases(0, text)["outcome"] == "passed"
     for operation in [*dispatch.TABLE, "soft_bellman_loss"]:
         assert any(line.startswith(f"{operation} ") and line.endswith(" ok") for line in text.splitlines()), operation
 
@@ -31,13 +31,13 @@ def test_small_cases_can_fail_and_name_what_failed(monkeypatch, capsys):
     if dispatch.unavailable("cpp") is None:
         monkeypatch.setattr(library, "run", off_by_little)
         assert small_cases.main(["--device", "cpu", "--backend", "cpp"]) == 1
-        record = gpu_tools.read_small_cases(1, capsys.readouterr().out)
+        record = tools.read_small_cases(1, capsys.readouterr().out)
         assert record["detail"] == "2 agree, 3 fail, 0 refused"  # bfloat16 hides it
         assert any(line.startswith("new: no small case") for line in record["failures"])
     monkeypatch.setattr(dispatch, "TABLE", {"lambda_return": row})
     assert small_cases.main(["--device", "cpu", "--backend", "reference"]) == 1
     assert "no native backend can run here" in capsys.readouterr().out
-    broken = gpu_tools.read_small_cases(1, "Traceback:\nRuntimeError: CUDA error: unspecified launch failure\n")
+    broken = tools.read_small_cases(1, "Traceback:\nRuntimeError: CUDA error: unspecified launch failure\n")
     assert broken["outcome"] == "failed" and "unspecified launch failure" in broken["detail"]
 
 

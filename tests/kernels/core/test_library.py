@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import dqo_kernels
 from dqo_kernels import lambda_return, soft_bellman_loss, token_stats
 from dqo_kernels.core import dispatch, library
 from dqo_kernels.core.row_stats import RowStats
@@ -154,6 +155,7 @@ def test_the_linear_forms_break_a_compiled_graph_and_say_so(name, monkeypatch):
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="no part of a compiled graph.*leave fullgraph out"):
         torch.compile(call, fullgraph=True, backend="eager")(name, tensors, "cpp")
+    assert "`torch.compile(..., fullgraph=True)` refuses this call" in getattr(dqo_kernels, name).__doc__
 
 
 def test_absent_gradients_are_absent_and_specialise_the_kernel(monkeypatch):
