@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 
 import dqo_kernels
 from dqo_kernels.core import checks, dispatch
+from dqo_kernels.core.bellman_options import BellmanOptions
 from tests.kernels.edge_cases import (
     ARGUMENTS,
     BACKENDS,
@@ -103,12 +104,10 @@ def test_boundaries_that_nobody_checked_stop_at_the_kernel(boundaries):
     run_here("cpp")
     rows, cu_seqlens = torch.ones(9), torch.tensor(boundaries, dtype=torch.long)
     sequences = rows.new_ones(max(len(cu_seqlens) - 1, 0))
-    ops, options = torch.ops.dqo_kernels, (0.1, 0.9, 0.8, "td")
+    ops, options = torch.ops.dqo_kernels, BellmanOptions(0.1, 0.9, 0.8, "td", "detach", "trajectory", None, None)
     calls = [
         lambda: ops.lambda_return(rows, rows, sequences, cu_seqlens, 0.9, 0.8, "cpp"),
-        lambda: ops.soft_bellman(
-            *[rows] * 4, cu_seqlens, *[None] * 4, *options, "detach", "trajectory", None, None, "cpp"
-        ),
+        lambda: ops.soft_bellman(*[rows] * 4, cu_seqlens, *[None] * 4, *options, "cpp"),
     ]
     if boundaries:
         calls += [
