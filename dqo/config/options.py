@@ -1,6 +1,7 @@
-"""Options: one flat dataclass plus the fields of the objective; YAML under flags, unknown keys refused.
+"""The options of training: one flat dataclass and the fields of the objective.
 
-Imports neither torch nor transformers: `--help` and every check of the options come before those are loaded.
+Flags override YAML files, which override defaults. Unknown names are refused. `--help` and every check of the options run before
+torch and transformers are imported.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ class TrainConfig:
 
     @property
     def best_metric(self) -> str | None:
-        """metric_for_best_model, with its default."""
+        """The metric that says which evaluation is the best; None where none was asked for."""
         return self.metric_for_best_model or ("loss" if self.load_best_model_at_end else None)
 
     @property
@@ -188,7 +189,7 @@ class TrainConfig:
         return self.best_metric is not None and not self.best_metric.endswith("loss")
 
     def batch_tokens(self, device_type: str) -> int:
-        """The micro-batches' budget."""
+        """The largest number of tokens in a micro-batch on a device of this type, padding included."""
         whole = self.per_device_train_batch_size * self.max_length
         return self.max_batch_tokens or (min(whole, CPU_BATCH_TOKENS) if device_type == "cpu" else whole)
 
@@ -239,7 +240,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Options:
-    """What a command line resolves to, and where each value that is not a default came from."""
+    """The options of a run. `sources` says where each value that was given came from."""
 
     train: TrainConfig
     objective: Any
@@ -321,7 +322,7 @@ def _options_of_methods() -> dict[str, set[str]]:
 
 
 def _check_flags(arguments: list[str], known: set[str]) -> None:
-    """Refuses unknown flags, and arguments that no option can hold, before tyro sees them: it knows no other trainer's names."""
+    """Refuses unknown flags, and arguments that no option can hold. tyro would do so without the names of other trainers."""
     flag = "an argument"
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -351,7 +352,7 @@ def parse_flags(cls: type, arguments: list[str], prog: str) -> Any:
 
 
 def load_options(arguments: list[str], prog: str = "dqo-train") -> Options:
-    """Flags over YAML over defaults; raises UserError (or exits 2 with the flag named) for anything that does not fit."""
+    """The options that a command line gives. Raises a UserError, or exits with 2, and names what does not fit."""
     arguments, from_files = _take_config_files(list(arguments))
     objective_class = OBJECTIVES[_method(arguments, from_files)]
     known = {f.name for cls in (TrainConfig, objective_class) for f in dataclasses.fields(cls)}
