@@ -26,14 +26,15 @@ from benchmarks import peers, trl_steps
 from benchmarks.harness import Candidate, Case, Operation, Phases
 from benchmarks.records import parametrize
 from benchmarks.units import TOKENS
-from dqo.data.batches import groups_of
+from dqo.data.batches import Batching, groups_of
 from dqo.data.episodes import Episode
 from dqo.models.critic import value_model_from
 from dqo.models.policy import policy_stats
 from dqo.objectives import DPO, DQO, KTO, UNIT_EPISODES
+from dqo.processes import Processes
 from dqo.reference.columns import add_reference
+from dqo.train.engine import Engine
 from dqo.train.learner import Learner
-from dqo.train.parallel import Processes
 from dqo.train.step import accumulate
 
 DISPATCHED = ("linear_row_loss", "soft_bellman")
@@ -100,7 +101,8 @@ def inputs(case: Case, device: torch.device) -> SimpleNamespace:
         episodes = objective.prepare(episodes)
     reference = _model(model, device)
     budget = 2 * sum(lengths[1:])  # two responses a batch
-    add_reference(episodes, lambda batch: policy_stats(reference, batch), 0, budget, device=device, quiet=True)
+    batching, alone = Batching(0, budget, device), Processes(device=device)
+    add_reference(episodes, lambda batch: policy_stats(reference, batch), batching, alone)
     policy = _model(model, device)
     value_model = value_model_from(policy) if objective.needs_values else None
     return SimpleNamespace(objective=objective, episodes=episodes, learner=Learner(policy, value_model))
@@ -140,11 +142,12 @@ def _insisting_on(backend: str):
 def _ours(x: SimpleNamespace, backend: str) -> Phases:
     groups = groups_of(x.episodes, UNIT_EPISODES[x.objective.unit])
     tokens = sum(e.length for e in x.episodes)  # one micro-batch
-    alone = Processes(0, 1, x.learner.device)
+    device = x.learner.device
+    engine = Engine(x.learner, x.learner, Batching(0, tokens, device), Processes(device=device))
 
     def loss():
         with _insisting_on(backend):
-            sums, _ = accumulate(x.learner, x.learner, x.objective, groups, tokens, 0, alone)
+            sums, _ = accumulate(engine, x.objective, groups)
         total, count = sums["loss"]
         return total / count
 

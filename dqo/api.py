@@ -29,6 +29,7 @@ from dqo.files import writing
 from dqo.report.run import finish
 from dqo.train import checkpoint, hub
 from dqo.train.callbacks import check_callbacks, made
+from dqo.train.held_out import predictions
 from dqo.train.inputs import Given, check_options, shared_prompts
 from dqo.train.loop import Trainer, begin, run_of
 from dqo.train.metrics import read_metrics
@@ -247,11 +248,11 @@ class DQOTrainer:
         """
         trainer = self._begin()
         episodes, _ = evaluation_episodes(self.options, self.given, trainer.prepared, test_dataset)
-        predictions, rewards = trainer.predictions(episodes.all)
+        found, rewards = predictions(trainer.engine, episodes.all)
         metrics = trainer.held_out(episodes.objective)
         metrics = {f"{metric_key_prefix}_{n.removeprefix('eval_')}": value for n, value in metrics.items()}
         trainer.callbacks.call("on_predict", metrics=metrics)
-        return PredictionOutput(predictions, rewards, metrics)
+        return PredictionOutput(found, rewards, metrics)
 
     def log(self, logs: dict[str, float]) -> None:
         """A row of metrics.jsonl and the tracker, at the step where the training is; on_log is called with it."""

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The short selection, in the environment that is active: a run, a run with adapters, each gone on with from its first checkpoint
-# bit for bit, and an adapter as the next run's model. It needs the package and its extra `peft`, no tests.
+# bit for bit, an adapter as the next run's model, the loss under torch.compile. It needs the package and its extra `peft`, no tests.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -9,7 +9,7 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 python - <<'EOF'
 import json, random
-from dqo.tasks.arith import ArithTask
+from dqo.grading.arith import ArithTask
 
 task, rng = ArithTask(2, 4), random.Random(0)
 with open("rollouts.jsonl", "w") as file:
@@ -45,4 +45,25 @@ from peft import AutoPeftModelForCausalLM
 AutoPeftModelForCausalLM.from_pretrained("next").merge_and_unload()
 EOF
 test -s next/report.html
+
+# the loss compiled as one graph: what torch.compile can trace differs between versions
+python - <<'EOF'
+import torch
+from dqo_kernels import soft_bellman_loss
+
+
+def step(logits, ref_logits, actions, rewards, values):
+    seqlens = torch.tensor([0, 4, 10])
+    return soft_bellman_loss(logits, actions, rewards, values, ref_logits=ref_logits, cu_seqlens=seqlens, backend="cpp").loss
+
+
+torch.manual_seed(0)
+logits, values = torch.randn(10, 11, requires_grad=True), torch.randn(10, requires_grad=True)
+rest = torch.randn(10, 11), torch.randint(0, 11, (10,)), torch.randn(10)
+found = [
+    torch.autograd.grad(function(logits, *rest, values), [logits, values])
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager"))
+]
+torch.testing.assert_close(*found)
+EOF
 echo "short selection: passed"

@@ -97,6 +97,21 @@ def collate(episodes: list[Episode], pad_id: int, device: torch.device | str = "
     )
 
 
+@dataclass(frozen=True)
+class Batching:
+    """How episodes become batches of a model."""
+
+    pad_id: int
+    max_tokens: (
+        int  # positions of a batch, padding included; an episode or group that alone has more is a batch of its own
+    )
+    device: torch.device | str = "cpu"
+    packed: bool = False  # as the model's attention takes them (dqo.models.attention)
+
+    def collate(self, episodes: list[Episode]) -> Batch:
+        return collate(episodes, self.pad_id, self.device, self.packed)
+
+
 def groups_of(episodes: list[Episode], size: int) -> list[list[Episode]]:
     """Episodes that stay together: singles, or pairs."""
     return [episodes[i : i + size] for i in range(0, len(episodes), size)]

@@ -12,16 +12,16 @@ import torch
 from tqdm import tqdm
 
 from dqo import signals
-from dqo.data.batches import Batch, collate
+from dqo.data.batches import Batch, Batching
 from dqo.data.episodes import Episode
 from dqo.errors import UserError
+from dqo.processes import Processes
 from dqo.reference.cache import Entry, ReferenceCache, response_key
 from dqo_kernels import TokenStats
 
 logger = logging.getLogger(__name__)
 
 StatsOf = Callable[[Batch], TokenStats]  # the reference's forward pass
-MakeBatch = Callable[[list[Episode]], Batch]
 
 FLUSH_SECONDS = 20.0  # a killed pass loses at most these, or
 FLUSH_TOKENS = 2**22  # 32 MiB of float32 pairs
@@ -50,8 +50,8 @@ def _with_companions(episodes: list[Episode]) -> Iterator[Episode]:
             yield e.companion
 
 
-def _compute(members: list[Episode], keys: list[bytes], stats_of: StatsOf, make_batch: MakeBatch) -> dict[bytes, Entry]:
-    stats = stats_of(make_batch(members))
+def _compute(members: list[Episode], keys: list[bytes], stats_of: StatsOf, batching: Batching) -> dict[bytes, Entry]:
+    stats = stats_of(batching.collate(members))
     logprobs, lse = stats.logprobs.float().cpu().numpy(), stats.lse.float().cpu().numpy()
     entries, begin = {}, 0
     for e, key in zip(members, keys):
@@ -71,25 +71,16 @@ def _compute(members: list[Episode], keys: list[bytes], stats_of: StatsOf, make_
 def add_reference(
     episodes: list[Episode],
     stats_of: StatsOf,
-    pad_id: int,
-    max_tokens: int,
-    *,
-    device: torch.device | str = "cpu",
-    packed: bool = False,
+    batching: Batching,
+    processes: Processes,
     cache: ReferenceCache | None = None,
-    rank: int = 0,
-    world: int = 1,
-    barrier: Callable[[], None] | None = None,
-    quiet: bool = False,
 ) -> int:
     """Fills `ref_logprobs` and `ref_lse`, float32 (T,), of every episode and of its companion; returns how many it computed.
 
     Args:
-        episodes: equal responses are computed once. stats_of: the reference's forward pass, on batches on `device`,
-            `packed` or padded.
-        max_tokens: padded tokens of a batch.
+        episodes: equal responses are computed once. stats_of: the reference's forward pass, on batches of `batching`.
+        processes: each computes its share and reads the others' after a barrier; several need a cache.
         cache: what is there is not computed, and what is computed goes there a segment at a time; None keeps nothing.
-        rank, world, barrier: each rank computes its share and reads the others' after the barrier; needs a cache.
 
     Raises:
         UserError: for a response to which the reference gives no finite log-probability, or a cache that ranks do not share.
@@ -103,9 +94,10 @@ def add_reference(
 
     # By key among equals, and shares of all responses rather than of the missing ones: after a kill every rank goes on as before.
     ordered = sorted(members, key=lambda key: (-members[key].length, key))
-    missing = [key for key in ordered[rank::world] if key not in entries]
+    missing = [key for key in ordered[processes.rank :: processes.world] if key not in entries]
     known = f" ({len(entries):,} of {len(members):,} cached)" if entries else ""
-    bar = tqdm(total=len(missing), desc=f"reference{known}", unit="response", disable=quiet or not missing, leave=False)
+    hidden = not processes.main or not missing
+    bar = tqdm(total=len(missing), desc=f"reference{known}", unit="response", disable=hidden, leave=False)
     pending: dict[bytes, Entry] = {}
 
     def flush() -> None:
@@ -117,9 +109,9 @@ def add_reference(
     with signals.raising():
         try:
             done, tokens, flushed = 0, 0, time.monotonic()
-            for batch in _batches([members[key] for key in missing], max_tokens):
+            for batch in _batches([members[key] for key in missing], batching.max_tokens):
                 keys = missing[done : done + len(batch)]
-                pending |= _compute(batch, keys, stats_of, lambda members: collate(members, pad_id, device, packed))
+                pending |= _compute(batch, keys, stats_of, batching)
                 done, tokens = done + len(batch), tokens + sum(lengths[key] for key in keys)
                 bar.update(len(batch))
                 if tokens >= FLUSH_TOKENS or time.monotonic() - flushed >= FLUSH_SECONDS:
@@ -128,8 +120,8 @@ def add_reference(
         finally:  # an interrupted pass keeps the batches that it finished
             flush()
             bar.close()
-    if world > 1:
-        barrier()
+    if processes.world > 1:
+        processes.barrier()
         entries |= cache.lookup({key: length for key, length in lengths.items() if key not in entries})
         lost = sum(key not in entries for key in members)
         if lost:
@@ -137,7 +129,7 @@ def add_reference(
                 f"{cache.directory} lacks {lost:,} responses that other ranks computed; ref_cache_dir must be one "
                 "directory that all machines see"
             )
-    if cache is not None and rank == 0:
+    if cache is not None and processes.main:
         cache.describe()
     for key, e in everything:
         e.ref_logprobs, e.ref_lse = entries[key].logprobs, entries[key].lse
@@ -168,11 +160,7 @@ def _shortened(e: Episode) -> Episode:
 def check_agreement(
     episodes: list[Episode],
     stats_of: StatsOf,
-    pad_id: int,
-    max_tokens: int,
-    *,
-    device: torch.device | str = "cpu",
-    packed: bool = False,
+    batching: Batching,
     dtype: str = "float32",
     cache: ReferenceCache | None = None,
 ) -> None:
@@ -180,10 +168,10 @@ def check_agreement(
     token shorter, and long ones beside short ones. `dtype` is that of the forward pass and decides the bound."""
     chosen = episodes[:: max(1, len(episodes) // 64)][:64]
     ordered = sorted((_shortened(e) for e in chosen), key=lambda e: -e.length)
-    count = -(-len(ordered) * ordered[0].length // max_tokens)
+    count = -(-len(ordered) * ordered[0].length // batching.max_tokens)
     excess: list[tuple[float, int, Episode]] = []  # largest of each response, and where
     for members in (ordered[i::count] for i in range(count) if ordered[i::count]):
-        batch = collate(members, pad_id, device, packed)
+        batch = batching.collate(members)
         expected = batch.columns["ref_logprobs"]
         found = ((stats_of(batch).logprobs - expected).abs() / (1.0 + expected.abs())).nan_to_num(float("inf"))
         for e, piece in zip(members, found.split([len(e.completion_ids) for e in members])):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,11 +12,13 @@ import transformers
 
 import dqo
 from dqo.data.episodes import Episode
+from dqo.models import attention
+from dqo.processes import Processes
 from dqo.stats import auc, auc_interval
+from dqo.train.engine import Engine
 from dqo.train.held_out import value_traces
 from dqo.train.loop import Run
 from dqo.train.metrics import read_metrics
-from dqo.train.parallel import Processes
 from dqo.train.prepare import distinct
 
 CURVES = (
@@ -48,8 +51,9 @@ def value_findings(run: Run) -> dict:
     if prepared.learner.value_model is None or not prepared.held_out:
         return {}
     episodes = distinct(prepared.held_out)
-    alone = Processes(0, 1, prepared.learner.device)
-    traces = value_traces(prepared.learner, prepared.learner, episodes, 16_384, prepared.pad_id, alone)
+    learner = prepared.learner
+    batching = replace(prepared.batching, max_tokens=16_384, packed=attention.packs(learner.policy))
+    traces = value_traces(Engine(learner, learner, batching, Processes(device=learner.device)), episodes)
     labels = [e.label for e in episodes]
     at_end = [trace[-1] for trace in traces]
     at_half = [trace[math.ceil(len(trace) / 2) - 1] for trace in traces]

@@ -12,7 +12,7 @@ from transformers.training_args import ParallelMode
 
 from dqo.config.options import Options
 from dqo.errors import did_you_mean
-from dqo.train.parallel import Processes
+from dqo.processes import Processes
 
 
 class CallbackArguments:

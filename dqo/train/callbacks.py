@@ -18,9 +18,9 @@ from transformers.trainer_callback import ExportableState, TrainerControl, Train
 
 from dqo.config.options import Options, TrainConfig
 from dqo.errors import UserError, did_you_mean
+from dqo.processes import Processes
 from dqo.train.callback_args import CallbackArguments
 from dqo.train.learner import Learner
-from dqo.train.parallel import Processes
 
 BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
 BEST_BY = ("metric_for_best_model", "greater_is_better")

@@ -32,9 +32,10 @@ from dqo.files import remove_asides, sync, write_whole, writing
 from dqo.models.critic import load_critic, save_value_model
 from dqo.models.lora import base_state, has_adapter, merged_state, save_adapter
 from dqo.models.policy import load_policy
+from dqo.processes import Processes
 from dqo.train.damage import STATE_FILE, check_whole, newest_whole, put_away, read_state, write_state
 from dqo.train.learner import Learner
-from dqo.train.parallel import Processes, like, load_whole_state, whole, whole_state
+from dqo.train.parallel import like, load_whole_state, whole, whole_state
 
 logger = logging.getLogger(__name__)
 

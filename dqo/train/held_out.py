@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from dqo.data.batches import Batch, groups_of, unit_count
@@ -17,11 +17,12 @@ from dqo.data.episodes import Episode
 from dqo.models.policy import policy_stats
 from dqo.objectives import UNIT_EPISODES
 from dqo.objectives.sums import sequence_sums
+from dqo.processes import Processes, add_over_processes, gather_objects
 from dqo.stats import auc
 from dqo.train import metrics
+from dqo.train.engine import Engine, Planned
 from dqo.train.learner import Learner, objective_sums, values_of
-from dqo.train.parallel import Processes, add_over_processes, gather_objects
-from dqo.train.step import Planned, mean_over_companions
+from dqo.train.step import mean_over_companions
 
 BAR_DELAY = 2.0  # seconds: a shorter evaluation shows no bar
 
@@ -33,13 +34,9 @@ def shown(batches: Planned, processes: Processes, description: str):
 
 @torch.no_grad()
 def held_out_metrics(
-    module: nn.Module,
-    learner: Learner,
+    engine: Engine,
     objective: Any,
     episodes: list[Episode],
-    max_tokens: int,
-    pad_id: int,
-    processes: Processes,
     prediction_step: Callable[[Planned], None] = lambda batches: None,
 ) -> dict[str, float]:
     """eval_loss and the other metrics, each a mean over the held-out units; with a value model its AUC too. `episodes` are those
@@ -48,20 +45,20 @@ def held_out_metrics(
     groups = groups_of(episodes, size)
     if not groups:
         return {}
-    companion_mean = mean_over_companions(module, learner, objective, groups, processes, max_tokens, pad_id)
+    companion_mean = mean_over_companions(engine, objective, groups)
     sums: dict[str, Tensor] = {}
-    batches = Planned(groups, learner, processes, max_tokens, pad_id)
-    for batch, counts, _ in shown(batches, processes, "held-out loss"):
-        loss, more = module(objective_sums, objective, batch, companion_mean=companion_mean)
+    batches = Planned(groups, engine)
+    for batch, counts, _ in shown(batches, engine.processes, "held-out loss"):
+        loss, more = engine.module(objective_sums, objective, batch, companion_mean=companion_mean)
         units = float(unit_count(groups_of(batch.episodes, size), objective.unit))
         more |= {"loss": torch.stack([loss, loss.new_tensor(units)])} | metrics.of_batch(batch)
         sums = metrics.add(sums, more if counts else metrics.none_of(more))
         prediction_step(batches)
-    found = metrics.finish(add_over_processes(sums, processes))
+    found = metrics.finish(add_over_processes(sums, engine.processes))
     result = {f"eval_{name}": value for name, value in found.items()}
-    if learner.value_model is not None:
+    if engine.learner.value_model is not None:
         distinct = list({id(e): e for e in episodes}.values())
-        traces = value_traces(module, learner, distinct, max_tokens, pad_id, processes)
+        traces = value_traces(engine, distinct)
         at_end, at_half = value_auc(traces, distinct)
         if at_end is not None:
             result |= {"eval_value/auc_end": at_end, "eval_value/auc_half": at_half}
@@ -69,33 +66,22 @@ def held_out_metrics(
 
 
 @torch.no_grad()
-def of_each(
-    work: Callable[[Learner, Batch], list],
-    description: str,
-    module: nn.Module,
-    learner: Learner,
-    episodes: list[Episode],
-    max_tokens: int,
-    pad_id: int,
-    processes: Processes,
-) -> list:
+def of_each(engine: Engine, work: Callable[[Learner, Batch], list], episodes: list[Episode], description: str) -> list:
     """What `work` says of each episode, in their order, on every process."""
     index = {id(e): i for i, e in enumerate(episodes)}
     found: list[tuple[int, Any]] = []
-    batches = Planned([[e] for e in episodes], learner, processes, max_tokens, pad_id)
-    for batch, counts, _ in shown(batches, processes, description):
-        items = module(work, batch)
+    batches = Planned([[e] for e in episodes], engine)
+    for batch, counts, _ in shown(batches, engine.processes, description):
+        items = engine.module(work, batch)
         if counts:
             found += [(index[id(e)], item) for e, item in zip(batch.episodes, items)]
-    items_of = dict(gather_objects(found, processes))
+    items_of = dict(gather_objects(found, engine.processes))
     return [items_of[i] for i in range(len(episodes))]
 
 
-def value_traces(
-    module: nn.Module, learner: Learner, episodes: list[Episode], max_tokens: int, pad_id: int, processes: Processes
-) -> list[list[float]]:
+def value_traces(engine: Engine, episodes: list[Episode]) -> list[list[float]]:
     """V(s_1), ..., V(s_T) of each episode, on every process."""
-    return of_each(traces_of, "held-out values", module, learner, episodes, max_tokens, pad_id, processes)
+    return of_each(engine, traces_of, episodes, "held-out values")
 
 
 def traces_of(learner: Learner, batch: Batch) -> list[list[float]]:
@@ -114,9 +100,7 @@ def sums_of(learner: Learner, batch: Batch) -> list[dict[str, float]]:
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
-def predictions(
-    module: nn.Module, learner: Learner, episodes: list[Episode], max_tokens: int, pad_id: int, processes: Processes
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def predictions(engine: Engine, episodes: list[Episode]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """What policy and value model say of N responses, and what they were paid.
 
     Returns:
@@ -124,7 +108,7 @@ def predictions(
         sums over the response's tokens; value_start and value_end are V of its first and of its last state; ref_logps and the
         values are there where the method has them; label: whether the response is correct; rewards: those of the outcome.
     """
-    rows = of_each(sums_of, "predictions", module, learner, episodes, max_tokens, pad_id, processes)
+    rows = of_each(engine, sums_of, episodes, "predictions")
     found = {name: np.array([row[name] for row in rows], np.float32) for name in rows[0]} if rows else {}
     if all(e.ref_logprobs is not None for e in episodes):
         found["ref_logps"] = np.array([e.ref_logprobs.sum() for e in episodes], np.float32)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dqo.data.batches import Batch
-from dqo.models import attention
 from dqo.models.critic import value_rows
 from dqo.models.lora import adapter_off
 from dqo.models.policy import head_inputs, head_of, hidden_and_router, hidden_positions, policy_stats
@@ -46,11 +45,6 @@ class Learner(nn.Module):
     def forward(self, work: Callable, *arguments: Any, **options: Any) -> Any:
         """`work(self, ...)`. Whatever reads parameters goes through here, where the wrappers gather and watch them."""
         return work(self, *arguments, **options)
-
-    @property
-    def packed(self) -> bool:
-        """Whether batches are one sequence without padding, or padded rows."""
-        return attention.packs(self.policy)
 
     @property
     def device(self) -> torch.device:

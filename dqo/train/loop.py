@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import EvalPrediction
@@ -32,13 +31,15 @@ from dqo.data.rows import Row, prompt_key
 from dqo.errors import UserError
 from dqo.models.critic import load_critic
 from dqo.models.policy import load_policy
+from dqo.processes import add_over_processes, start
 from dqo.train import checkpoint, metrics, optim
 from dqo.train.callbacks import Callbacks, check_callbacks
 from dqo.train.damage import fault, loading
+from dqo.train.engine import Engine
 from dqo.train.held_out import held_out_metrics, predictions
 from dqo.train.inputs import Given, check_options, load_rows
 from dqo.train.learner import Learner, update_target
-from dqo.train.parallel import add_over_processes, start, wrap
+from dqo.train.parallel import wrap
 from dqo.train.prepare import Prepared, distinct, prepare
 from dqo.train.recorder import Recorder
 from dqo.train.step import accumulate, out_of_memory
@@ -63,7 +64,6 @@ class Trainer:
         self.config, self.objective, self.prepared = options.train, options.objective, prepared
         self.learner, self.processes = prepared.learner, prepared.processes
         self.output_dir = Path(self.config.output_dir)
-        self.max_tokens = self.config.batch_tokens(self.processes.device.type)
         self.per_epoch = math.ceil(len(prepared.groups) / prepared.per_step)  # the last step of an epoch may be short
         epochs = self.config.num_train_epochs
         self.steps = self.config.max_steps if self.config.max_steps > 0 else optim.steps_of(epochs, self.per_epoch)
@@ -82,7 +82,8 @@ class Trainer:
         self.warmup = optim.as_steps(self.config.warmup_steps, self.steps)
         critic = self.learner.value_model
         self.value_warmup = 0 if critic is None else optim.value_warmup(self.config.value_warmup_steps, self.steps)
-        self.module = wrap(self.learner, self.processes, self.config.bf16, self.value_warmup > 0)
+        module = wrap(self.learner, self.processes, self.config.bf16, self.value_warmup > 0)
+        self.engine = Engine(module, self.learner, prepared.batching, self.processes)
         self.models = {"policy": self.learner.policy} | ({} if critic is None else {"critic": critic})
         self.rates = {"policy": self.config.learning_rate, "critic": self.config.critic_learning_rate}
         betas = (self.config.adam_beta1, self.config.adam_beta2)
@@ -143,18 +144,10 @@ class Trainer:
         train_policy = step >= self.value_warmup
         try:
             sums, tokens = accumulate(
-                self.module,
-                self.learner,
-                self.objective,
-                groups,
-                self.max_tokens,
-                self.prepared.pad_id,
-                self.processes,
-                train_policy,
-                lambda: self.callbacks.call("on_substep_end"),
+                self.engine, self.objective, groups, train_policy, lambda: self.callbacks.call("on_substep_end")
             )
         except torch.OutOfMemoryError as error:
-            raise UserError(f"step {step + 1}: {out_of_memory(self.learner.device, self.max_tokens)}") from error
+            raise UserError(f"step {step + 1}: {out_of_memory(self.engine.batching)}") from error
         except UserError as error:
             raise UserError(f"step {step + 1}: {error}") from error
         self.window = metrics.add(self.window, sums)
@@ -183,18 +176,12 @@ class Trainer:
     def held_out(self, episodes: list[Episode] | None = None) -> dict[str, float]:
         """Metrics of the held-out rows, or of others that the objective prepared, with what compute_metrics makes of them."""
         episodes = self.prepared.held_out if episodes is None else episodes
-        place = self.max_tokens, self.prepared.pad_id, self.processes
-        found = held_out_metrics(
-            self.module, self.learner, self.objective, episodes, *place, self.callbacks.prediction_step
-        )
+        found = held_out_metrics(self.engine, self.objective, episodes, self.callbacks.prediction_step)
         if self.compute_metrics is not None and episodes:
-            found |= metrics.computed(self.compute_metrics(EvalPrediction(*self.predictions(distinct(episodes)))))
+            found |= metrics.computed(
+                self.compute_metrics(EvalPrediction(*predictions(self.engine, distinct(episodes))))
+            )
         return found
-
-    def predictions(self, episodes: list[Episode]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """See `held_out.predictions`."""
-        place = self.max_tokens, self.prepared.pad_id, self.processes
-        return predictions(self.module, self.learner, episodes, *place)
 
     def evaluate_held_out(self, step: int) -> dict[str, float]:
         """Evaluates and records, once a step; a best evaluation asks for a checkpoint."""

@@ -1,96 +1,23 @@
-"""Processes: which one this is, and one module over all of them, by DDP or sharded by FSDP2.
+"""One module over all processes, by DDP or sharded by FSDP2.
 
     accelerate launch --multi_gpu --num_processes 8 -m dqo.train ...                      DDP
     accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8 -m dqo.train ...      FSDP2 (or --fsdp)
 
-accelerate (or torchrun) starts the processes and makes the process group; torch's own wrappers do the rest, so that the same code
-runs on GPUs (nccl) and CPUs (gloo). Every process reads all the data and knows every step's counts without communication.
+torch's own wrappers do the work, so that the same code runs on GPUs and CPUs. Every process reads all the
+data and knows every step's counts without communication.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from tqdm import tqdm
 
 from dqo.config.launcher import blocks_to_shard
 from dqo.errors import UserError
-
-
-@dataclass(frozen=True)
-class Processes:
-    rank: int
-    world: int
-    device: torch.device
-    fsdp: bool = False
-    local_rank: int = 0  # on its machine
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-    def say(self, text: str) -> None:
-        """Prints once, beside progress bars."""
-        if self.main:
-            tqdm.write(text)
-
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
-
-    def largest(self, number: int) -> int:
-        """The largest of a small number that each process has; all processes must call it."""
-        if self.world == 1:
-            return number
-        found = torch.tensor(number, dtype=torch.int32, device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
-
-    def from_main(self, function: Callable[[], Any]) -> Any:
-        """What `function` returns, or the UserError that it raises, in the first process, which alone calls it."""
-        if self.world == 1:
-            return function()
-        found: list[Any] = [None, None]
-        if self.main:
-            try:
-                found[0] = function()
-            except UserError as error:
-                found[1] = str(error)
-        dist.broadcast_object_list(found)
-        if found[1] is not None:
-            raise UserError(found[1])
-        return found[0]
-
-    def leave(self) -> None:
-        """The end of everything that the processes do together."""
-        if self.world > 1:
-            dist.barrier()
-            dist.destroy_process_group()
-
-    def end(self) -> None:
-        """The end of the program. One of several processes ends here and at once: in an ordinary exit threads of gloo that are
-        still there now and then abort it (torch 2.13), after all its work is done."""
-        if self.world > 1:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
-
-
-def start(use_cpu: bool = False, fsdp: bool = False) -> Processes:
-    """Joins the process group of the launcher; one process without a launcher."""
-    state = PartialState(cpu=use_cpu or not torch.accelerator.is_available())
-    sharded = fsdp and state.num_processes > 1
-    return Processes(state.process_index, state.num_processes, state.device, sharded, state.local_process_index)
+from dqo.processes import Processes
 
 
 def wrap(module: nn.Module, processes: Processes, bf16: bool = False, some_unused: bool = False) -> nn.Module:
@@ -158,27 +85,3 @@ def load_whole_state(module: nn.Module, state: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in module.state_dict().items():
             value.copy_(like(state[name].to(value.dtype), value))
-
-
-def add_over_processes(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
-    """Sums of [sum, count] pairs over the processes; the names end in /min or /max where extremes are meant. Every process must
-    have the same names."""
-    if processes.world == 1 or not tensors:
-        return tensors
-    found = {}
-    for operation, suffix in ((dist.ReduceOp.MIN, "/min"), (dist.ReduceOp.MAX, "/max"), (dist.ReduceOp.SUM, "")):
-        names = sorted(n for n in tensors if n not in found and n.endswith(suffix))
-        if names:
-            packed = torch.stack([tensors[n].double() for n in names]).to(processes.device)
-            dist.all_reduce(packed, operation)
-            found |= dict(zip(names, packed.to(tensors[names[0]].device).float()))
-    return found
-
-
-def gather_objects(items: list, processes: Processes) -> list:
-    """The lists of all processes, joined in the order of their ranks."""
-    if processes.world == 1:
-        return items
-    lists: list = [None] * processes.world
-    dist.all_gather_object(lists, items)
-    return [item for members in lists for item in members]

@@ -7,7 +7,7 @@ import datetime
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dqo.config.lora import described
 from dqo.config.options import Options, TrainConfig
-from dqo.data.batches import Batch, groups_of
+from dqo.data.batches import Batch, Batching, groups_of
 from dqo.data.chat import reads_clock
 from dqo.data.episodes import Episode, fingerprint, make_episodes
 from dqo.data.rows import Row, check_process_reward
@@ -39,12 +39,12 @@ from dqo.models.policy import (
 )
 from dqo.models.router import check_router
 from dqo.objectives import UNIT_EPISODES
+from dqo.processes import Processes, gather_objects
 from dqo.reference.cache import ReferenceCache, ReferenceId
 from dqo.reference.columns import add_reference, check_agreement, warn_about_behavior
 from dqo.train.checkpoint import checkpoints, claim_output, read_state, save_base
 from dqo.train.inputs import Given, read
 from dqo.train.learner import Learner
-from dqo.train.parallel import Processes, gather_objects
 from dqo_kernels import TokenStats
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ class Prepared:
     processes: Processes
     tokenizer: PreTrainedTokenizerBase
     learner: Learner
+    batching: Batching  # of the policy
     groups: list[list[Episode]]
     held_out: list[Episode]  # as the objective prepared them
     identity: dict  # hashes and options that a continued run must share
@@ -97,10 +98,6 @@ class Prepared:
     tokenized: Callable[[list[Row]], list[Episode]]  # as the options say
     reference: PreTrainedModel | None  # where it is not the initial policy
     save_dtype: torch.dtype | None  # of the final models; None: as they are trained
-
-    @property
-    def pad_id(self) -> int:
-        return self.tokenizer.pad_token_id
 
     def episodes(self) -> list[Episode]:
         """The distinct episodes that are trained on."""
@@ -195,17 +192,28 @@ def prepare(
     for model in (policy, learner.value_model):
         if isinstance(model, PreTrainedModel) and has_adapter(model):
             check_adapter(model, some_ids)
+    max_tokens = config.batch_tokens(processes.device.type)
+    batching = Batching(tokenizer.pad_token_id, max_tokens, processes.device, attention.packs(policy))
     resumed = claim_output(options, identity, processes)
     if has_adapter(policy) and not policy.name_or_path and processes.main:
         save_base(policy, base_of(policy, config), again=resumed is None)
     if objective.needs_reference:
         together = distinct(episodes + held_out)
-        _reference_columns(
-            config, together, policy, reference, tokenizer.pad_token_id, identity, processes, resumed is not None
-        )
+        _reference_columns(config, together, policy, reference, batching, identity, processes, resumed is not None)
     groups = groups_of(episodes, UNIT_EPISODES[objective.unit])
     return Prepared(
-        processes, tokenizer, learner, groups, held_out, identity, per_step, resumed, tokenized, reference, save_dtype
+        processes,
+        tokenizer,
+        learner,
+        batching,
+        groups,
+        held_out,
+        identity,
+        per_step,
+        resumed,
+        tokenized,
+        reference,
+        save_dtype,
     )
 
 
@@ -239,11 +247,21 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
                     "the reference policy of these rows was the given model, which is trained in place: give ref_model, or give "
                     "the rows to the constructor as eval_dataset"
                 )
-            place = prepared.processes.device, getattr(torch, config.dtype), config.attn_implementation
-            reference = load_policy(config.model_name_or_path, *place)
-        run = prepared.pad_id, prepared.identity, prepared.processes, True
+            dtype = getattr(torch, config.dtype)
+            device = prepared.processes.device
+            reference = load_policy(config.model_name_or_path, device, dtype, config.attn_implementation)
+        together = distinct(episodes + prepared_ones)
         with adapter_off(learner.policy):
-            _reference_columns(config, distinct(episodes + prepared_ones), learner.policy, reference, *run)
+            _reference_columns(
+                config,
+                together,
+                learner.policy,
+                reference,
+                prepared.batching,
+                prepared.identity,
+                prepared.processes,
+                resuming=True,
+            )
     return Evaluated(episodes, prepared_ones), rows
 
 
@@ -307,7 +325,7 @@ def _reference_columns(
     episodes: list[Episode],
     policy: PreTrainedModel,
     explicit: PreTrainedModel | None,
-    pad_id: int,
+    batching: Batching,
     identity: dict,
     processes: Processes,
     resuming: bool,
@@ -323,16 +341,10 @@ def _reference_columns(
         with adapter_off(model):
             return policy_stats(model, batch, config.bf16)
 
-    place = {"device": processes.device, "packed": attention.packs(model), "cache": cache}
-    ranks = {
-        "rank": processes.rank,
-        "world": processes.world,
-        "barrier": processes.barrier,
-        "quiet": not processes.main,
-    }
-    add_reference(episodes, stats_of, pad_id, config.batch_tokens(processes.device.type), **place, **ranks)
+    batching = replace(batching, packed=attention.packs(model))
+    add_reference(episodes, stats_of, batching, processes, cache)
     if explicit is None and not resuming:
-        check_agreement(episodes, stats_of, pad_id, config.batch_tokens(processes.device.type), dtype=dtype, **place)
+        check_agreement(episodes, stats_of, batching, dtype, cache)
     warn_about_behavior(episodes)
 
 

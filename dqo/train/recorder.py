@@ -8,9 +8,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dqo.config.options import Options
+from dqo.processes import Processes
 from dqo.train import metrics
 from dqo.train.callbacks import Callbacks
-from dqo.train.parallel import Processes
 from dqo.train.trackers import Trackers
 from dqo.train.watch import Watch
 

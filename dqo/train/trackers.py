@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dqo.config.options import Options
 from dqo.files import writing
-from dqo.train.parallel import Processes
+from dqo.processes import Processes
 
 
 class Trackers:

@@ -8,19 +8,19 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.small_models import small_config
-from dqo.data.batches import collate, groups_of
+from dqo.data.batches import Batching, collate, groups_of
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.architecture import recompute_activations
 from dqo.models.critic import value_rows
 from dqo.models.generate import generate
+from dqo.processes import Processes
+from dqo.train.engine import Engine
 from dqo.train.learner import Learner
-from dqo.train.parallel import Processes
 from dqo.train.step import accumulate
 from tests.dqo.helpers import episodes, gradients, hidden_rows
 from tests.dqo.packing_models import PACKED, WINDOW, WITH_VALUES, critic_of, model, objective_and_critic, packing
 
-ALONE = Processes(0, 1, torch.device("cpu"))
 IDS = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
 
 
@@ -51,7 +51,8 @@ def gradient(made, critic, objective, max_tokens=10_000, half=False):
     for m in models:
         m.zero_grad(set_to_none=True)
     learner = Learner(made, critic, bf16=half)
-    sums, _ = accumulate(learner, learner, objective, groups_of(episodes(9), 1), max_tokens, 0, ALONE)
+    batching = Batching(0, max_tokens, packed=attention.packs(made))
+    sums, _ = accumulate(Engine(learner, learner, batching, Processes()), objective, groups_of(episodes(9), 1))
     return (sums["loss"][0] / sums["loss"][1]).item(), gradients(*models)
 
 

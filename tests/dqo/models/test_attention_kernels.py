@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from dqo.data.batches import collate, groups_of, packed_inputs
+from dqo.data.batches import Batching, collate, groups_of, packed_inputs
 from dqo.models import attention
+from dqo.processes import Processes
+from dqo.train.engine import Engine
 from dqo.train.learner import Learner
-from dqo.train.parallel import Processes
 from dqo.train.step import accumulate
 from tests.dqo.helpers import episodes, gradients, hidden_rows
 from tests.dqo.packing_models import WINDOW, model, objective_and_critic, packing
@@ -236,11 +237,12 @@ def test_a_step_on_a_gpu_packed_and_padded(name):
     made = model(name).cuda()
     objective, critic = objective_and_critic(name, made)
     learner = Learner(made, critic, bf16=True)
-    alone = Processes(0, 1, torch.device("cuda"))
 
     def gradient():
         learner.zero_grad(set_to_none=True)
-        accumulate(learner, learner, objective, groups_of(episodes(9), 1), 10_000, 0, alone)
+        batching = Batching(0, 10_000, "cuda", attention.packs(made))
+        engine = Engine(learner, learner, batching, Processes(device=torch.device("cuda")))
+        accumulate(engine, objective, groups_of(episodes(9), 1))
         return gradients(learner)
 
     padded = gradient()

@@ -5,14 +5,15 @@ import torch
 
 from benchmarks.small_models import small_model
 from dqo.config.options import load_options
-from dqo.data.batches import collate, groups_of
+from dqo.data.batches import Batching, collate, groups_of
 from dqo.errors import UserError
 from dqo.models.architecture import disable_dropout, recompute_activations
 from dqo.models.router import check_router, real_tokens, router_loss
 from dqo.objectives import SFT
+from dqo.processes import Processes
+from dqo.train.engine import Engine
 from dqo.train.learner import Learner, objective_sums
 from dqo.train.loop import train
-from dqo.train.parallel import Processes
 from dqo.train.step import accumulate
 from tests.dqo.helpers import arguments, episodes, gradients, policy
 
@@ -21,8 +22,8 @@ EXPERTS = ["mixtral", "qwen2_moe", "olmoe"]
 
 def gradient_of(model, coefficient, members, max_tokens=10_000):
     learner = Learner(model, router_aux_loss_coef=coefficient)
-    alone = Processes(0, 1, torch.device("cpu"))
-    sums, _ = accumulate(learner, learner, SFT(), groups_of(members, 1), max_tokens, 0, alone)
+    engine = Engine(learner, learner, Batching(0, max_tokens), Processes())
+    sums, _ = accumulate(engine, SFT(), groups_of(members, 1))
     return gradients(model), sums
 
 

@@ -4,21 +4,25 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
-from dqo.data.batches import collate
+from dqo.data.batches import Batching, collate
 from dqo.errors import UserError
 from dqo.models.policy import policy_stats
+from dqo.processes import Processes
 from dqo.reference import columns as reference
 from dqo.reference.cache import ReferenceCache, ReferenceId
-from dqo.reference.columns import AGREEMENT_BOUNDS, add_reference, check_agreement, warn_about_behavior
+from dqo.reference.columns import AGREEMENT_BOUNDS, check_agreement, warn_about_behavior
 from tests.dqo import forked
 from tests.dqo.helpers import episodes, policy
 
 IDENTITY = ReferenceId(weights="w", architecture="a", dtype="float32", softcap=None)
+ALONE = Processes()
 PER_BATCH = 40  # padded tokens; a few responses
 
 
@@ -44,6 +48,20 @@ def fresh(count=20, seed=0):
     return episodes(count, seed=seed, reference=False)
 
 
+def add(members, stats_of, cache=None, processes=ALONE, max_tokens=PER_BATCH):
+    return reference.add_reference(members, stats_of, Batching(0, max_tokens), processes, cache)
+
+
+@dataclass(frozen=True)
+class Rank(Processes):
+    """One of several in one process."""
+
+    waiting: Callable[[], None] = lambda: None
+
+    def barrier(self):
+        self.waiting()
+
+
 def columns(members):
     return [(e.ref_logprobs, e.ref_lse) for e in members]
 
@@ -64,7 +82,7 @@ def flush_every_batch(monkeypatch):
 
 def test_every_episode_gets_its_own_log_probabilities_whatever_the_batch():
     members = fresh()
-    assert add_reference(members, Counting(), 0, PER_BATCH, quiet=True) == 20
+    assert add(members, Counting()) == 20
     for e in members:
         stats = policy_stats(policy(), collate([e], 0))
         assert np.allclose(e.ref_logprobs, stats.logprobs.detach(), atol=1e-6)
@@ -74,14 +92,14 @@ def test_every_episode_gets_its_own_log_probabilities_whatever_the_batch():
 
 def test_batches_are_longest_first_and_within_the_budget():
     members, forward = fresh(), Counting()
-    add_reference(members, forward, 0, PER_BATCH, quiet=True)
+    add(members, forward)
     length = {e.source: e.length for e in members}
     lengths = [length[source] for source in forward.responses]
     assert lengths == sorted(lengths, reverse=True)
     assert all(len(batch) * length[batch[0]] <= PER_BATCH for batch in forward.batches)
     assert 20 > len(forward.batches) > 3
     tight = Counting()
-    add_reference(members, tight, 0, 1, quiet=True)  # a response that is over the budget has a batch of its own
+    add(members, tight, max_tokens=1)  # a response that is over the budget has a batch of its own
     assert [len(batch) for batch in tight.batches] == [1] * 20
 
 
@@ -89,7 +107,7 @@ def test_equal_responses_and_companions_are_computed_once(cache):
     members = fresh()
     copies = fresh()  # other objects, same tokens
     forward = Counting()
-    assert add_reference(members + copies, forward, 0, PER_BATCH, cache=cache, quiet=True) == 20
+    assert add(members + copies, forward, cache) == 20
     assert len(forward.responses) == 20
     assert same(columns(members), columns(copies))
 
@@ -106,67 +124,65 @@ def test_companions_get_their_columns_and_are_reused(cache):
     plain, others = fresh(4), fresh(4, seed=1)
     members = [WithCompanion(e, other) for e, other in zip(plain, others)] + [WithCompanion(plain[0], None)]
     forward = Counting()
-    assert add_reference(members, forward, 0, PER_BATCH, cache=cache, quiet=True) == 8
+    assert add(members, forward, cache) == 8
     assert all(len(e.companion.ref_lse) == len(e.companion.completion_ids) for e in members[:4])
     again = Counting()
-    assert add_reference(others, again, 0, PER_BATCH, cache=cache, quiet=True) == 0
+    assert add(others, again, cache) == 0
     assert again.batches == []
 
 
 def test_what_is_cached_is_not_computed_again(cache, capsys):
     members = fresh()
-    add_reference(members, Counting(), 0, PER_BATCH, cache=cache, quiet=True)
+    add(members, Counting(), cache)
     again, forward = fresh(), Counting()
-    assert add_reference(again, forward, 0, PER_BATCH, cache=cache) == 0
+    assert add(again, forward, cache) == 0
     assert forward.batches == []
     assert same(columns(members), columns(again))
     larger, forward = fresh() + fresh(5, seed=1), Counting()
-    assert add_reference(larger, forward, 0, PER_BATCH, cache=cache) == 5
+    assert add(larger, forward, cache) == 5
     assert len(forward.responses) == 5
     assert "20 of 25 cached" in capsys.readouterr().err
-    assert add_reference(fresh(30)[3:12:2], Counting(), 0, PER_BATCH, cache=cache) == 0
+    assert add(fresh(30)[3:12:2], Counting(), cache) == 0
     meta = json.loads((cache.directory / "meta.json").read_text())
     assert meta["responses"] == 25
 
 
 @pytest.mark.parametrize("change", [{"weights": "v"}, {"dtype": "bfloat16"}, {"architecture": "b"}], ids=str)
 def test_numbers_of_another_reference_are_computed(cache, change):
-    from dataclasses import replace
-
-    add_reference(fresh(), Counting(), 0, PER_BATCH, cache=cache, quiet=True)
+    add(fresh(), Counting(), cache)
     other = ReferenceCache(cache.directory.parent, replace(IDENTITY, **change), "model")
-    assert add_reference(fresh(), Counting(), 0, PER_BATCH, cache=other, quiet=True) == 20
+    assert add(fresh(), Counting(), other) == 20
 
 
 def test_an_interrupted_pass_goes_on_where_it_was_with_the_same_batches(cache, tmp_path, flush_every_batch):
     whole = Counting()
     unbroken = fresh()
-    add_reference(unbroken, whole, 0, PER_BATCH, quiet=True)
+    add(unbroken, whole)
     stopped = Counting(stop_at=3)
     with pytest.raises(KeyboardInterrupt):
-        add_reference(fresh(), stopped, 0, PER_BATCH, cache=cache, quiet=True)
+        add(fresh(), stopped, cache)
     assert len(list(cache.directory.glob("segment-*"))) == 3
     rest, members = Counting(), fresh()
-    add_reference(members, rest, 0, PER_BATCH, cache=cache, quiet=True)
+    add(members, rest, cache)
     assert stopped.batches + rest.batches == whole.batches
     assert same(columns(members), columns(unbroken))  # bit for bit, because the batches are the same
 
 
 def test_an_exception_loses_no_finished_batch(cache):
     with pytest.raises(KeyboardInterrupt):
-        add_reference(fresh(), Counting(stop_at=3), 0, PER_BATCH, cache=cache, quiet=True)
+        add(fresh(), Counting(stop_at=3), cache)
     assert len(list(cache.directory.glob("segment-*"))) == 1
     rest = Counting()
-    add_reference(fresh(), rest, 0, PER_BATCH, cache=cache, quiet=True)
+    add(fresh(), rest, cache)
     whole = Counting()
-    add_reference(fresh(), whole, 0, PER_BATCH, quiet=True)
+    add(fresh(), whole)
     assert rest.batches == whole.batches[3:]
 
 
 def test_a_segment_is_written_after_a_while(cache, monkeypatch):
     monkeypatch.setattr(reference, "FLUSH_SECONDS", 0.0)
     forward = Counting()
-    add_reference(fresh(), forward, 0, PER_BATCH, cache=cache, quiet=True)
+    add(fresh(), forward, cache)
     assert len(list(cache.directory.glob("segment-*"))) == len(forward.batches)
 
 
@@ -179,7 +195,7 @@ def slow_pass(root):
         time.sleep(0.2)
         return forward(batch)
 
-    add_reference(fresh(), stats_of, 0, PER_BATCH, cache=ReferenceCache(root, IDENTITY, "model"), quiet=True)
+    add(fresh(), stats_of, ReferenceCache(root, IDENTITY, "model"))
 
 
 def test_a_killed_pass_goes_on_where_it_was(cache):
@@ -192,8 +208,8 @@ def test_a_killed_pass_goes_on_where_it_was(cache):
     done = len(list(cache.directory.glob("segment-*")))
     whole, rest = Counting(), Counting()
     unbroken, members = fresh(), fresh()
-    add_reference(unbroken, whole, 0, PER_BATCH, quiet=True)
-    add_reference(members, rest, 0, PER_BATCH, cache=cache, quiet=True)
+    add(unbroken, whole)
+    add(members, rest, cache)
     assert 2 <= done < len(whole.batches)
     assert rest.batches == whole.batches[done:]
     assert same(columns(members), columns(unbroken))
@@ -205,28 +221,22 @@ def test_ranks_compute_their_shares_and_read_the_others(cache):
     computed = []
 
     def rank_1():
-        computed.append(
-            add_reference(
-                second, forwards[1], 0, PER_BATCH, cache=cache, rank=1, world=2, barrier=lambda: None, quiet=True
-            )
-        )
+        computed.append(add(second, forwards[1], cache, Rank(1, 2)))
 
-    computed.append(
-        add_reference(first, forwards[0], 0, PER_BATCH, cache=cache, rank=0, world=2, barrier=rank_1, quiet=True)
-    )
+    computed.append(add(first, forwards[0], cache, Rank(0, 2, waiting=rank_1)))
     assert computed == [10, 10]
     assert sorted(forwards[0].responses + forwards[1].responses) == sorted(e.source for e in first)
     assert same(columns(first), columns(second))
     alone = fresh()
-    add_reference(alone, Counting(), 0, PER_BATCH, quiet=True)
+    add(alone, Counting())
     assert all(np.allclose(a.ref_logprobs, b.ref_logprobs, atol=1e-6) for a, b in zip(first, alone))
     third = Counting()
-    assert add_reference(fresh(), third, 0, PER_BATCH, cache=cache, rank=1, world=2, barrier=lambda: None) == 0
+    assert add(fresh(), third, cache, processes=Rank(1, 2)) == 0
 
 
 def test_ranks_that_do_not_share_the_cache_are_told(cache):
     with pytest.raises(UserError, match="lacks 10 responses that other ranks computed; ref_cache_dir must be one"):
-        add_reference(fresh(), Counting(), 0, PER_BATCH, cache=cache, rank=0, world=2, barrier=lambda: None, quiet=True)
+        add(fresh(), Counting(), cache, processes=Rank(0, 2))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -244,17 +254,17 @@ def test_a_response_that_is_impossible_under_the_reference_is_named_and_not_cach
     with pytest.raises(
         UserError, match=f"row 2: the reference policy gives token {len(victim.completion_ids)} .*{value}"
     ):
-        add_reference(members, stats_of, 0, 10_000, cache=cache, quiet=True)
+        add(members, stats_of, cache, max_tokens=10_000)
     assert not list(cache.directory.iterdir())
 
 
-def agreed(members, model, budget=PER_BATCH, **options):
-    check_agreement(members, lambda batch: policy_stats(model, batch), 0, budget, **options)
+def agreed(members, model, **options):
+    check_agreement(members, lambda batch: policy_stats(model, batch), Batching(0, PER_BATCH), **options)
 
 
 def with_reference(model, count=20):
     members = fresh(count)
-    add_reference(members, lambda batch: policy_stats(model, batch), 0, PER_BATCH, quiet=True)
+    add(members, lambda batch: policy_stats(model, batch))
     return members
 
 
@@ -300,15 +310,15 @@ def test_64_responses_are_checked_in_other_shapes_within_the_budget():
         shapes.append(tuple(batch.input_ids.shape))
         return policy_stats(model, batch)
 
-    check_agreement(members, stats_of, 0, 10_000)
+    check_agreement(members, stats_of, Batching(0, 10_000))
     assert [shape[0] for shape in shapes] == [64]
     shapes.clear()
-    check_agreement(members, stats_of, 0, 100)
+    check_agreement(members, stats_of, Batching(0, 100))
     assert sum(shape[0] for shape in shapes) == 64 and len(shapes) > 8
     # one batch, as the pass had it, would prove nothing
     few = [e for e in members if len(e.completion_ids) > 1][:3]
     shapes.clear()
-    check_agreement(few, stats_of, 0, 10_000)
+    check_agreement(few, stats_of, Batching(0, 10_000))
     assert shapes == [(3, max(e.length for e in few) - 1)]
 
 
@@ -323,9 +333,9 @@ def test_a_policy_that_sees_the_future_is_stopped():
 
     members = [e for e in fresh(60) if e.length == 9]
     assert len(members) > 1
-    add_reference(members, looks_ahead, 0, 10_000, quiet=True)
+    add(members, looks_ahead, max_tokens=10_000)
     with pytest.raises(UserError, match="attention that is not causal"):
-        check_agreement(members, looks_ahead, 0, 10_000)
+        check_agreement(members, looks_ahead, Batching(0, 10_000))
 
 
 def test_the_bound_is_that_of_the_dtype():
@@ -339,14 +349,14 @@ def test_the_bound_is_that_of_the_dtype():
         return policy_stats(model, batch, bf16=True)
 
     members = fresh(60)
-    add_reference(members, lambda batch: policy_stats(model, batch), 0, PER_BATCH, quiet=True)
+    add(members, lambda batch: policy_stats(model, batch))
     with pytest.raises(UserError, match="rounding in float32"):
-        check_agreement(members, in_bfloat16, 0, PER_BATCH)
-    check_agreement(members, in_bfloat16, 0, PER_BATCH, dtype="bfloat16")
+        check_agreement(members, in_bfloat16, Batching(0, PER_BATCH))
+    check_agreement(members, in_bfloat16, Batching(0, PER_BATCH), dtype="bfloat16")
     for e in members:
         e.ref_logprobs = e.ref_logprobs - np.float32(2.0)
     with pytest.raises(UserError, match="rounding in bfloat16 explains 0.1"):
-        check_agreement(members, in_bfloat16, 0, PER_BATCH, dtype="bfloat16")
+        check_agreement(members, in_bfloat16, Batching(0, PER_BATCH), dtype="bfloat16")
     assert AGREEMENT_BOUNDS.keys() == {"float32", "bfloat16"}
 
 

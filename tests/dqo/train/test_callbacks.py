@@ -17,15 +17,15 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from dqo import DQOConfig, DQOTrainer
 from dqo.config.options import options_of
 from dqo.errors import UserError
+from dqo.processes import Processes
 from dqo.train.callback_args import CallbackArguments
 from dqo.train.callbacks import Callbacks
 from dqo.train.checkpoint import checkpoints, surplus
 from dqo.train.loop import Trainer
-from dqo.train.parallel import Processes
 
 pytestmark = pytest.mark.slow
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = Processes()
 EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
 SHORT = {"max_steps": 6, "logging_steps": 2, "learning_rate": 1e-3, "critic_learning_rate": 1e-2, "eval_fraction": 0.2}
 BEST = {"eval_steps": 1, "metric_for_best_model": "made_up", "save_steps": 100}

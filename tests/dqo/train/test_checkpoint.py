@@ -3,12 +3,12 @@ import torch
 
 from dqo.errors import UserError
 from dqo.models.critic import value_model_from
+from dqo.processes import Processes
 from dqo.train import checkpoint, optim
 from dqo.train.learner import Learner
-from dqo.train.parallel import Processes
 from tests.dqo.helpers import policy, tokenizer
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = Processes()
 
 
 def stepped(model):

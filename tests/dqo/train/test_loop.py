@@ -17,6 +17,7 @@ from dqo.config.options import load_options
 from dqo.errors import UserError
 from dqo.models.new import save
 from dqo.train.checkpoint import checkpoints
+from dqo.train.engine import Planned
 from dqo.train.loop import train
 from tests.dqo.helpers import arguments, policy, rollout_rows, tokenizer
 
@@ -74,13 +75,14 @@ def test_accumulation_does_not_change_the_run(files):
 @pytest.mark.parametrize("options", [{"max_batch_tokens": 40}, {"padding_free": True}], ids=lambda o: next(iter(o)))
 @pytest.mark.parametrize("method", ["dqo", "dpo"])
 def test_neither_the_budget_nor_the_packing_changes_the_run(files, monkeypatch, method, options):
-    from dqo.train import step
+    shapes, planned = [], Planned.__iter__
 
-    shapes = []
-    collated = step.collate
-    monkeypatch.setattr(
-        step, "collate", lambda *args: shapes.append(collated(*args).input_ids.shape) or collated(*args)
-    )
+    def watched(self):
+        for batch, *more in planned(self):
+            shapes.append(batch.input_ids.shape)
+            yield batch, *more
+
+    monkeypatch.setattr(Planned, "__iter__", watched)
     run(files, method=method, output_dir=files / "plain")
     plain = list(shapes)
     shapes.clear()

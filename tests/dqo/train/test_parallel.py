@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dqo.config.options import load_options
 from dqo.train.loop import train
-from dqo.train.parallel import Processes, add_over_processes, gather_objects, like, whole
+from dqo.train.parallel import like, whole
 from tests.dqo.helpers import arguments
 
 pytestmark = pytest.mark.slow
@@ -126,10 +126,6 @@ def test_the_command_that_the_documentation_names_shards_and_reports(files):
     assert (files / "out" / "report.html").exists()
 
 
-def test_one_process_needs_no_group():
-    alone = Processes(0, 1, torch.device("cpu"))
-    sums = {"loss": torch.tensor([3.0, 2.0]), "value/min": torch.tensor(-1.0)}
-    assert add_over_processes(sums, alone) is sums
-    assert gather_objects([1, 2], alone) == [1, 2]
+def test_what_is_not_sharded_stays_as_it_is():
     tensor = torch.ones(3)
     assert whole(tensor) is tensor and like(tensor, torch.zeros(3)) is tensor

@@ -6,18 +6,17 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from dqo.config.options import load_options
 from dqo.data.batches import collate
 from dqo.errors import UserError
 from dqo.models.new import save
 from dqo.models.policy import policy_stats
+from dqo.processes import Processes
 from dqo.reference.cache import _name_of
 from dqo.train.checkpoint import STATE_FILE
 from dqo.train.inputs import Given, check_options, load_rows
 from dqo.train.loop import train
-from dqo.train.parallel import Processes
 from dqo.train.prepare import prepare
 from tests.dqo.helpers import policy, rollout_rows, tokenizer
 
@@ -44,7 +43,7 @@ def options_of(files, **changes):
 def prepared(files, **changes):
     options = options_of(files, **changes)
     check_options(options)
-    return prepare(options, Given(), *load_rows(options), Processes(0, 1, torch.device("cpu")))
+    return prepare(options, Given(), *load_rows(options), Processes())
 
 
 @pytest.fixture
@@ -204,6 +203,6 @@ def test_the_models_end_tokens_and_skipped_rows_reach_training(files, caplog):
         prepared(files, **options)
     options = options_of(files, **options)
     options = dataclasses.replace(options, train=dataclasses.replace(options.train, skip_bad_rows=True))
-    episodes = prepare(options, Given(), *load_rows(options), Processes(0, 1, torch.device("cpu"))).episodes()
+    episodes = prepare(options, Given(), *load_rows(options), Processes()).episodes()
     assert {e.completion_ids[-1] for e in episodes} == {7} and len(episodes) == len(rows) - 1
     assert "They are dropped; 31 rows are left" in caplog.text

@@ -6,13 +6,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.memory import extra_memory
-from dqo.data.batches import collate, groups_of, micro_batch_plan
+from dqo.data.batches import Batching, collate, groups_of, micro_batch_plan
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.critic import make_value_model, value_model_from, value_rows
 from dqo.objectives import DPO, DQO, DRO, KTO, OREO, SFT, UNIT_EPISODES
+from dqo.processes import Processes
+from dqo.train.engine import Engine
 from dqo.train.learner import Learner, objective_sums
-from dqo.train.parallel import Processes
 from dqo.train.step import accumulate
 from dqo_kernels import dispatch
 from dqo_kernels.linear_inputs import WORKSPACE_BYTES
@@ -20,7 +21,6 @@ from tests.dqo.helpers import episodes, gradients, policy
 
 OBJECTIVES = [DQO(), DQO(lam=0.9, is_level="suffix"), DQO(value_model="none"), DQO(target="residual"), SFT(), DPO()]
 OBJECTIVES += [DRO(), OREO(), OREO(alpha=0.0, level="response"), KTO(), DQO(kl_coef=0.1), DQO(value_model="head")]
-ALONE = Processes(0, 1, torch.device("cpu"))
 LONG = 10**6  # tokens of a micro-batch that holds everything
 
 
@@ -39,7 +39,8 @@ def setup(objective, terminated=True):
 
 def gradient(objective, groups, max_tokens, learner, **options):
     learner.zero_grad(set_to_none=True)
-    accumulate(learner, learner, objective, groups, max_tokens, 0, ALONE, **options)
+    batching = Batching(0, max_tokens, packed=attention.packs(learner.policy))
+    accumulate(Engine(learner, learner, batching, Processes()), objective, groups, **options)
     return gradients(learner)
 
 

@@ -5,12 +5,11 @@ from types import ModuleType, SimpleNamespace
 import accelerate.tracking
 import accelerate.utils
 import pytest
-import torch
 
 from dqo.config.options import load_options, options_of
 from dqo.errors import UserError
+from dqo.processes import Processes
 from dqo.train.loop import train
-from dqo.train.parallel import Processes
 from dqo.train.trackers import Trackers
 from tests.dqo.helpers import arguments
 
@@ -59,7 +58,7 @@ def test_a_run_has_its_name_within_a_project(tmp_path, monkeypatch, tracker, cha
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     options = options_of({"report_to": tracker, "output_dir": str(tmp_path / "out"), **changes}, "test")
-    trackers = Trackers(options, Processes(0, 1, torch.device("cpu")))
+    trackers = Trackers(options, Processes())
     trackers.log({"step": 3, "loss": 0.5})
     assert (module.asked["project"], module.asked["name"]) == (project, name)
     assert module.rows == [(3, {"loss": 0.5})]
