@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import environment
-from benchmarks.harness import FAILED, Budget, Case, Operation, measure
-from benchmarks.records import extra_info
+from benchmarks.harness import environment
+from benchmarks.harness.records import extra_info
+from benchmarks.harness.timing import FAILED, Budget, Case, Operation, measure
 
 
 class Replay:

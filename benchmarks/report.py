@@ -9,8 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import cuda_resources, report_gpu
-from benchmarks.units import COPY, UNITS, Unit
+from benchmarks.gpu import cuda_resources, section
+from benchmarks.harness.units import COPY, UNITS, Unit
 
 HERE = Path(__file__).parent
 COMMANDS = {
@@ -38,7 +38,7 @@ Written by `python -m benchmarks.report`; nothing here is written by hand, and e
 """
 
 
-def number(value: float | None) -> str:
+def three_digits(value: float | None) -> str:
     """Three significant digits."""
     if value is None:
         return ""
@@ -67,10 +67,10 @@ def rows_of(entries: list[dict]) -> list[list[str]]:
             info, median = e["extra_info"], e["stats"]["median"]
             name = f"**{info['implementation']}**" if info["default"] else info["implementation"]
             memory = info["peak_extra_bytes"]
-            row = [*(str(info[c]) for c in IDENTITY), name, number(1e3 * median)]
-            row += [number(info[unit.rate]), f"{100 * info[unit.share]:.3g} %" if unit.share in info else ""]
-            row += [number(None if memory is None else memory / 1e6)]
-            row.append(number(median / ours[key]) if key in ours and info["implementation"] != COPY else "")
+            row = [*(str(info[c]) for c in IDENTITY), name, three_digits(1e3 * median)]
+            row += [three_digits(info[unit.rate]), f"{100 * info[unit.share]:.3g} %" if unit.share in info else ""]
+            row += [three_digits(None if memory is None else memory / 1e6)]
+            row.append(three_digits(median / ours[key]) if key in ours and info["implementation"] != COPY else "")
             cells.append(row)
     return cells
 
@@ -117,7 +117,7 @@ def device_section(results: dict) -> list[str]:
     lines += [", ".join(f"{name} {value}" for name, value in head.items()) + ". Commands:", "", "```"]
     lines += [environment + results["command"], "python -m benchmarks.report", "```", ""]
     if "checks" in results:
-        lines += report_gpu.head(results)
+        lines += section.head(results)
     for name in dict.fromkeys(e["extra_info"]["operation"] for e in results["benchmarks"]):
         entries = [e for e in results["benchmarks"] if e["extra_info"]["operation"] == name]
         left_out = {part: left for part, left in results["left_out"].items() if part.split()[0] == name}
@@ -133,7 +133,7 @@ def render(files: list[dict], resources: dict | None = None) -> str:
             lines += device_section(results)
         if not found:
             lines += [f"## {title}", "", "Not measured. The command:", "", "```", COMMANDS[device_type], "```", ""]
-            lines += report_gpu.targets([]) if device_type == "cuda" else []
+            lines += section.targets([]) if device_type == "cuda" else []
     lines += cuda_resources.section(resources) if resources else []
     return "\n".join(lines).rstrip() + "\n"
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from dqo_kernels import dispatch, lambda_return, linear_row_loss, soft_bellman, soft_bellman_loss, token_stats
+from dqo_kernels import lambda_return, linear_row_loss, soft_bellman, soft_bellman_loss, token_stats
+from dqo_kernels.core import dispatch
 
 VALUE_BOUND = 2e-6  # |error| <= VALUE_BOUND * (1 + |value|); README
 GRADIENT_BOUND = 2e-5  # of the largest entry of the gradient
@@ -31,7 +32,7 @@ def describe() -> Iterator[str]:
     packages = ("dqo", "torch", "triton")
     yield ", ".join(f"{name} {_version(name)}" for name in packages if importlib.util.find_spec(name))
     if dispatch._cpu is not None:
-        from dqo_kernels.cpu_threads import POOL
+        from dqo_kernels.core.cpu_threads import POOL
 
         others = [name for name in dispatch._cpu.instruction_sets() if name != dispatch._cpu.instruction_set()]
         threads = f"torch's own ({POOL.name})" if POOL else "started for each call"
@@ -51,9 +52,6 @@ def describe() -> Iterator[str]:
                 yield f"  without {backend}: {reason}"
     if "cuda" not in devices():
         yield f"\ncuda: torch finds no device; of dqo_kernels._cuda: {dispatch.unavailable('cuda', 'cuda') or 'it does'}"
-
-
-Case = Callable[[torch.dtype, torch.device, str], tuple[list[Tensor], list[Tensor]]]
 
 
 def _inputs(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -77,6 +75,7 @@ def _inputs(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
 
 def _token_stats(x, backend):
     stats = token_stats(x["logits"], x["actions"], x["ref_logits"], temperature=0.8, backend=backend)
+    assert stats.kl is not None  # there is a reference
     loss = (stats.logprobs + 0.3 * stats.lse - 0.2 * stats.entropy + 0.1 * stats.kl).sum()
     return list(stats), loss, [x["logits"]]
 

@@ -10,8 +10,9 @@ from torch import Tensor
 def gather_weight(weight: Tensor) -> Tensor:
     """The whole of a sharded weight (or bias), for the linear_* functions, which refuse a shard.
 
-    Every process must call it. Its gradient is averaged over the processes and sharded again, as FSDP2 does with the others: each
-    process computes the loss of its own batch. One all-gather, one reduce-scatter, and the whole weight while the result lives.
+    Every process must call it, and computes the loss of its own batch. The backward averages the gradients of the processes and
+    shards the result, as FSDP2 does with other weights. A call costs one all-gather, its backward one reduce-scatter. The whole
+    weight takes memory as long as the result lives.
 
     Args:
         weight: a DTensor, as `fully_shard` makes of parameters; any other tensor is returned as it is.

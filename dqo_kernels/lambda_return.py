@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dqo_kernels import checks, dispatch, library
-from dqo_kernels.packed import compute_dtype, is_last_row, next_row, reverse_scan, sequence_index, times
+from dqo_kernels.core import checks, dispatch, library
+from dqo_kernels.core.packed import compute_dtype, is_last_row, next_row, reverse_scan, sequence_index, times
 
 
 def lambda_return_reference(
@@ -56,8 +56,9 @@ def _save(ctx, inputs, output):
 def _gradient(ctx, grad_returns):
     (cu_seqlens,) = ctx.saved_tensors
     if grad_returns is None:
-        return (None,) * 7
-    return *_BACKWARD(grad_returns.contiguous(), cu_seqlens, ctx.gamma, ctx.lam, ctx.backend), None, None, None, None
+        return _FORWARD.gradients()
+    made = _BACKWARD(grad_returns.contiguous(), cu_seqlens, ctx.gamma, ctx.lam, ctx.backend)
+    return _FORWARD.gradients(**dict(zip(("rewards", "values", "bootstrap"), made)))
 
 
 _FORWARD.differentiable(_save, _gradient)

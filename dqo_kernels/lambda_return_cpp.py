@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import dqo_kernels._cpu as _cpu
-from dqo_kernels.addresses import addresses
+from dqo_kernels.core.addresses import addresses
 
 
 def _kernel(direction: str, dtype: torch.dtype):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import dqo_kernels._cuda as _cuda
-from dqo_kernels.addresses import addresses, where
+from dqo_kernels.core.addresses import addresses, where
 
 
 def _pack(cu_seqlens: Tensor, rows: int) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dqo_kernels.scan_triton import BLOCK, OPTIONS, last_of, linear_scan, run, times
+from dqo_kernels.core.scan_triton import BLOCK, OPTIONS, last_of, linear_scan, run, times
 
 
 @triton.jit

@@ -4,22 +4,24 @@
     loss_sum, metric_sums = row_loss(stats, rows, cu_seqlens)          summed over runs of whole groups
 
 Backends: reference (statistics in recomputed chunks, then one call for each run of groups that fits the workspace); cpp,
-triton and cuda (linear_engine.py: a run's gradient is made while its logits are still in the workspace).
+triton and cuda (linear/engine.py: a run's gradient is made while its logits are still in the workspace).
 """
 
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from dqo_kernels import checks, dispatch, library
-from dqo_kernels.linear_engine import Engine
-from dqo_kernels.linear_inputs import Differentiable, Linear
+from dqo_kernels.core import checks, dispatch, library
+from dqo_kernels.core.row_stats import Coefficients, mapped
+from dqo_kernels.linear.engine import Engine
+from dqo_kernels.linear.inputs import Differentiable, Linear
 from dqo_kernels.linear_token_stats import linear_token_stats_reference
-from dqo_kernels.token_stats import TokenStats
+from dqo_kernels.token_stats import TokenStats, seen
 
 RowLoss = Callable[[TokenStats, dict[str, Tensor], Tensor], tuple[Tensor, dict[str, Tensor]]]
 COUPLINGS = ("group", "batch")
@@ -85,10 +87,11 @@ def _check_dependence(depends: bool, wanted: bool, total: Tensor) -> None:
 
 
 def _of_statistics(stats: TokenStats, row_loss: RowLoss, rows: dict[str, Tensor], pieces: Pieces, loss_scale):
-    total, metrics = stats.logprobs[:0].sum(), {}  # a zero that can be differentiated, also without any sequence
+    total = stats.logprobs[:0].sum()  # a zero that can be differentiated, also without any sequence
+    metrics: dict[str, Tensor] = {}
     depends, wanted = False, any(x is not None and x.requires_grad for x in (*stats, *rows.values()))
     for run, cu_seqlens in pieces:
-        run_stats = TokenStats(*(None if field is None else field[run] for field in stats))
+        run_stats = mapped(operator.itemgetter(run), stats)
         own = {name: value[run] for name, value in rows.items()}
         loss_sum, metric_sums = _called(row_loss, run_stats, own, cu_seqlens)
         total, depends = total + loss_sum, depends or loss_sum.requires_grad
@@ -117,41 +120,51 @@ class _Carried(torch.autograd.Function):
         return None, None, *(None if g is None else g.mul_(scale) for g in gradients)
 
 
-def _late_bound(
+def _differentiated_at_once(
     engine: Engine, inputs: Differentiable, row_loss: RowLoss, rows: dict[str, Tensor], pieces: Pieces, loss_scale
 ):
-    """Each run's coefficients are known before its logits leave the workspace: its gradient is made at once, without a second
-    projection. Of a run that does not fit the workspace all but the last workspace is projected twice."""
-    wants, gradients = engine.wanted, engine.gradients()
+    """Calls `row_loss` while the run's logits are in the workspace, and makes their gradient there, without a second projection.
+    A run that does not fit the workspace is projected twice, but for its last workspace."""
+    wanted, gradients = any(engine.wanted), engine.gradients()
     live = torch.is_grad_enabled()
     row_gradients = {name: torch.zeros_like(x) for name, x in rows.items() if live and x.requires_grad}
-    total, metrics, depends = torch.zeros((), dtype=engine.dtype, device=engine.actions.device), {}, False
-    for run, cu_seqlens in pieces:
-        fields, kept = engine.statistics(run.start, run.stop)
-        leaves = [fields[i].requires_grad_(any(wants)) for i in ((0, 1, 2) if engine.ref is None else (0, 1, 2, 7))]
+    metrics: dict[str, Tensor] = {}
+
+    def of_run(run: slice, cu_seqlens: Tensor) -> Tensor:
+        """The run's loss. What else is made here is given back at the end, logits among it."""
+        row_stats, kept = engine.statistics(run.start, run.stop)
+        saved = mapped(Tensor.detach, row_stats.saved())
+        stats = seen(row_stats.shown(), engine.ref is not None)
+        leaves = Coefficients(stats.logprobs, stats.lse, stats.entropy, stats.kl)
+        for leaf in leaves:
+            if leaf is not None:
+                leaf.requires_grad_(wanted)
         own = {name: x[run].detach().requires_grad_(name in row_gradients) for name, x in rows.items()}
-        stats = TokenStats(*fields[:3]) if engine.ref is None else TokenStats(*fields[:3], *fields[5:8])
         loss_sum, metric_sums = _called(row_loss, stats, own, cu_seqlens)
         loss_sum = loss_sum * loss_scale
-        total, depends = total + loss_sum.detach(), depends or loss_sum.requires_grad
         _add(metrics, metric_sums)
-        differentiated = [x for x in (*leaves, *own.values()) if x.requires_grad]
+        differentiated = [x for x in (*leaves, *own.values()) if x is not None and x.requires_grad]
         if not loss_sum.requires_grad or not differentiated:
-            continue
+            return loss_sum
         arriving = torch.autograd.grad(loss_sum, differentiated, allow_unused=True)
         arrived = dict(zip(map(id, differentiated), arriving))
         for name, gradient in row_gradients.items():
             if (found := arrived.get(id(own[name]))) is not None:
                 gradient[run] = found
-        coefficients = [arrived.get(id(leaf)) for leaf in leaves] + [None] * (4 - len(leaves))
-        if any(wants):
-            engine.differentiate(run.start, run.stop, [x.detach() for x in fields], kept, coefficients, gradients)
-    _check_dependence(depends, any(wants) or bool(row_gradients), total)
-    fields = kept = None
+        if wanted:
+            coefficients = Coefficients(*(arrived.get(id(leaf)) for leaf in leaves))
+            engine.differentiate(run.start, run.stop, saved, kept, coefficients, gradients)
+        return loss_sum
+
+    total, depends = torch.zeros((), dtype=engine.dtype, device=engine.actions.device), False
+    for run, cu_seqlens in pieces:
+        loss_sum = of_run(run, cu_seqlens)
+        total, depends = total + loss_sum.detach(), depends or loss_sum.requires_grad
+    _check_dependence(depends, wanted or bool(row_gradients), total)
     engine.release()  # makes room for casts of the gradients
-    if not any(wants) and not row_gradients:
+    if not wanted and not row_gradients:
         return total, metrics
-    owners = [*inputs.tensors(), *rows.values()]
+    owners = [*inputs, *rows.values()]
     made = [*gradients.of(inputs, scaled_later=True), *(row_gradients.get(name) for name in rows)]
     return _Carried.apply(total, made, *owners), metrics
 
@@ -183,29 +196,47 @@ def linear_row_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of `row_loss` over packed responses.
 
+    Compilation: the native backends break a compiled graph, so `torch.compile(..., fullgraph=True)` refuses this call. Leave
+    fullgraph out, or take backend="reference" or the form with logits, which compile whole.
+
     Args:
         hidden, weight, actions, bias, lora_*, ref_*, temperature, softcap, workspace_bytes, group: as `linear_token_stats`.
-        row_loss: plain torch `(stats, rows, cu_seqlens) -> (loss_sum, metric_sums)`. It sees whole groups, must be a sum over
-            them, and may read only tensors in `rows`: those receive gradients; what it closes over receives none from the native
-            backends.
+        row_loss: a function in plain torch, `(stats, rows, cu_seqlens) -> (loss_sum, metric_sums)`. It is called for runs of
+            whole groups, and what it returns is added up. It reads its tensors from `rows`, which receive gradients. A tensor
+            that it takes from outside receives none in the native backends.
         cu_seqlens: (B+1,) integer boundaries of the rows.
-        rows: tensors (N, ...), sliced along with the statistics; one value a sequence goes on its rows.
-        cu_groups: (M+1,) integer boundaries over the sequences: pairs or lists that a loss couples; None is one sequence each.
-        coupling: "group", or "batch" for a loss that couples everything: it is then called once.
-        seqlens: the B lengths as host integers. Without them a call on a GPU whose rows do not all fit the workspace waits for
-            the device once, to read cu_seqlens.
-        loss_scale: multiplies the loss, not the metrics. A factor given here is free, one that arrives in the backward is a pass
-            over the gradient of the weight: give 1 / (number of tokens of the step) here.
+        rows: tensors (N, ...), cut into runs as the statistics are. Repeat a value of a sequence on each of its rows.
+        cu_groups: (M+1,) integer boundaries over the sequences. A group is what the loss couples: a pair, or a list. None makes
+            every sequence a group.
+        coupling: "group", or "batch" for a loss that couples all sequences; `row_loss` is then called once.
+        seqlens: the B lengths as host integers. Without them a call on a GPU whose rows do not fit the workspace waits for the
+            device once, to read cu_seqlens.
+        loss_scale: multiplies the loss, not the metrics. Give 1 / (number of tokens of the step) here, where it costs nothing. A
+            factor that arrives in the backward must be multiplied into the gradient of the weight, which is read and written.
         backend: "reference", "cpp", "triton", "cuda", or None for the best that can run.
 
     Returns:
-        (loss_sum, metric_sums): a scalar, differentiable once in hidden, weight, bias, lora_a, lora_b and `rows`, and detached
-        sums. The native backends make the gradients here, in the forward; the backward hands them over.
+        (loss_sum, metric_sums): a scalar and detached sums. The scalar is differentiable once, in hidden, weight, bias, lora_a,
+        lora_b and `rows`. The native backends compute its gradients in this call, and the backward hands them over.
 
     Raises:
         ValueError, RuntimeError: as `linear_token_stats`, and for boundaries, `rows` or `coupling` that do not fit.
     """
-    call = Linear.of(locals())
+    call = Linear(
+        hidden=hidden,
+        weight=weight,
+        actions=actions,
+        bias=bias,
+        lora_a=lora_a,
+        lora_b=lora_b,
+        lora_scale=lora_scale,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
+        temperature=temperature,
+        softcap=softcap,
+        workspace_bytes=workspace_bytes,
+    ).checked(group)
     n = hidden.shape[0]
     checks.cu_seqlens(cu_seqlens, n, hidden)
     checks.one_of("coupling", coupling, COUPLINGS)
@@ -232,4 +263,4 @@ def linear_row_loss(
         return _of_statistics(stats, row_loss, rows, pieces, loss_scale)
     library.outside_graphs("linear_row_loss")
     engine = Engine(chosen, call, inputs)
-    return _late_bound(engine, inputs, row_loss, rows, _pieces(n, engine.rows, *together), loss_scale)
+    return _differentiated_at_once(engine, inputs, row_loss, rows, _pieces(n, engine.rows, *together), loss_scale)

@@ -1,6 +1,6 @@
 """linear_token_stats: the statistics of `F.linear(hidden, weight, bias)` without ever holding (N, V) whole.
 
-Backends: reference (chunks of rows, each recomputed in the backward), and cpp, triton and cuda (linear_engine.py). Logits are
+Backends: reference (chunks of rows, each recomputed in the backward), and cpp, triton and cuda (linear/engine.py). Logits are
 made in float32 in all of them, whatever the dtype of the hidden states.
 """
 
@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqo_kernels import checks, dispatch, library
-from dqo_kernels.linear_engine import Engine
-from dqo_kernels.linear_inputs import Differentiable, Linear, no_autocast
-from dqo_kernels.token_stats import TokenStats, in_chunks, row_stats
+from dqo_kernels.core import checks, dispatch, library
+from dqo_kernels.core.row_stats import Coefficients, SavedStats
+from dqo_kernels.linear.engine import Engine
+from dqo_kernels.linear.inputs import Differentiable, Linear, no_autocast
+from dqo_kernels.token_stats import TokenStats, in_chunks, row_stats, seen
 
 
 def linear_token_stats_reference(call: Linear, inputs: Differentiable) -> TokenStats:
@@ -44,27 +45,27 @@ def linear_token_stats_reference(call: Linear, inputs: Differentiable) -> TokenS
 class _FromEngine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, low, lora_b, engine):
-        fields, kept = engine.statistics(0, len(engine.actions))
+        stats, kept = engine.statistics(0, len(engine.actions))
         if not any(engine.wanted):
             kept = None
             engine.release()
         # Saved, the inputs are watched for changes; the outputs would hold themselves, and the engine, for ever as attributes.
-        ctx.save_for_backward(hidden, weight, bias, low, lora_b, *fields[2:5], *fields[7:], *engine.constants())
+        ctx.save_for_backward(hidden, weight, bias, low, lora_b, *stats.saved(), *engine.constants())
         ctx.engine, ctx.kept = engine, kept
         ctx.set_materialize_grads(False)
-        logprobs, lse, entropy, _, _, ref_logprobs, ref_lse, kl, _, _ = fields
-        ctx.mark_non_differentiable(ref_logprobs, ref_lse)
-        return logprobs, lse, entropy, ref_logprobs, ref_lse, kl
+        ctx.mark_non_differentiable(stats.ref_logprobs, stats.ref_lse)
+        return stats.shown()
 
     @staticmethod
     @library.once_differentiable("linear_token_stats")
     def backward(ctx, c_logprobs, c_lse, c_entropy, _ref_logprobs, _ref_lse, c_kl):
         saved, engine = library.in_memory("linear_token_stats", ctx.saved_tensors), ctx.engine
-        inputs, fields = Differentiable(*saved[:5]), [None, None, *saved[5:8], None, None, *saved[8:11]]
+        hidden, weight, bias, low, lora_b, *rest = saved
+        inputs, stats = Differentiable(hidden, weight, bias, low, lora_b), SavedStats(*rest[: len(SavedStats._fields)])
         gradients = engine.gradients()
         kept, ctx.kept = ctx.kept, None  # the gradient is written over the logits: a second backward projects again
-        coefficients = [c_logprobs, c_lse, c_entropy, None if engine.ref is None else c_kl]
-        engine.differentiate(0, len(engine.actions), fields, kept, coefficients, gradients)
+        coefficients = Coefficients(c_logprobs, c_lse, c_entropy, None if engine.ref is None else c_kl)
+        engine.differentiate(0, len(engine.actions), stats, kept, coefficients, gradients)
         del kept
         engine.release()  # whoever holds on to a statistic does not hold on to logits
         return *gradients.of(inputs), None
@@ -88,34 +89,51 @@ def linear_token_stats(
     backend: str | None = None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> TokenStats:
-    """`token_stats(F.linear(hidden, weight, bias), actions, F.linear(ref_hidden, ref_weight, ref_bias))`, in chunks.
+    """`token_stats(F.linear(hidden, weight, bias), actions, F.linear(ref_hidden, ref_weight, ref_bias))`, in chunks of rows.
+
+    Compilation: the native backends break a compiled graph, so `torch.compile(..., fullgraph=True)` refuses this call. Leave
+    fullgraph out, or take backend="reference" or the form with logits, which compile whole.
 
     Args:
         hidden: (N, D) floating, the policy's last hidden states.
         weight: (V, D) floating, the policy's head; its dtype may differ from that of `hidden`.
         actions: (N,) integer token ids in [0, V).
         bias: (V,) or None.
-        lora_a, lora_b, lora_scale: (R, D), (V, R): a low-rank update of the head, weight + lora_scale * lora_b @ lora_a, which is
-            never formed. With a frozen `weight` the update costs two thin products beside the two GEMMs that are left.
-        ref_hidden, ref_weight, ref_bias: (N, D'), (V, D'), (V,): the reference policy's; constants.
+        lora_a, lora_b, lora_scale: (R, D), (V, R) and a number: a low-rank update of the head. The head is then
+            weight + lora_scale * lora_b @ lora_a, which is never formed. If `weight` is frozen, its gradient is not computed.
+        ref_hidden, ref_weight, ref_bias: (N, D'), (V, D'), (V,) of the reference policy. They get no gradient.
         temperature, softcap: as in `token_stats`.
         workspace_bytes: bytes of logits held at once; None is 256 MiB on the CPU, 2 GiB on a GPU.
         backend: "reference", "cpp", "triton", "cuda", or None for the best that can run.
-        group: the processes that hold V together: weight, bias, lora_b, ref_weight and ref_bias are then this process's
-            consecutive rows, in the order of ranks; everything else is the same in all of them. See `token_stats`.
+        group: the processes that hold V together. Each gives its own consecutive rows of weight, bias, lora_b, ref_weight and
+            ref_bias, in the order of ranks. Everything else is the same in all processes. See `token_stats`.
 
     Returns:
-        TokenStats, differentiable in hidden, weight, bias, lora_a and lora_b. Results do not depend on `workspace_bytes`
-        beyond rounding. The workspace is held until the backward, for what of it need not be projected again.
+        TokenStats, differentiable in hidden, weight, bias, lora_a and lora_b. `workspace_bytes` changes results by rounding only.
+        The call holds its workspace until the backward, which reads the last logits there instead of computing them again.
 
     Raises:
         ValueError, RuntimeError: as `token_stats`.
     """
-    call = Linear.of(locals())
+    call = Linear(
+        hidden=hidden,
+        weight=weight,
+        actions=actions,
+        bias=bias,
+        lora_a=lora_a,
+        lora_b=lora_b,
+        lora_scale=lora_scale,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
+        temperature=temperature,
+        softcap=softcap,
+        workspace_bytes=workspace_bytes,
+    ).checked(group)
     chosen = dispatch.choose("linear_token_stats", hidden.device.type, backend, call.dtype)
     inputs = call.differentiable()
     if chosen == "reference":
         return linear_token_stats_reference(call, inputs)
     library.outside_graphs("linear_token_stats")
-    fields = _FromEngine.apply(*inputs.tensors(), Engine(chosen, call, inputs))
-    return TokenStats(*fields) if ref_hidden is not None else TokenStats(*fields[:3])
+    shown = _FromEngine.apply(*inputs, Engine(chosen, call, inputs))
+    return seen(shown, ref_hidden is not None)

@@ -13,15 +13,14 @@ e_t = V_t + beta*delta_t - r_t - gamma*Ghat_{t+1}; value_loss is then a metric. 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dqo_kernels import checks, dispatch, library
-from dqo_kernels.lambda_return import lambda_return_reference
-from dqo_kernels.packed import (
+from dqo_kernels.core import checks, dispatch, library
+from dqo_kernels.core.bellman_options import SCHEMA, BellmanOptions
+from dqo_kernels.core.packed import (
     RowsThatCount,
     compute_dtype,
     next_row,
@@ -31,15 +30,13 @@ from dqo_kernels.packed import (
     suffix_sum,
     times,
 )
+from dqo_kernels.lambda_return import lambda_return_reference
 
-POLICY_TARGETS = ("return", "td", "one_step")
-TARGETS = ("detach", "residual")
-IS_LEVELS = ("trajectory", "suffix", "prefix", "token", "none")
 REDUCTIONS = ("mean", "sum", "none")
 
 
 class SoftBellmanTerms(NamedTuple):
-    """Losses, reduced or (N,), and detached (N,) tensors. With target="residual" value_loss is detached too."""
+    """Two losses, reduced or (N,), and detached (N,) tensors. With target="residual" value_loss is detached too."""
 
     policy_loss: Tensor
     value_loss: Tensor
@@ -80,34 +77,30 @@ def soft_bellman_reference(
     behavior_logprobs: Tensor,  # (N,), detached
     bootstrap: Tensor,  # (B,)
     target_values: Tensor | None,  # (N,), detached
-    beta: float,
-    gamma: float,
-    lam: float,
-    policy_target: str,
-    target: str,
-    is_level: str,
-    is_cap: float | None,
-    is_floor: float | None,
+    options: BellmanOptions,
 ) -> SoftBellmanTerms:
     """The definition, in differentiable torch; every term (N,)."""
     if mask is not None:
         counted = RowsThatCount(mask, cu_seqlens)
         terms = soft_bellman_reference(
-            *map(counted.first, (logprobs, ref_logprobs, rewards, values)),
+            counted.first(logprobs),
+            counted.first(ref_logprobs),
+            counted.first(rewards),
+            counted.first(values),
             counted.cu_seqlens,
             None,
             counted.first(behavior_logprobs),
             torch.cat([bootstrap, bootstrap.new_zeros(1)]),
             None if target_values is None else counted.first(target_values),
-            beta, gamma, lam, policy_target, target, is_level, is_cap, is_floor,
-        )  # fmt: skip
+            options,
+        )
         return SoftBellmanTerms(*map(counted.back, terms))
+    gamma, lam = options.gamma, options.lam
     sequence = sequence_index(cu_seqlens, logprobs.shape[0])
-    weights = importance_weights(
-        logprobs.detach() - behavior_logprobs, sequence, cu_seqlens, is_level, is_cap, is_floor
-    )
-    scaled_ratio = beta * (logprobs - ref_logprobs)  # beta * delta_t
-    if target == "residual":
+    log_ratio = logprobs.detach() - behavior_logprobs
+    weights = importance_weights(log_ratio, sequence, cu_seqlens, options.is_level, options.is_cap, options.is_floor)
+    scaled_ratio = options.beta * (logprobs - ref_logprobs)  # beta * delta_t
+    if options.target == "residual":
         regularizer, baseline = scaled_ratio, values
     else:  # targets are constants: only beta*delta_t in the policy loss and V_t in the value loss are trained
         regularizer, bootstrap = scaled_ratio.detach(), bootstrap.detach()
@@ -115,35 +108,47 @@ def soft_bellman_reference(
     returns = lambda_return_reference(rewards - regularizer, baseline, bootstrap, sequence, gamma, lam)
     next_value = next_row(baseline, sequence, bootstrap)
     next_return = next_row(returns, sequence, bootstrap)
-    if policy_target == "return":
+    if options.policy_target == "return":
         ahead = next_return
-    elif policy_target == "td":
+    elif options.policy_target == "td":
         ahead = times(1.0 - lam, next_value) + times(lam, next_return)
     else:
         ahead = next_value
     advantages = rewards + gamma * ahead - baseline
     policy_loss = 0.5 * weights * (scaled_ratio - advantages).square()
     value_loss = 0.5 * weights * (returns.detach() - values).square()
-    if target == "residual":
+    if options.target == "residual":
         value_loss = value_loss.detach()
     return SoftBellmanTerms(policy_loss, value_loss, returns.detach(), advantages.detach(), weights)
 
 
-_OPTIONS = (
-    "float beta, float gamma, float lam, str policy_target, str target, str is_level, float? is_cap, float? is_floor"
-)
+def _forward(
+    logprobs, ref_logprobs, rewards, values, cu_seqlens, mask, behavior_logprobs, bootstrap, target_values, *rest
+):
+    *options, backend = rest
+    required = (logprobs, ref_logprobs, rewards, values, cu_seqlens)
+    optional = (mask, behavior_logprobs, bootstrap, target_values)
+    return library.run("soft_bellman", "fwd", backend, *required, *optional, BellmanOptions(*options))
+
+
+def _backward_residual(cotangent, policy_grad, cu_seqlens, mask, *rest):
+    *options, backend = rest
+    inputs = (cotangent, policy_grad, cu_seqlens, mask)
+    return library.run("soft_bellman", "bwd_residual", backend, *inputs, BellmanOptions(*options))
+
+
 _FORWARD = library.Operation(
     "soft_bellman(Tensor logprobs, Tensor ref_logprobs, Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor? mask, "
-    f"Tensor? behavior_logprobs, Tensor? bootstrap, Tensor? target_values, {_OPTIONS}, str backend) -> "
+    f"Tensor? behavior_logprobs, Tensor? bootstrap, Tensor? target_values, {SCHEMA}, str backend) -> "
     "(Tensor policy_loss, Tensor value_loss, Tensor returns, Tensor advantages, Tensor weights, "
     "Tensor policy_grad, Tensor value_grad)",
-    lambda *arguments: library.run("soft_bellman", "fwd", arguments[-1], *arguments[:-1]),
+    _forward,
     lambda logprobs, *_: tuple(torch.empty_like(logprobs) for _ in range(7)),
 )
 _BACKWARD_RESIDUAL = library.Operation(
     "soft_bellman_backward_residual(Tensor cotangent, Tensor policy_grad, Tensor cu_seqlens, Tensor? mask, "
-    "float beta, float gamma, float lam, str policy_target, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda *arguments: library.run("soft_bellman", "bwd_residual", arguments[-1], *arguments[:-1]),
+    f"{SCHEMA}, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward_residual,
     lambda cotangent, policy_grad, cu_seqlens, *_: (
         torch.empty_like(cotangent),
         torch.empty_like(cotangent),
@@ -153,18 +158,17 @@ _BACKWARD_RESIDUAL = library.Operation(
 
 
 def _save(ctx, inputs, output):
-    cu_seqlens, mask = inputs[4:6]
-    ctx.bootstrapped = inputs[7] is not None
-    ctx.options, ctx.residual, ctx.backend = inputs[9:13], inputs[13] == "residual", inputs[-1]
-    policy_grad, value_grad = output[5:]
+    _, _, _, _, cu_seqlens, mask, _, bootstrap, _, *options, ctx.backend = inputs
+    ctx.bootstrapped, ctx.options = bootstrap is not None, BellmanOptions(*options)
+    _policy_loss, _value_loss, *constants, policy_grad, value_grad = output
     ctx.save_for_backward(cu_seqlens, mask, policy_grad, value_grad)
-    ctx.mark_non_differentiable(*output[2:])
+    ctx.mark_non_differentiable(*constants, policy_grad, value_grad)
 
 
 def _gradient(ctx, c_policy, c_value, *_):
     cu_seqlens, mask, policy_grad, value_grad = ctx.saved_tensors
     logprobs = values = bootstrap = None
-    if ctx.residual:
+    if ctx.options.target == "residual":
         if c_policy is not None:
             logprobs, values, bootstrap = _BACKWARD_RESIDUAL(
                 c_policy.contiguous(), policy_grad, cu_seqlens, mask, *ctx.options, ctx.backend
@@ -172,30 +176,22 @@ def _gradient(ctx, c_policy, c_value, *_):
     else:  # only beta*delta_t in the policy loss and V_t in the value loss are trained
         logprobs = None if c_policy is None else c_policy * policy_grad
         values = None if c_value is None else c_value * value_grad
-    return logprobs, None, None, values, None, None, None, bootstrap if ctx.bootstrapped else None, *[None] * 10
+    bootstrap = bootstrap if ctx.bootstrapped else None
+    return _FORWARD.gradients(logprobs=logprobs, values=values, bootstrap=bootstrap)
 
 
 _FORWARD.differentiable(_save, _gradient)
 _BACKWARD_RESIDUAL.differentiable_once()
 
 
-def check_row_options(
-    cu_seqlens, bootstrap, target_values, like, *,
-    beta, gamma, lam, policy_target, target, is_level, is_cap, is_floor, backend,
-) -> None:  # fmt: skip
+def check_rows(
+    cu_seqlens: Tensor, bootstrap: Tensor | None, target_values: Tensor | None, like: Tensor, options: BellmanOptions
+) -> None:
+    """What both forms of the loss must check beside the rows' own shapes."""
     if bootstrap is not None:
         checks.tensor("bootstrap", bootstrap, (cu_seqlens.numel() - 1,), like, "(one a sequence)")
-    checks.positive("beta", beta)
-    checks.unit_interval("gamma", gamma)
-    checks.unit_interval("lam", lam)
-    checks.one_of("policy_target", policy_target, POLICY_TARGETS)
-    checks.one_of("target", target, TARGETS)
-    checks.one_of("is_level", is_level, IS_LEVELS)
-    checks.log_bound("is_cap", is_cap, math.inf)
-    checks.log_bound("is_floor", is_floor, -math.inf)
-    if is_cap is not None and is_floor is not None and is_floor > is_cap:
-        checks.fail("is_floor", f"at most is_cap = {is_cap} (both in log space)", is_floor)
-    if target == "residual" and target_values is not None:
+    options.check()
+    if options.target == "residual" and target_values is not None:
         checks.fail("target_values", 'None with target="residual", which trains both ends', "a tensor")
 
 
@@ -212,34 +208,33 @@ def bellman_rows(
     ref_lse: Tensor | None,
     bootstrap: Tensor | None,
     target_values: Tensor | None,
-    beta, gamma, lam, policy_target, target, is_level, is_cap, is_floor, backend,
-) -> SoftBellmanTerms:  # fmt: skip
+    options: BellmanOptions,
+    backend: str | None,
+) -> SoftBellmanTerms:
     """The terms of every row, (N,), from arguments that have been checked."""
     dtype = compute_dtype(logprobs, ref_logprobs, rewards, values, lse)
     chosen = dispatch.choose("soft_bellman", logprobs.device.type, backend, dtype)
 
-    def row(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(dtype).contiguous()
+    def row(x: Tensor) -> Tensor:
+        return x.to(dtype).contiguous()
 
     def constant(x: Tensor | None) -> Tensor | None:
         return None if x is None else row(x.detach())
 
     if values is None:  # soft values; a row that does not count may hold anything
-        values = beta * (row(lse) - constant(ref_lse))
-    inputs = (row(logprobs), constant(ref_logprobs), constant(rewards), row(values), cu_seqlens, mask)
-    optional = (constant(behavior_logprobs), row(bootstrap), constant(target_values))
-    options = (beta, gamma, lam, policy_target, target, is_level, is_cap, is_floor)
+        assert lse is not None and ref_lse is not None  # has been checked
+        values = options.beta * (row(lse) - row(ref_lse.detach()))
+    inputs = (row(logprobs), row(ref_logprobs.detach()), row(rewards.detach()), row(values), cu_seqlens, mask)
+    behavior, targets = constant(behavior_logprobs), constant(target_values)
+    ends = constant(bootstrap) if options.target == "detach" or bootstrap is None else row(bootstrap)
     if chosen != "reference":
-        if target == "detach":
-            optional = (optional[0], constant(bootstrap), optional[2])
-        policy_loss, value_loss, returns, advantages, weights, _, _ = _FORWARD(*inputs, *optional, *options, chosen)
-        if target == "residual":
+        policy_loss, value_loss, *constants, _, _ = _FORWARD(*inputs, behavior, ends, targets, *options, chosen)
+        if options.target == "residual":
             value_loss = value_loss.detach()
-        return SoftBellmanTerms(policy_loss, value_loss, returns, advantages, weights)
-    behavior, ends, targets = optional
+        return SoftBellmanTerms(policy_loss, value_loss, *constants)
     behavior = inputs[1] if behavior is None else behavior
     ends = inputs[0].new_zeros(cu_seqlens.numel() - 1) if ends is None else ends
-    return soft_bellman_reference(*inputs, behavior, ends, targets, *options)
+    return soft_bellman_reference(*inputs, behavior, ends, targets, options)
 
 
 def soft_bellman(
@@ -270,11 +265,11 @@ def soft_bellman(
     Args:
         logprobs, ref_logprobs, rewards: (N,) floating. The last two are constants.
         values: (N,) V(s_t), the state before action t; None takes the soft values beta * (lse - ref_lse).
-        cu_seqlens: (B+1,) integer boundaries; empty sequences count nothing.
+        cu_seqlens: (B+1,) integer boundaries. A sequence may be empty.
         behavior_logprobs: (N,) of the policy that wrote the responses; ref_logprobs when None.
         lse, ref_lse: (N,) logsumexps, used only when `values` is None.
-        bootstrap: (B,) V(s_{T+1}) of responses that did not end; 0 when None. Live only with target="residual".
-        target_values: (N,) a slow copy's values, in every place where the gradient stops.
+        bootstrap: (B,) V(s_{T+1}) of responses that did not end; 0 when None. It gets a gradient with target="residual" only.
+        target_values: (N,) values of a slow copy of the value model. They replace `values` wherever a value is a constant.
         beta: KL temperature, positive. gamma, lam: in [0, 1].
         policy_target: "return" (the paper), "td", "one_step". target: "detach" or "residual".
         is_level: "trajectory" (the paper), "suffix", "prefix", "token", "none". is_cap, is_floor: in log space, or None.
@@ -292,7 +287,7 @@ def soft_bellman(
     checks.rows_only("logprobs", logprobs, "(N,)", 1)
     n = logprobs.shape[0]
     checks.cu_seqlens(cu_seqlens, n, logprobs)
-    required = {"ref_logprobs": ref_logprobs, "rewards": rewards}
+    required: dict[str, Tensor | None] = {"ref_logprobs": ref_logprobs, "rewards": rewards}
     optional = {"values": values, "behavior_logprobs": behavior_logprobs, "target_values": target_values}
     if values is None:
         for name, given in (("lse", lse), ("ref_lse", ref_lse)):
@@ -304,18 +299,8 @@ def soft_bellman(
     for name, value in optional.items():
         if value is not None:
             checks.tensor(name, value, (n,), logprobs)
-    options = {
-        "beta": beta,
-        "gamma": gamma,
-        "lam": lam,
-        "policy_target": policy_target,
-        "target": target,
-        "is_level": is_level,
-        "is_cap": is_cap,
-        "is_floor": is_floor,
-        "backend": backend,
-    }
-    check_row_options(cu_seqlens, bootstrap, target_values, logprobs, **options)
+    options = BellmanOptions(beta, gamma, lam, policy_target, target, is_level, is_cap, is_floor)
+    check_rows(cu_seqlens, bootstrap, target_values, logprobs, options)
     checks.one_of("reduction", reduction, REDUCTIONS)
     terms = bellman_rows(
         logprobs,
@@ -329,7 +314,8 @@ def soft_bellman(
         ref_lse=ref_lse,
         bootstrap=bootstrap,
         target_values=target_values,
-        **options,
+        options=options,
+        backend=backend,
     )
     if reduction == "none":
         return terms

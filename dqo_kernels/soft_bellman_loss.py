@@ -13,16 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dqo_kernels import checks, dispatch
-from dqo_kernels.layout import Layout
-from dqo_kernels.soft_bellman import REDUCTIONS, SoftBellmanTerms, bellman_rows, check_row_options
+from dqo_kernels.core import checks, dispatch
+from dqo_kernels.core.bellman_options import BellmanOptions
+from dqo_kernels.core.layout import Layout
+from dqo_kernels.core.row_stats import mapped
+from dqo_kernels.core.vocab_parallel import VocabSlices
+from dqo_kernels.soft_bellman import REDUCTIONS, SoftBellmanTerms, bellman_rows, check_rows
 from dqo_kernels.token_stats import TokenStats
 from dqo_kernels.token_stats import statistics as token_statistics
-from dqo_kernels.vocab_parallel import VocabSlices
 
 
 class SoftBellmanOutput(NamedTuple):
-    """Only `loss` is differentiable. Losses are reduced (or rows); the tensors after `kl_loss` have the shape of actions."""
+    """Only `loss` is differentiable. The losses are scalars, or with reduction "none" have the shape of actions, as what follows
+    `kl_loss` has."""
 
     loss: Tensor
     policy_loss: Tensor
@@ -51,11 +54,31 @@ def check_reference(ref_features, features_name: str, ref_logprobs, ref_lse, val
         checks.fail(features_name, f"a tensor, because the exact KL of kl_coef = {kl_coef} needs it", "None")
 
 
-PER_TOKEN = ("rewards", "values", "ref_logprobs", "ref_lse", "behavior_logprobs", "target_values")
-OPTIONS = ("beta", "gamma", "lam", "policy_target", "target", "is_level", "is_cap", "is_floor", "backend")
+class Losses(NamedTuple):
+    """The three parts of the loss, reduced or (N,)."""
+
+    policy: Tensor
+    value: Tensor
+    kl: Tensor | None  # None without ref_logits
 
 
-@dataclass(frozen=True)
+class PerToken(NamedTuple):
+    """What a caller gives for each action, in the shape of actions or as (N,) rows."""
+
+    rewards: Tensor
+    values: Tensor | None
+    ref_logprobs: Tensor | None
+    ref_lse: Tensor | None
+    behavior_logprobs: Tensor | None
+    target_values: Tensor | None
+
+
+def columns_of(value: object, dimension: int) -> int:
+    """V, as a tensor has it along a dimension; 0 of what is no such tensor, which a check refuses later."""
+    return value.shape[dimension] if isinstance(value, Tensor) and value.dim() else 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Call:
     """The arguments that the logits form and the linear form share, in the caller's layout. `features`, called `name`, are
     logits or hidden states."""
@@ -65,7 +88,7 @@ class Call:
     ref_features: Tensor | None
     vocab: int
     actions: Tensor
-    per_token: dict[str, Tensor | None]  # PER_TOKEN
+    per_token: PerToken
     mask: Tensor | None
     cu_seqlens: Tensor | None
     bootstrap: Tensor | None
@@ -76,21 +99,8 @@ class Call:
     softcap: float | None
     reduction: str
     group: torch.distributed.ProcessGroup | None
-    options: dict  # OPTIONS
-
-    @classmethod
-    def of(cls, name: str, vocab_of: Tensor, dimension: int, given: dict) -> Call:
-        """From the arguments of a public function, by name; `vocab_of` has V along a dimension."""
-        own = {field: given[field] for field in cls.__dataclass_fields__ if field in given}
-        return cls(
-            name=name,
-            features=given[name],
-            ref_features=given[f"ref_{name}"],
-            vocab=vocab_of.shape[dimension] if isinstance(vocab_of, Tensor) and vocab_of.dim() else 0,
-            per_token={argument: given[argument] for argument in PER_TOKEN},
-            options={argument: given[argument] for argument in OPTIONS},
-            **own,
-        )
+    options: BellmanOptions
+    backend: str | None
 
     def checked(self) -> tuple[Layout, VocabSlices | None]:
         """The layout of arguments that fit together, and who holds V; ValueError names the argument that does not fit."""
@@ -101,7 +111,7 @@ class Call:
         checks.one_of("reduction", self.reduction, REDUCTIONS)
         for factor in ("policy_scale", "value_coef", "kl_coef"):
             checks.factor(factor, getattr(self, factor))
-        reference = (given["ref_logprobs"], given["ref_lse"], given["values"], self.kl_coef)
+        reference = (given.ref_logprobs, given.ref_lse, given.values, self.kl_coef)
         check_reference(ref_features, f"ref_{self.name}", *reference)
         if ref_features is not None:
             checks.logits(f"ref_{self.name}", ref_features)
@@ -109,49 +119,78 @@ class Call:
             checks.tensor(f"ref_{self.name}", ref_features, (*layout.shape, width), features)
         checks.temperature(self.temperature, layout.shape, features, self.mask)
         checks.softcap(self.softcap)
-        for argument, value in given.items():
+        for argument, value in given._asdict().items():
             if value is not None:
                 checks.tensor(argument, value, layout.shape, features, "(that of actions)")
-        check_row_options(layout.cu_seqlens, self.bootstrap, given["target_values"], features, **self.options)
+        check_rows(layout.cu_seqlens, self.bootstrap, given.target_values, features, self.options)
         return layout, slices
 
     def temperatures(self, of_rows: Callable[[Tensor], Tensor]) -> float | Tensor:
         """The temperature, through `of_rows` where each row has its own."""
-        per_row = isinstance(self.temperature, Tensor) and self.temperature.dim() > 0
-        return of_rows(self.temperature) if per_row else self.temperature
+        if isinstance(self.temperature, Tensor) and self.temperature.dim() > 0:
+            return of_rows(self.temperature)
+        return self.temperature
 
     def terms(
         self,
         stats: TokenStats,
-        rows: dict[str, Tensor | None],
+        rows: PerToken,
         cu_seqlens: Tensor,
         mask: Tensor | None,
         bootstrap: Tensor | None,
     ) -> tuple[TokenStats, SoftBellmanTerms]:
         """The terms of (N,) rows, and their statistics with the reference's part filled in."""
-        if stats.kl is None:
-            given = rows["ref_logprobs"].detach()
-            stats = stats._replace(ref_logprobs=given if mask is None else torch.where(mask, given, 0))
-            stats = stats._replace(ref_lse=rows["ref_lse"])
+        ref_logprobs, ref_lse = stats.ref_logprobs, stats.ref_lse
+        if ref_logprobs is None:
+            assert rows.ref_logprobs is not None  # has been checked: there is one reference input
+            given = rows.ref_logprobs.detach()
+            ref_logprobs, ref_lse = given if mask is None else torch.where(mask, given, 0), rows.ref_lse
         terms = bellman_rows(
-            stats.logprobs, stats.ref_logprobs, rows["rewards"], rows["values"], cu_seqlens, mask,
-            behavior_logprobs=rows["behavior_logprobs"], lse=stats.lse, ref_lse=stats.ref_lse, bootstrap=bootstrap,
-            target_values=rows["target_values"], **self.options,
-        )  # fmt: skip
-        return stats, terms
+            stats.logprobs,
+            ref_logprobs,
+            rows.rewards,
+            rows.values,
+            cu_seqlens,
+            mask,
+            behavior_logprobs=rows.behavior_logprobs,
+            lse=stats.lse,
+            ref_lse=ref_lse,
+            bootstrap=bootstrap,
+            target_values=rows.target_values,
+            options=self.options,
+            backend=self.backend,
+        )
+        return stats._replace(ref_logprobs=ref_logprobs, ref_lse=ref_lse), terms
 
-    def loss(self, policy_loss: Tensor, value_loss: Tensor, kl_loss: Tensor | None) -> Tensor:
-        loss = self.policy_scale * policy_loss
-        if self.options["target"] == "detach":
-            loss = loss + self.value_coef * value_loss
-        return loss if self.kl_coef == 0.0 else loss + self.kl_coef * kl_loss
+    def loss(self, parts: Losses) -> Tensor:
+        loss = self.policy_scale * parts.policy
+        if self.options.target == "detach":
+            loss = loss + self.value_coef * parts.value
+        return loss if self.kl_coef == 0.0 or parts.kl is None else loss + self.kl_coef * parts.kl
+
+
+def output(loss: Tensor, parts: Losses, stats: TokenStats, terms: SoftBellmanTerms) -> SoftBellmanOutput:
+    """Of a loss, and of detached parts and rows, these in the caller's layout."""
+    assert stats.ref_logprobs is not None  # Call.terms has filled it in
+    return SoftBellmanOutput(
+        loss,
+        *parts,
+        logprobs=stats.logprobs,
+        ref_logprobs=stats.ref_logprobs,
+        lse=stats.lse,
+        entropy=stats.entropy,
+        kl=stats.kl,
+        returns=terms.returns,
+        advantages=terms.advantages,
+        weights=terms.weights,
+    )
 
 
 def loss_from_statistics(
     call: Call, layout: Layout, statistics: Callable[[Call, Layout], TokenStats]
 ) -> SoftBellmanOutput:
     """The whole from `statistics` of the layout's rows."""
-    rows = {name: layout.rows(x) for name, x in call.per_token.items()}
+    rows = mapped(layout.rows, call.per_token)
     stats, terms = call.terms(statistics(call, layout), rows, layout.cu_seqlens, layout.mask, call.bootstrap)
     count = layout.count() if call.reduction == "mean" else 1
 
@@ -159,16 +198,19 @@ def loss_from_statistics(
         return layout.unrows(layout.counted(x)) if call.reduction == "none" else x.sum() / count
 
     # Reduced first and added up as scalars: three passes over the rows instead of four, and no products of rows.
-    losses = [reduced(terms.policy_loss), reduced(terms.value_loss), None if stats.kl is None else reduced(stats.kl)]
-    per_row = (stats.logprobs, stats.ref_logprobs, stats.lse, stats.entropy, stats.kl, *terms[2:])
-    shown = (None if x is None else layout.unrows(x.detach()) for x in per_row)
-    return SoftBellmanOutput(call.loss(*losses), *(None if x is None else x.detach() for x in losses), *shown)
+    kl_loss = None if stats.kl is None else reduced(stats.kl)
+    parts = Losses(reduced(terms.policy_loss), reduced(terms.value_loss), kl_loss)
+
+    def shown(x: Tensor) -> Tensor:
+        return layout.unrows(x.detach())
+
+    return output(call.loss(parts), mapped(Tensor.detach, parts), mapped(shown, stats), mapped(shown, terms))
 
 
 def _statistics(slices: VocabSlices | None, call: Call, layout: Layout) -> TokenStats:
     # The logits go in the caller's own layout: a view of their rows may not exist.
     rows = (call.features, layout.rows(call.actions), call.ref_features, layout.mask)
-    return token_statistics(*rows, call.temperatures(layout.rows), call.softcap, call.options["backend"], slices)
+    return token_statistics(*rows, call.temperatures(layout.rows), call.softcap, call.backend, slices)
 
 
 def soft_bellman_loss(
@@ -213,10 +255,11 @@ def soft_bellman_loss(
         ref_logits: shape of logits, the reference policy's; or
         ref_logprobs (and ref_lse for soft values): shape of actions, at the same temperature.
         behavior_logprobs: shape of actions, of the policy that wrote the responses; the reference's when None.
-        mask: (B, T) bool, True on the rows that count; it may have holes, and masked inputs may be NaN.
+        mask: (B, T) bool, True on the rows that count. It may have holes. Inputs may be NaN where it is False.
         cu_seqlens: (B+1,) integer boundaries of packed rows.
         bootstrap: (B,) V(s_{T+1}) of responses cut by the length limit; 0 when None.
-        target_values: shape of actions, a slow copy's values for every place where the gradient stops.
+        target_values: shape of actions, values of a slow copy of the value model. They replace `values` wherever a value is a
+            constant.
         beta, gamma, lam, policy_target, target, is_level, is_cap, is_floor: see `soft_bellman`.
         policy_scale, value_coef, kl_coef: factors of the three losses; kl_coef needs ref_logits (OREO's alpha is 2*kl_coef).
         temperature: a number, or one a row in the shape of actions. softcap: see `token_stats`.
@@ -232,12 +275,31 @@ def soft_bellman_loss(
         ValueError: shapes, dtypes, devices, options or a missing reference, each named. RuntimeError: the backend cannot run.
     """
     checks.logits("logits", logits)
-    call = Call.of("logits", logits, -1, locals())
+    call = Call(
+        name="logits",
+        features=logits,
+        ref_features=ref_logits,
+        vocab=columns_of(logits, -1),
+        actions=actions,
+        per_token=PerToken(rewards, values, ref_logprobs, ref_lse, behavior_logprobs, target_values),
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        bootstrap=bootstrap,
+        policy_scale=policy_scale,
+        value_coef=value_coef,
+        kl_coef=kl_coef,
+        temperature=temperature,
+        softcap=softcap,
+        reduction=reduction,
+        group=group,
+        options=BellmanOptions(beta, gamma, lam, policy_target, target, is_level, is_cap, is_floor),
+        backend=backend,
+    )
     layout, slices = call.checked()
     if backend == dispatch.ONE_PASS:
         dispatch.insist("soft_bellman_loss", backend, logits.device.type)
         from dqo_kernels import soft_bellman_loss_cuda  # it needs the extension
 
         soft_bellman_loss_cuda.check(call)
-        return SoftBellmanOutput(*soft_bellman_loss_cuda.one_pass(call, layout))
+        return SoftBellmanOutput._make(soft_bellman_loss_cuda.one_pass(call, layout))
     return loss_from_statistics(call, layout, functools.partial(_statistics, slices))

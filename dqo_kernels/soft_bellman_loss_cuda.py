@@ -13,27 +13,30 @@ import torch
 from torch import Tensor
 
 import dqo_kernels._cuda as _cuda
-from dqo_kernels import checks, dispatch, library
-from dqo_kernels.addresses import DTYPES, address, addresses, bellman_options, where
-from dqo_kernels.dispatch import ONE_PASS
-from dqo_kernels.packed import compute_dtype
+from dqo_kernels.core import checks, dispatch, library
+from dqo_kernels.core.addresses import DTYPES, address, addresses, encoded, where
+from dqo_kernels.core.bellman_options import SCHEMA, BellmanOptions
+from dqo_kernels.core.dispatch import ONE_PASS
+from dqo_kernels.core.packed import compute_dtype
+from dqo_kernels.core.row_stats import RowStats, mapped
 from dqo_kernels.token_stats import readable
-from dqo_kernels.token_stats_cuda import arguments, new_fields
+from dqo_kernels.token_stats_cuda import arguments
 
 LEVELS = ("none", "token", "suffix")
 
 
 def _forward(
     logits, actions, ref_logits, mask, temperatures, temperature, softcap, cu_seqlens, count, ref_logprobs, ref_lse, rewards,
-    values, behavior_logprobs, bootstrap, target_values, beta, gamma, lam, policy_target, is_level, is_cap, is_floor,
+    values, behavior_logprobs, bootstrap, target_values, beta, gamma, lam, policy_target, target, is_level, is_cap, is_floor,
     policy_scale, value_coef, kl_coef,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    options = BellmanOptions(beta, gamma, lam, policy_target, target, is_level, is_cap, is_floor)
     n, vocab, place = actions.numel(), logits.shape[-1], where(logits)
     if not _cuda.one_pass_shape(vocab, DTYPES[logits.dtype], ref_logits is not None)[0]:
         reason = f"a row of {vocab} columns in {logits.dtype} does not fit the shared memory of a cluster; use backend='cuda'"
         raise RuntimeError(f"backend {ONE_PASS!r} cannot run soft_bellman_loss: {reason}")
-    fields = new_fields(logits, n, ref_logits is not None)
-    terms = [fields[0].new_empty(n) for _ in range(7)]
+    stats = RowStats.empty(logits, n, ref_logits is not None)
+    terms = [stats.logprobs.new_empty(n) for _ in range(7)]
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     slots = [logits.new_empty(n * _cuda.SLOT_BYTES, dtype=torch.uint8) for _ in range(2)]
     sequence, tickets = (logits.new_empty(size, dtype=torch.int32) for size in (n, 1))
@@ -43,24 +46,24 @@ def _forward(
             place,
             arguments(logits, actions, ref_logits, mask, temperatures, temperature, softcap),
             DTYPES[logits.dtype],
-            addresses(*fields),
+            addresses(*stats),
             addresses(None, ref_logprobs, rewards, values, mask, behavior_logprobs, bootstrap, target_values),
             (cu_seqlens.data_ptr(), n, cu_seqlens.numel() - 1),
-            bellman_options(beta, gamma, lam, policy_target, "detach", is_level, is_cap, is_floor),
+            encoded(options),
             addresses(*terms),
             (address(ref_lse), scale.data_ptr(), policy_scale, value_coef, kl_coef),
             addresses(*slots, sequence, tickets),
             grad.data_ptr(),
         )
-    logprobs, lse, entropy, _, _, ref_from_logits, _, kl, _, _ = fields
     policy_loss, value_loss, returns, advantages, weights, _, value_grad = terms
-    losses = [x.sum() * scale for x in (policy_loss, value_loss, kl)]
+    losses = [x.sum() * scale for x in (policy_loss, value_loss, stats.kl)]
     loss = policy_scale * losses[0] + value_coef * losses[1]
     if kl_coef != 0.0:
         loss = loss + kl_coef * losses[2]
+    given = stats.ref_logprobs
     if ref_logits is None:
-        ref_from_logits = torch.where(mask, ref_logprobs, 0) if mask is not None else ref_logprobs.clone()
-    per_row = (logprobs, ref_from_logits, lse, entropy, kl, returns, advantages, weights)
+        given = torch.where(mask, ref_logprobs, 0) if mask is not None else ref_logprobs.clone()
+    per_row = (stats.logprobs, given, stats.lse, stats.entropy, stats.kl, returns, advantages, weights)
     return loss, *losses, *per_row, grad, value_grad * (value_coef * scale)
 
 
@@ -76,8 +79,8 @@ def _fake_forward(logits, actions, ref_logits, *_):
 _FORWARD = library.Operation(
     "soft_bellman_loss_one_pass(Tensor logits, Tensor actions, Tensor? ref_logits, Tensor? mask, Tensor? temperatures, "
     "float temperature, float softcap, Tensor cu_seqlens, Tensor count, Tensor? ref_logprobs, Tensor? ref_lse, Tensor rewards, "
-    "Tensor? values, Tensor? behavior_logprobs, Tensor? bootstrap, Tensor? target_values, float beta, float gamma, float lam, "
-    "str policy_target, str is_level, float? is_cap, float? is_floor, float policy_scale, float value_coef, float kl_coef) -> "
+    "Tensor? values, Tensor? behavior_logprobs, Tensor? bootstrap, Tensor? target_values, "
+    f"{SCHEMA}, float policy_scale, float value_coef, float kl_coef) -> "
     "(Tensor loss, Tensor policy_loss, Tensor value_loss, Tensor kl_loss, Tensor logprobs, Tensor ref_logprobs, Tensor lse, "
     "Tensor entropy, Tensor kl, Tensor returns, Tensor advantages, Tensor weights, Tensor grad_logits, Tensor grad_values)",
     lambda *arguments: _forward(*library.in_memory("soft_bellman_loss", arguments)),
@@ -86,7 +89,7 @@ _FORWARD = library.Operation(
 
 
 def _save(ctx, inputs, output):
-    ctx.soft_values = inputs[12] is None
+    ctx.soft_values = _FORWARD.named(inputs)["values"] is None
     ctx.save_for_backward(*output[-2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.spent = False
@@ -94,7 +97,7 @@ def _save(ctx, inputs, output):
 
 def _gradient(ctx, factor, *_):
     if factor is None:
-        return (None,) * 26
+        return _FORWARD.gradients()
     grad, grad_values = ctx.saved_tensors
     if library.traced((grad, factor)):
         grad = grad * factor
@@ -106,8 +109,7 @@ def _gradient(ctx, factor, *_):
         ctx.spent = True
         factor = factor.float()
         _cuda.rescale(where(grad), grad.data_ptr(), grad.numel(), DTYPES[grad.dtype], factor.data_ptr())
-    values = None if ctx.soft_values else grad_values * factor
-    return grad, *[None] * 11, values, *[None] * 13
+    return _FORWARD.gradients(logits=grad, values=None if ctx.soft_values else grad_values * factor)
 
 
 _FORWARD.differentiable(_save, _gradient)
@@ -115,8 +117,8 @@ _FORWARD.differentiable(_save, _gradient)
 
 def check(call) -> None:
     """Refuses a `soft_bellman_loss.Call` that cannot be done in one pass, with the cure."""
-    checks.one_of(f"is_level with backend={ONE_PASS!r}", call.options["is_level"], LEVELS)
-    checks.one_of(f"target with backend={ONE_PASS!r}", call.options["target"], ("detach",))
+    checks.one_of(f"is_level with backend={ONE_PASS!r}", call.options.is_level, LEVELS)
+    checks.one_of(f"target with backend={ONE_PASS!r}", call.options.target, ("detach",))
     checks.one_of(f"reduction with backend={ONE_PASS!r}", call.reduction, ("mean", "sum"))
     if call.group is not None:
         checks.fail(f"group with backend={ONE_PASS!r}", "None, because each process has a part of a row", "a group")
@@ -134,16 +136,12 @@ def one_pass(call, layout) -> tuple[Tensor | None, ...]:
     logits, ref_logits = call.features.to(dtype), call.ref_features
     ref_logits = None if ref_logits is None else ref_logits.detach().to(dtype)
 
-    def row(name: str) -> Tensor | None:
-        x = layout.rows(call.per_token[name])
-        return None if x is None else x.to(compute_dtype(logits)).contiguous()
-
-    given = {name: None if (x := row(name)) is None else x.detach() for name in call.per_token}
+    rows = mapped(lambda x: layout.rows(x).to(compute_dtype(logits)).contiguous(), call.per_token)
+    given = mapped(Tensor.detach, rows)
     temperature, temperatures = call.temperatures(layout.rows), None
     if isinstance(temperature, Tensor):
         temperatures = temperature.detach().to(compute_dtype(logits)).expand(call.actions.numel()).contiguous()
         temperature = 1.0
-    options = {name: value for name, value in call.options.items() if name not in ("target", "backend")}
     count = layout.count() if call.reduction == "mean" else 1
     if not isinstance(count, Tensor):  # not copied from the host: a graph may be captured
         count = torch.full((), count, device=logits.device)
@@ -151,9 +149,9 @@ def one_pass(call, layout) -> tuple[Tensor | None, ...]:
         readable("logits", logits), layout.rows(call.actions).long().contiguous(),
         None if ref_logits is None else readable("ref_logits", ref_logits), layout.mask, temperatures, float(temperature),
         float(call.softcap or 0.0), layout.cu_seqlens, count,
-        given["ref_logprobs"], given["ref_lse"], given["rewards"], row("values"), given["behavior_logprobs"],
-        None if call.bootstrap is None else call.bootstrap.detach().float().contiguous(), given["target_values"],
-        *options.values(), call.policy_scale, call.value_coef, call.kl_coef,
+        given.ref_logprobs, given.ref_lse, given.rewards, rows.values, given.behavior_logprobs,
+        None if call.bootstrap is None else call.bootstrap.detach().float().contiguous(), given.target_values,
+        *call.options, call.policy_scale, call.value_coef, call.kl_coef,
     )[:-2]  # fmt: skip
     if ref_logits is None:
         kl_loss = per_row[4] = None

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dqo_kernels.scan_triton import BLOCK, OPTIONS, last_of, pair_scan, run, times
+from dqo_kernels.core.bellman_options import BellmanOptions
+from dqo_kernels.core.scan_triton import BLOCK, OPTIONS, last_of, pair_scan, run, times
 
 _LEVELS = ("none", "token", "suffix", "trajectory", "prefix")  # the last two need the sum over the whole sequence
 _NONE, _TOKEN, _SUFFIX, _TRAJECTORY, _PREFIX = (tl.constexpr(i) for i in range(5))
@@ -161,10 +162,12 @@ def soft_bellman_residual(
         tl.store(grad_bootstrap_ptr + sequence + 0 * i, times(gamma, a_prev - y_prev), mask=i == length)
 
 
-def _coefficients(gamma: float, lam: float, policy_target: str) -> dict:
-    ahead_value, ahead_return = {"return": (0.0, 1.0), "td": (1.0 - lam, lam), "one_step": (1.0, 0.0)}[policy_target]
+def _coefficients(options: BellmanOptions) -> dict:
+    gamma, lam = options.gamma, options.lam
+    by_target = {"return": (0.0, 1.0), "td": (1.0 - lam, lam), "one_step": (1.0, 0.0)}
+    ahead_value, ahead_return = by_target[options.policy_target]
     return {
-        "gamma": float(gamma), "bridge": float(gamma * (1.0 - lam)), "decay": float(gamma * lam),
+        "beta": float(options.beta), "gamma": float(gamma), "bridge": float(gamma * (1.0 - lam)), "decay": float(gamma * lam),
         "ahead_value": float(ahead_value), "ahead_return": float(ahead_return),
     }  # fmt: skip
 
@@ -174,7 +177,7 @@ _ROWS = ("policy_loss", "value_loss", "returns", "advantages", "weights", "polic
 
 def forward_launch(
     logprobs, ref_logprobs, rewards, values, cu_seqlens, mask, behavior_logprobs, bootstrap, target_values,
-    beta, gamma, lam, policy_target, target, is_level, is_cap, is_floor,
+    options: BellmanOptions,
 ):  # fmt: skip
     """The rows, and the launch (kernel, grid, arguments, options) that fills them."""
     out = tuple(torch.empty_like(logprobs) for _ in _ROWS)
@@ -183,23 +186,23 @@ def forward_launch(
         "cu_seqlens_ptr": cu_seqlens, "mask_ptr": mask, "bootstrap_ptr": bootstrap,
         "behavior_ptr": ref_logprobs if behavior_logprobs is None else behavior_logprobs,
         "baseline_ptr": values if target_values is None else target_values,
-        "beta": float(beta), "cap": float("inf") if is_cap is None else float(is_cap),
-        "floor": float("-inf") if is_floor is None else float(is_floor),
-        "LEVEL": _LEVELS.index(is_level), "RESIDUAL": target == "residual", "BLOCK": BLOCK,
+        "cap": float("inf") if options.is_cap is None else float(options.is_cap),
+        "floor": float("-inf") if options.is_floor is None else float(options.is_floor),
+        "LEVEL": _LEVELS.index(options.is_level), "RESIDUAL": options.target == "residual", "BLOCK": BLOCK,
     }  # fmt: skip
-    arguments |= _coefficients(gamma, lam, policy_target) | {f"{n}_ptr": x for n, x in zip(_ROWS, out, strict=True)}
+    arguments |= _coefficients(options) | {f"{name}_ptr": x for name, x in zip(_ROWS, out, strict=True)}
     return out, (soft_bellman_forward, cu_seqlens.numel() - 1, arguments, OPTIONS)
 
 
-def residual_launch(cotangent, policy_grad, cu_seqlens, mask, beta, gamma, lam, policy_target):
+def residual_launch(cotangent, policy_grad, cu_seqlens, mask, options: BellmanOptions):
     """The gradients, and the launch that fills them."""
     grads = (torch.empty_like(cotangent), torch.empty_like(cotangent), cotangent.new_empty(cu_seqlens.numel() - 1))
     arguments = {
         "cotangent_ptr": cotangent, "policy_grad_ptr": policy_grad, "cu_seqlens_ptr": cu_seqlens, "mask_ptr": mask,
         "grad_logprobs_ptr": grads[0], "grad_values_ptr": grads[1], "grad_bootstrap_ptr": grads[2],
-        "beta": float(beta), "BLOCK": BLOCK,
+        "BLOCK": BLOCK,
     }  # fmt: skip
-    arguments |= _coefficients(gamma, lam, policy_target)
+    arguments |= _coefficients(options)
     return grads, (soft_bellman_residual, cu_seqlens.numel() - 1, arguments, OPTIONS)
 
 
@@ -227,6 +230,7 @@ def specialisations(everything: bool):
     for some_mask, bootstrap in given:
         for level in levels:
             for target in ("detach", "residual") if everything else ("detach",):
-                tail = (0.1, 1.0, 0.5, "return", target, level, 1.0, None)
-                yield forward_launch(rows, rows, rows, rows, cu_seqlens, some_mask, None, bootstrap, None, *tail)[1]
-        yield residual_launch(rows, rows, cu_seqlens, some_mask, 0.1, 1.0, 0.5, "return")[1]
+                options = BellmanOptions(0.1, 1.0, 0.5, "return", target, level, 1.0, None)
+                yield forward_launch(rows, rows, rows, rows, cu_seqlens, some_mask, None, bootstrap, None, options)[1]
+        residual = BellmanOptions(0.1, 1.0, 0.5, "return", "residual", "none", None, None)
+        yield residual_launch(rows, rows, cu_seqlens, some_mask, residual)[1]

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dqo_kernels import checks, dispatch, library
-from dqo_kernels.packed import compute_dtype
-from dqo_kernels.vocab_parallel import VocabSlices, sliced_rows
+from dqo_kernels.core import checks, dispatch, library
+from dqo_kernels.core.packed import compute_dtype
+from dqo_kernels.core.row_stats import Coefficients, RowStats, joined, mapped
+from dqo_kernels.core.vocab_parallel import VocabSlices, sliced_rows
 
 # The reference makes full-precision copies of at most this many bytes of logits at a time.
 CHUNK_BYTES = 64 * 2**20
@@ -38,6 +39,11 @@ class TokenStats(NamedTuple):
     ref_logprobs: Tensor | None = None
     ref_lse: Tensor | None = None
     kl: Tensor | None = None  # KL(pi || ref), exactly 0 for identical rows
+
+
+def seen(shown: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], with_reference: bool) -> TokenStats:
+    """TokenStats of `RowStats.shown()`."""
+    return TokenStats(*shown) if with_reference else TokenStats(*shown[:3])
 
 
 class _Row(NamedTuple):
@@ -63,9 +69,8 @@ def _row(logits: Tensor, temperature: float | Tensor, softcap: float | None, dty
         temperature = temperature.to(dtype).reshape(-1, 1)
     peak = z.detach().amax(-1, keepdim=True)  # a constant: every statistic is invariant to it
     peak = peak if slices is None else slices.peak(peak)
-    centred = (
-        z - peak
-    ) / temperature  # the difference first: at large offsets z / temperature has already been rounded
+    # The difference first: at large offsets z / temperature has already been rounded.
+    centred = (z - peak) / temperature
     weights = centred.exp()
     total = _over_vocab(weights, slices)
     log_total = total.log()
@@ -115,9 +120,9 @@ def row_stats(
 
 
 def in_chunks(rows: int, n: int, per_row: list[Tensor | float | None], function) -> TokenStats:
-    """`function` of every `rows` rows of `per_row` (tensors with N rows are split, the rest passed on), joined.
+    """Calls `function` for every `rows` rows and joins what it returns. Tensors with N rows are split; the rest is passed on.
 
-    With more than one chunk each is recomputed in the backward, so that no chunk's (rows, V) tensors outlive it.
+    If there are several chunks, the backward computes each again, so that no (rows, V) tensor outlives its chunk.
     """
     if n <= rows:
         return function(*per_row)
@@ -131,7 +136,7 @@ def in_chunks(rows: int, n: int, per_row: list[Tensor | float | None], function)
         parts = [function(*chunk) for chunk in chunks]
     else:
         parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return TokenStats(*(None if field[0] is None else torch.cat(field) for field in zip(*parts)))
+    return joined(parts)
 
 
 def token_stats_reference(logits, actions, ref_logits, mask, temperature, softcap, slices=None) -> TokenStats:
@@ -148,7 +153,7 @@ def token_stats_reference(logits, actions, ref_logits, mask, temperature, softca
         if isinstance(temperature, Tensor) and temperature.dim():
             temperature = torch.where(mask, temperature, 1)
         stats = row_stats(logits, torch.where(mask, actions, 0), ref_logits, temperature, softcap, dtype, slices)
-        return TokenStats(*(None if field is None else torch.where(mask, field, 0) for field in stats))
+        return mapped(lambda x: torch.where(mask, x, 0), stats)
 
     return in_chunks(rows, n, [logits, actions, ref_logits, mask, temperature], chunk)
 
@@ -182,8 +187,8 @@ _FORWARD = library.Operation(
     _fake_forward,
 )
 _BACKWARD = library.Operation(
-    f"token_stats_backward({_INPUTS}, Tensor peak, Tensor log_total, Tensor ref_peak, Tensor ref_log_total, Tensor entropy, "
-    "Tensor kl, Tensor? c_logprobs, Tensor? c_lse, Tensor? c_entropy, Tensor? c_kl, str backend) -> Tensor",
+    f"token_stats_backward({_INPUTS}, Tensor entropy, Tensor peak, Tensor log_total, Tensor kl, Tensor ref_peak, "
+    "Tensor ref_log_total, Tensor? c_logprobs, Tensor? c_lse, Tensor? c_entropy, Tensor? c_kl, str backend) -> Tensor",
     _backward,
     lambda logits, *_: logits.new_empty(logits.shape),
 )
@@ -191,32 +196,31 @@ _BACKWARD = library.Operation(
 
 def _save(ctx, inputs, output):
     logits, actions, ref_logits, mask, temperatures, ctx.temperature, ctx.softcap, ctx.backend = inputs
-    _, _, entropy, peak, log_total, _, _, kl, ref_peak, ref_log_total = output
-    ctx.save_for_backward(
-        logits, actions, ref_logits, mask, temperatures, peak, log_total, ref_peak, ref_log_total, entropy, kl
-    )
-    ctx.mark_non_differentiable(peak, log_total, *output[5:7], ref_peak, ref_log_total)
+    stats = RowStats(*output)
+    ctx.save_for_backward(logits, actions, ref_logits, mask, temperatures, *stats.saved())
+    constants = (stats.peak, stats.log_total, stats.ref_logprobs, stats.ref_lse, stats.ref_peak, stats.ref_log_total)
+    ctx.mark_non_differentiable(*constants)
 
 
-def _gradient(ctx, c_logprobs, c_lse, c_entropy, _peak, _log_total, _ref_logprobs, _ref_lse, c_kl, *_):
-    *inputs, peak, log_total, ref_peak, ref_log_total, entropy, kl = ctx.saved_tensors
-    if inputs[2] is None or c_kl is None:  # the reference is needed for the gradient of the KL alone
-        inputs[2] = c_kl = None
-    upstream = [None if c is None else c.contiguous() for c in (c_logprobs, c_lse, c_entropy, c_kl)]
-    stats = (peak, log_total, ref_peak, ref_log_total, entropy, kl)
-    gradient = None
-    if any(c is not None for c in upstream):
-        gradient = _BACKWARD(*inputs, ctx.temperature, ctx.softcap, *stats, *upstream, ctx.backend)
-    return gradient, None, None, None, None, None, None, None
+def _gradient(ctx, *arriving):
+    at = RowStats(*arriving)
+    logits, actions, ref_logits, mask, temperatures, *saved = ctx.saved_tensors
+    kl = None if ref_logits is None else at.kl
+    coefficients = mapped(Tensor.contiguous, Coefficients(at.logprobs, at.lse, at.entropy, kl))
+    if coefficients.are_absent():
+        return _FORWARD.gradients()
+    ref_logits = None if kl is None else ref_logits  # the reference is needed for the gradient of the KL alone
+    inputs = (logits, actions, ref_logits, mask, temperatures, ctx.temperature, ctx.softcap)
+    return _FORWARD.gradients(logits=_BACKWARD(*inputs, *saved, *coefficients, ctx.backend))
 
 
 _FORWARD.differentiable(_save, _gradient)
 _BACKWARD.differentiable_once()
 
 
-def readable(name: str, x: Tensor | None) -> Tensor | None:
-    """x itself unless neighbouring entries of a row are not neighbours in memory: then a copy, and a word about it."""
-    if x is None or x.stride(-1) == 1 or x.shape[-1] == 1:
+def readable(name: str, x: Tensor) -> Tensor:
+    """x itself, if the entries of a row are neighbours in memory. Else a contiguous copy, with a warning that names x."""
+    if x.stride(-1) == 1 or x.shape[-1] == 1:
         return x
     if not torch.compiler.is_compiling():
         warnings.warn(f"{name} has stride {x.stride(-1)} along V and is copied; lay it out with V last", stacklevel=4)
@@ -246,16 +250,12 @@ def statistics(
     if isinstance(temperature, Tensor):
         temperatures, temperature = temperature.to(compute_dtype(logits)).expand(actions.shape).contiguous(), 1.0
     logits = readable("logits", logits.to(dtype))
-    ref_logits = None if ref_logits is None else readable("ref_logits", ref_logits.detach().to(dtype))
+    if ref_logits is not None:
+        ref_logits = readable("ref_logits", ref_logits.detach().to(dtype))
     mask = None if mask is None else mask.contiguous()
     arguments = (logits, actions, ref_logits, mask, temperatures, float(temperature), float(softcap or 0.0), chosen)
-    if slices is None:
-        logprobs, lse, entropy, _, _, ref_logprobs, ref_lse, kl, _, _ = _FORWARD(*arguments)
-    else:
-        logprobs, lse, entropy, ref_logprobs, ref_lse, kl = sliced_rows(*arguments, slices)
-    if ref_logits is None:
-        return TokenStats(logprobs, lse, entropy)
-    return TokenStats(logprobs, lse, entropy, ref_logprobs, ref_lse, kl)
+    shown = RowStats(*_FORWARD(*arguments)).shown() if slices is None else sliced_rows(*arguments, slices)
+    return seen(shown, ref_logits is not None)
 
 
 def token_stats(
@@ -278,9 +278,9 @@ def token_stats(
         temperature: a positive number, or (N,) of them; a constant.
         softcap: z becomes softcap * tanh(z / softcap) before the temperature (Gemma 2); None leaves z alone.
         backend: "reference", "cpp", "triton", "cuda", or None for the best that can run.
-        group: the processes that hold V together: `logits` (and `ref_logits`) are then this process's consecutive columns, in
-            the order of ranks, while `actions` are ids of the whole V. Every process gets the statistics of whole rows, and the
-            gradient of its own columns. Gathers nine numbers a row at most, and waits for the device once.
+        group: the processes that hold V together. Each gives its own consecutive columns as `logits` (and `ref_logits`), in the
+            order of ranks, and the same `actions`, which are ids of the whole V. Each gets the statistics of whole rows, and the
+            gradient of its own columns. The call gathers nine numbers a row at most, and waits for the device once.
 
     Returns:
         TokenStats; `logprobs`, `lse`, `entropy` and `kl` are differentiable in `logits`.

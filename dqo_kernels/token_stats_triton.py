@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dqo_kernels.core.row_stats import RowStats
 from dqo_kernels.token_stats_triton_kernels import token_stats_backward, token_stats_forward, token_stats_merge
 
 SPLIT = 32768  # columns of one forward program
@@ -49,31 +50,27 @@ def _inputs(logits, actions, ref_logits, mask, temperatures, temperature, softca
     }  # fmt: skip
 
 
-_FIELDS = ("logprobs", "lse", "entropy", "peak", "log_total")
-_FIELDS += tuple(f"ref_{name}" for name in ("logprobs", "lse")) + ("kl", "ref_peak", "ref_log_total")
-
-
 def forward_launches(logits, actions, ref_logits, mask, temperatures, temperature, softcap):
-    """The fields, and the launches (kernel, grid, arguments, options) that fill them; also of tensors on "meta"."""
+    """The statistics, and the launches (kernel, grid, arguments, options) that fill them; also of tensors on "meta"."""
     rows, place = _layout(logits, ref_logits)
     vocab = logits.shape[-1]
     splits = triton.cdiv(vocab, SPLIT)
-
-    def field(count):
-        return torch.empty(count, dtype=torch.float32, device=logits.device)
-
-    fields = [field(rows if ref_logits is not None or i < 5 else 0) for i in range(len(_FIELDS))]
-    given = fields if ref_logits is not None else fields[:5] + [None] * 5
+    stats = RowStats.empty(logits, rows, ref_logits is not None)
+    partial = None
+    if splits > 1:
+        partial = torch.empty(PARTIALS * rows * splits, dtype=torch.float32, device=logits.device)
     common = _inputs(logits, actions, ref_logits, mask, temperatures, temperature, softcap) | place
-    common |= {"rows": rows, "splits": splits, "partial_ptr": field(PARTIALS * rows * splits) if splits > 1 else None}
-    outputs = {f"{name}_ptr": x for name, x in zip(_FIELDS, given, strict=True)}
+    common |= {"rows": rows, "splits": splits, "partial_ptr": partial}
+    outputs = {f"{name}_ptr": x for name, x in stats._asdict().items()}
+    if ref_logits is None:
+        outputs |= dict.fromkeys(name for name in outputs if name == "kl_ptr" or name.startswith("ref_"))
     block = _block(vocab, "one row" if ref_logits is None else "two rows")
     tiles = {"SPLIT": SPLIT, "BLOCK": block}
     if splits == 1:
-        return fields, [(token_stats_forward, rows, common | outputs | tiles, _options(block))]
+        return stats, [(token_stats_forward, rows, common | outputs | tiles, _options(block))]
     nothing = dict.fromkeys(outputs)
     merge_options = {"num_warps": WARPS, "enable_fp_fusion": False}
-    return fields, [
+    return stats, [
         (token_stats_forward, rows * splits, common | nothing | tiles, _options(block)),
         (token_stats_merge, triton.cdiv(rows, MERGE_ROWS), common | outputs | {"ROWS": MERGE_ROWS}, merge_options),
     ]
@@ -81,7 +78,7 @@ def forward_launches(logits, actions, ref_logits, mask, temperatures, temperatur
 
 def backward_launches(
     logits, actions, ref_logits, mask, temperatures, temperature, softcap,
-    peak, log_total, ref_peak, ref_log_total, entropy, kl, c_logprobs, c_lse, c_entropy, c_kl, out=None,
+    entropy, peak, log_total, kl, ref_peak, ref_log_total, c_logprobs, c_lse, c_entropy, c_kl, *, out=None,
 ):  # fmt: skip
     """The gradient, and the launches that fill it. `out` may be the logits: an entry is read before it is written. It may also be
     bfloat16 where they are float32."""
@@ -112,16 +109,16 @@ def _run(launches, device_of: Tensor) -> None:
                 kernel[(programs,)](**arguments, **options)
 
 
-def fwd(logits, actions, ref_logits, mask, temperatures, temperature, softcap) -> tuple[Tensor, ...]:
-    """The ten fields, (N,) float32; the last five are empty without ref_logits."""
-    fields, launches = forward_launches(logits, actions, ref_logits, mask, temperatures, temperature, softcap)
+def fwd(logits, actions, ref_logits, mask, temperatures, temperature, softcap) -> RowStats:
+    """The statistics of every row."""
+    stats, launches = forward_launches(logits, actions, ref_logits, mask, temperatures, temperature, softcap)
     _run(launches, logits)
-    return tuple(fields)
+    return stats
 
 
 def bwd(logits, *arguments, out: Tensor | None = None) -> Tensor:
     """The gradient in logits; arguments as in backward_launches."""
-    grad, launches = backward_launches(logits, *arguments, out)
+    grad, launches = backward_launches(logits, *arguments, out=out)
     _run(launches, logits)
     return grad.to(logits.dtype) if out is None or out is grad else out.copy_(grad)
 
@@ -153,4 +150,4 @@ def specialisations(dtypes, vocabs, everything: bool):
                 for out in (None, meta(rows, vocab, dtype=torch.bfloat16)) if dtype == torch.float32 else (None,):
                     for given in coefficients:
                         c = [row if i in given else None for i in range(4)]
-                        yield from backward_launches(logits, actions, logits, *tail, *[row] * 6, *c, out)[1]
+                        yield from backward_launches(logits, actions, logits, *tail, *[row] * 6, *c, out=out)[1]

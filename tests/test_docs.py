@@ -1,14 +1,7 @@
-"""README.md, CONTRIBUTING.md and docs/ are run: their Python, commands and links, and the paths and modules that they name."""
+"""README.md, CONTRIBUTING.md and docs/: their form, their links, the paths and modules that they name; their Python is run."""
 
-import contextlib
 import importlib
-import io
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,30 +9,7 @@ import torch
 import yaml
 
 from tests.dqo.conftest import files  # noqa: F401
-
-ROOT = Path(__file__).parents[1]
-README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
-DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [README, CONTRIBUTING, ROOT / "CHANGELOG.md", *DOCS]
-PYPROJECT = (ROOT / "pyproject.toml").read_text()
-
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.S | re.M)
-    return [text for name, text in found if name == language]
-
-
-def prose(page: Path) -> str:
-    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
-
-
-def commands(page: Path) -> list[str]:
-    """Of the shell blocks, one by one, as written."""
-    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    return [part.strip() for line in lines for part in re.sub(r"\s+#.*", "", line).split(" && ") if part.strip()]
-
+from tests.pages import CONTRIBUTING, DOCS, PAGES, PYPROJECT, README, ROOT, blocks, each_page, named, prose, source_of
 
 # -------------------------------------------------------------------------------------------------------------- pages
 
@@ -77,16 +47,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in slugs, target
 
 
-PLACEHOLDERS = {"X": "lambda_return", "NAME": "dpo", "BACKEND": "cpp"}
 FOLDERS = r"(?:\.ci|benchmarks|csrc|docs|dqo|dqo_kernels|examples|tests)"
-
-
-def named(page: Path) -> list[str]:
-    """Words of the page's code, its placeholders filled in."""
-    words = " ".join(re.findall(r"`([^`\n]+)`", prose(page))).split()
-    for name, value in PLACEHOLDERS.items():
-        words = [re.sub(rf"(?<![A-Za-z0-9]){name}(?![A-Za-z0-9])", value, word) for word in words]
-    return words
 
 
 @each_page
@@ -109,12 +70,6 @@ def there(name: str) -> bool:
 def test_dotted_names_of_the_packages_exist(page):
     names = [word for word in named(page) if re.fullmatch(r"(?:dqo|dqo_kernels)(?:\.\w+)+(?<!\.py)", word)]
     assert not [name for name in names if not there(name)]
-
-
-def source_of(module: str) -> Path | None:
-    """The file that `python -m MODULE` runs."""
-    path = ROOT / module.replace(".", "/")
-    return next((found for found in (path / "__main__.py", path.with_suffix(".py")) if found.exists()), None)
 
 
 @each_page
@@ -140,188 +95,6 @@ def test_the_architecture_lists_the_folders_in_the_order_of_their_imports():
         GROUP[name] for name in re.findall(r"\bdqo/(\w+)(?:/|\.py)", blocks(ROOT / "docs" / "architecture.md", "")[0])
     ]
     assert len(groups) == len(GROUP) and groups == sorted(groups)
-
-
-# ----------------------------------------------------------------------------------------------------------- commands
-
-
-def entry(script: str):
-    """The function that pyproject.toml names for a command."""
-    module, name = re.search(rf'^{script} = "([\w.]+):(\w+)"$', PYPROJECT, re.M).groups()
-    return getattr(importlib.import_module(module), name)
-
-
-PREFIXES = [{"solution_prefix": "Q?", "mc_value": 0.5}, {"solution_prefix": "Q?\n\nIt is \\boxed{4}.", "mc_value": 1.0}]
-APS = {"question": "Q?", "final_answer": "4", "question_id": "7", "reasoning_steps": PREFIXES}
-SOLUTIONS = {
-    "ground_truth": "9 * 2 = $<<9*2=18>>18\nA: 18",
-    "small": {"solution": "9 * 2 = $<<9*2=11>>11\nA: 11", "is_correct": False},
-    "large": {"solution": "9 * 2 = $<<9*2=18>>18\nA: 18", "is_correct": True},
-}
-
-
-@pytest.fixture
-def place(files, monkeypatch):  # noqa: F811
-    """A working directory with what the pages' commands read."""
-    monkeypatch.chdir(files)
-    solutions = [json.dumps({"question": f"How much is {i}?", **SOLUTIONS}) for i in range(20)]
-    Path("example_model_solutions.jsonl").write_text("\n".join(solutions))
-    Path("problems.jsonl").write_text(json.dumps({"prompt": "1+2=", "answer": "#### 3"}))
-    Path("public.jsonl").write_text(json.dumps(APS))
-    Path("out").mkdir()
-    Path("out/config.yaml").write_text("dataset_name: rollouts.jsonl\nmodel_name_or_path: model\nbeta: 0.03\n")
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield files
-    for number, handler in before.items():  # a command takes them over
-        signal.signal(number, handler)
-
-
-def arguments_of(command: str) -> list[str]:
-    values = {"DIR_OR_HUB_NAME": "model", "M": "model", "SOURCE": "public.jsonl"}
-    return [values.get(word, word) for word in command.split()]
-
-
-def call(monkeypatch, script: str, arguments: list[str]) -> None:
-    """A command in this process; an error ends it with a status, which fails the test."""
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    entry(script)()
-
-
-def is_of_the_trainer(command: str) -> bool:
-    return command.startswith(("dqo ", "dqo-train", "accelerate launch "))
-
-
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(map(is_of_the_trainer, commands(page)))], ids=lambda p: p.name
-)
-def test_commands_of_the_trainer_run_in_their_order_up_to_training(page, place, monkeypatch, capsys):
-    for command in filter(is_of_the_trainer, commands(page)):
-        script, *arguments = arguments_of(command)
-        if script == "accelerate":
-            from accelerate.commands.launch import launch_command_parser
-
-            given = launch_command_parser().parse_args(arguments[1:])
-            assert given.module and given.training_script == "dqo.train"
-            script, arguments = "dqo-train", given.training_script_args
-        if script == "dqo-train" and arguments:
-            call(monkeypatch, script, [*dict.fromkeys([*arguments, "--dry_run"])])
-            assert "nothing was loaded or written" in capsys.readouterr().out, command
-        elif script == "dqo-train" or arguments[0] == "demo":  # minutes: tests/dqo has smaller ones
-            with pytest.raises(SystemExit) as left:
-                call(monkeypatch, "dqo", ["demo", *arguments[1:], "--help"])
-            assert left.value.code in (0, None)
-        else:
-            call(monkeypatch, script, arguments)
-
-
-@pytest.fixture(scope="module")
-def options() -> set[str]:
-    """Of all commands, with those of every method of the README's table."""
-    methods = re.findall(r"^\| `(\w+)`", README.read_text(), re.M)
-    shown = io.StringIO()
-    asked = [["train", "--method", method] for method in methods] + [["check"], ["convert"], ["init"], ["demo"]]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
-        for arguments in asked:
-            with pytest.raises(SystemExit):
-                call(patch, "dqo", [*arguments, "--help"])
-    return set(re.findall(r"(?<![\w-])--\w+", shown.getvalue()))
-
-
-@pytest.mark.parametrize("name", ["README.md", "docs/data.md", "docs/training.md", "docs/methods.md", "docs/gsm8k.md"])
-def test_options_that_it_names_are_options(name, options):
-    assert {"--beta", "--max_pairs_per_prompt", "--vocab_size"} <= options
-    assert not [
-        word for word in named(ROOT / name) if word.startswith("--") and word not in options | {"--help", "--config"}
-    ]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "page", [README, ROOT / "docs" / "training.md", ROOT / "docs" / "gsm8k.md"], ids=lambda p: p.name
-)
-def test_commands_of_the_trainer_train(page, place):
-    """In small: two steps each."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for i, command in enumerate(c for c in commands(page) if c.startswith(("dqo ", "dqo-train --"))):
-        command = command.replace("dqo-train", "dqo train").replace("--max_steps 200", "")
-        arguments = arguments_of(command)[1:]
-        if arguments[0] == "train":
-            arguments += f"--max_steps 2 --use_cpu --max_completion_length 8 --output_dir run{i}".split()
-        done = subprocess.run(
-            [sys.executable, "-m", "dqo", *arguments], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, (command, done.stderr)
-        if arguments[0] == "train" and "--dry_run" not in arguments:
-            assert (place / f"run{i}" / "report.html").exists()
-
-
-@pytest.fixture(scope="module")
-def pytest_help(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("empty")
-    (folder / "pytest.ini").write_text("[pytest]\n")
-    return subprocess.run([sys.executable, "-m", "pytest", "--help"], cwd=folder, capture_output=True, text=True).stdout
-
-
-def check_pytest(arguments: list[str], text: str) -> None:
-    markers = set(re.findall(r'^    "(\w+): ', PYPROJECT, re.M))
-    for i, word in enumerate(arguments):
-        if word.startswith("-"):
-            assert re.search(rf"(?<![\w-]){re.escape(word.partition('=')[0])}(?![\w-])", text), word
-        elif arguments[i - 1] == "-m":
-            assert set(re.findall(r"\w+", word)) - {"and", "or", "not"} <= markers, word
-        else:
-            assert (ROOT / word).exists(), word
-
-
-def check_pip(arguments: list[str]) -> None:
-    assert arguments.pop(0) == "install"
-    for word in arguments:
-        if extras := re.fullmatch(r"'?\.(?:\[([\w,]+)\])?'?", word):
-            for extra in filter(None, (extras[1] or "").split(",")):
-                assert re.search(rf"^{extra} = \[", PYPROJECT, re.M), extra
-        else:
-            assert word in ("-c", "-e", "pre-commit") or (ROOT / word).exists(), word
-
-
-@each_page
-def test_every_other_command_exists_with_its_options(page, pytest_help):
-    shown = commands(page)
-    if page == CONTRIBUTING:  # its table
-        shown += [c for c in re.findall(r"\| `([^`]+)`", page.read_text()) if " " in c or c.startswith(".")]
-    for command in shown:
-        if is_of_the_trainer(command):
-            continue
-        words = re.findall(r'"[^"]*"|\S+', re.sub(r"^(?:[A-Z_]+=\S+ )+", "", command))
-        program, arguments = words[0], [word.strip('"') for word in words[1:]]
-        if program == "pytest":
-            check_pytest(arguments, pytest_help)
-        elif program == "pip":
-            check_pip(arguments)
-        elif program == "python":  # the module is found by another test
-            options = [word for word in arguments[2:] if word.startswith("--")]
-            assert all(option in source_of(arguments[1]).read_text() for option in options), command
-        elif program == "ruff":
-            assert command in (ROOT / ".ci" / "run").read_text(), command
-        elif program == "pre-commit":
-            assert arguments == ["install"] and (ROOT / ".pre-commit-config.yaml").exists()
-        else:
-            assert os.access(ROOT / program, os.X_OK), f"no test knows the command {command}"
-
-
-def test_the_two_commands_are_what_ci_runs():
-    ci = (ROOT / ".ci" / "run").read_text()
-    first, second = [re.sub(r"\s+#.*", "", line) for line in blocks(README, "bash")[0].splitlines()]
-    assert first == "pip install -e . && dqo-train" and second == "pip install -e '.[test]' && pytest"
-    assert "pip install -q -e .\n" in ci and "\ndqo-train " in ci and "\npytest\n" in ci
-
-
-@pytest.mark.parametrize("page", [README, ROOT / "docs" / "data.md"], ids=lambda page: page.name)
-def test_the_row_of_the_data_format_is_one(page, tmp_path, monkeypatch, capsys):
-    (row,) = blocks(page, "json")
-    (tmp_path / "rows.jsonl").write_text(row)
-    call(monkeypatch, "dqo", ["check", str(tmp_path / "rows.jsonl")])
-    shown = capsys.readouterr().out
-    assert "1 of 1 prompts" in shown and "correct  100.0% (1)" in shown
 
 
 # ------------------------------------------------------------------------------------------------------------- Python
@@ -363,7 +136,27 @@ def loss_of_ones_own(written: str, files: Path, capsys) -> None:  # noqa: F811
     assert names["metrics"]["entropy"] > 0
 
 
-RUNS = {"DQOTrainer(": train_from_python, "= soft_bellman_loss(": loss_of_logits, "linear_row_loss(": loss_of_ones_own}
+def objective_of_the_recipe(written: str, files: Path, capsys) -> None:  # noqa: F811
+    from dqo_kernels import TokenStats
+
+    names = {"__name__": "recipe"}
+    exec(written, names)
+    logprobs = -torch.rand(7, dtype=torch.float64).requires_grad_()
+    rows, ends = {"ref_logprobs": -torch.rand(7, dtype=torch.float64)}, [0, 1, 3, 6, 7]
+    loss, metrics = names["IPO"](beta=0.3)(TokenStats(logprobs, None, None), rows, torch.tensor(ends))
+    ratio = logprobs - rows["ref_logprobs"]
+    better, worse, *other = [sum(ratio[a:b]) for a, b in zip(ends, ends[1:])]
+    expected = (better - worse - 1 / 0.6) ** 2 + (other[0] - other[1] - 1 / 0.6) ** 2
+    torch.testing.assert_close(loss, expected)
+    assert metrics["rewards/margins"][1] == 2
+
+
+RUNS = {
+    "DQOTrainer(": train_from_python,
+    "= soft_bellman_loss(": loss_of_logits,
+    "linear_row_loss(": loss_of_ones_own,
+    "class IPO(": objective_of_the_recipe,
+}
 PYTHON = [(page, text) for page in PAGES for text in blocks(page, "python")]
 
 

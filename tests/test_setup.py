@@ -60,10 +60,9 @@ def described():
 
 
 def test_every_file_of_a_package_that_is_no_module_is_in_what_is_built():
-    setuptools = described()["tool"]["setuptools"]
     packed = {
         path
-        for package, globs in setuptools["package-data"].items()
+        for package, globs in described()["tool"]["setuptools"]["package-data"].items()
         for g in globs
         for path in (ROOT / package).glob(g)
     }
@@ -72,8 +71,17 @@ def test_every_file_of_a_package_that_is_no_module_is_in_what_is_built():
         files = [path for path in (ROOT / package).rglob("*") if path.is_file() and path.suffix not in {".py", *built}]
         assert ROOT / package / "py.typed" in files
         assert set(files) <= packed
-        folders = {path.parent for path in (ROOT / package).rglob("*.py")}
-        assert all((folder / "__init__.py").exists() for folder in folders)  # so that packages.find finds it
+
+
+def test_every_folder_with_modules_is_a_package_that_is_found_and_nothing_else_is():
+    from setuptools import find_packages
+
+    find = described()["tool"]["setuptools"]["packages"]["find"]
+    assert find.pop("namespaces") is False
+    modules = {
+        path.parent.relative_to(ROOT) for package in ("dqo", "dqo_kernels") for path in (ROOT / package).rglob("*.py")
+    }
+    assert set(find_packages(str(ROOT), **find)) == {".".join(path.parts) for path in modules}
 
 
 def test_every_dependency_has_an_oldest_version_that_constraints_txt_satisfies():

@@ -115,7 +115,7 @@ class DQO:
 
     def _clipped(self, stats, rows, cu_seqlens):
         """(N,) 1.0 where the log importance weight was beyond its cap or floor, by more than rounding."""
-        from dqo_kernels.packed import sequence_index
+        from dqo_kernels.core.packed import sequence_index
         from dqo_kernels.soft_bellman import importance_weights
 
         logprobs = stats.logprobs.detach()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dqo_kernels import TokenStats
-from dqo_kernels.packed import sequence_index
+from dqo_kernels.core.packed import sequence_index
 
 
 def sequence_sums(x: Tensor, cu_seqlens: Tensor) -> Tensor:

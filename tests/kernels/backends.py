@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dqo_kernels import dispatch
+from dqo_kernels.core import dispatch
 
 
 def backends(op: str, dtype: torch.dtype = torch.float64) -> list:

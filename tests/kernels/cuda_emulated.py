@@ -89,7 +89,7 @@ def load(path: Path):
 def install() -> None:
     """From now on "cuda" is a backend of the CPU in this process."""
     import dqo_kernels
-    from dqo_kernels import dispatch
+    from dqo_kernels.core import dispatch
 
     # Whoever imports it from now on gets this one.
     sys.modules["dqo_kernels._cuda"] = dqo_kernels._cuda = dispatch._cuda = load(build())

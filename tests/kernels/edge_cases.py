@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dqo_kernels
-from dqo_kernels import dispatch
+from dqo_kernels.core import dispatch
 from tests.kernels.oracle import random_batch
 
 N, V, D = 9, 6, 3

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from dqo_kernels import dispatch
+from dqo_kernels.core import dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("triton", "cuda")

@@ -8,12 +8,12 @@ import threading
 import pytest
 import torch
 
-from dqo_kernels import dispatch
+from dqo_kernels.core import dispatch
 from dqo_kernels.token_stats import statistics
 from tests.kernels.stats_cases import all_fields, closed_gradient, make, oracle
 
 _cpu = pytest.importorskip("dqo_kernels._cpu", reason=dispatch.unavailable("cpp"))
-from dqo_kernels import cpu_threads  # noqa: E402
+from dqo_kernels.core import cpu_threads  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Around the vectors of 4, 8 and 16 lanes, their blocks of four, and the segments of 2048.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dqo_kernels import dispatch
+from dqo_kernels.core import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("simd_accuracy.cpp")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dqo_kernels import dispatch
+from dqo_kernels.core import dispatch
+from dqo_kernels.core.row_stats import RowStats
 from tests.kernels.stats_cases import make
 
 _cpu = pytest.importorskip("dqo_kernels._cpu", reason=dispatch.unavailable("cpp"))
@@ -28,8 +29,7 @@ def directly(z, actions, z_ref, mask, upstream):
     """Both directions without autograd, whose threads do not survive a fork."""
     arguments = (z, actions, z_ref, mask, None, 1.0, 0.0)
     out = token_stats_cpp.fwd(*arguments)
-    stats = (out[3], out[4], out[8], out[9], out[2], out[7])
-    return *out, token_stats_cpp.bwd(*arguments, *stats, *upstream.to(out[0].dtype).unbind())
+    return *out, token_stats_cpp.bwd(*arguments, *out.saved(), *upstream.to(out[0].dtype).unbind())
 
 
 def test_rows_may_lie_more_than_two_to_the_31_elements_apart():
@@ -113,7 +113,7 @@ def test_an_action_out_of_range_is_nan_in_its_row_and_nothing_else(isa):
     assert all(got[i][[1, 2, 4]].isnan().all() for i in (0, 5, 10))  # logprobs, ref_logprobs, gradient
     assert all(torch.equal(got[i], clean[i]) for i in range(10) if i not in (0, 5))
     arguments = (z, wrong, z_ref, None, None, 1.0, 0.0)
-    stats = (got[3], got[4], got[8], got[9], got[2], got[7])
+    stats = RowStats(*got[:10]).saved()
     assert token_stats_cpp.bwd(*arguments, *stats, None, *upstream[1:].float().unbind()).isfinite().all()
 
 
@@ -124,7 +124,7 @@ def test_the_gradient_may_take_the_place_of_the_logits(isa, dtype, rows):
     copies = (rows // 5, 1), (rows // 5, 1), (rows // 5,), (1, rows // 5)
     z, z_ref, actions, upstream = (x.repeat(*n) for x, n in zip((z, z_ref, actions, upstream), copies, strict=True))
     *out, want = directly(z, actions, z_ref, None, upstream)
-    stats = (out[3], out[4], out[8], out[9], out[2], out[7])
+    stats = RowStats(*out).saved()
     arguments = (z, actions, z_ref, None, None, 1.0, 0.0, *stats, *upstream.float().unbind())
     got = token_stats_cpp.bwd(*arguments, out=z)
     assert got.data_ptr() == z.data_ptr() and torch.equal(got, want)
@@ -137,7 +137,7 @@ def test_the_gradient_of_floats_may_be_bfloat16(isa, rows):
     z, z_ref, actions, upstream = (x.repeat(*n) for x, n in zip((z, z_ref, actions, upstream), copies, strict=True))
     mask = torch.arange(rows) % 7 != 3
     *out, want = directly(z, actions, z_ref, mask, upstream)
-    stats = (out[3], out[4], out[8], out[9], out[2], out[7])
+    stats = RowStats(*out).saved()
     arguments = (z, actions, z_ref, mask, None, 1.0, 0.0, *stats, *upstream.float().unbind())
     room = torch.full((rows * 4099 + 1,), torch.nan, dtype=torch.bfloat16)
     for odd in (0, 1):  # an address that is no multiple of a vector

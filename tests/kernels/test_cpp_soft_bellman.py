@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 
-from dqo_kernels import dispatch, lambda_return, soft_bellman_loss
-from dqo_kernels.soft_bellman import IS_LEVELS, POLICY_TARGETS, bellman_rows
+from dqo_kernels import lambda_return, soft_bellman_loss
+from dqo_kernels.core import dispatch
+from dqo_kernels.core.bellman_options import IS_LEVELS, POLICY_TARGETS, BellmanOptions
+from dqo_kernels.soft_bellman import bellman_rows
 from tests.kernels.oracle import random_batch
 
 pytest.importorskip("dqo_kernels._cpu", reason=dispatch.unavailable("cpp"))
@@ -34,9 +36,8 @@ def run(given, cu_seqlens, backend, mask=None, **options):
     live = {name: given[name].clone().requires_grad_() for name in ("logprobs", "values", "bootstrap") if name in given}
     all_of = {"behavior_logprobs": None, "target_values": None, "bootstrap": None, **given, **live}
     required = [all_of.pop(name) for name in NAMES[:4]]
-    terms = bellman_rows(
-        *required, cu_seqlens, mask, lse=None, ref_lse=None, **all_of, beta=0.4, gamma=0.9, backend=backend, **options
-    )
+    all_of |= {"lse": None, "ref_lse": None, "options": BellmanOptions(beta=0.4, gamma=0.9, **options)}
+    terms = bellman_rows(*required, cu_seqlens, mask, **all_of, backend=backend)
     upstream = torch.randn(2, len(required[0]), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     if options["target"] == "residual":
         assert not terms.value_loss.requires_grad
@@ -128,8 +129,8 @@ def test_an_infinite_value_stays_out_of_targets_that_do_not_hold_it(policy_targe
 def test_the_residual_form_trains_no_value_loss():
     given, cu_seqlens = tensors(2)
     rows = [given[name] for name in NAMES[:4]]
-    options = 0.4, 0.9, 0.5, "td", "residual", "none", None, None
-    value_loss, *_, value_grad = soft_bellman_cpp.fwd(*rows, cu_seqlens, None, None, None, None, *options)[1:]
+    options = BellmanOptions(0.4, 0.9, 0.5, "td", "residual", "none", None, None)
+    value_loss, *_, value_grad = soft_bellman_cpp.fwd(*rows, cu_seqlens, None, None, None, None, options)[1:]
     assert value_loss.all() and not value_grad.any()
 
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks import cuda_resources
-from benchmarks.cuda_resources import KERNELS, kernel_name, output_of, tool
+from benchmarks.gpu import cuda_resources
+from benchmarks.gpu.cuda_resources import KERNELS, kernel_name, output_of, tool
 
 BUILT = cuda_resources.extension()
 WITHOUT = "dqo_kernels._cuda is not built: no nvcc, or DQO_KERNELS_CUDA=0" if BUILT is None else "there is no cuobjdump"

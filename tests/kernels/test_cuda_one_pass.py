@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from dqo_kernels import checks, dispatch, soft_bellman, soft_bellman_loss
-from dqo_kernels.addresses import DTYPES, where
+from dqo_kernels import soft_bellman, soft_bellman_loss
+from dqo_kernels.core import checks, dispatch
+from dqo_kernels.core.addresses import DTYPES, where
 from tests.kernels.gpu_backends import DEVICE
 
 REASON = dispatch.unavailable("cuda_one_pass", DEVICE)

@@ -7,7 +7,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 import dqo_kernels
-from dqo_kernels import checks, dispatch
+from dqo_kernels.core import checks, dispatch
 from tests.kernels.edge_cases import (
     ARGUMENTS,
     BACKENDS,

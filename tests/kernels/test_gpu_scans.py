@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from dqo_kernels.core.bellman_options import BellmanOptions
 from tests.kernels.gpu_backends import BACKENDS, DEVICE, launchers, on_device
 from tests.kernels.oracle import bellman_rows, numeric_gradient
 
@@ -83,7 +84,8 @@ def test_scans_of_no_sequences_and_no_rows():
         args = on_device(empty, empty, bootstrap, cu_seqlens)
         assert LAMBDA_RETURN.fwd(*args, 1.0, 0.5).shape == (0,)
         assert torch.equal(LAMBDA_RETURN.bwd(*on_device(empty, cu_seqlens), 1.0, 0.5)[2].cpu(), 0 * bootstrap)
-        grads = SOFT_BELLMAN.bwd_residual(*on_device(empty, empty, cu_seqlens, None), 0.1, 1.0, 0.5, "td")
+        options = BellmanOptions(**OPTIONS | {"policy_target": "td", "target": "residual"})
+        grads = SOFT_BELLMAN.bwd_residual(*on_device(empty, empty, cu_seqlens, None), options)
         assert torch.equal(grads[2].cpu(), 0 * bootstrap)
 
 
@@ -103,8 +105,7 @@ def run_bellman(rows, bootstrap, cu_seqlens, mask, options, behavior=True, targe
         None if bootstrap is None else torch.from_numpy(bootstrap).float(),
         t["target_values"] if target_values else None,
     )  # fmt: skip
-    order = ["beta", "gamma", "lam", "policy_target", "target", "is_level", "is_cap", "is_floor"]
-    return [x.cpu() for x in SOFT_BELLMAN.fwd(*args, *(options[name] for name in order))]
+    return [x.cpu() for x in SOFT_BELLMAN.fwd(*args, BellmanOptions(**options))]
 
 
 def hidden_rows(rows, cu_seqlens, holes):
@@ -176,11 +177,10 @@ def test_residual_gradient_and_its_masked_rows(policy_target, lam):
     fixed = {"ref_logprobs": rows["ref_logprobs"], "rewards": rows["rewards"], "cu_seqlens": cu_seqlens}
     frozen = {"logprobs": rows["logprobs"], "values": rows["values"], "bootstrap": bootstrap}
     cotangent = np.random.default_rng(4).standard_normal(8).astype(np.float32)
-    tail = [options[name] for name in ("beta", "gamma", "lam", "policy_target")]
 
     def backward(cotangent, policy_grad, cu, mask):
         tensors = on_device(torch.from_numpy(cotangent), policy_grad, torch.from_numpy(cu), mask)
-        return [x.cpu() for x in SOFT_BELLMAN.bwd_residual(*tensors, *tail)]
+        return [x.cpu() for x in SOFT_BELLMAN.bwd_residual(*tensors, BellmanOptions(**options))]
 
     policy_grad = run_bellman(rows, bootstrap, cu_seqlens, None, options, False, False)[5]
     got = backward(cotangent, policy_grad, cu_seqlens, None)
@@ -214,7 +214,7 @@ def test_adjoint_carries_over_tiles():
 
     policy_grad = run_bellman(rows, bootstrap, cu_seqlens, None, options, False, False)[5]
     tensors = on_device(torch.from_numpy(cotangent), policy_grad, torch.from_numpy(cu_seqlens), None)
-    grads = SOFT_BELLMAN.bwd_residual(*tensors, options["beta"], options["gamma"], 0.9, "return")
+    grads = SOFT_BELLMAN.bwd_residual(*tensors, BellmanOptions(**options))
     inner = sum((g.cpu().double().numpy() * d).sum() for g, d in zip(grads, direction.values(), strict=True))
     assert inner == pytest.approx((loss(1e-5) - loss(-1e-5)) / 2e-5, rel=1e-4)
 

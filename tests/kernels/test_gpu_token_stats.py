@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from dqo_kernels.core.row_stats import RowStats
 from tests.kernels.gpu_backends import BACKENDS, DEVICE, launchers, on_device
 from tests.kernels.stats_cases import closed_gradient, make, oracle, torch_gradient
 
@@ -43,7 +44,7 @@ def bwd(z, actions, z_ref, fields, coefficients, mask=None, temperature=1.0, sof
     temperatures = temperature.float() if isinstance(temperature, torch.Tensor) else None
     scalar = 1.0 if temperatures is not None else temperature
     inputs = on_device(z, actions, z_ref, mask, temperatures)
-    saved = on_device(*(fields[i] for i in (3, 4, 8, 9, 2, 7)))
+    saved = on_device(*RowStats(*fields).saved())
     return KERNELS.bwd(*inputs, scalar, softcap, *saved, *on_device(*coefficients)).cpu()
 
 
@@ -183,7 +184,7 @@ def test_nothing_beside_the_rows_is_touched(dtype):
         want = fwd(z, actions, z_ref)
         grad = guarded(torch.zeros_like(z), not at_end)
         given = (guarded(z, at_end), actions, guarded(z_ref, not at_end), None, None, 1.0, 0.0)
-        saved = [want[i] for i in (3, 4, 8, 9, 2, 7)]
+        saved = RowStats(*want).saved()
         cases.append((given, saved, upstream.float().unbind(), grad, want))
 
     def child():
@@ -253,7 +254,7 @@ def test_the_gradient_takes_the_place_of_the_logits_or_is_rounded_beside_them(vo
     got = fwd(z, actions, z_ref, mask)
     want = bwd(z, actions, z_ref, got, upstream.float().unbind(), mask)
     moved = on_device(z, actions, z_ref, mask, None)
-    rest = (1.0, 0.0, *on_device(*(got[i] for i in (3, 4, 8, 9, 2, 7)), *upstream.float().unbind()))
+    rest = (1.0, 0.0, *on_device(*RowStats(*got).saved(), *upstream.float().unbind()))
     room = torch.full((z.numel() + 2,), 7.0, dtype=torch.bfloat16, device=DEVICE)
     for odd in (0, 1):  # an address that is no multiple of 16 bytes
         out = room[odd : odd + z.numel()].view(z.shape)
@@ -265,20 +266,18 @@ def test_the_gradient_takes_the_place_of_the_logits_or_is_rounded_beside_them(vo
 
 
 def test_no_field_beyond_the_rows_is_written(monkeypatch):
-    if not hasattr(KERNELS, "new_fields"):
-        pytest.skip("allocates its fields out of sight")
     fields = []
 
     def with_room(logits, n, with_reference):
         sizes = [n] * 5 + [n * with_reference] * 5
         fields[:] = [torch.full((size + 1,), 7.0, device=logits.device) for size in sizes]
-        return [x[:-1] for x in fields]
+        return RowStats(*(x[:-1] for x in fields))
 
-    monkeypatch.setattr(KERNELS, "new_fields", with_room)
+    monkeypatch.setattr(RowStats, "empty", with_room)
     for vocab in (5, SPLIT + 5):
         z, z_ref, actions, _ = make(14, 3, vocab, torch.float32)
         fwd(z, actions, z_ref)
-        assert all(x[-1] == 7.0 for x in fields)
+        assert len(fields) == 10 and all(x[-1] == 7.0 for x in fields)
 
 
 @pytest.mark.parametrize("vocab", [5, SPLIT + 5])

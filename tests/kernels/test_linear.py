@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dqo_kernels import linear_soft_bellman_loss, linear_token_stats, soft_bellman_loss, token_stats
-from dqo_kernels.gemm import gradient_dtype
+from dqo_kernels.linear.gemm import gradient_dtype
 from tests.kernels.backends import backends
 from tests.kernels.oracle import random_batch
 

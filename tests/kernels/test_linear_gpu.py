@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.memory import extra_memory
+from benchmarks.harness.memory import extra_memory
 from dqo_kernels import linear_row_loss, linear_soft_bellman_loss
 
 pytestmark = pytest.mark.gpu

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dqo_kernels import gemm, linear_row_loss, linear_soft_bellman_loss, linear_token_stats, token_stats
+from dqo_kernels import linear_row_loss, linear_soft_bellman_loss, linear_token_stats, token_stats
+from dqo_kernels.linear import gemm
 from tests.kernels.backends import backends
 
 BACKENDS = backends("linear_token_stats")

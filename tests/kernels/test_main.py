@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dqo_kernels import __main__ as main_module
-from dqo_kernels import dispatch, library, soft_bellman_loss
+from dqo_kernels import soft_bellman_loss
+from dqo_kernels.core import dispatch, library
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

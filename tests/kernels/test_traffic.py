@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dqo_kernels import dispatch, soft_bellman_loss
+from dqo_kernels import soft_bellman_loss
+from dqo_kernels.core import dispatch
 
 B, T, V = 3, 5, 301
 N = B * T

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.small_models import config_classes, small_model
+from benchmarks.trainer.small_models import config_classes, small_model
 from dqo.errors import UserError
 from dqo.models.architecture import disable_dropout, layers_of, name_trunk, recompute_activations
 from tests.dqo.helpers import gradients

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.small_models import small_config
+from benchmarks.trainer.small_models import small_config
 from dqo.data.batches import Batching, collate, groups_of
 from dqo.errors import UserError
 from dqo.models import attention

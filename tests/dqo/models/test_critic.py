@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForTokenClassification, OPTConfig, OPTForCausalLM
 
-from benchmarks.small_models import small_model
+from benchmarks.trainer.small_models import small_model
 from dqo.data.batches import collate
 from dqo.errors import UserError
 from dqo.models.critic import ValueHead, load_critic, make_value_model, save_value_model, value_model_from, value_rows

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, DistilBertConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, T5Config
 
-from benchmarks.small_models import config_classes, small_config, small_model
+from benchmarks.trainer.small_models import config_classes, small_config, small_model
 from dqo.commands.check import CheckConfig, check
 from dqo.config.options import load_options
 from dqo.data.rows import read_rows

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.small_models import small_model
+from benchmarks.trainer.small_models import small_model
 from dqo.config.options import load_options
 from dqo.data.batches import Batching, collate, groups_of
 from dqo.errors import UserError

@@ -54,7 +54,7 @@ def test_a_capped_weight_is_counted_as_clipped():
 @pytest.mark.parametrize("floor", [None, -900.0, -0.3])
 @pytest.mark.parametrize("level", ["trajectory", "suffix", "prefix", "token", "none"])
 def test_only_what_a_cap_or_a_floor_changed_is_counted_as_clipped(level, cap, floor):
-    from dqo_kernels.packed import sequence_index
+    from dqo_kernels.core.packed import sequence_index
     from dqo_kernels.soft_bellman import importance_weights
 
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import trl_steps
+from benchmarks.trainer import trl_steps
 from dqo.data.batches import collate
 from dqo.objectives import DPO, KTO
 from dqo_kernels import token_stats

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.memory import extra_memory
+from benchmarks.harness.memory import extra_memory
 from dqo.data.batches import collate
 from dqo.models.architecture import recompute_activations
 from dqo.models.critic import make_value_model

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.memory import extra_memory
+from benchmarks.harness.memory import extra_memory
 from dqo.data.batches import Batching, collate, groups_of, micro_batch_plan
 from dqo.errors import UserError
 from dqo.models import attention
@@ -15,8 +15,8 @@ from dqo.processes import Processes
 from dqo.train.engine import Engine
 from dqo.train.learner import Learner, objective_sums
 from dqo.train.step import accumulate
-from dqo_kernels import dispatch
-from dqo_kernels.linear_inputs import WORKSPACE_BYTES
+from dqo_kernels.core import dispatch
+from dqo_kernels.linear.inputs import WORKSPACE_BYTES
 from tests.dqo.helpers import episodes, gradients, policy
 
 OBJECTIVES = [DQO(), DQO(lam=0.9, is_level="suffix"), DQO(value_model="none"), DQO(target="residual"), SFT(), DPO()]

@@ -1,0 +1,133 @@
+"""The demonstration over several seeds: the table and the plot of the README.
+
+    python -m benchmarks.evidence.methods                 (about four minutes a seed on two cores)
+
+Runs `dqo-train --seed S` for every seed whose report.json is not there yet, then writes methods.json and methods.svg
+to benchmarks/results and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.harness.environment import commit
+from dqo.stats import accuracy_interval, paired_test
+
+RESULTS = Path(__file__).parents[1] / "results"
+DECODINGS = ("greedy", "sampling")
+
+
+def run_seeds(directory: Path, seeds: list[int]) -> dict[int, dict]:
+    """{seed: report.json}."""
+    reports = {}
+    for seed in seeds:
+        output = directory / f"seed-{seed}"
+        if not (output / "report.json").exists():
+            command = [sys.executable, "-m", "dqo", "demo", "--output_dir", str(output), "--seed", str(seed)]
+            subprocess.run(command, check=True)
+        reports[seed] = json.loads((output / "report.json").read_text())
+    return reports
+
+
+def summarise(reports: dict[int, dict]) -> dict:
+    """Accuracy with interval by method, decoding and seed, and DQO's paired test against every other method."""
+    rows = []
+    for seed, report in reports.items():
+        methods = {method["name"]: method for method in report["methods"]}
+        for name, method in methods.items():
+            row = {"seed": seed, "method": name, "seconds": method.get("seconds")}
+            for decoding in DECODINGS:
+                interval = accuracy_interval(method[decoding])
+                row[decoding] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+                if name != "dqo":
+                    paired = paired_test(*(per_problem(m[decoding]) for m in (methods["dqo"], method)))
+                    row[decoding] |= {"dqo_minus_this": paired.difference, "p_value": paired.p_value}
+            rows.append(row)
+    first = next(iter(reports.values()))
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "device": first["device"],
+        "versions": first["versions"],
+        "command": "python -m benchmarks.evidence.methods",
+        "wall_seconds": {seed: report["wall_seconds"] for seed, report in reports.items()},
+        "rows": rows,
+    }
+
+
+def per_problem(scores: list) -> np.ndarray:
+    """(P,): the score, or the mean over samples, of each problem."""
+    scores = np.asarray(scores, float)
+    return scores if scores.ndim == 1 else scores.mean(axis=1)
+
+
+def table(summary: dict) -> str:
+    """Markdown: mean over seeds, the range of seeds, and the worst paired p value of DQO against the method."""
+    lines = ["| method | greedy | sampling | DQO ahead, greedy (largest p) | DQO ahead, sampling (largest p) |"]
+    lines.append("|---|---|---|---|---|")
+    names = list(dict.fromkeys(row["method"] for row in summary["rows"]))
+    for name in names:
+        rows = [row for row in summary["rows"] if row["method"] == name]
+        cells = [name]
+        for decoding in DECODINGS:
+            means = [100 * row[decoding]["mean"] for row in rows]
+            cells.append(f"{np.mean(means):.1f} ({min(means):.1f}–{max(means):.1f})")
+        for decoding in DECODINGS:
+            if name == "dqo":
+                cells.append("")
+                continue
+            gaps = [100 * row[decoding]["dqo_minus_this"] for row in rows]
+            cells.append(f"{np.mean(gaps):+.1f} ({max(row[decoding]['p_value'] for row in rows):.1g})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(summary: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(row["method"] for row in summary["rows"]))
+    grey = "#808080"  # readable on white and on black
+    plt.rcParams.update({"svg.fonttype": "none", "text.color": grey, "axes.labelcolor": grey, "axes.edgecolor": grey})
+    plt.rcParams.update({"xtick.color": grey, "ytick.color": grey, "font.family": "sans-serif", "svg.hashsalt": "dqo"})
+    figure, panels = plt.subplots(1, 2, figsize=(8.5, 2.6), sharey=True)
+    for panel, decoding in zip(panels, DECODINGS):
+        for y, name in enumerate(names):
+            rows = [row for row in summary["rows"] if row["method"] == name]
+            for offset, row in zip(np.linspace(-0.2, 0.2, len(rows)), rows):
+                low, mean, high = (100 * row[decoding][key] for key in ("low", "mean", "high"))
+                colour = "#d55e00" if name == "dqo" else "#0072b2"
+                panel.errorbar(mean, y + offset, xerr=[[mean - low], [high - mean]], fmt="o", ms=4, color=colour, lw=1)
+        panel.set_yticks(range(len(names)), names)
+        panel.set_xlabel(f"{decoding} accuracy, %")
+        panel.set_xlim(0, 100)
+        panel.grid(axis="x", alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--directory", type=Path, default=Path("out/methods"))
+    arguments = parser.parse_args()
+    summary = summarise(run_seeds(arguments.directory, arguments.seeds))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "methods.json").write_text(json.dumps(summary, indent=1) + "\n")
+    plot(summary, RESULTS / "methods.svg")
+    print(table(summary))
+
+
+if __name__ == "__main__":
+    main()

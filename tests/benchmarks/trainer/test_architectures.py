@@ -1,0 +1,41 @@
+"""The table of architectures: a part of its rows is made, and what it would say of a faulty class."""
+
+import pytest
+
+from benchmarks.trainer import architectures
+
+# Dropout by other means, factors, several parts, experts, states in the place of attention, linear biases, shared layers.
+TRAINED = [
+    "llama",
+    "opt",
+    "bloom",
+    "gpt2",
+    "gpt_bigcode",
+    "starcoder2",
+    "biogpt",
+    "xglm",
+    "falcon",
+    "phi",
+    "gptj",
+    "mpt",
+]
+TRAINED += ["gemma2", "gemma3", "gemma4_text", "qwen3_5", "olmo2", "granite", "cohere2", "mixtral", "qwen2_moe", "lfm2"]
+TRAINED += ["recurrent_gemma", "xlstm"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", TRAINED)
+def test_an_architecture_is_trained_in_every_way(model_type, tmp_path):
+    cells = architectures.row_of(model_type, tmp_path)
+    assert {column: cells[column] for column in architectures.COLUMNS} == dict.fromkeys(architectures.COLUMNS, "yes")
+
+
+def test_the_table_says_what_is_refused_and_what_fails(tmp_path, monkeypatch):
+    rows = {"bert": architectures.row_of("bert", tmp_path / "bert"), "fuyu": architectures.row_of("fuyu", tmp_path)}
+    assert rows["bert"]["trains"].startswith("refused: BertLMHeadModel is not causal")
+    assert rows["fuyu"]["trains"].startswith("not built: ")
+    monkeypatch.setattr("dqo.models.policy.disable_dropout", lambda model: model.train())
+    rows["opt"] = architectures.row_of("opt", tmp_path / "opt")
+    assert rows["opt"]["trains"].startswith("refused: OPTForCausalLM gives one row two results")
+    lines = architectures.table(rows).splitlines()
+    assert len(lines) == 5 and all(line.count("|") == 7 for line in lines)

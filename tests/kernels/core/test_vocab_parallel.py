@@ -1,0 +1,71 @@
+"""Two and three processes that hold a slice of V each, against one process that holds all of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dqo_kernels import token_stats
+from dqo_kernels.core import dispatch
+from dqo_kernels.core.vocab_parallel import VocabSlices
+from tests.kernels.core.vocab_parallel_cases import BACKENDS, CASES
+
+ROOT = Path(__file__).parents[3]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo"),
+]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def outcomes(request, tmp_path_factory):
+    """{case: what each process said}; all cases run in one start of the processes."""
+    place = tmp_path_factory.mktemp("group")
+    command = [sys.executable, "-m", "tests.kernels.core.vocab_parallel_cases"]
+    arguments = [str(request.param), str(place / "store"), str(place / "results")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(request.param)
+    ]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    found = [json.loads((place / f"results.{rank}").read_text()) for rank in range(request.param)]
+    return {name: [outcome[name] for outcome in found] for name in found[0]}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_the_processes_agree_with_one_process(outcomes, name, backend):
+    if reason := dispatch.unavailable(backend):
+        pytest.skip(reason)
+    said = outcomes[f"{name}-{backend}"]
+    assert not any(said), "\n".join(f"process {rank}: {text}" for rank, text in enumerate(said))
+
+
+def test_what_is_no_group_is_refused():
+    with pytest.raises(ValueError, match="group: expected a torch.distributed process group or None, got str"):
+        token_stats(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), group="world")
+
+
+def test_an_id_outside_the_vocabulary_is_left_for_the_row_kernel_to_answer_with_nan():
+    slices = VocabSlices(None, first=2, last=5, vocab=7, widest=3)
+    here, columns = slices.local(torch.tensor([-1, 0, 2, 4, 5, 7]))
+    assert here.tolist() == [False, False, True, True, False, False]
+    assert columns.tolist() == [-1, 0, 0, 2, 0, -1]
+    ones = torch.ones(6)
+    assert [c.tolist() for c in slices.coefficients(here, columns, [ones, None])] == [
+        [1, 0, 1, 1, 0, 1],
+        [0, -1, 0, 0, -1, 0],
+    ]
