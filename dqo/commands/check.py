@@ -15,7 +15,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from dqo.commands.check_view import view
-from dqo.config.options import parse_flags
+from dqo.config.flags import parse_flags
 from dqo.data.advice import row_warnings
 from dqo.data.episodes import Episode, make_episodes
 from dqo.data.rows import Row, check_process_reward, duplicate_count, prompt_key, read_rows

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from dqo.config.options import parse_flags
+from dqo.config.flags import parse_flags
 from dqo.convert.entry import FORMATS, convert
 
 PLACE = 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from dqo.config.options import parse_flags
+from dqo.config.flags import parse_flags
 from dqo.demo.recipe import DemoConfig
 from dqo.demo.run import run_demo
 from dqo.requirements import check_packages

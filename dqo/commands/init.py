@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dqo.config.options import parse_flags
+from dqo.config.flags import parse_flags
 from dqo.data.chat import completion_text
 from dqo.data.rows import read_rows
 

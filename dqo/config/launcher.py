@@ -1,6 +1,6 @@
-"""The settings of `accelerate launch`, which it hands over in the environment: obeyed, or refused by name; none is ignored.
+"""The settings of `accelerate launch`, which it passes on as environment variables. Each is obeyed or refused by its name.
 
-Imports no torch: this is checked with the options.
+They are checked with the options, before torch is imported.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def known(name: str) -> bool:
 
 
 def obey(options: Options, environment: Mapping[str, str] = os.environ) -> Options:
-    """The options with what the launcher's settings ask for.
+    """The options, changed to what the launcher's settings ask for.
 
     Raises:
         UserError: for a setting that this trainer does not have, or that contradicts an option that was given.
@@ -174,7 +174,7 @@ def _refuse_settings(environment: Mapping[str, str]) -> None:
 
 
 def _asked(environment: Mapping[str, str]) -> dict[str, tuple[object, str]]:
-    """{option: (value, setting)} of what is obeyed."""
+    """{option: (value that a setting asks for, that setting)}."""
     found: dict[str, tuple[object, str]] = {}
 
     def ask(option: str, value: object, setting: str) -> None:

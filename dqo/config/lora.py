@@ -1,4 +1,4 @@
-"""Which peft.LoraConfig is plain LoRA. Read before any work, without torch."""
+"""Checks that a peft.LoraConfig asks for plain LoRA, before any work and without torch."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ SAME_AS_DEFAULT = {"init_lora_weights": ("gaussian",), "task_type": ("CAUSAL_LM"
 
 
 def check_lora_config(config: Any) -> None:
-    """Refuses, by its name, each field that is neither plain LoRA nor at its default; so also those that a later peft adds.
+    """Refuses each field that is neither plain LoRA nor at its default, by its name, and so also those that a later
+    peft adds.
 
     Raises:
-        UserError: for another kind of configuration, or a field that the reference, the critic or a reload would not have right.
+        UserError: for another class of configuration, or a field that would make the reference, critic or a reload wrong.
     """
     if type(config).__name__ != "LoraConfig":  # AdaLoraConfig and others inherit from it
         raise UserError(f"peft_config is a {type(config).__name__}; only peft.LoraConfig is supported")
@@ -85,7 +86,7 @@ def check_lora_options(config: Any, options: Options) -> None:
 
 
 def described(config: Any) -> dict[str, Any]:
-    """{"peft_config.r": 8, ...}: the fields that say what is trained, as JSON gives them back."""
+    """{"peft_config.r": 8, ...}: the fields that say what is trained, as they are after writing to JSON and reading back."""
     values = {name: getattr(config, name) for name in sorted(PLAIN) if hasattr(config, name)}
     values = {name: sorted(value) if isinstance(value, (set, list, tuple)) else value for name, value in values.items()}
     return json.loads(json.dumps({f"{PREFIX}{name}": value for name, value in values.items()}, default=str))

@@ -1,6 +1,7 @@
-"""Options: one flat dataclass plus the fields of the objective; YAML under flags, unknown keys refused.
+"""The options of training: one flat dataclass and the fields of the objective.
 
-Imports neither torch nor transformers: `--help` and every check of the options come before those are loaded.
+Flags override YAML files, which override defaults. Unknown names are refused. `--help` and every check of the options run before
+torch and transformers are imported.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from typing import Annotated, Any, Literal, get_type_hints
 import tyro
 import yaml
 
-from dqo.config.sources import read_options
+from dqo.config.flags import check_flags, flag_sources, options_of_methods, take_config_files
 from dqo.config.values import brief, refuse, suggestion, typed, value_problems
 from dqo.errors import UserError, did_you_mean
-from dqo.files import name_problem
 from dqo.grading.verifiers import VERIFIERS, VerifierName
 from dqo.objectives import OBJECTIVES
 
@@ -178,7 +178,7 @@ class TrainConfig:
 
     @property
     def best_metric(self) -> str | None:
-        """metric_for_best_model, with its default."""
+        """The metric that says which evaluation is the best; None where none was asked for."""
         return self.metric_for_best_model or ("loss" if self.load_best_model_at_end else None)
 
     @property
@@ -188,7 +188,7 @@ class TrainConfig:
         return self.best_metric is not None and not self.best_metric.endswith("loss")
 
     def batch_tokens(self, device_type: str) -> int:
-        """The micro-batches' budget."""
+        """The largest number of tokens in a micro-batch on a device of this type, padding included."""
         whole = self.per_device_train_batch_size * self.max_length
         return self.max_batch_tokens or (min(whole, CPU_BATCH_TOKENS) if device_type == "cpu" else whole)
 
@@ -239,7 +239,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Options:
-    """What a command line resolves to, and where each value that is not a default came from."""
+    """The options of a run. `sources` says where each value that was given came from."""
 
     train: TrainConfig
     objective: Any
@@ -247,28 +247,6 @@ class Options:
 
     def flat(self) -> dict[str, Any]:
         return dataclasses.asdict(self.train) | dataclasses.asdict(self.objective)
-
-
-def _take_config_files(arguments: list[str]) -> tuple[list[str], dict[str, tuple[Any, str]]]:
-    """Splits `--config a.yaml b.yaml` and `--config=a.yaml` off, however often they come; later files win."""
-    left, paths, i = [], [], 0
-    while i < len(arguments):
-        name, equals, path = arguments[i].partition("=")
-        i += 1
-        if name != "--config":
-            left.append(arguments[i - 1])
-            continue
-        given = [path] if path else []
-        while not equals and i < len(arguments) and not arguments[i].startswith("-"):
-            given.append(arguments[i])
-            i += 1
-        if not given:
-            raise UserError("--config needs a file")
-        paths += given
-    values: dict[str, tuple[Any, str]] = {}
-    for path in paths:
-        values |= read_options(path)
-    return left, values
 
 
 def _method(arguments: list[str], from_files: dict[str, tuple[Any, str]]) -> str:
@@ -302,7 +280,7 @@ def _resolve(objective_class: type, given: dict[str, tuple[Any, str]]) -> tuple[
         elif key in objective_fields:
             objective_values[key] = _checked(objective_class, key, value, source)
         else:
-            nearest = suggestion(key, train_fields | objective_fields, of_methods=_options_of_methods())
+            nearest = suggestion(key, train_fields | objective_fields, of_methods=options_of_methods())
             raise UserError(f"{source}: unknown option {brief(key)}.{nearest}")
     return TrainConfig(**train_values), objective_class(**objective_values)
 
@@ -316,46 +294,12 @@ def options_of(values: dict[str, Any], source: str) -> Options:
     return options
 
 
-def _options_of_methods() -> dict[str, set[str]]:
-    return {method: {f.name for f in dataclasses.fields(cls)} for method, cls in OBJECTIVES.items()}
-
-
-def _check_flags(arguments: list[str], known: set[str]) -> None:
-    """Refuses unknown flags, and arguments that no option can hold, before tyro sees them: it knows no other trainer's names."""
-    flag = "an argument"
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        is_flag = name.startswith("--") and len(name) > 2
-        flag = name if is_flag else flag
-        held = argument if not is_flag else value if equals else name
-        if (problem := name_problem(held)) is not None:
-            raise UserError(f"{brief(flag)} {problem}")
-        option = name[2:].replace("-", "_")
-        if is_flag and option.removeprefix("no_") not in known | {"help"} and not option.startswith("tyro_"):
-            nearest = suggestion(option, known, "--", _options_of_methods())
-            raise UserError(f"unknown option {brief(name)}.{nearest} `--help` lists all")
-
-
-def flag_sources(arguments: list[str]) -> dict[str, str]:
-    """{option: the flag that gives it}."""
-    names = [a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in arguments if a.startswith("--")]
-    return {name: f"--{name}" for name in names}
-
-
-def parse_flags(cls: type, arguments: list[str], prog: str) -> Any:
-    """A command's dataclass from its flags, each value checked; exits with 2 when tyro finds one of the wrong type."""
-    _check_flags(arguments, {f.name for f in dataclasses.fields(cls)})
-    config = tyro.cli(cls, args=arguments, prog=prog, use_underscores=True)
-    refuse(value_problems(config) or config.problems(), flag_sources(arguments))
-    return config
-
-
 def load_options(arguments: list[str], prog: str = "dqo-train") -> Options:
-    """Flags over YAML over defaults; raises UserError (or exits 2 with the flag named) for anything that does not fit."""
-    arguments, from_files = _take_config_files(list(arguments))
+    """The options that a command line gives. Raises a UserError, or exits with 2, and names what does not fit."""
+    arguments, from_files = take_config_files(list(arguments))
     objective_class = OBJECTIVES[_method(arguments, from_files)]
     known = {f.name for cls in (TrainConfig, objective_class) for f in dataclasses.fields(cls)}
-    _check_flags(arguments, known | {"config"})
+    check_flags(arguments, known | {"config"})
     train, objective = _resolve(objective_class, from_files)
     if arguments:
         # made here, because tyro resolves the annotations of a class by name and the objective is known only now

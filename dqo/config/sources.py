@@ -1,4 +1,4 @@
-"""Options from a YAML file: a flat mapping of names to words, numbers and lists of words; what else there is has a line."""
+"""Options from a YAML file: a flat mapping of names to words, numbers and lists of words. Anything else is refused."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _text(path: str) -> str:
 
 
 def _check_depth(path: str, text: str) -> None:
-    """Before anything recursive sees the file."""
+    """Refuses a deeply nested file before the recursive parser reads it."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

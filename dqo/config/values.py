@@ -1,4 +1,4 @@
-"""What any option may hold: a value of its type, a finite number, a name that file systems take; and the nearest known option."""
+"""Checks of any option: its type, finite numbers, names that file systems take. It also finds the option that was meant."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ _SYNONYM_OF = {word: option for option, words in SYNONYMS.items() for word in wo
 
 
 class Plain(str):
-    """An unquoted word of a YAML file. Where a number is expected it may be one: YAML 1.1 takes 1e-6 for a word."""
+    """An unquoted word of a YAML file. It may stand for a number, because YAML 1.1 reads 1e-6 as a word."""
 
 
 def brief(value: Any) -> str:
@@ -99,10 +99,10 @@ def suggestion(
 
 
 def typed(expected: Any, value: Any) -> Any:
-    """`value` as the type of an annotation. Numbers of numpy and torch and paths serve, and ints for floats; no other is cast.
+    """`value` as the type of an annotation. Numbers of numpy and torch, paths, and ints for floats are converted, no others.
 
     Raises:
-        TypeError: when it is of another type, or none of the annotation's words.
+        TypeError: when the value has another type, or is none of the annotation's words.
     """
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
@@ -143,7 +143,7 @@ def _float(value: Any) -> float:
 
 
 def value_problems(config: Any) -> list[tuple[str, str]]:
-    """(field, what is wrong) of a dataclass's numbers that are not finite, or too large, and of its names that are none."""
+    """(field, what is wrong) of each number that is not finite or too large, and each name that no file system takes."""
     found = []
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):

@@ -1,4 +1,4 @@
-"""What rows may hold and yet is probably a mistake, or keeps a method from learning: the same for `dqo check` and `dqo train`."""
+"""Warnings of rows that are allowed but probably wrong, or from which a method learns little; `dqo check` gives them too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def row_warnings(rows: list[Row], settings: Any, objective: Any = None) -> list[
 
     Args:
         settings: has method, truncation, process_reward, process_coef, reward_scale and reward_shift, as options of training.
-        objective: of settings.method; None where the method is not known: then every method is thought of.
+        objective: that of settings.method; None where the method is not known: then the warnings are those of any method.
 
     Raises:
         UserError: when all rewards are equal and the objective needs different ones.

@@ -1,4 +1,4 @@
-"""Rows as text: what the chat template writes of messages, and strings as they are."""
+"""The text of rows. A chat template writes messages; strings stay as they are."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Completion:
 
 
 def completion_text(row: Row) -> str:
-    """The content alone."""
+    """The completion's content, without tags or tool calls."""
     return row.completion if isinstance(row.completion, str) else row.completion[-1].get("content", "")
 
 
@@ -43,7 +43,7 @@ def reads_clock(tokenizer) -> bool:
 
 @contextmanager
 def clock_at(when: datetime.datetime | None) -> Iterator[None]:
-    """Chat templates find the time `when` inside; None: they read the clock."""
+    """Inside, chat templates take `when` for the time; with None they read the clock."""
     if when is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""What every field of a flat row must be. A message says what came, what was expected and the cure."""
+"""Checks of every field of a flat row. Each message says what was found, what is expected, and the cure."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def _completion(value: Any, name: str) -> tuple[str | list[dict], str]:
 
 
 def number(value: Any, name: str) -> float:
-    """A finite number; ints serve, bools and strings do not."""
+    """A finite number. Ints are accepted, bools and strings are not."""
     if isinstance(value, bool):
         raise UserError(f"{name} is {shown(value)}, a bool; expected a number: {float(value)}, or use the label column")
     if isinstance(value, str):
@@ -175,13 +175,13 @@ def number(value: Any, name: str) -> float:
 
 
 def _truth(value: Any) -> bool | None:
-    """What people who write no booleans mean; None where it is not known."""
+    """The boolean that a word or number stands for; None where that is not known."""
     word = str(value).strip().lower().removesuffix(".0")
     return True if word in _TRUE else False if word in _FALSE else None
 
 
 def _outcome(record: Record, common: Common, reward_threshold: float) -> tuple[float, bool]:
-    """Reward and label, each made from the other where it is missing."""
+    """Reward and label. A missing one is made from the other."""
     values = record.values
     name, label = record.name("reward"), values.get("label")
     if label is not None and not isinstance(label, bool):
@@ -314,7 +314,7 @@ def _word(value: Any, name: str) -> str | None:
 
 
 def _of_templates(values: dict[str, Any]) -> dict[str, Any]:
-    """What chat templates are told of beside the messages: tools (a list, or its JSON text, as TRL takes it) and other names."""
+    """What chat templates get beside the messages: tools (a list, or its JSON text, as in TRL) and further names."""
     tools, more = values.get("tools"), values.get("chat_template_kwargs")
     if isinstance(tools, str):
         try:

@@ -80,7 +80,7 @@ _USED = {  # columns that are read besides; in the other forms all of FIELDS
 
 @dataclass(slots=True)
 class Record:
-    """One row as it came. `names` says how the source calls a field that a form renames."""
+    """One row as it was read. `names` maps a field to its name in the source, where a form renames it."""
 
     index: int
     source: str
@@ -92,7 +92,7 @@ class Record:
 
 
 def form_of(values: dict[str, Any]) -> str:
-    """The form of a row by its columns; flat when none is recognised."""
+    """The form that these columns belong to; "flat" when they fit no other."""
     if "completion" in values:
         return "flat"
     if "completions" in values:
@@ -257,6 +257,6 @@ def _join_steps(record: Record, reward_threshold: float) -> Record:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON, cut to fit a message."""
+    """A value as JSON, short enough for a message."""
     text = json.dumps(value, default=repr, ensure_ascii=False).encode(errors="replace").decode()
     return text if len(text) <= 60 else f"{text[:57]}..."

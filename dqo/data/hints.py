@@ -1,4 +1,4 @@
-"""What a file with other columns probably is, and what makes rollout rows of it."""
+"""Hints for a file without the columns of rollout rows: what it probably is, and how to make rollout rows of it."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ _IDS = {
 
 
 def structure_hint(found: set[str]) -> str:
-    """What a file with these columns is, where they are known to be no flat rows; else ""."""
+    """What a file with these columns is, where it is known and has another structure than flat rows; else ""."""
     return next((hint for columns, hint in _STRUCTURES if columns <= found), "")
 
 

@@ -1,4 +1,4 @@
-"""Token ids as they should be: no padding, one BOS, one end; and text that continues a text."""
+"""Cleans token ids: no padding, one BOS, one end token. And tokenises a text that continues another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PREFIXES = ("\u2581", "\u0120")  # a space's piece, of sentencepiece and of byt
 
 @dataclass(frozen=True, slots=True)
 class Specials:
-    """What a tokenizer does at the ends of a text."""
+    """The special tokens that a tokenizer puts at the beginning and the end of a text."""
 
     pad: int | None
     bos: int | None
@@ -34,7 +34,7 @@ class Specials:
 
 
 def clean_prompt(ids: list[int], stored: bool, of_template: bool, specials: Specials, cuts: Counter) -> list[int]:
-    """Ids of a prompt without padding (stored ones), a repeated BOS, and the end that a tokenizer appends; `cuts` counts."""
+    """Ids of a prompt without padding (of stored ids), a repeated BOS, and a tokenizer's end token. `cuts` counts them."""
     found = ids
     if stored:
         begin = _run(found, specials.pad)

@@ -140,13 +140,13 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
 
 
 def prompt_key(row: Row) -> str:
-    """Equal for rows of the same prompt."""
+    """A key that rows of the same prompt share, and no others."""
     more = [row.tools, row.chat_template_kwargs] if row.tools or row.chat_template_kwargs else []
     return json.dumps([row.prompt, *more] if more else row.prompt, sort_keys=True)
 
 
 def check_contrast(rows: list[Row]) -> str:
-    """A warning when no prompt has responses with different rewards; "" when some have.
+    """A warning when no prompt has responses with different rewards, else "".
 
     Raises:
         UserError: when all rewards are equal and no step has a reward, so that there is nothing to learn.

@@ -1,4 +1,4 @@
-"""Sources of rows: JSON Lines, Parquet, anything iterable. What the rows hold is not looked at here."""
+"""Reads rows from JSON Lines, Parquet, data sets and iterables. It does not check their fields."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def read_records(source: Any) -> tuple[str, list[Record], list[Problem]]:
 
 
 def read_jsonl(path: Path) -> tuple[list[Record], list[Problem]]:
-    """Objects of a JSON Lines file, one a line; empty lines are passed over."""
+    """The objects of a JSON Lines file, one a line. Empty lines are skipped."""
     records, problems = [], []
     try:
         content = path.read_bytes()
@@ -93,7 +93,7 @@ def read_jsonl(path: Path) -> tuple[list[Record], list[Problem]]:
 
 
 def progress(items: Iterable, description: str) -> Iterable:
-    """A bar for what turns out to take more than two seconds on a terminal."""
+    """Shows a progress bar on a terminal when the work takes more than two seconds."""
     from tqdm import tqdm  # here, because reading a small file should not wait for it
 
     return tqdm(items, description, unit="row", delay=2, leave=False, disable=None)

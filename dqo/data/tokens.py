@@ -1,4 +1,4 @@
-"""Rows -> token ids, and where their steps end.
+"""Turns rows into token ids, and finds the tokens that end their steps.
 
 Prompt and completion are tokenised apart and joined as ids, so that no token straddles the boundary; stored ids are used as
 they are, without padding. A response that ended has exactly one end token.
@@ -39,7 +39,7 @@ class Tokens:
 def tokenize_rows(
     rows: list[Row], tokenizer, ends: Ends, vocab_size: int, max_length: int, skip_bad_rows: bool = False
 ) -> list[Tokens]:
-    """Each row on tokens; see `dqo.episodes.make_episodes`.
+    """Each row on tokens; see `dqo.data.episodes.make_episodes`.
 
     Raises:
         UserError: naming the rows that cannot be placed on tokens; with `skip_bad_rows` only when none can.
@@ -63,7 +63,7 @@ def tokenize_rows(
 
 
 def prompt_ids(tokenizer, texts: list[str], of_template: list[bool]) -> list[list[int]]:
-    """Ids of prompts' texts. Special tokens are in what a template wrote; the tokenizer puts its own around strings."""
+    """Ids of the texts of prompts. A template has written the special tokens; around strings the tokenizer puts its own."""
     found: dict[tuple[bool, str], list[int]] = {}
     for templated in (False, True):
         distinct = list({text: None for text, own in zip(texts, of_template) if own == templated})
@@ -74,7 +74,7 @@ def prompt_ids(tokenizer, texts: list[str], of_template: list[bool]) -> list[lis
 
 
 def string_prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of prompts that are strings, as training has them."""
+    """Ids of prompts that are strings, the same as in training."""
     specials = Specials.of(tokenizer)
     found = prompt_ids(tokenizer, texts, [False] * len(texts))
     return [clean_prompt(ids, False, False, specials, Counter()) for ids in found]
@@ -163,7 +163,7 @@ def _tokens(
 
 
 def _step_ends(row: Row, shift: int, spans: list[tuple[int, int]]) -> list[int]:
-    """The last token that begins inside each step; the first token, of a step that was cut off with the prompt's tag."""
+    """The last token that begins inside each step. A step that was cut off with the prompt's tag gets the first token."""
     ends, token = [], 0
     for _, end in row.steps:
         while token < len(spans) and spans[token][0] < end + shift:
@@ -175,7 +175,7 @@ def _step_ends(row: Row, shift: int, spans: list[tuple[int, int]]) -> list[int]:
 def _opened_once(
     prompt: list[int], ids: list[int], logprobs: list[float] | None, tokenizer, cuts: Counter
 ) -> tuple[list[int], list[float] | None]:
-    """Stored ids without the tag, such as <think>, that ends the prompt already, and without the white space after both."""
+    """Stored ids without a tag, such as <think>, that already ends the prompt, and without the white space after it."""
     before = tokenizer.decode(prompt[-8:])
     tag = opening(before)
     if tag is None:

@@ -84,7 +84,7 @@ def same_answer(given: str, expected: str) -> bool:
 
 
 def verdict(given: str, expected: str) -> bool | None:
-    """True: two final answers are the same; False: they differ in a number, a unit or a name; None: that needs algebra."""
+    """True: the two answers are the same. False: they differ in a number, a unit or a name. None: only algebra can tell."""
     given, expected = given.strip(), expected.strip()
     if max(len(given), len(expected)) > LONGEST or _too_deep(given) or _too_deep(expected):
         return given == expected
@@ -139,7 +139,7 @@ def _compared(a: _Answer, b: _Answer) -> bool | None:
 
 
 def _percent(a: _Answer, b: _Answer) -> bool:
-    """Whether a is written in per cent, and b is the same number without."""
+    """Whether a is written in per cent and b is the same number without the sign."""
     share = constant_of(a.form) if a.unit == "%" and not b.unit else None
     return share is not None and (share / 100, ()) == b.form
 

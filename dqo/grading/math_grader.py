@@ -113,7 +113,7 @@ class MathGrader:
 
 
 def _bare(answer: str) -> str:
-    """Without a final period and the signs of mathematics around it, which math-verify takes for a part of it."""
+    """The answer without a final period and dollar signs around it, which math-verify takes for parts of it."""
     return answer.strip("$ \n").rstrip(".$ \n").removeprefix("\\(").removesuffix("\\)")
 
 

@@ -1,6 +1,6 @@
 r"""Expressions in LaTeX or plain text, read as sums of terms: `\frac{3\sqrt{3}}{4}` and `3\sqrt3/4` become the same tuples.
 
-Reading is no algebra: constants are added and multiplied, the order of a sum is forgotten, and nothing else is moved. What may be
+Constants are added and multiplied, and the order of a sum does not matter; no other algebra is done. What may be
 read in two ways, such as `1/2x` or `2 3`, is not read.
 """
 

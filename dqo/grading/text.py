@@ -1,4 +1,4 @@
-"""Where a text is cut, whoever wrote it: for the checks of rows, the converters and the graders."""
+"""Cuts texts into lines, in the same places for the checks of rows, the converters and the graders."""
 
 import re
 

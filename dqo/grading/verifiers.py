@@ -1,4 +1,4 @@
-"""How answers to problems are graded: the table of verifiers, tried on the reference answers before anything is trained.
+"""The table of verifiers, which grade answers to problems, and the check of reference answers before anything is trained.
 
 A verifier is one file of this folder and one line of VERIFIERS, which alone names it.
 """

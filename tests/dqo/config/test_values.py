@@ -14,7 +14,8 @@ from dqo.commands.base import dqo_command
 from dqo.commands.check import CheckConfig
 from dqo.commands.convert import ConvertConfig
 from dqo.commands.init import InitConfig
-from dqo.config.options import TrainConfig, load_options, parse_flags
+from dqo.config.flags import parse_flags
+from dqo.config.options import TrainConfig, load_options
 from dqo.config.values import SYNONYMS, brief, suggestion
 from dqo.demo.recipe import DemoConfig
 from dqo.errors import UserError

@@ -1,0 +1,70 @@
+"""Flags of a command line, checked before tyro reads them, so that a wrong one is refused with the option that was meant."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import tyro
+
+from dqo.config.sources import read_options
+from dqo.config.values import brief, refuse, suggestion, value_problems
+from dqo.errors import UserError
+from dqo.files import name_problem
+from dqo.objectives import OBJECTIVES
+
+
+def take_config_files(arguments: list[str]) -> tuple[list[str], dict[str, tuple[Any, str]]]:
+    """Splits `--config a.yaml b.yaml` and `--config=a.yaml` off, however often they come; later files win."""
+    left, paths, i = [], [], 0
+    while i < len(arguments):
+        name, equals, path = arguments[i].partition("=")
+        i += 1
+        if name != "--config":
+            left.append(arguments[i - 1])
+            continue
+        given = [path] if path else []
+        while not equals and i < len(arguments) and not arguments[i].startswith("-"):
+            given.append(arguments[i])
+            i += 1
+        if not given:
+            raise UserError("--config needs a file")
+        paths += given
+    values: dict[str, tuple[Any, str]] = {}
+    for path in paths:
+        values |= read_options(path)
+    return left, values
+
+
+def options_of_methods() -> dict[str, set[str]]:
+    return {method: {f.name for f in dataclasses.fields(cls)} for method, cls in OBJECTIVES.items()}
+
+
+def check_flags(arguments: list[str], known: set[str]) -> None:
+    """Refuses unknown flags, and arguments that no option can hold. tyro would do so without the names of other trainers."""
+    flag = "an argument"
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        is_flag = name.startswith("--") and len(name) > 2
+        flag = name if is_flag else flag
+        held = argument if not is_flag else value if equals else name
+        if (problem := name_problem(held)) is not None:
+            raise UserError(f"{brief(flag)} {problem}")
+        option = name[2:].replace("-", "_")
+        if is_flag and option.removeprefix("no_") not in known | {"help"} and not option.startswith("tyro_"):
+            nearest = suggestion(option, known, "--", options_of_methods())
+            raise UserError(f"unknown option {brief(name)}.{nearest} `--help` lists all")
+
+
+def flag_sources(arguments: list[str]) -> dict[str, str]:
+    """{option: the flag that gives it}."""
+    names = [a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in arguments if a.startswith("--")]
+    return {name: f"--{name}" for name in names}
+
+
+def parse_flags(cls: type, arguments: list[str], prog: str) -> Any:
+    """A command's dataclass from its flags, each value checked; exits with 2 when tyro finds one of the wrong type."""
+    check_flags(arguments, {f.name for f in dataclasses.fields(cls)})
+    config = tyro.cli(cls, args=arguments, prog=prog, use_underscores=True)
+    refuse(value_problems(config) or config.problems(), flag_sources(arguments))
+    return config
