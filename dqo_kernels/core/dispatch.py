@@ -17,6 +17,8 @@ try:
 except ModuleNotFoundError:
     _cuda = None
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked for here: torch.compile refuses to
+
 ONE_PASS = "cuda_one_pass"  # a form of soft_bellman_loss alone, which the argument `backend` must ask for
 BACKENDS = ("reference", "cpp", "triton", "cuda", ONE_PASS)
 
@@ -69,7 +71,7 @@ def unavailable(backend: str, device_type: str = "cpu", dtype: torch.dtype = tor
         if dtype == torch.float64:
             return _FLOAT32_ALONE
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _HAS_TRITON:
             return "triton is not installed"
         if device_type == "cpu" and not triton_interprets():
             return "Triton compiles for GPUs; on the CPU set TRITON_INTERPRET=1 before Python starts (slow, for tests)"
