@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from dqo.data.forms import Record, shown
+from dqo.data.json_text import DoubledKey, decode
 from dqo.errors import UserError
 from dqo.grading.text import line_spans
 
@@ -318,8 +318,10 @@ def _of_templates(values: dict[str, Any]) -> dict[str, Any]:
     tools, more = values.get("tools"), values.get("chat_template_kwargs")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
+            tools = decode(tools)
+        except DoubledKey as error:
+            raise UserError(f"tools {error}") from error
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"tools is {shown(tools)}, a string that is not JSON; expected a list of objects"
             ) from error
