@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -16,6 +15,7 @@ from dqo.data.checks import Common, checked
 from dqo.data.forms import Record, check_columns, to_flat
 from dqo.data.sources import Problem, progress, read_records
 from dqo.errors import UserError
+from dqo.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -123,20 +123,11 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     path = Path(path)
     if path.suffix == ".parquet":
         raise UserError(f"{path}: rows are written as JSON Lines; name the file .jsonl")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     names = [f.name for f in fields(Row) if f.name != "source"]
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            for row in rows:
-                values = {name: value for name in names if (value := getattr(row, name)) is not None}
-                file.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
+        for row in rows:
+            values = {name: value for name in names if (value := getattr(row, name)) is not None}
+            file.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def prompt_key(row: Row) -> str:

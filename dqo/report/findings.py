@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +13,9 @@ import dqo
 from dqo.data.episodes import Episode
 from dqo.models import attention
 from dqo.processes import Processes
-from dqo.stats import auc, auc_interval
+from dqo.stats import auc_interval
 from dqo.train.engine import Engine
-from dqo.train.held_out import value_traces
+from dqo.train.held_out import value_auc, value_traces
 from dqo.train.loop import Run
 from dqo.train.metrics import read_metrics
 from dqo.train.prepare import distinct
@@ -54,19 +53,17 @@ def value_findings(run: Run) -> dict:
     learner = prepared.learner
     batching = replace(prepared.batching, max_tokens=16_384, packed=attention.packs(learner.policy))
     traces = value_traces(Engine(learner, learner, batching, Processes(device=learner.device)), episodes)
-    labels = [e.label for e in episodes]
-    at_end = [trace[-1] for trace in traces]
-    at_half = [trace[math.ceil(len(trace) / 2) - 1] for trace in traces]
+    at_end, at_half = value_auc(traces, episodes)
     sections: dict = {
         "value_calibration": {"predicted": [trace[0] for trace in traces], "observed": [e.reward for e in episodes]},
         "value_traces": [_trace(prepared.tokenizer, episodes[i], traces[i]) for i in _shown(episodes)],
     }
-    if auc(at_end, labels) is not None:
-        groups = [e.prompt_index for e in episodes]
-        interval = auc_interval(at_end, labels, groups)
+    if at_end is not None:
+        labels, groups = [e.label for e in episodes], [e.prompt_index for e in episodes]
+        interval = auc_interval([trace[-1] for trace in traces], labels, groups)
         sections["value_auc"] = {
-            "at_end": auc(at_end, labels),
-            "at_half": auc(at_half, labels),
+            "at_end": at_end,
+            "at_half": at_half,
             "n": len(labels),
             "interval": [interval.low, interval.high] if interval else None,
         }
