@@ -146,7 +146,7 @@ def _completion(value: Any, name: str) -> tuple[str | list[dict], str]:
     return completion, text
 
 
-def number(value: Any, name: str) -> float:
+def finite_number(value: Any, name: str) -> float:
     """A finite number; ints serve, bools and strings do not."""
     if isinstance(value, bool):
         raise UserError(f"{name} is {shown(value)}, a bool; expected a number: {float(value)}, or use the label column")
@@ -192,7 +192,7 @@ def _outcome(record: Record, common: Common, reward_threshold: float) -> tuple[f
             "For graded scores use the reward column"
         )
     if "reward" in values:
-        reward = number(values["reward"], name)
+        reward = finite_number(values["reward"], name)
     elif common.rewards:
         raise UserError(
             f"{name} is missing, and other rows have it; give every row a reward, or none: label is used then"
@@ -214,7 +214,7 @@ def _numbers(value: Any, name: str) -> list[float]:
     usual = isinstance(value, (list, tuple)) and set(map(type, value)) == {float}  # and fast
     if usual and all(map(math.isfinite, value)) and max(map(abs, value)) <= FLOAT32_MAX:
         return list(value)
-    return _each(value, name, number)
+    return _each(value, name, finite_number)
 
 
 def _steps(record: Record, text: str) -> tuple[list[tuple[int, int]] | None, list[float] | None]:

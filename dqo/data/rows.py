@@ -13,7 +13,7 @@ from typing import Any
 
 from dqo.data.checks import Common, checked
 from dqo.data.forms import Record, check_columns, to_flat
-from dqo.data.sources import Problem, progress, read_records
+from dqo.data.sources import BadRow, progress, read_records
 from dqo.errors import UserError
 from dqo.files import replacing
 
@@ -65,7 +65,7 @@ def read_rows(source: Any, *, skip_bad_rows: bool = False, reward_threshold: flo
 def rows_of(
     name: str,
     records: list[Record],
-    problems: list[Problem],
+    problems: list[BadRow],
     *,
     skip_bad_rows: bool = False,
     reward_threshold: float = 0.5,
@@ -80,13 +80,13 @@ def rows_of(
             try:
                 flat.extend(to_flat(record, form, reward_threshold))
             except UserError as error:
-                problems.append(Problem(record.index, record.source, str(error)))
+                problems.append(BadRow(record.index, record.source, str(error)))
     common = Common.of(flat)
     for record in progress(flat, f"check {name}"):
         try:
             rows.append(Row(**checked(record, common, reward_threshold), source=record.source))
         except UserError as error:
-            problems.append(Problem(record.index, record.source, str(error)))
+            problems.append(BadRow(record.index, record.source, str(error)))
     if problems:
         message = report(name, problems, len(rows) + len(problems))
         if not skip_bad_rows or not rows:
@@ -96,7 +96,7 @@ def rows_of(
     return rows
 
 
-def report(name: str, problems: list[Problem], total: int) -> str:
+def report(name: str, problems: list[BadRow], total: int) -> str:
     """The first ten problems, in the order of their rows; what is the same for several rows is said once."""
     same: dict[str, list[str]] = {}
     for problem in sorted(problems, key=lambda problem: problem.index):

@@ -22,7 +22,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")  # org/name, or 
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class BadRow:
     """Why a row cannot be used."""
 
     index: int
@@ -30,7 +30,7 @@ class Problem:
     message: str
 
 
-def read_records(source: Any) -> tuple[str, list[Record], list[Problem]]:
+def read_records(source: Any) -> tuple[str, list[Record], list[BadRow]]:
     """The name of a source, its rows, and the lines that are no rows.
 
     Raises:
@@ -56,7 +56,7 @@ def read_records(source: Any) -> tuple[str, list[Record], list[Problem]]:
     return path.name, *read_jsonl(path)
 
 
-def read_jsonl(path: Path) -> tuple[list[Record], list[Problem]]:
+def read_jsonl(path: Path) -> tuple[list[Record], list[BadRow]]:
     """Objects of a JSON Lines file, one a line; empty lines are passed over."""
     records, problems = [], []
     try:
@@ -92,7 +92,7 @@ def read_jsonl(path: Path) -> tuple[list[Record], list[Problem]]:
             problem = f'is a {_json_type(value)}; expected an object such as {{"prompt": ..., "completion": ...}}'
             if isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
                 problem = f"is a list of {len(value):,}; {_not_lines(path, line)}"
-        problems.append(Problem(number, where, problem))
+        problems.append(BadRow(number, where, problem))
     return records, problems
 
 
@@ -111,7 +111,7 @@ def progress(items: Iterable, description: str) -> Iterable:
     return tqdm(items, description, unit="row", delay=2, leave=False, disable=None)
 
 
-def _from_parquet(path: Path) -> tuple[list[Record], list[Problem]]:
+def _from_parquet(path: Path) -> tuple[list[Record], list[BadRow]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -165,7 +165,7 @@ def _datasets(needed_by: str):
     return datasets
 
 
-def _from_hub(source: str) -> tuple[list[Record], list[Problem]]:
+def _from_hub(source: str) -> tuple[list[Record], list[BadRow]]:
     """A data set of the Hugging Face hub; ":split" chooses a split."""
     name, _, split = source.partition(":")
     datasets = _datasets(f"{source}: there is no such file; as the name of a data set on the Hugging Face hub it")
@@ -179,7 +179,7 @@ def _from_hub(source: str) -> tuple[list[Record], list[Problem]]:
     return _from_iterable(_one_split(found, name, split, ":"))
 
 
-def _from_saved(path: Path) -> tuple[list[Record], list[Problem]]:
+def _from_saved(path: Path) -> tuple[list[Record], list[BadRow]]:
     """A folder that Dataset.save_to_disk or DatasetDict.save_to_disk wrote."""
     if not (path / "dataset_info.json").exists() and not (path / "dataset_dict.json").exists():
         raise UserError(
@@ -208,7 +208,7 @@ def _one_split(found: Any, name: str, split: str, separator: str) -> Any:
     return found[split]
 
 
-def _from_iterable(source: Any) -> tuple[list[Record], list[Problem]]:
+def _from_iterable(source: Any) -> tuple[list[Record], list[BadRow]]:
     if isinstance(source, dict):
         raise UserError(
             f"rows are a dict with the keys {', '.join(map(str, source))}; pass one split, or a list of dicts"
@@ -226,7 +226,7 @@ def _from_iterable(source: Any) -> tuple[list[Record], list[Problem]]:
             row = {name: _plain(value) for name, value in row.items()}
             records.append(Record(i, where, _without_nulls(row) if arrow else row))
         else:
-            problems.append(Problem(i, where, f"is a {type(row).__name__}; expected a dict"))
+            problems.append(BadRow(i, where, f"is a {type(row).__name__}; expected a dict"))
     if not records and not problems:
         raise UserError("there are no rows")
     return records, problems

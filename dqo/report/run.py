@@ -20,7 +20,7 @@ def changed_options(options: Options) -> dict:
     return {name: value for name, value in options.flat().items() if value != defaults[name]}
 
 
-def finish(options: Options, run: Run, accuracies: dict[str, Accuracy]) -> str:
+def report_run(options: Options, run: Run, accuracies: dict[str, Accuracy]) -> str:
     """Writes the report, and returns the text for the terminal. `accuracies`: of the base and of the trained model, by name."""
     config = options.train
     methods: list[Method] = [
