@@ -26,7 +26,7 @@ from dqo.errors import UserError, did_you_mean
 from dqo.evaluation.run import answers_of, base_answers
 from dqo.evaluation.tasks import check_tasks, read_tasks
 from dqo.files import writing
-from dqo.report.run import finish
+from dqo.report.run import report_run
 from dqo.train import checkpoint, hub
 from dqo.train.callbacks import check_callbacks, made
 from dqo.train.held_out import predictions
@@ -211,7 +211,7 @@ class DQOTrainer:
         trainer.finish()
         run = run_of(trainer, held_out)
         if trainer.processes.main:
-            print(finish(self.options, run, answers_of(self.options, run, tasks, base)))
+            print(report_run(self.options, run, answers_of(self.options, run, tasks, base)))
         losses = [row["loss"] for row in self.log_history if "loss" in row]
         return TrainOutput(trainer.counters["step"], losses[-1] if losses else 0.0, held_out)
 

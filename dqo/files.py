@@ -46,6 +46,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(path: Path) -> None:
+    """Forces a file, or a directory with all that is in it, to the disk."""
+    for inner in [*sorted(path.rglob("*")), path]:
+        sync(inner)
+
+
 def aside(path: Path) -> Path:
     """A hidden neighbour that no other process uses, to write to before it is renamed to `path`."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -55,45 +61,65 @@ def is_aside(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(".partial")
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def remove_asides(directory: Path, older_than: float = 0.0) -> None:
     """Deletes what killed processes left half-written; in a shared directory `older_than` seconds spare the living."""
     for path in directory.glob(".*.partial"):
-        try:
-            if older_than and time.time() - path.stat().st_mtime < older_than:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        except FileNotFoundError:  # its writer renamed it, or a neighbour deleted it, at this moment
-            continue
+        with contextlib.suppress(FileNotFoundError):  # its writer renamed it, or a neighbour deleted it, at this moment
+            if not older_than or time.time() - path.stat().st_mtime >= older_than:
+                _remove(path)
 
 
 @contextlib.contextmanager
-def writing(path: Path, beside: Path | None = None) -> Iterator[None]:
-    """Whatever keeps `path` from being written, a full disk for one, becomes a UserError that names it. `beside`, which is
-    half-written then, is deleted."""
+def writing(path: Path) -> Iterator[None]:
+    """Whatever keeps `path` from being written, a full disk for one, becomes a UserError that names it."""
     try:
         yield
     except Exception as error:
         if not isinstance(error, OSError) and "(os error " not in str(error):  # as libraries written in Rust say it
             raise
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                beside.unlink()
         number = re.search(r"\(os error (\d+)\)", str(error))
         what = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be written: {what}. What was there before is whole") from error
 
 
+@contextlib.contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """A hidden neighbour of `path`, for a file or a directory. What is there when the block ends is deleted."""
+    beside = aside(path)
+    try:
+        yield beside
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(beside)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write the file or the directory that takes the place of `path`, on the disk, when the block ends. A block that
+    writes nothing, as one in a process beside the first, replaces nothing.
+
+    Raises:
+        UserError: when it cannot be written; what was there stays.
+    """
+    with writing(path), temporary(path) as beside, temporary(path) as old:
+        yield beside
+        if not beside.exists():
+            return
+        sync_tree(beside)
+        if beside.is_dir() and path.exists():  # a directory with files in it cannot be replaced at once
+            path.rename(old)
+        beside.rename(path)
+        sync(path.parent)
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces `path` by `content` at once."""
-    beside = aside(path)
-    with writing(path, beside):
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        sync(path.parent)
+    with replacing(path) as beside:
+        beside.write_bytes(content)

@@ -176,19 +176,6 @@ def auc_interval(scores: ArrayLike, labels: ArrayLike, groups: ArrayLike | None 
     return _wilson(area, _effective_trials(area, squared_error, least=rarer, most=len(scores)))
 
 
-def explained_variance(values: ArrayLike, returns: ArrayLike) -> float | None:
-    """1 - var(returns - values) / var(returns), both (N,); None where the returns do not vary.
-
-    1 is a perfect value model, 0 is no better than a constant, below 0 is worse than a constant.
-    """
-    values, returns = np.asarray(values, float), np.asarray(returns, float)
-    if values.shape != returns.shape:
-        raise ValueError(f"values {values.shape} and returns {returns.shape} differ in shape")
-    if returns.size == 0 or np.ptp(returns) == 0:
-        return None
-    return float(1 - (returns - values).var() / returns.var())
-
-
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased chance that one of k samples is right, from n samples with c right: 1 - C(n-c, k) / C(n, k).
 

@@ -16,6 +16,7 @@ from tyro.conf import Positional
 
 from dqo.commands.check_view import view
 from dqo.config.flags import parse_flags
+from dqo.config.rows import RowOptions
 from dqo.data.advice import row_warnings
 from dqo.data.episodes import Episode, make_episodes
 from dqo.data.rows import Row, check_process_reward, duplicate_count, prompt_key, read_rows
@@ -27,38 +28,23 @@ _BAR = 40  # characters of the longest bar
 
 
 @dataclass(frozen=True)
-class CheckConfig:
-    """Check rollout files and show what training will see of them; exits with 2 when they do not fit.
-
-    Options mean what they mean in `dqo train`. Without a model the rows alone are checked."""
-
+class _Checked:
     data: Positional[tuple[str, ...]]
     """The rollout files, folders of saved data sets, or names on the Hugging Face hub to check."""
     model_name_or_path: str | None = None
     """The tokenizer of this model places the rows on tokens. None checks the rows alone."""
     rows: int = 3
     """This many rows, from all over the file, are shown on their tokens."""
-    max_length: int = 1024
-    """A prompt and its completion have at most this many tokens together."""
-    allow_truncation: bool = False
-    """Longer rows are cut at max_length instead of being refused."""
-    truncation: Literal["terminal", "bootstrap", "drop"] = "terminal"
-    """What becomes of responses that did not end: terminal pays them as they are, bootstrap adds the value of their last
-    state, drop leaves them out."""
-    process_reward: Literal["none", "additive", "potential"] | None = None
-    """What step_rewards do in training: none ignores them, additive pays them, potential pays their differences."""
-    process_coef: float = 1.0
-    """Step rewards or potentials are multiplied by this."""
+
+
+@dataclass(frozen=True)
+class CheckConfig(RowOptions, _Checked):
+    """Check rollout files and show what training will see of them; exits with 2 when they do not fit.
+
+    Options mean what they mean in `dqo train`. Without a model the rows alone are checked."""
+
     gamma: float = 1.0
     """The discount of the method, which the differences of potentials depend on."""
-    reward_scale: float = 1.0
-    """The outcome reward is reward_scale * reward + reward_shift."""
-    reward_shift: float = 0.0
-    """The outcome reward is reward_scale * reward + reward_shift."""
-    reward_threshold: float = 0.5
-    """A response without a label counts as correct when its reward is above this."""
-    skip_bad_rows: bool = False
-    """Rows that fail the checks are left out and counted, instead of ending the check."""
     method: Literal["dqo", "sft", "rft", "dpo", "kto", "dro", "oreo"] | None = None
     """The warnings are of what this method makes of the rows. None warns of what any method may."""
     beta: float | None = None

@@ -21,7 +21,7 @@ def view(episode: Episode, tokenizer, colour: bool) -> str:
     paint = _painted if colour else _plain
     ids, count = episode.completion_ids, len(episode.completion_ids)
     texts = [printable(text) for text in token_texts(tokenizer, ids)]
-    ended = episode.ended
+    ended = not episode.truncated
     ends = set(episode.step_ends)
     parts = []
     for i, text in enumerate(texts):

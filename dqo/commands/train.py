@@ -41,7 +41,7 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
             flush=True,
         )
     from dqo.evaluation.run import answers_of  # torch from here on
-    from dqo.report.run import finish
+    from dqo.report.run import report_run
     from dqo.train.loop import train
 
     if tasks:
@@ -50,5 +50,5 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
     processes = run.prepared.processes
     processes.leave()
     if processes.main:
-        print(finish(options, run, answers_of(options, run, tasks)))
+        print(report_run(options, run, answers_of(options, run, tasks)))
     processes.end()

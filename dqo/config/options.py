@@ -16,6 +16,7 @@ import tyro
 import yaml
 
 from dqo.config.flags import check_flags, flag_sources, options_of_methods, take_config_files
+from dqo.config.rows import RowOptions
 from dqo.config.values import brief, refuse, suggestion, typed, value_problems
 from dqo.errors import UserError, did_you_mean
 from dqo.grading.verifiers import VERIFIERS, VerifierName
@@ -30,8 +31,8 @@ def _verifier_help() -> str:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Offline training on a file of responses and rewards. Without --dataset_name the built-in demonstration runs."""
+class _RunOptions:
+    """The options of TrainConfig that its help shows before those of the rows."""
 
     method: Literal["dqo", "sft", "rft", "dpo", "kto", "dro", "oreo"] = "dqo"
     """The objective to train with. `--method NAME --help` shows the options that it adds."""
@@ -85,27 +86,10 @@ class TrainConfig:
     max_completion_length: int = 256
     """A generated answer has at most this many tokens."""
 
-    max_length: int = 1024
-    """A prompt and its completion have at most this many tokens together."""
-    allow_truncation: bool = False
-    """Longer rows are cut at max_length instead of being refused."""
-    truncation: Literal["terminal", "bootstrap", "drop"] = "terminal"
-    """What becomes of responses that did not end: terminal pays them as they are, bootstrap adds the value of their last
-    state, drop leaves them out."""
-    process_reward: Literal["none", "additive", "potential"] | None = None
-    """What step_rewards in the file do, which must be chosen when there are any. none ignores them. additive pays each on the
-    last token of its step. potential takes them for pass rates of the prefixes and pays their differences, which moves no
-    optimum."""
-    process_coef: float = 1.0
-    """Step rewards or potentials are multiplied by this."""
-    reward_scale: float = 1.0
-    """The outcome reward is reward_scale * reward + reward_shift."""
-    reward_shift: float = 0.0
-    """The outcome reward is reward_scale * reward + reward_shift."""
-    reward_threshold: float = 0.5
-    """A response without a label counts as correct when its reward is above this."""
-    skip_bad_rows: bool = False
-    """Rows that fail the checks are left out and counted, instead of ending the run."""
+
+@dataclass(frozen=True)
+class TrainConfig(RowOptions, _RunOptions):
+    """Offline training on a file of responses and rewards. Without --dataset_name the built-in demonstration runs."""
 
     learning_rate: float = 1e-6
     """The policy is trained with this learning rate after the warm-up."""

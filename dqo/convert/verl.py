@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dqo.convert.source import Converted, each, list_of, source_records
-from dqo.data.checks import number
+from dqo.data.checks import finite_number
 from dqo.data.forms import Record, shown
 from dqo.data.rows import Row
 from dqo.errors import UserError
@@ -59,7 +59,7 @@ def convert_verl(source: str | Path) -> Converted:
                 reward = float(answer is not None and same_answer(answer, str(truth)))
             else:
                 try:
-                    reward = number(scores[i], f"{scored}[{i}]")
+                    reward = finite_number(scores[i], f"{scored}[{i}]")
                 except UserError as error:
                     raise UserError(f"{record.source}: {error}") from error
             rows.append(_row(record, prompt, response, reward, i))

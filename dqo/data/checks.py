@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from dqo.data.forms import Record, shown
+from dqo.data.json_text import DoubledKey, decode
 from dqo.errors import UserError
 from dqo.grading.text import line_spans
 
@@ -146,7 +146,7 @@ def _completion(value: Any, name: str) -> tuple[str | list[dict], str]:
     return completion, text
 
 
-def number(value: Any, name: str) -> float:
+def finite_number(value: Any, name: str) -> float:
     """A finite number. Ints are accepted, bools and strings are not."""
     if isinstance(value, bool):
         raise UserError(f"{name} is {shown(value)}, a bool; expected a number: {float(value)}, or use the label column")
@@ -192,7 +192,7 @@ def _outcome(record: Record, common: Common, reward_threshold: float) -> tuple[f
             "For graded scores use the reward column"
         )
     if "reward" in values:
-        reward = number(values["reward"], name)
+        reward = finite_number(values["reward"], name)
     elif common.rewards:
         raise UserError(
             f"{name} is missing, and other rows have it; give every row a reward, or none: label is used then"
@@ -214,7 +214,7 @@ def _numbers(value: Any, name: str) -> list[float]:
     usual = isinstance(value, (list, tuple)) and set(map(type, value)) == {float}  # and fast
     if usual and all(map(math.isfinite, value)) and max(map(abs, value)) <= FLOAT32_MAX:
         return list(value)
-    return _each(value, name, number)
+    return _each(value, name, finite_number)
 
 
 def _steps(record: Record, text: str) -> tuple[list[tuple[int, int]] | None, list[float] | None]:
@@ -318,8 +318,10 @@ def _of_templates(values: dict[str, Any]) -> dict[str, Any]:
     tools, more = values.get("tools"), values.get("chat_template_kwargs")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
+            tools = decode(tools)
+        except DoubledKey as error:
+            raise UserError(f"tools {error}") from error
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"tools is {shown(tools)}, a string that is not JSON; expected a list of objects"
             ) from error

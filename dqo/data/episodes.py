@@ -34,10 +34,10 @@ class Episode:
     rewards: np.ndarray  # outcome reward on the last token, and what `process_reward` makes of the step rewards
     reward: float  # outcome reward as trained on
     label: bool
-    terminated: bool  # False: cut by the length limit, and its last state is bootstrapped
+    terminated: bool  # its last state is worth nothing; False: it is bootstrapped
     prompt_index: int  # episodes of one prompt share it
     source: str
-    ended: bool = True  # False: cut by a length limit, whatever its last state is taken for
+    truncated: bool = False  # cut by a length limit, whatever its last state is taken for
     behavior_logprobs: np.ndarray | None = None
     step_ends: list[int] = field(default_factory=list)  # index of the last token of each step
     step_rewards: list[float] = field(default_factory=list)
@@ -55,7 +55,7 @@ def _cut(tokens: Tokens, max_length: int) -> Tokens:
     room = max_length - len(tokens.prompt)
     logprobs = None if tokens.logprobs is None else tokens.logprobs[:room]
     ends = [end for end in tokens.step_ends if end < room]
-    return Tokens(tokens.row, tokens.prompt, tokens.completion[:room], ends, logprobs, ended=False)
+    return Tokens(tokens.row, tokens.prompt, tokens.completion[:room], ends, logprobs, truncated=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def shaping(step_ends: list[int], potentials: list[float], length: int, gamma: f
 
 def _episode(tokens: Tokens, prompt_index: int, pay: _Payment) -> Episode:
     row = tokens.row
-    bootstrapped = not tokens.ended and pay.truncation == "bootstrap"
+    bootstrapped = tokens.truncated and pay.truncation == "bootstrap"
     outcome = 0.0 if bootstrapped else pay.scale * row.reward + pay.shift
     step_rewards = list(row.step_rewards or [])[: len(tokens.step_ends)]
     ends = tokens.step_ends[: len(step_rewards)]
@@ -114,7 +114,7 @@ def _episode(tokens: Tokens, prompt_index: int, pay: _Payment) -> Episode:
         terminated=not bootstrapped,
         prompt_index=prompt_index,
         source=row.source,
-        ended=tokens.ended,
+        truncated=tokens.truncated,
         behavior_logprobs=None if tokens.logprobs is None else np.asarray(tokens.logprobs, dtype=np.float32),
         step_ends=tokens.step_ends,
         step_rewards=step_rewards,
@@ -169,7 +169,7 @@ def make_episodes(
             raise UserError(f"{cut}. Raise --max_length, or pass --allow_truncation")
         logger.warning("%s and are cut there", cut)
         tokenized = [tokens if tokens.length <= max_length else _cut(tokens, max_length) for tokens in tokenized]
-    kept = [tokens for tokens in tokenized if tokens.ended or truncation != "drop"]
+    kept = [tokens for tokens in tokenized if not tokens.truncated or truncation != "drop"]
     if len(kept) < len(tokenized):
         logger.warning("%d responses that did not end are dropped (truncation=drop)", len(tokenized) - len(kept))
     if not kept:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -14,8 +13,9 @@ from typing import Any
 
 from dqo.data.checks import Common, checked
 from dqo.data.forms import Record, check_columns, to_flat
-from dqo.data.sources import Problem, progress, read_records
+from dqo.data.sources import BadRow, progress, read_records
 from dqo.errors import UserError
+from dqo.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def read_rows(source: Any, *, skip_bad_rows: bool = False, reward_threshold: flo
 def rows_of(
     name: str,
     records: list[Record],
-    problems: list[Problem],
+    problems: list[BadRow],
     *,
     skip_bad_rows: bool = False,
     reward_threshold: float = 0.5,
@@ -80,13 +80,13 @@ def rows_of(
             try:
                 flat.extend(to_flat(record, form, reward_threshold))
             except UserError as error:
-                problems.append(Problem(record.index, record.source, str(error)))
+                problems.append(BadRow(record.index, record.source, str(error)))
     common = Common.of(flat)
     for record in progress(flat, f"check {name}"):
         try:
             rows.append(Row(**checked(record, common, reward_threshold), source=record.source))
         except UserError as error:
-            problems.append(Problem(record.index, record.source, str(error)))
+            problems.append(BadRow(record.index, record.source, str(error)))
     if problems:
         message = report(name, problems, len(rows) + len(problems))
         if not skip_bad_rows or not rows:
@@ -96,7 +96,7 @@ def rows_of(
     return rows
 
 
-def report(name: str, problems: list[Problem], total: int) -> str:
+def report(name: str, problems: list[BadRow], total: int) -> str:
     """The first ten problems, in the order of their rows; what is the same for several rows is said once."""
     same: dict[str, list[str]] = {}
     for problem in sorted(problems, key=lambda problem: problem.index):
@@ -123,20 +123,11 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     path = Path(path)
     if path.suffix == ".parquet":
         raise UserError(f"{path}: rows are written as JSON Lines; name the file .jsonl")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     names = [f.name for f in fields(Row) if f.name != "source"]
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            for row in rows:
-                values = {name: value for name in names if (value := getattr(row, name)) is not None}
-                file.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
+        for row in rows:
+            values = {name: value for name in names if (value := getattr(row, name)) is not None}
+            file.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def prompt_key(row: Row) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dqo.data.forms import Record
+from dqo.data.json_text import DoubledKey, decode
 from dqo.errors import UserError, did_you_mean
 from dqo.files import name_problem
 
@@ -21,7 +22,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")  # org/name, or 
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class BadRow:
     """Why a row cannot be used."""
 
     index: int
@@ -29,7 +30,7 @@ class Problem:
     message: str
 
 
-def read_records(source: Any) -> tuple[str, list[Record], list[Problem]]:
+def read_records(source: Any) -> tuple[str, list[Record], list[BadRow]]:
     """The name of a source, its rows, and the lines that are no rows.
 
     Raises:
@@ -55,7 +56,7 @@ def read_records(source: Any) -> tuple[str, list[Record], list[Problem]]:
     return path.name, *read_jsonl(path)
 
 
-def read_jsonl(path: Path) -> tuple[list[Record], list[Problem]]:
+def read_jsonl(path: Path) -> tuple[list[Record], list[BadRow]]:
     """The objects of a JSON Lines file, one a line. Empty lines are skipped."""
     records, problems = [], []
     try:
@@ -70,17 +71,18 @@ def read_jsonl(path: Path) -> tuple[list[Record], list[Problem]]:
             continue
         where = f"{path.name}:{number}"
         try:
-            value = json.loads(line.decode())
+            value = decode(line.decode())
         except UnicodeDecodeError as error:
             problem = f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
         except json.JSONDecodeError as error:
             what = error.msg[0].lower() + error.msg[1:].removesuffix(" starting at")
             problem = f"not valid JSON ({what} at column {error.colno})"
-            if number == 1 and line.strip() in (b"[", b"{"):
-                what = "array" if line.strip() == b"[" else "object"
-                problem += f"; the file is one JSON {what}, expected one object a line (JSON Lines)"
+            if number == 1 and len(lines) > 1 and (line.lstrip().startswith(b"[") or line.strip() == b"{"):
+                problem += f"; {_not_lines(path, line)}"
             elif number == len(lines) and line.startswith(b"{") and not line.endswith(b"}"):
                 problem += "; the last line has no end: its writer was cut off"
+        except DoubledKey as error:
+            problem = str(error)
         except (ValueError, RecursionError) as error:
             problem = f"not valid JSON ({error})"
         else:
@@ -88,8 +90,18 @@ def read_jsonl(path: Path) -> tuple[list[Record], list[Problem]]:
                 records.append(Record(number, where, value))
                 continue
             problem = f'is a {_json_type(value)}; expected an object such as {{"prompt": ..., "completion": ...}}'
-        problems.append(Problem(number, where, problem))
+            if isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+                problem = f"is a list of {len(value):,}; {_not_lines(path, line)}"
+        problems.append(BadRow(number, where, problem))
     return records, problems
+
+
+def _not_lines(path: Path, line: bytes) -> str:
+    """What to do with a file whose first line begins an array, or an object, that is all of the file."""
+    expected = "expected one object a line (JSON Lines)"
+    if line.lstrip().startswith(b"["):
+        return f"the file is one JSON array, {expected}: jq -c '.[]' {path.name} > NEW.jsonl writes that"
+    return f"the file is one JSON object, {expected}"
 
 
 def progress(items: Iterable, description: str) -> Iterable:
@@ -99,19 +111,36 @@ def progress(items: Iterable, description: str) -> Iterable:
     return tqdm(items, description, unit="row", delay=2, leave=False, disable=None)
 
 
-def _from_parquet(path: Path) -> tuple[list[Record], list[Problem]]:
+def _from_parquet(path: Path) -> tuple[list[Record], list[BadRow]]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"{path}: Parquet files need pyarrow: pip install pyarrow") from error
     try:
+        if (name := _doubled_field(pyarrow.parquet.read_schema(path))) is not None:
+            raise UserError(f"{path}: has the column {name!r} more than once; keep one")
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
     if not rows:
         raise UserError(f"{path}: is empty; expected one response a row")
     return [Record(i, f"{path.name}:{i}", _without_nulls(row)) for i, row in enumerate(rows, start=1)], []
+
+
+def _doubled_field(fields: Iterable) -> str | None:
+    """The first name that two fields of an Arrow schema, or of one struct inside it, share."""
+    names = set()
+    for field in fields:
+        if field.name in names:
+            return field.name
+        names.add(field.name)
+        kind = field.type
+        while hasattr(kind, "value_type"):  # of lists
+            kind = kind.value_type
+        if hasattr(kind, "names") and (found := _doubled_field(kind)) is not None:
+            return found
+    return None
 
 
 def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
@@ -136,7 +165,7 @@ def _datasets(needed_by: str):
     return datasets
 
 
-def _from_hub(source: str) -> tuple[list[Record], list[Problem]]:
+def _from_hub(source: str) -> tuple[list[Record], list[BadRow]]:
     """A data set of the Hugging Face hub; ":split" chooses a split."""
     name, _, split = source.partition(":")
     datasets = _datasets(f"{source}: there is no such file; as the name of a data set on the Hugging Face hub it")
@@ -150,7 +179,7 @@ def _from_hub(source: str) -> tuple[list[Record], list[Problem]]:
     return _from_iterable(_one_split(found, name, split, ":"))
 
 
-def _from_saved(path: Path) -> tuple[list[Record], list[Problem]]:
+def _from_saved(path: Path) -> tuple[list[Record], list[BadRow]]:
     """A folder that Dataset.save_to_disk or DatasetDict.save_to_disk wrote."""
     if not (path / "dataset_info.json").exists() and not (path / "dataset_dict.json").exists():
         raise UserError(
@@ -179,7 +208,7 @@ def _one_split(found: Any, name: str, split: str, separator: str) -> Any:
     return found[split]
 
 
-def _from_iterable(source: Any) -> tuple[list[Record], list[Problem]]:
+def _from_iterable(source: Any) -> tuple[list[Record], list[BadRow]]:
     if isinstance(source, dict):
         raise UserError(
             f"rows are a dict with the keys {', '.join(map(str, source))}; pass one split, or a list of dicts"
@@ -197,7 +226,7 @@ def _from_iterable(source: Any) -> tuple[list[Record], list[Problem]]:
             row = {name: _plain(value) for name, value in row.items()}
             records.append(Record(i, where, _without_nulls(row) if arrow else row))
         else:
-            problems.append(Problem(i, where, f"is a {type(row).__name__}; expected a dict"))
+            problems.append(BadRow(i, where, f"is a {type(row).__name__}; expected a dict"))
     if not records and not problems:
         raise UserError("there are no rows")
     return records, problems

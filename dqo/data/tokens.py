@@ -14,7 +14,7 @@ from dqo.data.chat import Completion, completion_after, opening, prompt_text, un
 from dqo.data.ends import Ends
 from dqo.data.ids import Continuation, Specials, clean_completion, clean_prompt
 from dqo.data.rows import Row, prompt_key, report
-from dqo.data.sources import Problem
+from dqo.data.sources import BadRow
 from dqo.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Tokens:
     completion: list[int]
     step_ends: list[int]
     logprobs: list[float] | None
-    ended: bool
+    truncated: bool
 
     @property
     def length(self) -> int:
@@ -44,7 +44,7 @@ def tokenize_rows(
     Raises:
         UserError: naming the rows that cannot be placed on tokens; with `skip_bad_rows` only when none can.
     """
-    problems: list[Problem] = []
+    problems: list[BadRow] = []
     cuts: Counter[str] = Counter()
     specials = Specials.of(tokenizer)
     found = []
@@ -52,7 +52,7 @@ def tokenize_rows(
         try:
             found.append(_tokens(row, *parts, tokenizer, ends, specials, cuts, vocab_size, max_length))
         except UserError as error:
-            problems.append(Problem(index, row.source, str(error)))
+            problems.append(BadRow(index, row.source, str(error)))
     if problems:
         message = report("the data", problems, len(rows))
         if not skip_bad_rows or not found:
@@ -80,7 +80,7 @@ def string_prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
     return [clean_prompt(ids, False, False, specials, Counter()) for ids in found]
 
 
-def _encoded(rows: list[Row], tokenizer, ends: Ends, specials: Specials, cuts: Counter, problems: list[Problem]):
+def _encoded(rows: list[Row], tokenizer, ends: Ends, specials: Specials, cuts: Counter, problems: list[BadRow]):
     """(index, row, ids of the prompt, its completion's text, that text's ids and spans) of every row that can be written."""
     end = tokenizer.convert_ids_to_tokens(ends.trained)
     prompts: dict[str, str] = {}  # the template writes each once
@@ -97,7 +97,7 @@ def _encoded(rows: list[Row], tokenizer, ends: Ends, specials: Specials, cuts: C
                 prompt = prompts[key]
             kept.append((i, row, prompt, completion_after(tokenizer, row, prompt, end) if needs_text else None))
         except UserError as error:
-            problems.append(Problem(i, row.source, str(error)))
+            problems.append(BadRow(i, row.source, str(error)))
     written = [(prompt, not isinstance(row.prompt, str)) for _, row, prompt, _ in kept if row.prompt_ids is None]
     made = iter(prompt_ids(tokenizer, *map(list, zip(*written))) if written else [])
     ids = []
@@ -128,11 +128,11 @@ def _tokens(
     vocab_size: int,
     max_length: int,
 ) -> Tokens:
-    logprobs, ended = row.logprobs, row.finish_reason != "length"
+    logprobs, truncated = row.logprobs, row.finish_reason == "length"
     ids, spans = encoding or ([], [])
     step_ends = [] if row.steps is None else _step_ends(row, completion.shift, spans)
     if row.completion_ids is not None:
-        stored, logprobs = clean_completion(row.completion_ids, logprobs, not ended, ends, specials, cuts)
+        stored, logprobs = clean_completion(row.completion_ids, logprobs, truncated, ends, specials, cuts)
         stored, logprobs = _opened_once(prompt, stored, logprobs, tokenizer, cuts)
         if row.steps is not None and (stored[: len(ids)] != ids or len(stored) > len(ids) + 1):
             raise UserError(
@@ -142,7 +142,7 @@ def _tokens(
         ids = stored
     elif completion.shift < 0:
         cuts["a tag that opens the reasoning and ends the prompt already"] += 1
-    if ended and (not ids or ids[-1] not in ends.stops):
+    if not truncated and (not ids or ids[-1] not in ends.stops):
         if logprobs is not None:
             raise UserError(
                 f"completion_ids do not end in EOS ({ends.trained}) although finish_reason is not 'length', and "
@@ -159,7 +159,7 @@ def _tokens(
         raise UserError(
             f"prompt has {len(prompt)} tokens, max_length is {max_length}; raise --max_length or drop the row"
         )
-    return Tokens(row, prompt, ids, step_ends, logprobs, ended)
+    return Tokens(row, prompt, ids, step_ends, logprobs, truncated)
 
 
 def _step_ends(row: Row, shift: int, spans: list[tuple[int, int]]) -> list[int]:

@@ -13,11 +13,12 @@ from dqo.grading.arith import ArithTask
 from dqo.models.policy import load_policy, load_tokenizer
 from dqo.report import findings
 from dqo.report.page import console_table, write_report
+from dqo.report.schema import Flip, Flips, Method, Report
 from dqo.train.loop import Run
 
 
 @dataclass(frozen=True)
-class Result:
+class EvaluatedModel:
     name: str
     problems: list[Problem]
     tokenizer: object
@@ -27,7 +28,7 @@ class Result:
 
 def evaluate_model(
     name: str, model: Path, task: ArithTask, problems: list[str], recipe: Recipe, seed: int, run: Run | None = None
-) -> Result:
+) -> EvaluatedModel:
     """Greedy and sampling accuracy of the model in a directory, on the same problems for every model."""
     tokenizer = load_tokenizer(str(model))
     ids = tokenizer(problems)["input_ids"]
@@ -44,17 +45,17 @@ def evaluate_model(
         seed=seed + 1,
         description=name,
     )
-    return Result(name, graded, tokenizer, accuracy, run)
+    return EvaluatedModel(name, graded, tokenizer, accuracy, run)
 
 
 def write_demo_report(
-    output: Path, config: DemoConfig, recipe: Recipe, results: list[Result], command: str, seconds: float
+    output: Path, config: DemoConfig, recipe: Recipe, results: list[EvaluatedModel], command: str, seconds: float
 ) -> Path:
     """report.html, report.md and report.json in `output`; prints the table."""
     methods = [_method(result) for result in results]
     dqo = next(result for result in results if result.name == "dqo")
     curves = [c for r in results if r.run for c in findings.curves(r.name, r.run.output_dir / "metrics.jsonl")]
-    report = {
+    report: Report = {
         "title": "Direct Q-function Optimization: the demonstration",
         "command": command,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -76,8 +77,8 @@ def write_demo_report(
     return path
 
 
-def _method(result: Result) -> dict:
-    row = {"name": result.name, "greedy": result.accuracy.greedy, "sampling": result.accuracy.sampling}
+def _method(result: EvaluatedModel) -> Method:
+    row: Method = {"name": result.name, "greedy": result.accuracy.greedy, "sampling": result.accuracy.sampling}
     if result.run is not None:
         row |= {
             "seconds": result.run.seconds,
@@ -87,8 +88,9 @@ def _method(result: Result) -> dict:
     return row
 
 
-def _flips(before: Result, after: Result, each: int = 5) -> dict[str, list[dict]]:
-    fixed, broken = [], []
+def _flips(before: EvaluatedModel, after: EvaluatedModel, each: int = 5) -> Flips:
+    fixed: list[Flip] = []
+    broken: list[Flip] = []
     for i, problem in enumerate(before.problems):
         was, now = before.accuracy.greedy[i], after.accuracy.greedy[i]
         if was != now:

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from dqo.errors import UserError
-from dqo.files import writing
+from dqo.files import replacing
 
 transformers_logging.disable_progress_bar()
 
@@ -84,10 +84,6 @@ def new_llama(
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory} is in use; choose a new directory")
-    aside = directory.with_name(f".{directory.name}.partial")  # a directory of that name is whole, whatever happened
-    with writing(directory, aside):
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        if directory.exists():
-            directory.rmdir()
-        aside.rename(directory)
+    with replacing(directory) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)

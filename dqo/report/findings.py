@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +13,10 @@ import dqo
 from dqo.data.episodes import Episode
 from dqo.models import attention
 from dqo.processes import Processes
-from dqo.stats import auc, auc_interval
+from dqo.report.schema import Curve, Machine, ValueFindings, ValueTrace
+from dqo.stats import auc_interval
 from dqo.train.engine import Engine
-from dqo.train.held_out import value_traces
+from dqo.train.held_out import value_auc, value_traces
 from dqo.train.loop import Run
 from dqo.train.metrics import read_metrics
 from dqo.train.prepare import distinct
@@ -33,10 +33,10 @@ CURVES = (
 )
 
 
-def curves(method: str, metrics_path: Path) -> list[dict]:
+def curves(method: str, metrics_path: Path) -> list[Curve]:
     """One curve for each of CURVES that the run logged."""
     rows = [row for row in read_metrics(metrics_path) if "loss" in row]
-    found = []
+    found: list[Curve] = []
     for name in CURVES:
         points = [(row["step"], row[name]) for row in rows if name in row]
         if len(points) > 1:
@@ -45,7 +45,7 @@ def curves(method: str, metrics_path: Path) -> list[dict]:
     return found
 
 
-def value_findings(run: Run) -> dict:
+def value_findings(run: Run) -> ValueFindings:
     """value_auc, value_calibration and value_traces on the held-out responses; {} without a value model or held-out rows."""
     prepared = run.prepared
     if prepared.learner.value_model is None or not prepared.held_out:
@@ -54,19 +54,17 @@ def value_findings(run: Run) -> dict:
     learner = prepared.learner
     batching = replace(prepared.batching, max_tokens=16_384, packed=attention.packs(learner.policy))
     traces = value_traces(Engine(learner, learner, batching, Processes(device=learner.device)), episodes)
-    labels = [e.label for e in episodes]
-    at_end = [trace[-1] for trace in traces]
-    at_half = [trace[math.ceil(len(trace) / 2) - 1] for trace in traces]
-    sections: dict = {
+    at_end, at_half = value_auc(traces, episodes)
+    sections: ValueFindings = {
         "value_calibration": {"predicted": [trace[0] for trace in traces], "observed": [e.reward for e in episodes]},
         "value_traces": [_trace(prepared.tokenizer, episodes[i], traces[i]) for i in _shown(episodes)],
     }
-    if auc(at_end, labels) is not None:
-        groups = [e.prompt_index for e in episodes]
-        interval = auc_interval(at_end, labels, groups)
+    if at_end is not None:
+        labels, groups = [e.label for e in episodes], [e.prompt_index for e in episodes]
+        interval = auc_interval([trace[-1] for trace in traces], labels, groups)
         sections["value_auc"] = {
-            "at_end": auc(at_end, labels),
-            "at_half": auc(at_half, labels),
+            "at_end": at_end,
+            "at_half": at_half,
             "n": len(labels),
             "interval": [interval.low, interval.high] if interval else None,
         }
@@ -84,7 +82,7 @@ def _shown(episodes: list[Episode], each: int = 3) -> list[int]:
     return chosen[True] + chosen[False]
 
 
-def _trace(tokenizer, episode: Episode, values: list[float]) -> dict:
+def _trace(tokenizer, episode: Episode, values: list[float]) -> ValueTrace:
     wrong = [i for i, reward in enumerate(episode.step_rewards) if reward < 0]
     return {
         "prompt": tokenizer.decode(episode.prompt_ids, skip_special_tokens=True),
@@ -96,7 +94,7 @@ def _trace(tokenizer, episode: Episode, values: list[float]) -> dict:
     }
 
 
-def data_findings(episodes: list[Episode]) -> dict:
+def data_findings(episodes: list[Episode]) -> dict[str, float]:
     """Counts of the responses that were trained on."""
     by_prompt: dict[int, set[bool]] = {}
     for e in episodes:
@@ -112,7 +110,7 @@ def data_findings(episodes: list[Episode]) -> dict:
     }
 
 
-def machine() -> dict:
+def machine() -> Machine:
     """Versions and device, for the foot of a report."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()

@@ -15,6 +15,8 @@ from zlib import crc32
 
 import numpy as np
 
+from dqo.report.schema import Report
+
 INK, MUTED, GRID = "#3d4248", "#6b7178", "#d3d6da"
 GOOD, BAD = "#00805d", "#c84b00"
 # After Okabe and Ito, whose hues stay apart in the common forms of colour blindness, darkened where a line on
@@ -78,7 +80,7 @@ def assign_series(names: Sequence[str], headline: str | None, baseline: str | No
 
 
 def draw_all(
-    report: dict,
+    report: Report,
     headline: str | None,
     accuracies: dict[str, dict],
     passes: dict[str, dict],

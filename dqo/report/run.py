@@ -9,6 +9,7 @@ from dqo.config.options import Options, TrainConfig, command_line
 from dqo.evaluation.accuracy import Accuracy
 from dqo.report import findings
 from dqo.report.page import console_table, write_report
+from dqo.report.schema import Method, Report
 from dqo.train.loop import Run
 from dqo.train.metrics import peak_memory_gb
 
@@ -19,12 +20,14 @@ def changed_options(options: Options) -> dict:
     return {name: value for name, value in options.flat().items() if value != defaults[name]}
 
 
-def finish(options: Options, run: Run, accuracies: dict[str, Accuracy]) -> str:
+def report_run(options: Options, run: Run, accuracies: dict[str, Accuracy]) -> str:
     """Writes the report, and returns the text for the terminal. `accuracies`: of the base and of the trained model, by name."""
     config = options.train
-    methods = [{"name": n, "greedy": found.greedy, "sampling": found.sampling} for n, found in accuracies.items()]
+    methods: list[Method] = [
+        {"name": name, "greedy": found.greedy, "sampling": found.sampling} for name, found in accuracies.items()
+    ]
     lines = [console_table(methods, "base")] if methods else []
-    report = {
+    report: Report = {
         "title": f"{config.method.upper()} on {config.dataset_name or 'given rows'}",
         "command": command_line(),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import logging
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -27,8 +26,7 @@ from transformers import PreTrainedModel
 from dqo.config.lora import PREFIX
 from dqo.config.options import Options, dump_options
 from dqo.errors import UserError
-from dqo.files import aside as aside_of
-from dqo.files import remove_asides, sync, write_whole, writing
+from dqo.files import aside, remove_asides, replacing, sync, sync_tree, temporary, write_whole, writing
 from dqo.models.critic import load_critic, save_value_model
 from dqo.models.lora import base_state, has_adapter, merged_state, save_adapter
 from dqo.models.policy import load_policy
@@ -120,21 +118,11 @@ def save_base(policy: PreTrainedModel, directory: Path, again: bool) -> None:
     """The model under the adapter of `policy`, as transformers loads it; `again`: also where it is there already."""
     if directory.exists() and not again:
         return
-    aside = aside_of(directory)
     with torch.device("meta"):
         plain = type(policy)(policy.config).to(policy.dtype)  # only its names and config are used
     plain.generation_config = policy.generation_config
-    with writing(directory, aside):
-        plain.save_pretrained(aside, state_dict=base_state(whole_state(policy)))
-        _sync_tree(aside)
-        if directory.exists():
-            directory.rename(aside_of(directory))
-        aside.rename(directory)
-
-
-def _sync_tree(directory: Path) -> None:
-    for path in [*sorted(directory.rglob("*")), directory]:
-        sync(path)
+    with replacing(directory) as beside:
+        plain.save_pretrained(beside, state_dict=base_state(whole_state(policy)))
 
 
 def publish_models(
@@ -142,12 +130,11 @@ def publish_models(
 ) -> None:
     """Puts the models, in `dtype` or as they are, into a directory that holds other files. Each file is whole whenever it exists.
     All processes must call it."""
-    beside = aside_of(directory / "models")
-    with writing(directory, beside):
+    with writing(directory), temporary(directory / "models") as beside:
         save_models(beside, learner, tokenizer, processes, dtype=dtype)
         if not processes.main:
             return
-        _sync_tree(beside)
+        sync_tree(beside)
         folders = [beside, *(path for path in sorted(beside.rglob("*")) if path.is_dir())]
         for folder in folders:
             target = directory / folder.relative_to(beside)
@@ -156,7 +143,6 @@ def publish_models(
                 if path.is_file():
                     path.replace(target / path.name)
             sync(target)
-        shutil.rmtree(beside)
 
 
 def save_checkpoint(
@@ -173,28 +159,22 @@ def save_checkpoint(
     """Writes checkpoint-<step> atomically: a directory of that name is whole, whatever happened. All processes must call it.
     `keep` of them stay; the newest and `best` always do."""
     final = output_dir / f"checkpoint-{step}"
-    aside = aside_of(final)
     adapters = {}
     if has_adapter(learner.policy):
         adapters = {name: whole(parameter.detach()).contiguous() for name, parameter in _trained(learner).items()}
     target = {} if learner.target is None else whole_state(learner.target)
     optimizer = optimizer_tensors(optimizers)
-    with writing(final, aside):
-        save_models(aside, learner, tokenizer, processes, value_model=not adapters)
+    with replacing(final) as beside:
+        save_models(beside, learner, tokenizer, processes, value_model=not adapters)
         if processes.main:
             for name, tensors in (("adapters", adapters), ("target", target), ("optimizer", optimizer)):
                 if tensors:
                     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-                    save_file(contiguous, aside / f"{name}.safetensors")
-            write_state(aside, state)
-            _sync_tree(aside)
-            if final.exists():
-                final.rename(aside_of(final))
-            aside.rename(final)
-            sync(output_dir)
+                    save_file(contiguous, beside / f"{name}.safetensors")
+            write_state(beside, state)
     if processes.main:
         for old in surplus(checkpoints(output_dir), keep, best):
-            old.rename(aside_of(old))  # at once, then file by file: half a checkpoint must not look like one
+            old.rename(aside(old))  # at once, then file by file: half a checkpoint must not look like one
         remove_asides(output_dir)
     processes.barrier()
     return final

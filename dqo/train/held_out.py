@@ -22,6 +22,7 @@ from dqo.stats import auc
 from dqo.train import metrics
 from dqo.train.engine import Engine, Planned
 from dqo.train.learner import Learner, objective_sums, values_of
+from dqo.train.prepare import distinct
 from dqo.train.step import mean_over_companions
 
 BAR_DELAY = 2.0  # seconds: a shorter evaluation shows no bar
@@ -57,9 +58,8 @@ def held_out_metrics(
     found = metrics.finish(add_over_processes(sums, engine.processes))
     result = {f"eval_{name}": value for name, value in found.items()}
     if engine.learner.value_model is not None:
-        distinct = list({id(e): e for e in episodes}.values())
-        traces = value_traces(engine, distinct)
-        at_end, at_half = value_auc(traces, distinct)
+        once = distinct(episodes)
+        at_end, at_half = value_auc(value_traces(engine, once), once)
         if at_end is not None:
             result |= {"eval_value/auc_end": at_end, "eval_value/auc_half": at_half}
     return result

@@ -52,7 +52,7 @@ def of_batch(batch: Batch) -> dict[str, Tensor]:
     count, positions = len(batch.episodes), batch.positions
     pairs = {
         "completions/mean_length": (batch.actions.numel(), count),
-        "completions/clipped_ratio": (sum(not e.ended for e in batch.episodes), count),
+        "completions/clipped_ratio": (sum(e.truncated for e in batch.episodes), count),
         "data/padding_frac": (positions - batch.tokens, positions),
     }
     return {name: torch.tensor(pair, dtype=torch.float32, device=batch.actions.device) for name, pair in pairs.items()}

@@ -13,7 +13,6 @@ from dqo.stats import (
     auc,
     auc_interval,
     calibration_bins,
-    explained_variance,
     paired_test,
     pass_at_k,
 )
@@ -199,16 +198,6 @@ def test_perfect_separation_is_not_a_certainty():
     interval = auc_interval([0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1])
     assert interval.mean == 1 and interval.high == 1
     assert interval.low == pytest.approx(Proportion(3, 3).low)
-
-
-def test_explained_variance_is_one_for_the_returns_zero_for_a_constant_and_negative_for_worse(rng):
-    returns = rng.normal(size=50)
-    assert explained_variance(returns + 3, returns) == pytest.approx(1)
-    assert explained_variance(np.full(50, 7.0), returns) == pytest.approx(0)
-    assert explained_variance(-returns, returns) == pytest.approx(-3)
-    assert explained_variance(returns, np.ones(50)) is None
-    with pytest.raises(ValueError, match="shape"):
-        explained_variance(returns[1:], returns)
 
 
 @pytest.mark.parametrize("n, c, k", [(8, 3, 1), (8, 3, 4), (6, 0, 2), (6, 6, 1), (7, 4, 5)])

@@ -47,6 +47,70 @@ def test_a_json_array_is_called_one(tmp_path):
     )
 
 
+@pytest.mark.parametrize("line_break", ["", "\n"])
+def test_a_json_array_is_named_with_its_cure_however_it_is_broken(line_break, tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    rows = f",{line_break}".join(json.dumps(row) for row in (GOOD, OTHER))
+    path.write_text(f" [{rows}{line_break}]")
+    says(refusal(path), "rollouts.jsonl:1: ", "one JSON array", "one object a line", "jq -c '.[]' rollouts.jsonl > ")
+
+
+def doubled(row, where, value):
+    """`row` as JSON, in which the object at `where` has its first key a second time, with `value`."""
+    inner = row
+    for name in where:
+        inner = inner[name]
+    key = next(iter(inner))
+    line, text = json.dumps(row), json.dumps(inner)
+    assert line.count(text) == 1
+    return line.replace(text, f"{text[:-1]}, {json.dumps(key)}: {json.dumps(value)}}}"), key
+
+
+DEEP = {
+    "prompt": [{"role": "user", "content": "1+1="}],
+    "completion": [{"role": "assistant", "content": "2"}],
+    "reward": 1.0,
+    "sampling": {"model": "sft", "engine": {"name": "vllm"}},
+}
+
+
+@pytest.mark.parametrize(
+    "where", [(), ("prompt", 0), ("completion", 0), ("sampling",), ("sampling", "engine")], ids=str
+)
+def test_a_key_that_an_object_has_twice_is_refused_with_its_line(where, tmp_path):
+    line, key = doubled(DEEP, where, "other")
+    json.loads(line)  # which takes the last
+    path = write(tmp_path, DEEP, line, DEEP)
+    message = refusal(path)
+    says(message, f'rollouts.jsonl:2: has the key "{key}" 2 times in one object', '"other"; keep one')
+    assert len(read_rows(path, skip_bad_rows=True)) == 2
+
+
+def test_a_key_of_two_objects_is_no_doubled_one(tmp_path):
+    assert len(read_rows(write(tmp_path, DEEP, DEEP))) == 2
+
+
+def test_a_key_that_the_json_text_of_tools_has_twice_is_refused(tmp_path):
+    row = DEEP | {"tools": '[{"name": "add", "name": "sub"}]'}
+    says(refusal(write(tmp_path, DEEP, row)), 'rollouts.jsonl:2: tools has the key "name" 2 times', '"add", "sub"')
+
+
+@pytest.mark.parametrize("nesting", ["column", "struct", "list of structs"])
+def test_a_parquet_column_that_is_there_twice_is_refused(nesting, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    once = pa.array(["1+1=", "2+2="])
+    twice = pa.StructArray.from_arrays([once, once], names=["twice", "twice"])
+    if nesting == "list of structs":
+        twice = pa.ListArray.from_arrays(pa.array([0, 1, 2]), twice)
+    columns = {"prompt": once, "twice": once, "completion": once}
+    table = pa.table(columns | {"sampling": twice}) if nesting != "column" else pa.table(columns)
+    table = table.append_column("twice", once) if nesting == "column" else table
+    parquet.write_table(table, tmp_path / "rollouts.parquet")
+    says(refusal(tmp_path / "rollouts.parquet"), "rollouts.parquet: has the column 'twice' more than once; keep one")
+
+
 def test_a_json_object_over_several_lines_is_called_one(tmp_path):
     says(refusal(write(tmp_path, json.dumps({"data": [GOOD]}, indent=1))), "rollouts.jsonl:1: ", "one JSON object")
 

@@ -70,7 +70,7 @@ def test_strings_end_in_the_tokenizers_eos_even_with_a_template():
 @pytest.mark.parametrize("end", [EOS, 7, 8])
 def test_stored_ids_that_end_in_any_stop_id_get_no_second_end(end):
     (e,) = made([stored([3, 4, end], finish_reason="stop")], CHARACTERS, stop_ids=[7, 8])
-    assert e.completion_ids == [3, 4, end] and e.ended
+    assert e.completion_ids == [3, 4, end] and not e.truncated
 
 
 response = st.lists(st.integers(3, 15), min_size=1, max_size=6)
@@ -93,7 +93,7 @@ def test_what_follows_the_first_end_is_cut_with_its_logprobs(ids, end, tail, log
 def test_padding_and_repeated_bos_are_taken_off(ids, pads, more_bos, with_bos):
     prompt = [*pads, *[BOS] * (with_bos + more_bos * with_bos), *ids]
     (e,) = made([stored([*ids, *pads], prompt, finish_reason="length")], CHARACTERS)
-    assert e.completion_ids == ids and not e.ended
+    assert e.completion_ids == ids and e.truncated
     assert e.prompt_ids == [BOS] * with_bos + ids
 
 

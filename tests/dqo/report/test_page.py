@@ -9,7 +9,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from dqo.report.page import compare, console_table, write_report
+from dqo.report.comparison import compare
+from dqo.report.page import console_table, write_report
 from dqo.report.plots import MOST_POINTS, MOST_TRACES, half_right, thin, trace_plot
 from dqo.stats import Proportion, accuracy_interval, paired_test
 

@@ -88,15 +88,14 @@ def test_a_file_that_cannot_be_written_is_named_and_its_old_content_stays(kind, 
 
 
 def test_what_libraries_raise_is_understood_and_mistakes_are_not_hidden(tmp_path):
-    beside = tmp_path / ".a.partial"
-    beside.mkdir()
-    (beside / "half").write_text("x")
     with (
         pytest.raises(UserError, match="a: cannot be written: No space left on device. What"),
-        files.writing(tmp_path / "a", beside),
+        files.replacing(tmp_path / "a") as beside,
     ):
+        beside.mkdir()
+        (beside / "half").write_text("x")
         raise Exception("Error while serializing: I/O error: No space left on device (os error 28)")
-    assert not beside.exists()
+    assert not list(tmp_path.iterdir())
     with pytest.raises(KeyError), files.writing(tmp_path / "a"):
         raise KeyError("a mistake")
 
@@ -178,7 +177,7 @@ def test_converted_files_are_named_and_do_not_appear(tmp_path, monkeypatch):
         "label": True,
     }
     (tmp_path / "kto.jsonl").write_text(json.dumps(row))
-    monkeypatch.setattr("dqo.data.rows.os.fsync", full)
+    monkeypatch.setattr("dqo.files.os.fsync", full)
     with pytest.raises(UserError, match="b.jsonl: cannot be written: No space left"):
         convert("trl-kto", tmp_path / "kto.jsonl", tmp_path / "b.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["kto.jsonl"]

@@ -1,0 +1,131 @@
+"""Methods on the same problems: accuracies with their intervals, paired tests, and what they say in words."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dqo.report.formats import p_relation, points, rate_text
+from dqo.report.schema import Decoding, Method, Report, ValueAUC
+from dqo.stats import Interval, Paired, accuracy_interval, paired_test
+
+DECODINGS: dict[Decoding, str] = {"greedy": "with greedy decoding", "sampling": "with sampling"}
+
+
+class MethodResult(NamedTuple):
+    """A method's accuracies and its paired tests, by decoding; a decoding that was not measured is absent."""
+
+    name: str
+    problems: int
+    accuracy: dict[str, Interval]
+    against: dict[str, Paired]
+
+
+class Verdict(NamedTuple):
+    sentence: str
+    details: list[str]
+
+
+def compare(methods: list[Method], baseline: str | None = None) -> list[MethodResult]:
+    """Every method's accuracy with its interval, and its paired tests against the baseline."""
+    names = [method["name"] for method in methods]
+    if len(set(names)) < len(names):
+        raise ValueError(f"method names must differ, got {names}")
+    if baseline is not None and baseline not in names:
+        raise ValueError(f"baseline {baseline!r} is not among the methods {names}")
+    scores = {method["name"]: scores_of(method) for method in methods}
+    results = []
+    for name, ours in scores.items():
+        against = {} if name == baseline else paired_tests(name, ours, baseline, scores.get(baseline, {}))
+        accuracy = {kind: accuracy_interval(values) for kind, values in ours.items()}
+        results.append(MethodResult(name, len(next(iter(ours.values()), ())), accuracy, against))
+    return results
+
+
+def scores_of(method: Method) -> dict[str, np.ndarray]:
+    """decoding -> (problems, samples)"""
+    scores = {}
+    for kind in DECODINGS:
+        if method.get(kind) is not None and len(method[kind]):
+            try:
+                values = np.array(method[kind], float)
+            except ValueError as error:
+                raise ValueError(f"{method['name']}: {kind} needs one number of samples a problem") from error
+            scores[kind] = values[:, None] if values.ndim == 1 else values
+    if len({len(values) for values in scores.values()}) > 1:
+        raise ValueError(f"{method['name']}: greedy and sampling differ in their number of problems")
+    return scores
+
+
+def paired_tests(name: str, ours: dict, other: str | None, theirs: dict) -> dict[str, Paired]:
+    tests = {}
+    for kind in ours.keys() & theirs.keys():
+        if len(ours[kind]) != len(theirs[kind]):
+            raise ValueError(
+                f"{kind}: {name} has {len(ours[kind])} problems and {other} has {len(theirs[kind])}; "
+                "a paired test needs the same problems in the same order"
+            )
+        tests[kind] = paired_test(ours[kind].mean(axis=1), theirs[kind].mean(axis=1))
+    return {kind: tests[kind] for kind in DECODINGS if kind in tests}
+
+
+def headline_of(report: Report) -> str | None:
+    names = [method["name"] for method in report.get("methods", [])]
+    headline = report.get("headline")
+    if headline is None:
+        return next((name for name in names if name != report.get("baseline")), None)
+    if headline not in names:
+        raise ValueError(f"headline {headline!r} is not among the methods {names}")
+    return headline
+
+
+def verdict_of(
+    results: list[MethodResult], headline: str | None, baseline: str | None, value_auc: ValueAUC | None
+) -> Verdict | None:
+    """What the headline method gained over the baseline, else what the value model knows, else None."""
+    by_name = {result.name: result for result in results}
+    if headline is None or not by_name[headline].accuracy:
+        return _value_verdict(value_auc) if value_auc else None
+    ours = by_name[headline]
+    details = []
+    for kind, rate in ours.accuracy.items():
+        how = DECODINGS[kind].capitalize()
+        text = f"{how} {headline} solves {rate_text(rate)} of {ours.problems:,} problems"
+        if kind in ours.against:
+            test, theirs = ours.against[kind], by_name[baseline].accuracy[kind]
+            text += (
+                f" and {baseline} {rate_text(theirs)}: {points(test.difference)} points "
+                f"(95% interval {points(test.low)} to {points(test.high)}), p {p_relation(test)} by the "
+                f"{test.test} test, {test.wins:,} problems better and {test.losses:,} worse"
+            )
+        details.append(text + ".")
+    if not ours.against:
+        return Verdict(f"{headline} was measured, and there is no baseline to compare it with.", details)
+    return Verdict(_verdict_sentence(headline, baseline, ours.against), details)
+
+
+def _verdict_sentence(headline: str, baseline: str, against: dict[str, Paired]) -> str:
+    outcomes: dict[str, list[str]] = {}
+    for kind, test in against.items():
+        outcome = "shows no significant difference"
+        if test.significant:
+            outcome = f"is {'better' if test.difference > 0 else 'worse'} than {baseline}"
+        outcomes.setdefault(outcome, []).append(DECODINGS[kind])
+    if list(outcomes) == ["shows no significant difference"]:
+        return f"There is no significant difference between {headline} and {baseline}."
+    return f"{headline} {', but '.join(f'{what} ' + ' and '.join(how) for what, how in outcomes.items())}."
+
+
+def _value_verdict(value_auc: ValueAUC) -> Verdict | None:
+    at_end = value_auc.get("at_end")
+    if at_end is None:
+        return None
+    interval = value_auc.get("interval")
+    between = f" (95% interval {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+    details = [f"AUC at the end of a response: {at_end:.3f}{between}."]
+    if value_auc.get("at_half") is not None:
+        details.append(f"AUC half-way through it: {value_auc['at_half']:.3f}.")
+    if (interval[0] if interval else at_end) > 0.5:
+        return Verdict("The value model tells right held-out responses from wrong ones.", details)
+    return Verdict("The value model tells right held-out responses from wrong ones no better than chance.", details)
