@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Of the place where a run goes on, not of the run: what nothing gives is today's default.
 PLACE = {"output_dir", "resume_from_checkpoint", "dry_run", "use_cpu", "fsdp", "attn_implementation", "padding_free"}
+# Arguments of DQOTrainer as well, which are no options then.
+NAMED = ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "eval_dataset_name")
 CONFIGURATIONS = ("configuration", "reference configuration")  # of the models, among a run's identity
 TRAINED_END = "trained end token"
 LATER = {*CONFIGURATIONS, TRAINED_END}  # what the identity of earlier checkpoints lacks
@@ -97,16 +99,15 @@ def as_stored(options: Options) -> Options:
     resolved = options_of(values, str(checkpoint))
     if epochs is not None:
         resolved = dataclasses.replace(resolved, train=dataclasses.replace(resolved.train, num_train_epochs=epochs))
-    flat, usual = resolved.flat(), default_values(resolved)
-    sources = {name: source for name, source in resolved.sources.items() if name in taken and flat[name] != usual[name]}
-    return dataclasses.replace(resolved, sources=options.sources | sources)
+    return dataclasses.replace(resolved, sources=options.sources)  # what is taken counts as nobody's wish
 
 
 def taken_options(options: Options, checkpoint: Path) -> str | None:
-    """A line on the options that the command does not give and whose default is another than the checkpoint's value."""
-    flat = options.flat()
-    taken = [f"{name} {flat[name]!r}" for name, source in options.sources.items() if source == str(checkpoint)]
-    return f"going on under options of {checkpoint}, which nothing gives now: {', '.join(taken)}" if taken else None
+    """A line on the options that nothing gives and that have the checkpoint's value, not their default."""
+    usual = default_values(options)
+    silent = {*options.sources, *NAMED, *PLACE}
+    told = ", ".join(f"{n} {v!r}" for n, v in options.flat().items() if n not in silent and v != usual[n])
+    return f"going on under options of {checkpoint}, which nothing gives now: {told}" if told else None
 
 
 def option_differences(checkpoint: Path, state: dict, new: dict, defaults: dict) -> list[str]:
