@@ -34,6 +34,7 @@ from dqo.train.inputs import Given, check_options, shared_prompts
 from dqo.train.loop import Trainer, begin, run_of
 from dqo.train.metrics import read_metrics
 from dqo.train.prepare import evaluation_episodes
+from dqo.train.resume import as_stored
 
 # What users of transformers' and TRL's trainers may look for, and why it is not here.
 ABSENT = {
@@ -171,6 +172,7 @@ class DQOTrainer:
 
     def _begin(self) -> Trainer:
         if self._trainer is None:
+            self.options = as_stored(self.options)
             self._trainer = begin(self.options, self.given, announce=True)
             self._trainer.compute_metrics = self.compute_metrics
         return self._trainer
@@ -191,6 +193,7 @@ class DQOTrainer:
                 )
             train = dataclasses.replace(self.options.train, resume_from_checkpoint=str(value))
             self.options = dataclasses.replace(self.options, train=train)
+        self.options = as_stored(self.options)
         check_callbacks(self.given.callbacks, self.options.train)
         tasks = read_tasks(self.options.train.eval_tasks, self.options.train.verifier)
         base = None

@@ -12,6 +12,7 @@ from dqo.config.options import dump_options, load_options
 from dqo.demo.recipe import DemoConfig
 from dqo.evaluation.tasks import check_tasks, read_tasks
 from dqo.train.inputs import check_options, load_rows
+from dqo.train.resume import as_stored
 
 PLACE = 1
 
@@ -26,7 +27,7 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
     flags = {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in arguments if a.startswith("--")}
     if "-h" not in arguments and flags <= {f.name for f in dataclasses.fields(DemoConfig)}:
         return demo_command(arguments, prog)
-    options = obey(load_options(arguments, prog))
+    options = as_stored(obey(load_options(arguments, prog)))
     check_options(options)
     tasks = read_tasks(options.train.eval_tasks, options.train.verifier)
     rows = load_rows(options)

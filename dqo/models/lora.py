@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dqo.config.lora import check_lora_config
+from dqo.config.lora import PLAIN, check_lora_config
 from dqo.errors import UserError
 
 ADAPTER = "default"  # peft's name of a model's first adapter; it is part of the parameters' names
@@ -30,6 +31,16 @@ def lora_config(rank: int, alpha: float, target_modules: tuple[str, ...] | None)
     return _peft().LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=target_modules and list(target_modules)
     )
+
+
+def with_fields(config: Any, fields: dict[str, Any]) -> Any:
+    """A LoraConfig with the fields of an adapter_config.json that say what is trained, as far as it has such fields: a later peft
+    may have other defaults, and a later model other linear layers."""
+    config = copy.deepcopy(config)
+    for name in PLAIN & fields.keys():
+        if hasattr(config, name):
+            setattr(config, name, fields[name])
+    return config
 
 
 def _peft() -> ModuleType:
@@ -160,6 +171,12 @@ def adapter_state(model: nn.Module, state: dict[str, Tensor] | None = None) -> d
 
     found = get_peft_model_state_dict(model, state, ADAPTER, save_embedding_layers=False)
     return {f"base_model.model.{name}": tensor for name, tensor in found.items()}
+
+
+def plain_name(parameter: str) -> str:
+    """A parameter's name without what a version of peft adds: base_model.model in front, the adapter's name behind lora_A."""
+    name = parameter.replace("base_model.model.", "", 1)
+    return re.sub(rf"(\.lora_\w+)\.{ADAPTER}(?=\.|$)", r"\1", name)
 
 
 def save_adapter(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> None:

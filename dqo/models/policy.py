@@ -189,6 +189,19 @@ def weights_hash(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+_USUAL = set(PreTrainedConfig().to_dict()) | {"use_cache"}
+
+
+def architecture(config: PreTrainedConfig) -> dict:
+    """How a model of this configuration computes with its weights, as JSON gives it back: without what every class has."""
+
+    def told(values: dict) -> dict:
+        kept = {name: value for name, value in values.items() if name not in _USUAL and not name.startswith("_")}
+        return {name: told(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+    return json.loads(json.dumps(told(config.to_dict()), default=str))
+
+
 def architecture_hash(model: PreTrainedModel) -> str:
     """sha256 of the configuration, without names and versions: the weights alone do not say how they are used."""
     told = model.config.to_dict()

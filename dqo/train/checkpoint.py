@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from pathlib import Path
 
 import torch
@@ -28,12 +27,30 @@ from dqo.config.options import Options, dump_options
 from dqo.errors import UserError
 from dqo.files import aside, remove_asides, replacing, sync, sync_tree, temporary, write_whole, writing
 from dqo.models.critic import load_critic, save_value_model
-from dqo.models.lora import base_state, has_adapter, merged_state, save_adapter
-from dqo.models.policy import load_policy
+from dqo.models.lora import base_state, has_adapter, merged_state, plain_name, save_adapter
+from dqo.models.policy import architecture, load_config, load_policy
 from dqo.processes import Processes
-from dqo.train.damage import STATE_FILE, check_whole, newest_whole, put_away, read_state, write_state
+from dqo.train.damage import (
+    STATE_FILE,
+    check_whole,
+    checkpoints,
+    loading,
+    newest_whole,
+    put_away,
+    read_state,
+    write_state,
+)
 from dqo.train.learner import Learner
 from dqo.train.parallel import like, load_whole_state, whole, whole_state
+from dqo.train.resume import (
+    CONFIGURATIONS,
+    LATER,
+    check_configurations,
+    default_values,
+    option_differences,
+    taken_options,
+    versions,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +74,39 @@ def load_optimizer_tensors(optimizers: dict[str, torch.optim.Optimizer], tensors
             if owner == name:  # cloned: out of the file's mapping
                 state.setdefault(int(index), {})[field] = like(value.clone(), parameters[int(index)])
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def parameter_names(optimizers: dict[str, torch.optim.Optimizer], learner: Learner) -> dict[str, list[str]]:
+    """{"policy": ["model.embed_tokens.weight", ...]}: what the numbers in an optimizer's state stand for."""
+    models = {"policy": learner.policy, "critic": learner.value_model}
+    names = {id(p): plain_name(n) for model in filter(None, models.values()) for n, p in model.named_parameters()}
+    return {
+        owner: [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        for owner, optimizer in optimizers.items()
+    }
+
+
+def _renumbered(
+    checkpoint: Path, tensors: dict[str, Tensor], then: dict[str, list[str]], now: dict[str, list[str]]
+) -> dict[str, Tensor]:
+    """Optimizer states under today's numbers of the same parameters: a later peft or transformers may have another order."""
+    for owner, names in now.items():
+        _check_names(checkpoint, "optimizer state", set(then.get(owner, ())), set(names))
+    places = {owner: {name: index for index, name in enumerate(names)} for owner, names in now.items()}
+    found = {}
+    for key, tensor in tensors.items():
+        owner, index, field = key.split("/")
+        found[f"{owner}/{places[owner][then[owner][int(index)]]}/{field}"] = tensor
+    return found
+
+
+def _check_names(checkpoint: Path, what: str, then: set[str], now: set[str]) -> None:
+    for names, where in ((now - then, "the checkpoint"), (then - now, "this model")):
+        if names:
+            raise UserError(
+                f"{checkpoint}: its {what} is of other parameters; {min(names)} is not in {where} ({len(names)} such names). "
+                "Go on with the versions of transformers and peft that its dqo_state.json names, or choose another --output_dir"
+            )
 
 
 def _trained(learner: Learner) -> dict[str, nn.Parameter]:
@@ -163,7 +213,7 @@ def save_checkpoint(
     if has_adapter(learner.policy):
         adapters = {name: whole(parameter.detach()).contiguous() for name, parameter in _trained(learner).items()}
     target = {} if learner.target is None else whole_state(learner.target)
-    optimizer = optimizer_tensors(optimizers)
+    optimizer, names = optimizer_tensors(optimizers), parameter_names(optimizers, learner)
     with replacing(final) as beside:
         save_models(beside, learner, tokenizer, processes, value_model=not adapters)
         if processes.main:
@@ -171,7 +221,7 @@ def save_checkpoint(
                 if tensors:
                     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
                     save_file(contiguous, beside / f"{name}.safetensors")
-            write_state(beside, state)
+            write_state(beside, state | {"parameters": names, "versions": versions()})
     if processes.main:
         for old in surplus(checkpoints(output_dir), keep, best):
             old.rename(aside(old))  # at once, then file by file: half a checkpoint must not look like one
@@ -198,9 +248,11 @@ def left_behind(found: list[Path], chosen: Path | None) -> list[Path]:
 def load_models(checkpoint: Path, learner: Learner) -> None:
     """Copies a checkpoint's weights into a learner, sharded or not."""
     if has_adapter(learner.policy):
-        saved = load_file(checkpoint / "adapters.safetensors")
+        saved = {plain_name(name): tensor for name, tensor in load_file(checkpoint / "adapters.safetensors").items()}
+        trained = {plain_name(name): parameter for name, parameter in _trained(learner).items()}
+        _check_names(checkpoint, "adapter", set(saved), set(trained))
         with torch.no_grad():
-            for name, parameter in _trained(learner).items():
+            for name, parameter in trained.items():
                 parameter.copy_(like(saved[name], parameter))
     else:
         load_whole_state(learner.policy, load_policy(str(checkpoint)).state_dict())
@@ -210,28 +262,26 @@ def load_models(checkpoint: Path, learner: Learner) -> None:
         load_whole_state(learner.target, load_file(checkpoint / "target.safetensors"))
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.partition("-")[2]))
+def load_optimizers(checkpoint: Path, optimizers: dict[str, torch.optim.Optimizer], learner: Learner) -> None:
+    tensors = load_file(checkpoint / "optimizer.safetensors")
+    then = read_state(checkpoint).get("parameters")
+    if then is not None:  # earlier checkpoints tell the numbers alone
+        tensors = _renumbered(checkpoint, tensors, then, parameter_names(optimizers, learner))
+    load_optimizer_tensors(optimizers, tensors)
 
 
-def load_optimizers(checkpoint: Path, optimizers: dict[str, torch.optim.Optimizer]) -> None:
-    load_optimizer_tensors(optimizers, load_file(checkpoint / "optimizer.safetensors"))
-
-
-def check_same_run(checkpoint: Path, identity: dict) -> None:
-    """Refuses to go on from a checkpoint of other data, another model or other options, and says what differs."""
-    saved = read_state(checkpoint)["identity"]
-    differences = []
+def check_same_run(checkpoint: Path, identity: dict, defaults: dict | None = None) -> None:
+    """Refuses to go on from a checkpoint of other data, another model or other options, and says what differs. `defaults` are
+    today's, of all options."""
+    state = read_state(checkpoint)
+    saved, differences = state["identity"], []
     for key in sorted(saved.keys() | identity.keys()):
         old, new = saved.get(key), identity.get(key)
         if key == "options":
             if _untold_adapter(checkpoint, old):
                 new = {name: value for name, value in new.items() if not name.startswith(PREFIX)}
-            names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-            differences += [f"option {name}: {old.get(name)!r} then, {new.get(name)!r} now" for name in names]
-        elif old != new:
+            differences += option_differences(checkpoint, state, new, defaults or {})
+        elif old != new and key not in CONFIGURATIONS and (key in saved or key not in LATER):
             differences.append(f"{key}: {str(old)[:12]} then, {str(new)[:12]} now")
     if differences:
         raise UserError(
@@ -240,6 +290,11 @@ def check_same_run(checkpoint: Path, identity: dict) -> None:
             + "\nChoose another --output_dir, or repeat "
             "the options of that run"
         )
+    if "configuration" not in saved and "configuration" in identity and (checkpoint / "config.json").is_file():
+        with loading(checkpoint):
+            saved = saved | {"configuration": architecture(load_config(str(checkpoint)))}
+    same = state.get("versions", {}).get("transformers") == versions()["transformers"]
+    check_configurations(checkpoint, saved, identity, same)
 
 
 def _untold_adapter(checkpoint: Path, options: dict) -> bool:
@@ -264,6 +319,8 @@ def claim_output(options: Options, identity: dict, processes: Processes) -> Path
             logger.warning("%s. It is now %s; going on from %s", message, put_away(path), chosen)
         for path in left_behind(checkpoints(output_dir), chosen):
             logger.warning("%s is behind %s and is not used: it is now %s", path, chosen, put_away(path, "left"))
+        if chosen is not None and (line := taken_options(options, chosen)):
+            logger.warning(line)
         write_whole(output_dir / "config.yaml", dump_options(options).encode())
     processes.barrier()
     return chosen
@@ -288,5 +345,5 @@ def _chosen(options: Options, identity: dict) -> tuple[Path | None, dict[Path, s
             )
         check_whole(chosen)
     if chosen is not None:
-        check_same_run(chosen, identity)
+        check_same_run(chosen, identity, default_values(options))
     return chosen, damaged

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,12 @@ _COUNTERS = ("step", "num_tokens", "train_seconds", "metrics_position")
 
 class Damaged(UserError):
     """A checkpoint that is not as it was written."""
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.partition("-")[2]))
 
 
 def crc32_of(path: Path) -> int:

@@ -42,6 +42,7 @@ from dqo.train.learner import Learner, update_target
 from dqo.train.parallel import wrap
 from dqo.train.prepare import Prepared, distinct, prepare
 from dqo.train.recorder import Recorder
+from dqo.train.resume import as_stored, stored_options
 from dqo.train.step import accumulate, out_of_memory
 
 
@@ -61,7 +62,8 @@ class Trainer:
     """The loop's state: models, optimizers, counters and the open metrics file."""
 
     def __init__(self, options: Options, prepared: Prepared, callbacks: list | None = None):
-        self.config, self.objective, self.prepared = options.train, options.objective, prepared
+        self.options, self.prepared = options, prepared
+        self.config, self.objective = options.train, options.objective
         self.learner, self.processes = prepared.learner, prepared.processes
         self.output_dir = Path(self.config.output_dir)
         self.per_epoch = math.ceil(len(prepared.groups) / prepared.per_step)  # the last step of an epoch may be short
@@ -79,9 +81,11 @@ class Trainer:
             with loading(resumed):
                 state = checkpoint.read_state(resumed)
                 self._load(resumed, state)
-        self.warmup = optim.as_steps(self.config.warmup_steps, self.steps)
+        then = state.get("derived", {})
+        self.warmup = then.get("warmup", optim.as_steps(self.config.warmup_steps, self.steps))
         critic = self.learner.value_model
-        self.value_warmup = 0 if critic is None else optim.value_warmup(self.config.value_warmup_steps, self.steps)
+        value_warmup = 0 if critic is None else optim.value_warmup(self.config.value_warmup_steps, self.steps)
+        self.value_warmup = then.get("value_warmup", value_warmup)
         module = wrap(self.learner, self.processes, self.config.bf16, self.value_warmup > 0)
         self.engine = Engine(module, self.learner, prepared.batching, self.processes)
         self.models = {"policy": self.learner.policy} | ({} if critic is None else {"critic": critic})
@@ -95,7 +99,7 @@ class Trainer:
         }
         if resumed is not None:
             with loading(resumed):
-                checkpoint.load_optimizers(resumed, self.optimizers)
+                checkpoint.load_optimizers(resumed, self.optimizers, self.learner)
         models = self.learner, prepared.tokenizer
         self.callbacks = Callbacks(callbacks or [], options, *models, self.processes, self.optimizers["policy"])
         self.callbacks.state.global_step, self.callbacks.state.max_steps = self.counters["step"], self.steps
@@ -220,6 +224,7 @@ class Trainer:
         state = {"identity": self.prepared.identity, "window": {name: pair.tolist() for name, pair in window.items()}}
         self.counters |= self.recorder.position()
         state |= {"counters": self.counters, "steps": self.steps, "callbacks": self.callbacks.stored()}
+        state |= stored_options(self.options, self.warmup, self.value_warmup, self.prepared.save_dtype)
         if self.evaluated is not None and self.evaluated[0] == self.counters["step"]:
             state["evaluation"] = self.evaluated[1]
         best = self.callbacks.state.best_model_checkpoint
@@ -349,7 +354,7 @@ def begin(options: Options, given: Given | None = None, rows: Rows | None = None
         UserError: for options, rows or a model that do not fit, before any work is lost.
     """
     given = given or Given()
-    options = obey(options)
+    options = as_stored(obey(options))
     check_options(options, given)
     check_callbacks(given.callbacks, options.train)
     train_rows, held_rows = rows or load_rows(options, given)

@@ -18,6 +18,7 @@ from dqo.config.lora import described
 from dqo.config.options import Options, TrainConfig
 from dqo.data.batches import Batch, Batching, groups_of
 from dqo.data.chat import reads_clock
+from dqo.data.ends import ends_of
 from dqo.data.episodes import Episode, fingerprint, make_episodes
 from dqo.data.rows import Row, check_process_reward
 from dqo.errors import UserError
@@ -25,8 +26,9 @@ from dqo.models import attention
 from dqo.models.architecture import recompute_activations
 from dqo.models.critic import make_value_model
 from dqo.models.fitness import check_adapter, check_model, check_positions, check_tokenizer
-from dqo.models.lora import adapter_off, add_adapter, has_adapter, lora_config
+from dqo.models.lora import adapter_off, add_adapter, has_adapter, lora_config, with_fields
 from dqo.models.policy import (
+    architecture,
     architecture_hash,
     final_softcap,
     load_config,
@@ -42,9 +44,10 @@ from dqo.objectives import UNIT_EPISODES
 from dqo.processes import Processes, gather_objects
 from dqo.reference.cache import ReferenceCache, ReferenceId
 from dqo.reference.columns import add_reference, check_agreement, warn_about_behavior
-from dqo.train.checkpoint import checkpoints, claim_output, read_state, save_base
+from dqo.train.checkpoint import claim_output, save_base
 from dqo.train.inputs import Given, read
 from dqo.train.learner import Learner
+from dqo.train.resume import TRAINED_END, adapter_fields, found_state, stored_derived
 from dqo_kernels import TokenStats
 
 logger = logging.getLogger(__name__)
@@ -163,7 +166,7 @@ def prepare(
         policy = load_policy(config.model_name_or_path, processes.device, dtype, config.attn_implementation)
     else:
         ready(policy, processes.device)
-    save_dtype = _save_dtype(config, given)
+    save_dtype = _save_dtype(options, given)
     if not config.use_peft and given.peft_config is None:
         policy.float()  # weights in 16 bits would not take small updates
     reference = _explicit_reference(config, given, processes.device)
@@ -181,6 +184,12 @@ def prepare(
     }
     if given.peft_config is not None:
         identity["options"] |= described(given.peft_config)
+    its_ends = ends_of(
+        tokenizer, stop_ids(given.model or config.model_name_or_path), not isinstance(train_rows[0].prompt, str)
+    )
+    identity |= {TRAINED_END: its_ends.trained, "configuration": architecture(policy.config)}
+    if reference is not None:
+        identity["reference configuration"] = architecture(reference.config)
     if template_time is not None:
         identity[_TEMPLATE_TIME] = template_time.isoformat()
     identity["reference"] = identity["model"] if reference is None else weights_hash(reference)
@@ -270,18 +279,12 @@ def _template_time(config: TrainConfig, tokenizer, processes: Processes) -> date
     new run the clock of the first process. None where no template reads it."""
     if not reads_clock(tokenizer):
         return None
-    named = config.resume_from_checkpoint
-    found = checkpoints(Path(config.output_dir)) if named in ("auto", "never") else [Path(named)]
-    for checkpoint in reversed(found):
+    found = found_state(config)
+    if found is not None:
         try:
-            return datetime.datetime.fromisoformat(read_state(checkpoint)["identity"][_TEMPLATE_TIME])
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-        ):  # not a checkpoint, or of a run without it: named when it is claimed
-            continue
+            return datetime.datetime.fromisoformat(found[1]["identity"][_TEMPLATE_TIME])
+        except (ValueError, KeyError, TypeError):  # of a run without it: named when it is claimed
+            pass
     return gather_objects([datetime.datetime.now()], processes)[0]
 
 
@@ -354,6 +357,7 @@ def make_learner(options: Options, given: Given, policy: PreTrainedModel, explic
     peft_config = given.peft_config
     if config.use_peft and peft_config is None:
         peft_config = lora_config(config.lora_r, config.lora_alpha, config.lora_target_modules)
+        peft_config = with_fields(peft_config, adapter_fields(config))
     torch.manual_seed(config.seed)  # of new heads and adapters, in every process and when a run goes on
     value_model = reference = target = None
     if objective.needs_values:
@@ -373,8 +377,13 @@ def make_learner(options: Options, given: Given, policy: PreTrainedModel, explic
     return Learner(policy, value_model, reference, target, config.bf16, config.router_aux_loss_coef)
 
 
-def _save_dtype(config: TrainConfig, given: Given) -> torch.dtype | None:
-    """Of the final models: the option's, or that of the model's files; None (as trained) where adapters are trained."""
+def _save_dtype(options: Options, given: Given) -> torch.dtype | None:
+    """Of the final models: the option's, or that of the model's files; None (as trained) where adapters are trained. A run that
+    goes on keeps what its files had."""
+    config = options.train
+    then = stored_derived(config)
+    if "save_dtype" in then and "save_dtype" not in options.sources:
+        return None if then["save_dtype"] is None else getattr(torch, then["save_dtype"])
     told = config.save_dtype
     if told is None and not config.use_peft and given.peft_config is None:
         told = load_config(config.model_name_or_path).dtype if given.model is None else given.model.dtype

@@ -35,11 +35,12 @@ def write(directory, step, keep=2, state=None):
 def test_optimizer_states_come_back_bit_for_bit(tmp_path):
     path, saved = write(tmp_path, 3)
     model = policy()
+    critic = value_model_from(model)
     fresh = {
         name: optim.make_optimizer(m, 1e-2, 0.1, (0.9, 0.99), 1e-8)
-        for name, m in {"policy": model, "critic": value_model_from(model)}.items()
+        for name, m in {"policy": model, "critic": critic}.items()
     }
-    checkpoint.load_optimizers(path, fresh)
+    checkpoint.load_optimizers(path, fresh, Learner(model, critic))
     for name in saved:
         before, after = (checkpoint.optimizer_tensors({name: o[name]}) for o in (saved, fresh))
         assert before.keys() == after.keys() and before

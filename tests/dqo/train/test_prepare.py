@@ -103,8 +103,9 @@ def test_another_reference_is_used_and_not_compared_with_the_policy(files):
     meta = json.loads(next((files / "out" / "ref_cache").glob("*/meta.json")).read_text())
     assert meta["model"] == str(files / "other")
     train(options_of(files, ref_model_name_or_path=files / "other", eval_fraction=0.3))
-    with pytest.raises(UserError, match="option ref_model_name_or_path: .*other' then, None now"):
-        train(options_of(files, eval_fraction=0.3))
+    train(options_of(files, eval_fraction=0.3))  # the checkpoint says which
+    with pytest.raises(UserError, match="option ref_model_name_or_path: .*other' then, .*model' now"):
+        train(options_of(files, ref_model_name_or_path=files / "model", eval_fraction=0.3))
     save(policy(seed=2), tokenizer(), files / "third")
     (files / "third" / "model.safetensors").replace(files / "other" / "model.safetensors")
     with pytest.raises(UserError, match="reference: .* then, .* now"):
