@@ -7,10 +7,10 @@ import os
 import signal
 
 from dqo.commands.train import main
-from dqo.train import loop as train
+from dqo.train import loop
 
 calls = []
-accumulate = train.accumulate
+accumulate = loop.accumulate
 
 
 def counted(*arguments):
@@ -20,5 +20,5 @@ def counted(*arguments):
     return accumulate(*arguments)
 
 
-train.accumulate = counted
+loop.accumulate = counted
 main()
