@@ -20,7 +20,8 @@ from dqo.data.advice import row_warnings
 from dqo.data.episodes import Episode, make_episodes
 from dqo.data.rows import Row, check_process_reward, duplicate_count, prompt_key, read_rows
 from dqo.errors import UserError, printable
-from dqo.objectives import OBJECTIVES
+from dqo.objectives.base import Objective
+from dqo.objectives.registry import objective_class
 
 PLACE = 4
 _BAR = 40  # characters of the longest bar
@@ -59,7 +60,7 @@ class CheckConfig:
     """A response without a label counts as correct when its reward is above this."""
     skip_bad_rows: bool = False
     """Rows that fail the checks are left out and counted, instead of ending the check."""
-    method: Literal["dqo", "sft", "rft", "dpo", "kto", "dro", "oreo"] | None = None
+    method: str | None = None
     """The warnings are of what this method makes of the rows. None warns of what any method may."""
     beta: float | None = None
     """The KL temperature of the method. None takes the method's default."""
@@ -114,17 +115,17 @@ def check(config: CheckConfig) -> None:
         prompts[path] = {prompt_key(row) for row in rows}
 
 
-def _objective(config: CheckConfig) -> Any:
+def _objective(config: CheckConfig) -> Objective | None:
     if config.method is None:
         if config.beta is not None:
             raise UserError("--beta is an option of a method; give --method too")
         return None
-    made = OBJECTIVES[config.method]
+    made = objective_class(config.method)
     if config.beta is None:
         return made()
     if "beta" not in {f.name for f in dataclasses.fields(made)}:
         raise UserError(f"method {config.method} has no beta; remove --beta")
-    objective = made(beta=config.beta)
+    objective = made(**{"beta": config.beta})
     for name, what in objective.problems():
         raise UserError(f"{name} {what}")
     return objective
