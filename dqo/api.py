@@ -26,6 +26,8 @@ from dqo.errors import UserError, did_you_mean
 from dqo.evaluation.run import answers_of, base_answers
 from dqo.evaluation.tasks import check_tasks, read_tasks
 from dqo.files import writing
+from dqo.objectives.base import Objective
+from dqo.objectives.registry import DEFAULT_METHOD, method_of, methods_table
 from dqo.report.run import report_run
 from dqo.train import checkpoint, hub
 from dqo.train.callbacks import check_callbacks, made
@@ -39,7 +41,7 @@ from dqo.train.resume import as_stored
 # What users of transformers' and TRL's trainers may look for, and why it is not here.
 ABSENT = {
     "hyperparameter_search": "run DQOTrainer once for each set of options",
-    "compute_loss": "the loss is the objective's; write another in dqo/objectives, or use dqo_kernels in a loop of your own",
+    "compute_loss": "the loss is the objective's: DQOConfig(method=YourObjective), or use dqo_kernels in a loop of your own",
     "training_step": "a step is made of micro-batches whose loss is divided once; use callbacks, or a loop of your own",
     "prediction_step": "use predict, or compute_metrics",
     "get_train_dataloader": "a step's responses come from an index of the rows, not from a DataLoader",
@@ -63,15 +65,17 @@ class DQOConfig:
     """Options of a run by keyword: those of `dqo-train --help`, and of `dqo-train --method METHOD --help`.
 
     Args:
-        method: "dqo", "dpo", "kto", "dro", "oreo", "rft" or "sft".
+        method: a name, "package.module:Class", or a subclass of dqo.objectives.base.Objective. The names are
+            {methods}
         values: any other option, such as output_dir, beta, learning_rate, per_device_train_batch_size.
 
     Raises:
         UserError: a ValueError that names an unknown option, with the nearest known one, or a value of the wrong type or range.
     """
 
-    def __init__(self, *, method: str = "dqo", **values: Any):
-        self.options = options_of({"method": method, **values}, "DQOConfig")
+    def __init__(self, *, method: str | type[Objective] = DEFAULT_METHOD, **values: Any):
+        name = method_of(method) if isinstance(method, type) else method
+        self.options = options_of({"method": name, **values}, "DQOConfig")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "options" or "options" in self.__dict__:
@@ -89,6 +93,9 @@ class DQOConfig:
 
     def __repr__(self) -> str:
         return f"DQOConfig({', '.join(f'{name}={value!r}' for name, value in self.options.flat().items())})"
+
+
+DQOConfig.__doc__ = str(DQOConfig.__doc__).format(methods=methods_table().replace("\n", f"\n{' ' * 12}"))
 
 
 def _refuse_twice(options: Options, given: dict[str, Any]) -> None:
@@ -228,12 +235,12 @@ class DQOTrainer:
             UserError: when they share prompts with the rows that are trained on.
         """
         trainer = self._begin()
-        episodes = None
+        groups = None
         if eval_dataset is not None:
             found, rows = evaluation_episodes(self.options, self.given, trainer.prepared, eval_dataset)
             shared_prompts(trainer.train_prompts, rows, "eval_dataset", "the rows that are trained on")
-            episodes = found.objective
-        metrics = trainer.held_out(episodes)
+            groups = found.objective
+        metrics = trainer.held_out(groups)
         trainer.callbacks.evaluated(metrics)
         return metrics
 

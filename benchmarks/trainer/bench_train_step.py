@@ -29,9 +29,10 @@ from benchmarks.harness.units import TOKENS
 from benchmarks.trainer import trl_steps
 from dqo.data.batches import Batching, groups_of
 from dqo.data.episodes import Episode
+from dqo.data.selection import selected
 from dqo.models.critic import value_model_from
 from dqo.models.policy import policy_stats
-from dqo.objectives import DPO, DQO, KTO, UNIT_EPISODES
+from dqo.objectives import DPO, DQO, KTO
 from dqo.processes import Processes
 from dqo.reference.columns import add_reference
 from dqo.train.engine import Engine
@@ -99,7 +100,7 @@ def inputs(case: Case, device: torch.device) -> SimpleNamespace:
     objective = OBJECTIVES[case.variant]
     episodes = _episodes(*lengths, MODELS[model]["vocab_size"])
     if case.variant == "kto":
-        episodes = objective.prepare(episodes)
+        selected(objective, episodes)  # gives companions
     reference = _model(model, device)
     budget = 2 * sum(lengths[1:])  # two responses a batch
     batching, alone = Batching(0, budget, device), Processes(device=device)
@@ -141,7 +142,7 @@ def _insisting_on(backend: str):
 
 
 def _ours(x: SimpleNamespace, backend: str) -> Phases:
-    groups = groups_of(x.episodes, UNIT_EPISODES[x.objective.unit])
+    groups = groups_of(x.episodes, x.objective.group_size)
     tokens = sum(e.length for e in x.episodes)  # one micro-batch
     device = x.learner.device
     engine = Engine(x.learner, x.learner, Batching(0, tokens, device), Processes(device=device))

@@ -9,7 +9,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tyro.conf import Positional
@@ -21,7 +21,8 @@ from dqo.data.advice import row_warnings
 from dqo.data.episodes import Episode, make_episodes
 from dqo.data.rows import Row, check_process_reward, duplicate_count, prompt_key, read_rows
 from dqo.errors import UserError, printable
-from dqo.objectives import OBJECTIVES
+from dqo.objectives.base import Objective
+from dqo.objectives.registry import objective_class
 
 PLACE = 4
 _BAR = 40  # characters of the longest bar
@@ -45,7 +46,7 @@ class CheckConfig(RowOptions, _Checked):
 
     gamma: float = 1.0
     """The discount of the method, which the differences of potentials depend on."""
-    method: Literal["dqo", "sft", "rft", "dpo", "kto", "dro", "oreo"] | None = None
+    method: str | None = None
     """The warnings are of what this method makes of the rows. None warns of what any method may."""
     beta: float | None = None
     """The KL temperature of the method. None takes the method's default."""
@@ -100,17 +101,17 @@ def check(config: CheckConfig) -> None:
         prompts[path] = {prompt_key(row) for row in rows}
 
 
-def _objective(config: CheckConfig) -> Any:
+def _objective(config: CheckConfig) -> Objective | None:
     if config.method is None:
         if config.beta is not None:
             raise UserError("--beta is an option of a method; give --method too")
         return None
-    made = OBJECTIVES[config.method]
+    made = objective_class(config.method)
     if config.beta is None:
         return made()
     if "beta" not in {f.name for f in dataclasses.fields(made)}:
         raise UserError(f"method {config.method} has no beta; remove --beta")
-    objective = made(beta=config.beta)
+    objective = made(**{"beta": config.beta})
     for name, what in objective.problems():
         raise UserError(f"{name} {what}")
     return objective

@@ -18,9 +18,10 @@ import yaml
 from dqo.config.flags import check_flags, flag_sources, options_of_methods, take_config_files
 from dqo.config.rows import RowOptions
 from dqo.config.values import brief, refuse, suggestion, typed, value_problems
-from dqo.errors import UserError, did_you_mean
+from dqo.errors import UserError
 from dqo.grading.verifiers import VERIFIERS, VerifierName
-from dqo.objectives import OBJECTIVES
+from dqo.objectives.base import Objective
+from dqo.objectives.registry import DEFAULT_METHOD, OBJECTIVES, methods_help, objective_class
 
 CPU_BATCH_TOKENS = 4096  # more leave the caches: 8,192 cost a quarter of the speed with a model of 1 M parameters
 
@@ -34,8 +35,7 @@ def _verifier_help() -> str:
 class _RunOptions:
     """The options of TrainConfig that its help shows before those of the rows."""
 
-    method: Literal["dqo", "sft", "rft", "dpo", "kto", "dro", "oreo"] = "dqo"
-    """The objective to train with. `--method NAME --help` shows the options that it adds."""
+    method: Annotated[str, tyro.conf.arg(help=methods_help())] = DEFAULT_METHOD
     model_name_or_path: str | None = None
     """The causal language model to train is in this directory, or has this name on the hub."""
     ref_model_name_or_path: str | None = None
@@ -98,8 +98,8 @@ class TrainConfig(RowOptions, _RunOptions):
     value_warmup_steps: float = 0
     """The first steps train the value model alone. A number below 1 is a share of all steps."""
     per_device_train_batch_size: int = 16
-    """An optimizer step takes this many responses (pairs for a method of pairs), times gradient_accumulation_steps, times the
-    number of processes."""
+    """An optimizer step takes this many responses (pairs or lists for a method of such), times gradient_accumulation_steps,
+    times the number of processes."""
     gradient_accumulation_steps: int = 1
     """An optimizer step takes this many times per_device_train_batch_size responses from each process."""
     max_batch_tokens: int | None = None
@@ -226,24 +226,24 @@ class Options:
     """The options of a run. `sources` says where each value that was given came from."""
 
     train: TrainConfig
-    objective: Any
+    objective: Objective
     sources: dict[str, str]
 
     def flat(self) -> dict[str, Any]:
         return dataclasses.asdict(self.train) | dataclasses.asdict(self.objective)
 
 
-def _method(arguments: list[str], from_files: dict[str, tuple[Any, str]]) -> str:
-    name, source = from_files.get("method", ("dqo", "default"))
+def _objective_class(arguments: list[str], from_files: dict[str, tuple[Any, str]]) -> type[Objective]:
+    name, source = from_files.get("method", (DEFAULT_METHOD, "default"))
     for i, argument in enumerate(arguments):
         if argument == "--method" and i + 1 < len(arguments):
             name, source = arguments[i + 1], "--method"
         elif argument.startswith("--method="):
             name, source = argument.partition("=")[2], "--method"
-    if not isinstance(name, str) or name not in OBJECTIVES:
-        nearest = did_you_mean(name, OBJECTIVES) if isinstance(name, str) else ""
-        raise UserError(f"method must be one of {', '.join(OBJECTIVES)}, got {brief(name)} (from {source}).{nearest}")
-    return str.__str__(name)
+    if not isinstance(name, str):
+        raise UserError(f"method must be one of {', '.join(OBJECTIVES)}, got {brief(name)} (from {source})")
+    taken = {"config", "help", *(f.name for f in dataclasses.fields(TrainConfig))}
+    return objective_class(str.__str__(name), source, taken)
 
 
 def _checked(cls: type, name: str, value: Any, source: str) -> Any:
@@ -253,26 +253,26 @@ def _checked(cls: type, name: str, value: Any, source: str) -> Any:
         raise UserError(f"{source}: {name} {error}") from error
 
 
-def _resolve(objective_class: type, given: dict[str, tuple[Any, str]]) -> tuple[TrainConfig, Any]:
+def _resolve(its_class: type[Objective], given: dict[str, tuple[Any, str]]) -> tuple[TrainConfig, Objective]:
     """Defaults under `given` values, {name: (value, where from)}; unknown names and wrong types are refused."""
     train_fields = {f.name for f in dataclasses.fields(TrainConfig)}
-    objective_fields = {f.name for f in dataclasses.fields(objective_class)}
+    objective_fields = {f.name for f in dataclasses.fields(its_class)}
     train_values, objective_values = {}, {}
     for key, (value, source) in given.items():
         if key in train_fields:
             train_values[key] = _checked(TrainConfig, key, value, source)
         elif key in objective_fields:
-            objective_values[key] = _checked(objective_class, key, value, source)
+            objective_values[key] = _checked(its_class, key, value, source)
         else:
             nearest = suggestion(key, train_fields | objective_fields, of_methods=options_of_methods())
             raise UserError(f"{source}: unknown option {brief(key)}.{nearest}")
-    return TrainConfig(**train_values), objective_class(**objective_values)
+    return TrainConfig(**train_values), its_class(**objective_values)
 
 
 def options_of(values: dict[str, Any], source: str) -> Options:
     """Options from a dict; `source` says in messages where they come from."""
     given = {name: (value, source) for name, value in values.items()}
-    train, objective = _resolve(OBJECTIVES[_method([], given)], given)
+    train, objective = _resolve(_objective_class([], given), given)
     options = Options(train, objective, dict.fromkeys(values, source))
     check_values(options)
     return options
@@ -281,15 +281,13 @@ def options_of(values: dict[str, Any], source: str) -> Options:
 def load_options(arguments: list[str], prog: str = "dqo-train") -> Options:
     """The options that a command line gives. Raises a UserError, or exits with 2, and names what does not fit."""
     arguments, from_files = take_config_files(list(arguments))
-    objective_class = OBJECTIVES[_method(arguments, from_files)]
-    known = {f.name for cls in (TrainConfig, objective_class) for f in dataclasses.fields(cls)}
+    its_class = _objective_class(arguments, from_files)
+    known = {f.name for cls in (TrainConfig, its_class) for f in dataclasses.fields(cls)}
     check_flags(arguments, known | {"config"})
-    train, objective = _resolve(objective_class, from_files)
+    train, objective = _resolve(its_class, from_files)
     if arguments:
         # made here, because tyro resolves the annotations of a class by name and the objective is known only now
-        shape = dataclasses.make_dataclass(
-            "Flags", [("train", TrainConfig), ("objective", objective_class)], frozen=True
-        )
+        shape = dataclasses.make_dataclass("Flags", [("train", TrainConfig), ("objective", its_class)], frozen=True)
         flags = tyro.cli(
             tyro.conf.OmitArgPrefixes[shape],
             args=arguments,

@@ -7,22 +7,18 @@ from typing import Any
 
 from dqo.data.rows import Row, check_contrast, duplicate_count, prompt_key
 from dqo.errors import UserError
+from dqo.objectives.base import Objective
 
 _UNENDED = 0.1  # share of responses that did not end, from which on it is worth a warning
-_REGRESSING = (
-    "dqo",
-    "dro",
-    "oreo",
-)  # their policies are fitted to the size of rewards, the others' to their order or to labels
 _LARGEST_RATIO = 200.0  # nats, see _magnitude
 
 
-def row_warnings(rows: list[Row], settings: Any, objective: Any = None) -> list[str]:
+def row_warnings(rows: list[Row], settings: Any, objective: Objective | None = None) -> list[str]:
     """Warnings, one line each.
 
     Args:
-        settings: has method, truncation, process_reward, process_coef, reward_scale and reward_shift, as options of training.
-        objective: that of settings.method; None where the method is not known: then the warnings are those of any method.
+        settings: has truncation, process_reward, process_coef, reward_scale and reward_shift, as options of training.
+        objective: None where the method is not known: then the warnings are those of any method.
 
     Raises:
         UserError: when all rewards are equal and the objective needs different ones.
@@ -33,19 +29,15 @@ def row_warnings(rows: list[Row], settings: Any, objective: Any = None) -> list[
         *_unended(rows, settings.truncation),
         *_step_rewards(rows, settings.process_reward),
     ]
-    if objective is not None and settings.method in _REGRESSING:
-        found += _magnitude(rows, settings, objective.beta)
-    wrong = sum(not row.label for row in rows)
-    if settings.method == "sft" and objective is not None and wrong:
-        found.append(
-            f"sft trains on every response, on the {wrong:,} wrong ones of {len(rows):,} too; --method rft trains on the "
-            "correct ones alone"
-        )
-    return found
+    if objective is None:
+        return found
+    if objective.fits_rewards:
+        found += _magnitude(rows, settings, getattr(objective, "beta", 1.0))
+    return found + objective.advice([row.label for row in rows])
 
 
-def _contrast(rows: list[Row], objective: Any) -> list[str]:
-    if objective is not None:  # sft, rft and kto may train on right responses alone
+def _contrast(rows: list[Row], objective: Objective | None) -> list[str]:
+    if objective is not None:  # some may train on right responses alone
         contrast = check_contrast(rows) if objective.needs_contrast else ""
         return [contrast] * bool(contrast)
     try:

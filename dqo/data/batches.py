@@ -8,14 +8,20 @@ on the packed response rows only, and the loss depends neither on the layout nor
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dqo.data.episodes import Episode
+
+Group = list[Episode]  # episodes that stay together: one, a pair, or a list
+# Columns (N,) of a batch that are not the objective's; those in the second line come from the models.
+COLUMNS = {"rewards", "label", "group", "behavior_logprobs", "ref_logprobs", "ref_lse"}
+COLUMNS |= {"values", "target_values", "bootstrap", "companion_mean"}
 
 
 @dataclass(frozen=True)
@@ -31,11 +37,17 @@ class Batch:
     columns: dict[str, Tensor]  # (N,) rewards, label, ref_logprobs, ...
     terminated: Tensor  # (B,) bool
     episodes: list[Episode]
+    sizes: list[int]  # episodes of each group, one group behind the other
 
     @property
     def tokens(self) -> int:
         """Real tokens, prompt and response."""
         return sum(e.length for e in self.episodes)
+
+    @property
+    def groups(self) -> list[Group]:
+        ends = accumulate(self.sizes)
+        return [self.episodes[end - size : end] for size, end in zip(self.sizes, ends)]
 
     @property
     def positions(self) -> int:
@@ -63,8 +75,19 @@ def packed_inputs(lengths: list[int], device: torch.device | str) -> dict:
     }
 
 
-def collate(episodes: list[Episode], pad_id: int, device: torch.device | str = "cpu", packed: bool = False) -> Batch:
-    """Pads the token ids on the right, or packs them into one row, and packs the rows of the responses."""
+def collate(
+    episodes: list[Episode],
+    pad_id: int,
+    device: torch.device | str = "cpu",
+    packed: bool = False,
+    sizes: Sequence[int] | None = None,
+) -> Batch:
+    """Pads the token ids on the right, or packs them into one row, and packs the rows of the responses.
+
+    Args:
+        sizes: episodes of each group; None: each is a group.
+    """
+    sizes = [1] * len(episodes) if sizes is None else list(sizes)
     lengths = [e.length for e in episodes]
     ids = [e.prompt_ids + e.completion_ids for e in episodes]
     if packed:
@@ -79,6 +102,10 @@ def collate(episodes: list[Episode], pad_id: int, device: torch.device | str = "
     counts = np.array([len(e.completion_ids) for e in episodes])
     columns = {name: _column(episodes, name) for name in ("rewards", "ref_logprobs", "ref_lse", "behavior_logprobs")}
     columns["label"] = torch.from_numpy(np.repeat(np.array([e.label for e in episodes], np.float32), counts))
+    columns["group"] = torch.from_numpy(np.repeat(np.repeat(np.arange(len(sizes)), sizes), counts))
+    for name in episodes[0].columns:
+        if all(name in e.columns for e in episodes):  # companions, which the reference sees too, have none
+            columns[name] = torch.from_numpy(np.concatenate([e.columns[name] for e in episodes]))
     actions = np.concatenate([e.completion_ids for e in episodes])
 
     def put(array):
@@ -94,6 +121,7 @@ def collate(episodes: list[Episode], pad_id: int, device: torch.device | str = "
         columns={name: put(column) for name, column in columns.items() if column is not None},
         terminated=put(np.array([e.terminated for e in episodes])),
         episodes=episodes,
+        sizes=sizes,
     )
 
 
@@ -102,27 +130,27 @@ class Batching:
     """How episodes become batches of a model."""
 
     pad_id: int
-    max_tokens: (
-        int  # positions of a batch, padding included; an episode or group that alone has more is a batch of its own
-    )
+    max_tokens: int  # positions of a batch, padding included; a group that alone has more is a batch of its own
     device: torch.device | str = "cpu"
     packed: bool = False  # as the model's attention takes them (dqo.models.attention)
 
-    def collate(self, episodes: list[Episode]) -> Batch:
-        return collate(episodes, self.pad_id, self.device, self.packed)
+    def collate(self, episodes: list[Episode], sizes: Sequence[int] | None = None) -> Batch:
+        return collate(episodes, self.pad_id, self.device, self.packed, sizes)
 
 
-def groups_of(episodes: list[Episode], size: int) -> list[list[Episode]]:
-    """Episodes that stay together: singles, or pairs."""
+def groups_of(episodes: list[Episode], size: int) -> list[Group]:
+    """Runs of `size` episodes."""
     return [episodes[i : i + size] for i in range(0, len(episodes), size)]
+
+
+def distinct(groups: list[Group]) -> list[Episode]:
+    """The episodes of all groups, each once: pairs may share responses."""
+    return list({id(e): e for group in groups for e in group}.values())
 
 
 def epoch_order(count: int, epoch: int, seed: int) -> list[int]:
     """The permutation of one epoch, from (seed, epoch) alone, so that a cursor is enough to resume."""
     return np.random.default_rng([seed, epoch]).permutation(count).tolist()
-
-
-Group = list[Episode]
 
 
 def _tokens(group: Group) -> int:
@@ -181,7 +209,7 @@ def dealt(groups: list[Group], world: int) -> list[list[Group]]:
 
 def micro_batch_plan(
     groups: list[Group], world: int, max_tokens: int, packed: bool = False
-) -> list[list[Group | None]]:
+) -> list[list[list[Group] | None]]:
     """The micro-batches of every process, the same number for all, largest first, so that those run together are alike.
 
     A process with fewer splits its largest; where there is nothing left to split the rest are None: an empty pass.
@@ -197,12 +225,12 @@ def micro_batch_plan(
             half = len(largest) // 2
             plan += [largest[:half], largest[half:]]
         plan.sort(key=lambda batch: _positions(batch, packed), reverse=True)
-        result.append([list(chain(*batch)) for batch in plan] + [None] * (count - len(plan)))
+        result.append([*plan, *[None] * (count - len(plan))])
     return result
 
 
-def unit_count(groups: list[list[Episode]], unit: str) -> int:
-    """What the loss of one optimizer step is divided by: response tokens, responses, or pairs."""
+def unit_count(groups: list[Group], unit: str) -> int:
+    """What the loss of one optimizer step is divided by: response tokens, responses, or groups."""
     if unit == "token":
         return sum(len(e.completion_ids) for group in groups for e in group)
-    return len(groups)
+    return len(groups) if unit == "group" else sum(map(len, groups))

@@ -43,6 +43,7 @@ class Episode:
     step_rewards: list[float] = field(default_factory=list)
     ref_logprobs: np.ndarray | None = None
     ref_lse: np.ndarray | None = None
+    columns: dict[str, np.ndarray] = field(default_factory=dict)  # what the objective adds, (T,) each
     companion: Episode | None = None  # another response to the same prompt, read without gradient
 
     @property
@@ -183,7 +184,7 @@ def make_episodes(
     return episodes
 
 
-def fingerprint(episodes: list[Episode]) -> str:
+def fingerprint(episodes: Iterable[Episode]) -> str:
     """sha256 of everything that training reads of the data; a resumed run must find the same."""
     digest = hashlib.sha256()
     for e in episodes:

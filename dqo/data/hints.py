@@ -129,7 +129,7 @@ def renaming_hint(found: set[str]) -> str:
         parts.append("add a prompt")
     if not graded:
         parts.append(
-            "add a reward: grade the responses, or give every row the reward 1.0 to train on all of them by sft"
+            "add a reward: grade the responses, or give every row the reward 1.0 to imitate all of them (supervised fine-tuning)"
         )
     kind = "demonstrations" if not graded else "graded responses"
     return f"This looks like {kind}: {', '.join(parts)}"

@@ -21,7 +21,10 @@ from dqo.demo.rollouts import distinct_problems, rng_of, write_demonstrations, w
 from dqo.errors import UserError
 from dqo.files import write_whole, writing
 from dqo.grading.arith import VOCABULARY, ArithTask
-from dqo.objectives import DPO, DQO, RFT, SFT, UNIT_EPISODES
+from dqo.objectives.dpo import DPO
+from dqo.objectives.dqo import DQO
+from dqo.objectives.rft import RFT
+from dqo.objectives.sft import SFT
 
 
 def _train_options(recipe: Recipe, method: str, data: Path, model: Path, output: Path, seed: int, **changes) -> Options:
@@ -39,7 +42,7 @@ def _train_options(recipe: Recipe, method: str, data: Path, model: Path, output:
         "eval_fraction": 0.0,
         "max_length": 256,
         "process_reward": "none",
-        "per_device_train_batch_size": recipe.batch // UNIT_EPISODES[objective.unit],
+        "per_device_train_batch_size": recipe.batch // (objective.group_size or 1),
         "lr_scheduler_type": "constant",
         "adam_beta2": 0.99,
         "save_steps": 1000,

@@ -1,47 +1,35 @@
-"""Direct Preference Optimization (arXiv 2305.18290, eq. 7) on pairs made of one prompt's better and worse responses."""
+"""Direct Preference Optimization (arXiv 2305.18290) on pairs made of one prompt's better and worse responses.
+
+eq. 7    L = - log sigmoid( beta * S(y_w) - beta * S(y_l) )        a pair of the better response y_w and the worse y_l
+         S(y) = sum_t log pi(y_t|s_t) - log ref(y_t|s_t)
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+from dqo.objectives.base import Columns, Objective, Selection
+from dqo.objectives.groups import pairs
+
 
 @dataclass(frozen=True)
-class DPO:
+class DPO(Objective):
     beta: float = 0.1
     """The KL temperature multiplies log(pi/ref)."""
     max_pairs_per_prompt: int = 4
     """Each prompt gives at most this many pairs. Every response is used before one is used again."""
 
-    unit: ClassVar[str] = "pair"
-    needs_reference: ClassVar[bool] = True
-    needs_values: ClassVar[bool] = False
-    needs_kl: ClassVar[bool] = False
-    needs_contrast: ClassVar[bool] = True
+    unit: ClassVar[str] = "group"
+    group_size: ClassVar[int | None] = 2
+    nothing_left: ClassVar[str] = "no prompt has both a better and a worse response: 0 pairs"
 
     def problems(self) -> list[tuple[str, str]]:
-        found = []
-        if not self.beta > 0:
-            found.append(("beta", f"must be positive, got {self.beta}"))
-        if self.max_pairs_per_prompt < 1:
-            found.append(("max_pairs_per_prompt", f"must be at least 1, got {self.max_pairs_per_prompt}"))
-        return found
+        return super().problems() + self.below(1, "max_pairs_per_prompt")
 
-    def prepare(self, episodes: list) -> list:
-        """chosen, rejected, chosen, rejected, ...; prompts whose responses share one reward give no pair."""
-        prompts: dict[int, list] = {}
-        for episode in episodes:
-            prompts.setdefault(episode.prompt_index, []).append(episode)
-        paired = []
-        for members in prompts.values():
-            ranked = sorted(members, key=lambda e: -e.reward)  # stable: the file's order among equals
-            better = [e for e in ranked if e.reward > ranked[-1].reward]
-            worse = [e for e in ranked if e.reward < ranked[0].reward][::-1]
-            for i in range(min(self.max_pairs_per_prompt, max(len(better), len(worse)))):
-                chosen, rejected = better[i % len(better)], worse[i % len(worse)]
-                if chosen.reward > rejected.reward:
-                    paired += [chosen, rejected]
-        return paired
+    def prepare(self, columns: Columns) -> Selection:
+        """(better, worse) in each group."""
+        return Selection(pairs(columns, self.max_pairs_per_prompt))
 
     def __call__(self, stats, rows, cu_seqlens):
         import torch
@@ -49,12 +37,12 @@ class DPO:
 
         from dqo.objectives.sums import mean_metric, response_metrics, sequence_sums
 
-        reward = self.beta * sequence_sums(stats.logprobs - rows["ref_logprobs"], cu_seqlens)  # (2 * pairs,)
-        margin = reward[0::2] - reward[1::2]
+        reward = self.beta * sequence_sums(stats.logprobs - rows["ref_logprobs"], cu_seqlens)  # (2 * pairs,): beta * S
+        margin = reward[0::2] - reward[1::2]  # beta * S(y_w) - beta * S(y_l)
         chosen = torch.arange(len(reward), device=reward.device) % 2 == 0  # by reward; both may have the same label
         metrics = {
             "rewards/margins": mean_metric(margin),
             "rewards/accuracies": mean_metric((margin > 0).to(margin.dtype)),
         }
         metrics |= response_metrics(stats, rows, cu_seqlens, self.beta, chosen)
-        return -F.logsigmoid(margin).sum(), metrics
+        return -F.logsigmoid(margin).sum(), metrics  # eq. 7

@@ -1,13 +1,29 @@
-"""Direct Q-function Optimization (arXiv 2410.09302, eqs. 4.6 and 4.7); the mathematics is `dqo_kernels.soft_bellman`."""
+"""Direct Q-function Optimization (arXiv 2410.09302): the policy is the Q-function, Q = V + beta * log(pi/ref).
+
+Of a response y_1 ... y_T in the states s_1 ... s_T, with rewards r_t and delta_t = log pi(y_t|s_t) - log ref(y_t|s_t):
+
+eq. 4.6    L_V  = w * 1/2 ( V(s_t) - G_t )^2                                                      a token; G_t held fixed
+eq. 4.7    L_pi = w * 1/2 ( beta * delta_t - [ r_t + gamma * G_{t+1} - V(s_t) ] )^2               a token; [...] held fixed
+
+           G_t = r_t - beta * delta_t + gamma * ( (1 - lam) * V(s_{t+1}) + lam * G_{t+1} )        the lambda-return
+           G_{T+1} = V(s_{T+1}) = 0 where the response ended; both V of its last state where it was cut and is bootstrapped
+           w = exp( min( is_cap, sum_t log pi(y_t|s_t) - log mu(y_t|s_t) ) )                      the response's weight; fixed
+
+mu is the policy that wrote the responses: their stored log-probabilities, or the reference where there are none. V is a model of
+its own, or beta * log (sum_a exp logit_a of pi) / (the same of ref). policy_target td puts (1 - lam) * V(s_{t+1}) + lam * G_{t+1}
+in the place of G_{t+1} in 4.7, one_step V(s_{t+1}). `dqo_kernels.soft_bellman` computes G and w, and from them both squares.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from dqo.objectives.base import Objective
+
 
 @dataclass(frozen=True)
-class DQO:
+class DQO(Objective):
     beta: float = 0.1
     """The KL temperature is the beta of Q = V + beta * log(pi/ref)."""
     gamma: float = 1.0
@@ -38,29 +54,20 @@ class DQO:
     model itself."""
 
     unit: ClassVar[str] = "token"
-    needs_reference: ClassVar[bool] = True
-    needs_contrast: ClassVar[bool] = True
-
-    @property
-    def needs_values(self) -> bool:
-        return self.value_model != "none"
+    fits_rewards: ClassVar[bool] = True
 
     @property
     def needs_kl(self) -> bool:
         return self.kl_coef > 0
 
     def problems(self) -> list[tuple[str, str]]:
-        found = []
-        if not self.beta > 0:
-            found.append(("beta", f"must be positive, got {self.beta}"))
+        found = super().problems()
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append((name, f"must be in [0, 1], got {getattr(self, name)}"))
         if self.is_cap is not None and self.is_floor is not None and self.is_floor > self.is_cap:
             found.append(("is_floor", f"must be at most is_cap = {self.is_cap}, got {self.is_floor}"))
-        for name in ("kl_coef", "policy_scale", "value_coef"):
-            if not getattr(self, name) >= 0:
-                found.append((name, f"must be at least 0, got {getattr(self, name)}"))
+        found += self.below(0, "kl_coef", "policy_scale", "value_coef")
         if self.target_ema is not None:
             if not 0 <= self.target_ema < 1:
                 found.append(("target_ema", f"must be in [0, 1) or None, got {self.target_ema}"))
@@ -69,9 +76,6 @@ class DQO:
             if not self.needs_values:
                 found.append(("target_ema", "must be None with value_model none: there is no value model to average"))
         return found
-
-    def prepare(self, episodes: list) -> list:
-        return episodes
 
     def __call__(self, stats, rows, cu_seqlens):
         from dqo.objectives.sums import Regression, mean_metric, regression_metrics, response_metrics
@@ -98,9 +102,10 @@ class DQO:
             is_floor=self.is_floor,
             reduction="none",
         )
-        loss = self.policy_scale * terms.policy_loss.sum()
+        # terms.returns: G_t. terms.advantages: r_t + gamma * G_{t+1} - V(s_t). terms.weights: w
+        loss = self.policy_scale * terms.policy_loss.sum()  # eq. 4.7: w/2 (beta * delta_t - advantage)^2
         if self.target == "detach":
-            loss = loss + self.value_coef * terms.value_loss.sum()
+            loss = loss + self.value_coef * terms.value_loss.sum()  # eq. 4.6: w/2 (V(s_t) - G_t)^2
         values = rows["values"] if self.needs_values else self.beta * (stats.lse - rows["ref_lse"])
         scaled_ratio = self.beta * (stats.logprobs - rows["ref_logprobs"])
         fitted = Regression(values, terms.returns, scaled_ratio, terms.advantages)

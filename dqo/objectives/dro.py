@@ -1,9 +1,10 @@
-"""Direct Reward Optimization with a value model (DRO-V, arXiv 2405.19107, eqs. 6 to 8): the whole response is one action.
+"""Direct Reward Optimization with a value model (DRO-V, arXiv 2405.19107): the whole response is one action.
 
-    L = 1/2 (R - V(x) - beta * S)^2,   S = sum_t log pi(y_t|s_t) - log ref(y_t|s_t),   R = all rewards of the response
+eq. 6    L = 1/2 (R - V(x) - beta * S)^2,    S = sum_t log pi(y_t|s_t) - log ref(y_t|s_t),    R = all rewards of the response
+eq. 7    its gradient in the value model holds S fixed:         1/2 (V(x) - (R - beta * S))^2
+eq. 8    its gradient in the policy holds V(x) fixed:           1/2 (beta * S - (R - V(x)))^2, times policy_scale
 
-The policy's part holds V(x) fixed and is multiplied by policy_scale, the value model's holds S fixed. On responses of one token
-it is DQO.
+On responses of one token it is DQO.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from dqo.objectives.base import Objective
+
 
 @dataclass(frozen=True)
-class DRO:
+class DRO(Objective):
     beta: float = 0.1
     """The KL temperature (the paper's tau) multiplies log(pi/ref)."""
     policy_scale: float | None = None
@@ -24,27 +27,19 @@ class DRO:
     """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
     hidden states."""
 
-    unit: ClassVar[str] = "sequence"
-    needs_reference: ClassVar[bool] = True
-    needs_values: ClassVar[bool] = True
-    needs_kl: ClassVar[bool] = False
-    needs_contrast: ClassVar[bool] = True
+    fits_rewards: ClassVar[bool] = True
 
     def problems(self) -> list[tuple[str, str]]:
-        found = [] if self.beta > 0 else [("beta", f"must be positive, got {self.beta}")]
-        if self.policy_scale is not None and not self.policy_scale >= 0:
-            found.append(("policy_scale", f"must be at least 0 or None, got {self.policy_scale}"))
-        return found if self.value_coef >= 0 else [*found, ("value_coef", f"must be at least 0, got {self.value_coef}")]
-
-    def prepare(self, episodes: list) -> list:
-        return episodes
+        return super().problems() + self.below(0, "policy_scale", "value_coef")
 
     def __call__(self, stats, rows, cu_seqlens):
         from dqo.objectives.sums import regression_metrics, response_metrics, response_regression
 
-        fitted = response_regression(stats, rows, cu_seqlens, self.beta)
-        policy_loss = 0.5 * (fitted.scaled_ratio - fitted.advantages).square()  # (B,)
-        value_loss = 0.5 * (fitted.values - fitted.returns).square()
+        fitted = response_regression(
+            stats, rows, cu_seqlens, self.beta
+        )  # scaled_ratio is beta * S, its target R - V(x)
+        policy_loss = 0.5 * (fitted.scaled_ratio - fitted.advantages).square()  # (B,) eq. 8
+        value_loss = 0.5 * (fitted.values - fitted.returns).square()  # (B,) eq. 7
         scale = 1.0 / self.beta if self.policy_scale is None else self.policy_scale
         metrics = regression_metrics(policy_loss, value_loss, fitted)
         metrics |= response_metrics(stats, rows, cu_seqlens, self.beta)

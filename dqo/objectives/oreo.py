@@ -1,7 +1,7 @@
-"""Offline Reasoning Optimization (arXiv 2412.16145, eqs. 8 and 9): DQO at lambda 1 without weights, a mean over each response.
+"""Offline Reasoning Optimization (arXiv 2412.16145): DQO at lambda 1 without weights, a mean over each response.
 
-    L_V  = mean_t (V_t - R_t + beta * sum_{i>=t} delta_i)^2                                    the policy held fixed
-    L_pi = mean_t (V_t - R_t + beta * delta_t + sg[beta * sum_{i>t} delta_i])^2 + alpha * mean_t KL_t      V held fixed
+eq. 8    L_V  = mean_t (V_t - R_t + beta * sum_{i>=t} delta_i)^2                                              policy held fixed
+eq. 9    L_pi = mean_t (V_t - R_t + beta * delta_t + sg[beta * sum_{i>t} delta_i])^2 + alpha * mean_t KL_t    V held fixed
 
 delta_t = log pi(y_t|s_t) - log ref(y_t|s_t), R_t = rewards from t on, KL_t = KL(pi || ref) over the vocabulary. At the level of
 responses only t = 1 counts, and its whole sum is differentiated.
@@ -12,9 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from dqo.objectives.base import Objective
+
 
 @dataclass(frozen=True)
-class OREO:
+class OREO(Objective):
     beta: float = 0.03
     """The KL temperature multiplies log(pi/ref)."""
     alpha: float = 0.01
@@ -27,24 +29,14 @@ class OREO:
     """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
     hidden states."""
 
-    unit: ClassVar[str] = "sequence"
-    needs_reference: ClassVar[bool] = True
-    needs_values: ClassVar[bool] = True
-    needs_contrast: ClassVar[bool] = True
+    fits_rewards: ClassVar[bool] = True
 
     @property
     def needs_kl(self) -> bool:
         return self.alpha > 0
 
     def problems(self) -> list[tuple[str, str]]:
-        found = [] if self.beta > 0 else [("beta", f"must be positive, got {self.beta}")]
-        for name in ("alpha", "value_coef"):
-            if not getattr(self, name) >= 0:
-                found.append((name, f"must be at least 0, got {getattr(self, name)}"))
-        return found
-
-    def prepare(self, episodes: list) -> list:
-        return episodes
+        return super().problems() + self.below(0, "alpha", "value_coef")
 
     def __call__(self, stats, rows, cu_seqlens):
         from dqo.objectives.sums import mean_metric, regression_metrics, response_metrics, sequence_means
@@ -55,11 +47,13 @@ class OREO:
         metrics |= response_metrics(stats, rows, cu_seqlens, self.beta)
         loss = policy_loss.sum() + self.value_coef * value_loss.sum()
         if self.needs_kl:
-            loss = loss + self.alpha * sequence_means(stats.kl, cu_seqlens).sum()
+            loss = loss + self.alpha * sequence_means(stats.kl, cu_seqlens).sum()  # the second term of eq. 9
             metrics["loss/kl"] = mean_metric(stats.kl)
         return loss, metrics
 
     def _tokens(self, stats, rows, cu_seqlens):
+        """Eqs. 9 and 8 with their means over the tokens: advantages are R_t - V_t - sg[beta * sum_{i>t} delta_i], returns
+        R_t - beta * sum_{i>=t} delta_i."""
         from dqo.objectives.sums import Regression, sequence_means
         from dqo_kernels import soft_bellman
 
@@ -81,6 +75,7 @@ class OREO:
         return policy_loss, value_loss, Regression(rows["values"], terms.returns, scaled_ratio, terms.advantages)
 
     def _responses(self, stats, rows, cu_seqlens):
+        """The same at t = 1 alone, where the policy's part has the whole sum without sg."""
         from dqo.objectives.sums import response_regression
 
         fitted = response_regression(stats, rows, cu_seqlens, self.beta)

@@ -1,36 +1,46 @@
-"""Rejection-sampling fine-tuning (arXiv 2308.01825): cross-entropy of the distinct correct responses of each prompt."""
+"""Rejection-sampling fine-tuning (arXiv 2308.01825): cross-entropy of the distinct correct responses of each prompt.
+
+L = - log pi(y_t|s_t)        a token of a response that is kept
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
+from dqo.objectives.base import Columns, Objective, Selection
+
 
 @dataclass(frozen=True)
-class RFT:
+class RFT(Objective):
     max_per_prompt: int | None = None
     """At most this many correct responses are kept for each prompt. None keeps all distinct ones."""
 
     unit: ClassVar[str] = "token"
-    needs_reference: ClassVar[bool] = False
-    needs_values: ClassVar[bool] = False
-    needs_kl: ClassVar[bool] = False
     needs_contrast: ClassVar[bool] = False
+    nothing_left: ClassVar[str] = "no response is correct"
+
+    @property
+    def needs_reference(self) -> bool:
+        return False
 
     def problems(self) -> list[tuple[str, str]]:
-        bad = self.max_per_prompt is not None and self.max_per_prompt < 1
-        return [("max_per_prompt", f"must be at least 1 or None, got {self.max_per_prompt}")] if bad else []
+        return self.below(1, "max_per_prompt")
 
-    def prepare(self, episodes: list) -> list:
-        kept, seen, count = [], set(), {}
-        for episode in episodes:
-            key = (episode.prompt_index, tuple(episode.completion_ids))
-            full = self.max_per_prompt is not None and count.get(episode.prompt_index, 0) >= self.max_per_prompt
-            if episode.label and key not in seen and not full:
-                seen.add(key)
-                count[episode.prompt_index] = count.get(episode.prompt_index, 0) + 1
-                kept.append(episode)
-        return kept
+    def prepare(self, columns: Columns) -> Selection:
+        """The first of each prompt's equal responses that are correct, in the order of the data."""
+        correct = np.flatnonzero(columns.label)
+        _, first = np.unique(columns.same_as[correct], return_index=True)
+        kept: list[int] = []
+        count: dict[int, int] = {}
+        for row in correct[np.sort(first)].tolist():
+            prompt = int(columns.prompt[row])
+            count[prompt] = count.get(prompt, 0) + 1
+            if self.max_per_prompt is None or count[prompt] <= self.max_per_prompt:
+                kept.append(row)
+        return Selection(np.array(kept, dtype=np.int64)[:, None])
 
     def __call__(self, stats, rows, cu_seqlens):
         from dqo.objectives.sums import response_metrics

@@ -1,24 +1,33 @@
-"""Supervised fine-tuning: cross-entropy of every response in the file, whatever its reward."""
+"""Supervised fine-tuning: cross-entropy of every response in the file, whatever its reward.
+
+L = - log pi(y_t|s_t)        a response token
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from dqo.objectives.base import Objective
+
 
 @dataclass(frozen=True)
-class SFT:
+class SFT(Objective):
     unit: ClassVar[str] = "token"
-    needs_reference: ClassVar[bool] = False
-    needs_values: ClassVar[bool] = False
-    needs_kl: ClassVar[bool] = False
     needs_contrast: ClassVar[bool] = False
 
-    def problems(self) -> list[tuple[str, str]]:
-        return []
+    @property
+    def needs_reference(self) -> bool:
+        return False
 
-    def prepare(self, episodes: list) -> list:
-        return episodes
+    def advice(self, labels: Sequence[bool]) -> list[str]:
+        wrong = len(labels) - sum(labels)
+        text = (
+            f"sft trains on every response, on the {wrong:,} wrong ones of {len(labels):,} too; --method rft trains on the "
+            "correct ones alone"
+        )
+        return [text] * bool(wrong)
 
     def __call__(self, stats, rows, cu_seqlens):
         from dqo.objectives.sums import response_metrics

@@ -70,7 +70,7 @@ def response_metrics(
     totals = {"logps": sequence_sums(logprobs, cu_seqlens)}
     if beta is not None:
         totals["rewards"] = beta * sequence_sums(logprobs - rows["ref_logprobs"], cu_seqlens)
-    metrics = {}
+    metrics: dict[str, Tensor] = {}
     for name, total in totals.items():
         metrics |= {f"{name}/chosen": mean_metric(total, chosen), f"{name}/rejected": mean_metric(total, ~chosen)}
     if "behavior_logprobs" in rows:

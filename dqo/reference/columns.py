@@ -153,7 +153,7 @@ def _shortened(e: Episode) -> Episode:
         return e
     columns = ("rewards", "behavior_logprobs", "ref_logprobs", "ref_lse")
     cut = {name: getattr(e, name)[:-1] for name in columns if getattr(e, name) is not None}
-    return replace(e, completion_ids=e.completion_ids[:-1], **cut)
+    return replace(e, completion_ids=e.completion_ids[:-1], columns={}, **cut)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import dqo
+from dqo.data.batches import distinct
 from dqo.data.episodes import Episode
 from dqo.models import attention
 from dqo.processes import Processes
@@ -19,7 +20,6 @@ from dqo.train.engine import Engine
 from dqo.train.held_out import value_auc, value_traces
 from dqo.train.loop import Run
 from dqo.train.metrics import read_metrics
-from dqo.train.prepare import distinct
 
 CURVES = (
     "loss",

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dqo.data.batches import Batch, groups_of, unit_count
+from dqo.data.batches import Batch, Group, distinct, unit_count
 from dqo.data.episodes import Episode
 from dqo.models.policy import policy_stats
-from dqo.objectives import UNIT_EPISODES
+from dqo.objectives.base import Objective
 from dqo.objectives.sums import sequence_sums
 from dqo.processes import Processes, add_over_processes, gather_objects
 from dqo.stats import auc
 from dqo.train import metrics
 from dqo.train.engine import Engine, Planned
 from dqo.train.learner import Learner, objective_sums, values_of
-from dqo.train.prepare import distinct
 from dqo.train.step import mean_over_companions
 
 BAR_DELAY = 2.0  # seconds: a shorter evaluation shows no bar
@@ -36,14 +35,12 @@ def shown(batches: Planned, processes: Processes, description: str):
 @torch.no_grad()
 def held_out_metrics(
     engine: Engine,
-    objective: Any,
-    episodes: list[Episode],
+    objective: Objective,
+    groups: list[Group],
     prediction_step: Callable[[Planned], None] = lambda batches: None,
 ) -> dict[str, float]:
-    """eval_loss and the other metrics, each a mean over the held-out units; with a value model its AUC too. `episodes` are those
-    that the objective prepared; every process gets the same numbers. `prediction_step` is called after every micro-batch."""
-    size = UNIT_EPISODES[objective.unit]
-    groups = groups_of(episodes, size)
+    """eval_loss and the other metrics, each a mean over the held-out units; with a value model its AUC too. `groups` are those
+    that the objective chose; every process gets the same numbers. `prediction_step` is called after every micro-batch."""
     if not groups:
         return {}
     companion_mean = mean_over_companions(engine, objective, groups)
@@ -51,14 +48,14 @@ def held_out_metrics(
     batches = Planned(groups, engine)
     for batch, counts, _ in shown(batches, engine.processes, "held-out loss"):
         loss, more = engine.module(objective_sums, objective, batch, companion_mean=companion_mean)
-        units = float(unit_count(groups_of(batch.episodes, size), objective.unit))
+        units = float(unit_count(batch.groups, objective.unit))
         more |= {"loss": torch.stack([loss, loss.new_tensor(units)])} | metrics.of_batch(batch)
         sums = metrics.add(sums, more if counts else metrics.none_of(more))
         prediction_step(batches)
     found = metrics.finish(add_over_processes(sums, engine.processes))
     result = {f"eval_{name}": value for name, value in found.items()}
     if engine.learner.value_model is not None:
-        once = distinct(episodes)
+        once = distinct(groups)
         at_end, at_half = value_auc(value_traces(engine, once), once)
         if at_end is not None:
             result |= {"eval_value/auc_end": at_end, "eval_value/auc_half": at_half}

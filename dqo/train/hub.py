@@ -37,7 +37,7 @@ def write_model_card(
     text = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         f"# {model_name or output_dir.resolve().name}\n",
-        f"Trained with {config.method.upper()} by [dqo](https://arxiv.org/abs/2410.09302) {__version__}, from "
+        f"Trained with {type(options.objective).__name__} by [dqo](https://arxiv.org/abs/2410.09302) {__version__}, from "
         f"{base or 'a given model'} on {data or 'given rows'}, {state.global_step} steps.\n",
         "## Held-out metrics\n\n| metric | value |\n|---|---|\n" + "\n".join(rows) + "\n" if rows else "",
         f"## Options\n\n```yaml\n{dump_options(options)}```\n",

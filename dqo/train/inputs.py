@@ -16,8 +16,10 @@ from dqo.data.rows import Row, check_process_reward, prompt_key, read_rows, spli
 from dqo.errors import UserError
 from dqo.files import is_aside
 from dqo.models.objects import check_objects
+from dqo.objectives.registry import OBJECTIVES
 from dqo.requirements import check_packages
 from dqo.train.damage import STATE_FILE
+from dqo.train.phases import check_phases
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +49,13 @@ def check_options(options: Options, given: Given | None = None) -> None:
     if given.model is not None and given.tokenizer is None and config.model_name_or_path is None:
         raise UserError("a model object needs its tokenizer: processing_class=...")
     if config.truncation == "bootstrap" and not options.objective.needs_values:
-        raise UserError("truncation bootstrap needs a value model: --method dqo --value_model separate")
+        with_values = [name for name, cls in OBJECTIVES.items() if cls().needs_values]
+        raise UserError(
+            f"truncation bootstrap needs a value model: --method {' or '.join(with_values)}, with --value_model separate"
+        )
     if config.ref_model_name_or_path is not None and not options.objective.needs_reference:
         raise UserError(f"method {config.method} has no reference policy; remove --ref_model_name_or_path")
+    check_phases(options.objective, config.value_warmup_steps)
     check_objects(given.model, given.ref_model, given.tokenizer, adapters)
     if given.peft_config is not None:
         check_lora_config(given.peft_config)

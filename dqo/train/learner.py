@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from dqo.models.critic import value_rows
 from dqo.models.lora import adapter_off
 from dqo.models.policy import head_inputs, head_of, hidden_and_router, hidden_positions, policy_stats
 from dqo.models.router import router_loss
-from dqo.objectives import UNIT_EPISODES
+from dqo.objectives.base import MODELS, Objective
 from dqo.train import metrics
 from dqo_kernels import linear_row_loss
 
@@ -53,9 +54,9 @@ class Learner(nn.Module):
 
 def objective_sums(
     learner: Learner,
-    objective: Any,
+    objective: Objective,
     batch: Batch,
-    train_policy: bool = True,
+    trains: Collection[str] = MODELS,
     loss_scale: float = 1.0,
     companion_mean: float | None = None,
     token_share: float = 0.0,
@@ -63,16 +64,19 @@ def objective_sums(
     """The objective's loss summed over a micro-batch, times `loss_scale`, and its [sum, count] metrics.
 
     Args:
+        trains: the models that get a gradient, of "policy" and "critic".
         token_share: factor of the router's auxiliary loss, where it is applied: the batch's share of the step's tokens.
     """
-    policy, router_coef = learner.policy, learner.router_aux_loss_coef if train_policy else None
+    policy, train_policy = learner.policy, "policy" in trains
+    router_coef = learner.router_aux_loss_coef if train_policy else None
     wanted = {"output_router_logits": True} if router_coef else {}
     with torch.set_grad_enabled(train_policy and torch.is_grad_enabled()):
         hidden, router_logits = hidden_and_router(policy, batch, learner.bf16, wanted)
         head = head_of(policy, hidden.dtype)
     if not train_policy:  # a parameter that needs no cast is still itself
         head |= {name: None if head[name] is None else head[name].detach() for name in ("weight", "bias")}
-    columns = batch.columns | _value_columns(learner, batch, hidden)
+    with torch.set_grad_enabled("critic" in trains and torch.is_grad_enabled()):
+        columns = batch.columns | _value_columns(learner, batch, hidden)
     extremes = {}
     if "values" in columns:
         values = columns["values"].detach()
@@ -86,7 +90,6 @@ def objective_sums(
         loss, sums = objective(stats, rows, cu_seqlens)
         return loss, sums | metrics.common(stats, rows)
 
-    size = UNIT_EPISODES[objective.unit]
     loss, sums = linear_row_loss(
         head_inputs(policy, hidden[batch.states]),
         head.pop("weight"),
@@ -94,7 +97,7 @@ def objective_sums(
         row_loss,
         batch.cu_seqlens,
         rows=columns,
-        cu_groups=torch.arange(0, len(batch.episodes) + 1, size, device="cpu"),
+        cu_groups=torch.tensor([0, *accumulate(batch.sizes)], device="cpu"),
         seqlens=[len(e.completion_ids) for e in batch.episodes],
         loss_scale=loss_scale,
         **head,
@@ -136,7 +139,7 @@ def _reference_head(learner: Learner, batch: Batch) -> dict[str, Tensor | None]:
 
 
 @torch.no_grad()
-def companion_sums(learner: Learner, objective: Any, batch: Batch) -> Tensor:
+def companion_sums(learner: Learner, objective: Objective, batch: Batch) -> Tensor:
     """(2,): sum and count of what the objective wants to know about a batch of companions."""
     stats = policy_stats(learner.policy, batch, learner.bf16)
     return objective.companion_sums(stats, batch.columns, batch.cu_seqlens)

@@ -25,14 +25,13 @@ from transformers import EvalPrediction
 from dqo import signals
 from dqo.config.launcher import obey
 from dqo.config.options import Options
-from dqo.data.batches import epoch_order
-from dqo.data.episodes import Episode
+from dqo.data.batches import Group, distinct, epoch_order
 from dqo.data.rows import Row, prompt_key
 from dqo.errors import UserError
 from dqo.models.critic import load_critic
 from dqo.models.policy import load_policy
 from dqo.processes import add_over_processes, start
-from dqo.train import checkpoint, metrics, optim
+from dqo.train import checkpoint, metrics, optim, phases
 from dqo.train.callbacks import Callbacks, check_callbacks
 from dqo.train.damage import fault, loading
 from dqo.train.engine import Engine
@@ -40,7 +39,7 @@ from dqo.train.held_out import held_out_metrics, predictions
 from dqo.train.inputs import Given, check_options, load_rows
 from dqo.train.learner import Learner, update_target
 from dqo.train.parallel import wrap
-from dqo.train.prepare import Prepared, distinct, prepare
+from dqo.train.prepare import Prepared, prepare
 from dqo.train.recorder import Recorder
 from dqo.train.resume import as_stored, stored_options
 from dqo.train.step import accumulate, out_of_memory
@@ -82,13 +81,15 @@ class Trainer:
                 state = checkpoint.read_state(resumed)
                 self._load(resumed, state)
         then = state.get("derived", {})
-        self.warmup = then.get("warmup", optim.as_steps(self.config.warmup_steps, self.steps))
+        self.warmup = then.get("warmup", phases.as_steps(self.config.warmup_steps, self.steps))
         critic = self.learner.value_model
-        value_warmup = 0 if critic is None else optim.value_warmup(self.config.value_warmup_steps, self.steps)
-        self.value_warmup = then.get("value_warmup", value_warmup)
-        module = wrap(self.learner, self.processes, self.config.bf16, self.value_warmup > 0)
-        self.engine = Engine(module, self.learner, prepared.batching, self.processes)
+        self.stretches = phases.stretches(
+            self.objective, self.config.value_warmup_steps, self.steps, then.get("phases")
+        )
         self.models = {"policy": self.learner.policy} | ({} if critic is None else {"critic": critic})
+        some_unused = any(not self.models.keys() <= set(stretch.phase.trains) for stretch in self.stretches)
+        module = wrap(self.learner, self.processes, self.config.bf16, some_unused)
+        self.engine = Engine(module, self.learner, prepared.batching, self.processes)
         self.rates = {"policy": self.config.learning_rate, "critic": self.config.critic_learning_rate}
         betas = (self.config.adam_beta1, self.config.adam_beta2)
         self.optimizers = {
@@ -143,12 +144,12 @@ class Trainer:
         """Steps of the plan that are behind: made, or left out."""
         return self.counters["step"] + self.counters["skipped"]
 
-    def train_step(self, step: int, groups: list[list[Episode]]) -> dict[str, float]:
+    def train_step(self, step: int, groups: list[Group]) -> dict[str, float]:
         """Gradients and updates; returns what is not a mean over the data."""
-        train_policy = step >= self.value_warmup
+        trains = phases.trained(self.stretches, step)
         try:
             sums, tokens = accumulate(
-                self.engine, self.objective, groups, train_policy, lambda: self.callbacks.call("on_substep_end")
+                self.engine, self.objective, groups, trains, lambda: self.callbacks.call("on_substep_end")
             )
         except torch.OutOfMemoryError as error:
             raise UserError(f"step {step + 1}: {out_of_memory(self.engine.batching)}") from error
@@ -157,8 +158,8 @@ class Trainer:
         self.window = metrics.add(self.window, sums)
         self.counters["num_tokens"] += tokens
         factor = optim.schedule(step, self.steps, self.warmup, self.config.lr_scheduler_type)
-        logged = {"learning_rate": factor * self.rates["policy"] if train_policy else 0.0}
-        trained = {n: model for n, model in self.models.items() if n == "critic" or train_policy}
+        logged = {"learning_rate": factor * self.rates["policy"] if "policy" in trains else 0.0}
+        trained = {name: model for name, model in self.models.items() if name in trains}
         for name, model in trained.items():
             if name == "critic":
                 logged["critic/learning_rate"] = factor * self.rates["critic"]
@@ -173,18 +174,16 @@ class Trainer:
         self.callbacks.call("on_optimizer_step")
         for name in trained:
             self.optimizers[name].zero_grad(set_to_none=True)
-        if self.learner.target is not None:
-            update_target(self.learner, self.objective.target_ema)
+        if self.learner.target is not None and "critic" in trained:
+            update_target(self.learner, self.objective.values_decay)
         return logged
 
-    def held_out(self, episodes: list[Episode] | None = None) -> dict[str, float]:
-        """Metrics of the held-out rows, or of others that the objective prepared, with what compute_metrics makes of them."""
-        episodes = self.prepared.held_out if episodes is None else episodes
-        found = held_out_metrics(self.engine, self.objective, episodes, self.callbacks.prediction_step)
-        if self.compute_metrics is not None and episodes:
-            found |= metrics.computed(
-                self.compute_metrics(EvalPrediction(*predictions(self.engine, distinct(episodes))))
-            )
+    def held_out(self, groups: list[Group] | None = None) -> dict[str, float]:
+        """Metrics of the held-out rows, or of others that the objective chose, with what compute_metrics makes of them."""
+        groups = self.prepared.held_out if groups is None else groups
+        found = held_out_metrics(self.engine, self.objective, groups, self.callbacks.prediction_step)
+        if self.compute_metrics is not None and groups:
+            found |= metrics.computed(self.compute_metrics(EvalPrediction(*predictions(self.engine, distinct(groups)))))
         return found
 
     def evaluate_held_out(self, step: int) -> dict[str, float]:
@@ -224,7 +223,7 @@ class Trainer:
         state = {"identity": self.prepared.identity, "window": {name: pair.tolist() for name, pair in window.items()}}
         self.counters |= self.recorder.position()
         state |= {"counters": self.counters, "steps": self.steps, "callbacks": self.callbacks.stored()}
-        state |= stored_options(self.options, self.warmup, self.value_warmup, self.prepared.save_dtype)
+        state |= stored_options(self.options, self.warmup, self.stretches, self.prepared.save_dtype)
         if self.evaluated is not None and self.evaluated[0] == self.counters["step"]:
             state["evaluation"] = self.evaluated[1]
         best = self.callbacks.state.best_model_checkpoint

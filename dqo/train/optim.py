@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
 
 import torch
 from torch import nn
 
 from dqo.train.parallel import whole
-
-logger = logging.getLogger(__name__)
 
 
 def make_optimizer(
@@ -23,23 +20,6 @@ def make_optimizer(
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
-
-
-def as_steps(value: float, total: int) -> int:
-    """A number of steps; below 1 a share of all of them (transformers' convention)."""
-    return math.ceil(value * total) if 0 < value < 1 else int(value)
-
-
-def value_warmup(value: float, total: int) -> int:
-    """How many of the first steps train the value model alone; warns when no other is left."""
-    steps = as_steps(value, total)
-    if steps >= total:
-        logger.warning(
-            "value_warmup_steps is %d of %d steps: they train the value model alone, and the policy stays as it is",
-            steps,
-            total,
-        )
-    return steps
 
 
 def steps_of(epochs: float, per_epoch: int) -> int:

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dqo.config.lora import described
 from dqo.config.options import Options, TrainConfig
-from dqo.data.batches import Batch, Batching, groups_of
+from dqo.data.batches import Batch, Batching, Group, distinct
 from dqo.data.chat import reads_clock
 from dqo.data.ends import ends_of
 from dqo.data.episodes import Episode, fingerprint, make_episodes
 from dqo.data.rows import Row, check_process_reward
+from dqo.data.selection import selected
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.architecture import recompute_activations
@@ -40,7 +42,7 @@ from dqo.models.policy import (
     weights_hash,
 )
 from dqo.models.router import check_router
-from dqo.objectives import UNIT_EPISODES
+from dqo.objectives.base import Objective
 from dqo.processes import Processes, gather_objects
 from dqo.reference.cache import ReferenceCache, ReferenceId
 from dqo.reference.columns import add_reference, check_agreement, warn_about_behavior
@@ -87,14 +89,14 @@ _TEMPLATE_TIME = "time that the chat template was told"  # in the identity of ru
 
 @dataclass
 class Prepared:
-    """What the loop trains on and with. `groups` are the episodes that stay together: singles, or pairs."""
+    """What the loop trains on and with. `groups` are the episodes that stay together, as the objective chose them."""
 
     processes: Processes
     tokenizer: PreTrainedTokenizerBase
     learner: Learner
     batching: Batching  # of the policy
-    groups: list[list[Episode]]
-    held_out: list[Episode]  # as the objective prepared them
+    groups: list[Group]
+    held_out: list[Group]
     identity: dict  # hashes and options that a continued run must share
     per_step: int  # groups of an optimizer step
     resumed: Path | None  # the checkpoint to go on from
@@ -104,7 +106,7 @@ class Prepared:
 
     def episodes(self) -> list[Episode]:
         """The distinct episodes that are trained on."""
-        return distinct([e for group in self.groups for e in group])
+        return distinct(self.groups)
 
     def counts(self, eval_fraction: float | None) -> str:
         """How much is trained on and held out, a line each; `eval_fraction`: the share of the prompts that was asked for."""
@@ -114,11 +116,6 @@ class Prepared:
             lines.append(f"{name}: {len(episodes):,} responses to {prompts:,} prompts, {tokens:,} tokens")
         share = "" if eval_fraction is None else f" (eval_fraction {eval_fraction:g} is a share of the prompts)"
         return "\n".join(lines) + share
-
-
-def distinct(episodes: list[Episode]) -> list[Episode]:
-    """Each once: pairs may share responses."""
-    return list({id(e): e for e in episodes}.values())
 
 
 def prepare(
@@ -145,7 +142,7 @@ def prepare(
             skip_bad_rows=config.skip_bad_rows,
             process_reward=config.process_reward or "none",
             process_coef=config.process_coef,
-            gamma=getattr(objective, "gamma", 1.0),
+            gamma=objective.discount,
             truncation=config.truncation,
             allow_truncation=config.allow_truncation,
             reward_scale=config.reward_scale,
@@ -155,10 +152,9 @@ def prepare(
             check_positions(its_config, made)
         return made
 
-    episodes = objective.prepare(tokenized(train_rows))
-    if not episodes:
-        nothing = {"dpo": "no prompt has both a better and a worse response: 0 pairs", "rft": "no response is correct"}
-        raise UserError(f"method {config.method}: {nothing.get(config.method, 'no response to train on')}")
+    groups = selected(objective, tokenized(train_rows))
+    if not groups:
+        raise UserError(f"method {config.method}: {objective.nothing_left}")
     held_out = _held_out(objective, tokenized(held_rows)) if held_rows else []
     policy = given.model
     if policy is None:
@@ -170,14 +166,14 @@ def prepare(
     if not config.use_peft and given.peft_config is None:
         policy.float()  # weights in 16 bits would not take small updates
     reference = _explicit_reference(config, given, processes.device)
-    some_ids = (episodes[0].prompt_ids + episodes[0].completion_ids)[-64:]
+    some_ids = (groups[0][0].prompt_ids + groups[0][0].completion_ids)[-64:]
     for model in filter(None, (policy, reference)):
         check_model(model, some_ids, tokenizer.pad_token_id)
     check_router(policy, config.router_aux_loss_coef)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes.world
     options_that_bind = {name: value for name, value in options.flat().items() if name not in FREE_OPTIONS}
     identity = {
-        "data": fingerprint(episodes),
+        "data": fingerprint(chain(*groups)),
         "model": weights_hash(policy),
         "responses or pairs a step": per_step,
         "options": json.loads(json.dumps(options_that_bind)),  # as a checkpoint gives them back
@@ -207,9 +203,8 @@ def prepare(
     if has_adapter(policy) and not policy.name_or_path and processes.main:
         save_base(policy, base_of(policy, config), again=resumed is None)
     if objective.needs_reference:
-        together = distinct(episodes + held_out)
+        together = distinct(groups + held_out)
         _reference_columns(config, together, policy, reference, batching, identity, processes, resumed is not None)
-    groups = groups_of(episodes, UNIT_EPISODES[objective.unit])
     return Prepared(
         processes,
         tokenizer,
@@ -230,7 +225,7 @@ class Evaluated(NamedTuple):
     """Rows for evaluation on tokens."""
 
     all: list[Episode]
-    objective: list[Episode]  # as the objective prepared them
+    objective: list[Group]  # as the objective chose them
 
 
 def evaluation_episodes(options: Options, given: Given, prepared: Prepared, source: Any) -> tuple[Evaluated, list[Row]]:
@@ -259,7 +254,7 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
             dtype = getattr(torch, config.dtype)
             device = prepared.processes.device
             reference = load_policy(config.model_name_or_path, device, dtype, config.attn_implementation)
-        together = distinct(episodes + prepared_ones)
+        together = distinct([*([e] for e in episodes), *prepared_ones])
         with adapter_off(learner.policy):
             _reference_columns(
                 config,
@@ -288,10 +283,10 @@ def _template_time(config: TrainConfig, tokenizer, processes: Processes) -> date
     return gather_objects([datetime.datetime.now()], processes)[0]
 
 
-def _held_out(objective: Any, episodes: list[Episode]) -> list[Episode]:
-    """As the objective prepares them; none, with a warning, where they are too few for it."""
+def _held_out(objective: Objective, episodes: list[Episode]) -> list[Group]:
+    """The objective's groups; none, with a warning, where the episodes are too few for it."""
     try:
-        found = objective.prepare(episodes)
+        found = selected(objective, episodes)
     except UserError as error:
         found, reason = [], str(error)
     else:
@@ -361,8 +356,8 @@ def make_learner(options: Options, given: Given, policy: PreTrainedModel, explic
     torch.manual_seed(config.seed)  # of new heads and adapters, in every process and when a run goes on
     value_model = reference = target = None
     if objective.needs_values:
-        value_model = make_value_model(objective.value_model, policy, peft_config)
-        if getattr(objective, "target_ema", None) is not None:
+        value_model = make_value_model(objective.value_kind, policy, peft_config)
+        if objective.values_decay is not None:
             target = copy.deepcopy(value_model)
     if objective.needs_kl:  # with an adapter the policy is its own reference
         reference = copy.deepcopy(policy) if explicit is None and peft_config is None else explicit

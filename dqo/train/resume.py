@@ -17,8 +17,9 @@ from typing import Any
 from dqo.config.lora import PREFIX
 from dqo.config.options import Options, TrainConfig, options_of
 from dqo.errors import UserError
-from dqo.objectives import OBJECTIVES
+from dqo.objectives.registry import objective_class
 from dqo.train.damage import checkpoints, read_state
+from dqo.train.phases import Stretch
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +53,11 @@ def default_values(options: Options) -> dict[str, Any]:
     return dataclasses.asdict(type(options.train)()) | dataclasses.asdict(type(options.objective)())
 
 
-def stored_options(options: Options, warmup: int, value_warmup: int, save_dtype: Any) -> dict[str, Any]:
+def stored_options(options: Options, warmup: int, stretches: list[Stretch], save_dtype: Any) -> dict[str, Any]:
     """What a checkpoint keeps of the options and of what they came to, as JSON gives it back."""
     dtype = None if save_dtype is None else str(save_dtype).removeprefix("torch.")
-    derived = {"warmup": warmup, "value_warmup": value_warmup, "save_dtype": dtype}
+    begins = {stretch.phase.name: stretch.begin for stretch in stretches}
+    derived = {"warmup": warmup, "phases": begins, "save_dtype": dtype}
     kept = {"options": options.flat(), "defaults": default_values(options), "derived": derived}
     return json.loads(json.dumps(kept))
 
@@ -85,9 +87,10 @@ def as_stored(options: Options) -> Options:
     flat, usual = options.flat(), default_values(options)
     given = {name: value for name, value in flat.items() if name in options.sources or value != usual[name]}
     method = then.get("method")
-    if method not in OBJECTIVES or given.get("method", method) != method:  # refused when the checkpoint is claimed
+    if not isinstance(method, str) or given.get("method", method) != method:  # refused when the checkpoint is claimed
         return options
-    known = {f.name for cls in (TrainConfig, OBJECTIVES[method]) for f in dataclasses.fields(cls)} - PLACE
+    objective = objective_class(method, str(checkpoint))
+    known = {f.name for cls in (TrainConfig, objective) for f in dataclasses.fields(cls)} - PLACE
     taken = {name: value for name, value in then.items() if name in known and name not in given}
     if "num_train_epochs" in given:  # steps and epochs are one thing
         taken.pop("max_steps", None)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dqo.data.batches import Batch, Batching, groups_of, unit_count
-from dqo.data.episodes import Episode
+from dqo.data.batches import Batch, Batching, Group, unit_count
 from dqo.errors import UserError
-from dqo.objectives import UNIT_EPISODES
+from dqo.objectives.base import MODELS, Objective
 from dqo.processes import add_over_processes
 from dqo.train import metrics
 from dqo.train.engine import Engine, Planned
@@ -19,7 +18,7 @@ from dqo.train.learner import companion_sums, objective_sums
 from dqo.train.parallel import without_sync
 
 
-def mean_over_companions(engine: Engine, objective: Any, groups: list[list[Episode]]) -> float | None:
+def mean_over_companions(engine: Engine, objective: Objective, groups: list[Group]) -> float | None:
     """What the objective asks of the companions of the whole step, before any micro-batch; None when it asks nothing."""
     companions = [[e.companion] for group in groups for e in group if e.companion is not None]
     if not companions:
@@ -35,9 +34,9 @@ def mean_over_companions(engine: Engine, objective: Any, groups: list[list[Episo
 
 def accumulate(
     engine: Engine,
-    objective: Any,
-    groups: list[list[Episode]],
-    train_policy: bool = True,
+    objective: Objective,
+    groups: list[Group],
+    trains: Collection[str] = MODELS,
     substep_end: Callable[[], Any] = lambda: None,
 ) -> tuple[dict[str, Tensor], int]:
     """Gradients of one optimizer step. Divides by the step's count of units, known before any forward pass, so that any split
@@ -45,13 +44,14 @@ def accumulate(
 
     Args:
         groups: the whole step's, the same on every process.
+        trains: the models that get a gradient, of "policy" and "critic".
         substep_end: called after every micro-batch but the last.
 
     Returns:
         This process's metric sums, and the number of tokens of the step, prompts included.
     """
     module, world = engine.module, engine.processes.world
-    units, size = unit_count(groups, objective.unit), UNIT_EPISODES[objective.unit]
+    units = unit_count(groups, objective.unit)
     companion_mean = mean_over_companions(engine, objective, groups)
     sums: dict[str, Tensor] = {}
     tokens = sum(e.length for group in groups for e in group)
@@ -60,12 +60,12 @@ def accumulate(
         scale = world / units if counts else 0.0
         share = world * batch.tokens / tokens if counts else 0.0
         with without_sync(module, last):
-            loss, more = module(objective_sums, objective, batch, train_policy, scale, companion_mean, share)
+            loss, more = module(objective_sums, objective, batch, trains, scale, companion_mean, share)
             if not torch.isfinite(loss):
                 raise UserError(_not_finite(loss, batch))
             if loss.requires_grad:
                 loss.backward()
-        of_batch = float(unit_count(groups_of(batch.episodes, size), objective.unit))
+        of_batch = float(unit_count(batch.groups, objective.unit))
         more |= {"loss": torch.stack([loss.detach() * units / world, loss.new_tensor(of_batch)])}
         more |= metrics.of_batch(batch)
         sums = metrics.add(sums, more if counts else metrics.none_of(more))

@@ -9,7 +9,7 @@ import transformers
 
 from dqo.models import attention
 from dqo.models.critic import value_model_from
-from dqo.objectives import DQO, UNIT_EPISODES
+from dqo.objectives import DQO
 
 SIZES = {
     "vocab_size": 20,
@@ -81,7 +81,3 @@ def objective_and_critic(name: str, made):
     if name in WITH_VALUES:
         return DQO(is_level="suffix", lam=0.9), critic_of(made)
     return DQO(value_model="none", is_level="suffix", lam=0.9), None
-
-
-def size_of(objective) -> int:
-    return UNIT_EPISODES[objective.unit]

@@ -61,27 +61,28 @@ def micro_batches(groups, max_tokens, packed=False):
 
 @st.composite
 def steps(draw):
-    """The groups of one optimizer step: all singles or all pairs, of uneven lengths."""
-    size = draw(st.integers(1, 2))
-    lengths = draw(st.lists(st.integers(2, 40), min_size=size, max_size=40))
+    """The groups of one optimizer step: all singles, all pairs, or lists of any lengths; responses of uneven lengths."""
+    size = draw(st.sampled_from([1, 2, None]))
+    sizes = draw(st.lists(st.integers(1, 4) if size is None else st.just(size), min_size=1, max_size=20))
+    lengths = draw(st.lists(st.integers(2, 40), min_size=sum(sizes), max_size=sum(sizes)))
     template = episodes(1)[0]
-    members = [
+    members = iter(
         dataclasses.replace(template, prompt_ids=[4], completion_ids=[5] * (n - 1), source=f"row {i}")
-        for i, n in enumerate(lengths[: len(lengths) // size * size])
-    ]
-    return groups_of(members, size)
+        for i, n in enumerate(lengths)
+    )
+    return [[next(members) for _ in range(size)] for size in sizes]
 
 
 def sources(groups):
     return sorted(tuple(e.source for e in group) for group in groups)
 
 
-def regrouped(batches, size):
-    return [group for batch in batches for group in groups_of(batch, size)]
+def joined(batches):
+    return [group for batch in batches for group in batch]
 
 
 def positions(batch, packed):
-    return collate(batch, 0, packed=packed).positions
+    return collate([e for group in batch for e in group], 0, packed=packed).positions
 
 
 layouts = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -92,9 +93,8 @@ layouts = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packe
 @settings(max_examples=100, deadline=None)
 def test_micro_batches_hold_every_group_once_and_whole_within_the_budget(groups, max_tokens, packed):
     batches = micro_batches(groups, max_tokens, packed)
-    size = len(groups[0])
-    assert sources(regrouped(batches, size)) == sources(groups)
-    assert all(positions(batch, packed) <= max_tokens or len(batch) == size for batch in batches)
+    assert sources(joined(batches)) == sources(groups)
+    assert all(positions(batch, packed) <= max_tokens or len(batch) == 1 for batch in batches)
     assert batches == micro_batches(groups, max_tokens, packed)
 
 
@@ -110,7 +110,7 @@ def test_a_packed_batch_goes_on_in_the_fullest_that_holds_it():
     e = episodes(1)[0]
     members = [dataclasses.replace(e, prompt_ids=[4], completion_ids=[5] * (n - 1)) for n in (4, 5, 6)]
     batches = micro_batches([[e] for e in members], max_tokens=10, packed=True)
-    assert [[e.length for e in batch] for batch in batches] == [[6, 4], [5]]
+    assert [[e.length for (e,) in batch] for batch in batches] == [[6, 4], [5]]
 
 
 def test_padded_batches_hold_like_lengths():
@@ -118,7 +118,7 @@ def test_padded_batches_hold_like_lengths():
     short = dataclasses.replace(short, prompt_ids=[4], completion_ids=[5])
     long = dataclasses.replace(long, prompt_ids=[4], completion_ids=[5] * 9)
     batches = micro_batches([[e] for e in (short, long, short, long)], max_tokens=20)
-    assert [[e.length for e in batch] for batch in batches] == [[10, 10], [2, 2]]
+    assert [[e.length for (e,) in batch] for batch in batches] == [[10, 10], [2, 2]]
     assert [positions(batch, packed=False) for batch in batches] == [20, 4]
 
 
@@ -135,15 +135,15 @@ def test_shares_are_a_partition_with_balanced_tokens(groups, world):
 @given(groups=steps(), world=st.integers(1, 5), max_tokens=st.integers(1, 200))
 @settings(max_examples=100, deadline=None)
 def test_a_plan_gives_every_process_its_share_in_as_many_micro_batches(groups, world, max_tokens, packed):
-    plan, size = micro_batch_plan(groups, world, max_tokens, packed), len(groups[0])
+    plan = micro_batch_plan(groups, world, max_tokens, packed)
     assert len(plan) == world and len({len(part) for part in plan}) == 1
     for rank, part in enumerate(plan):
         batches = [batch for batch in part if batch is not None]
         assert part == batches + [None] * (len(part) - len(batches))
-        assert sources(regrouped(batches, size)) == sources(dealt(groups, world)[rank])
-        assert all(positions(batch, packed) <= max_tokens or len(batch) == size for batch in batches)
+        assert sources(joined(batches)) == sources(dealt(groups, world)[rank])
+        assert all(positions(batch, packed) <= max_tokens or len(batch) == 1 for batch in batches)
         if len(batches) < len(part):  # nothing was left to split
-            assert all(len(batch) == size for batch in batches)
+            assert all(len(batch) == 1 for batch in batches)
         computed = [positions(batch, packed) for batch in batches]
         assert computed == sorted(computed, reverse=True)
     assert max(len(part) for part in plan) == max(
@@ -175,7 +175,18 @@ def test_a_packed_batch_says_where_its_sequences_are():
     assert collate(members, pad_id=0).model_inputs == {}
 
 
-def test_units_are_tokens_responses_or_pairs():
+def test_units_are_tokens_responses_or_groups():
     groups = groups_of(episodes(6), 2)
     assert unit_count(groups, "token") == sum(len(e.completion_ids) for e in episodes(6))
-    assert unit_count(groups, "pair") == 3
+    assert unit_count(groups, "response") == 6
+    assert unit_count(groups, "group") == 3
+
+
+def test_a_batch_knows_its_groups_and_tells_the_objective():
+    members = episodes(6)
+    batch = collate(members, 0, sizes=[3, 1, 2])
+    assert batch.groups == [members[:3], members[3:4], members[4:]]
+    lengths = [len(e.completion_ids) for e in members]
+    assert batch.columns["group"].tolist() == np.repeat([0, 0, 0, 1, 2, 2], lengths).tolist()
+    assert collate(members, 0).groups == [[e] for e in members]
+    assert collate(members, 0).columns["group"].tolist() == np.repeat(np.arange(6), lengths).tolist()

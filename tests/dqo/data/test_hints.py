@@ -8,7 +8,7 @@ from dqo.errors import UserError
 CHOICE = "write prompt, chosen and rejected"
 GROUPED = "one row a prompt, with the lists completions (strings) and rewards (numbers)"
 UNSAMPLED = "problems without responses: sample responses and grade them first"
-GRADE = "add a reward: grade the responses, or give every row the reward 1.0 to train on all of them by sft"
+GRADE = "add a reward: grade the responses, or give every row the reward 1.0 to imitate all of them (supervised fine-tuning)"
 PREFERENCE = "run `dqo convert trl-preference`"
 PUBLISHED = {  # data set: (columns, what its hint says)
     "tatsu-lab/alpaca": (

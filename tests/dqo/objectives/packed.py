@@ -38,6 +38,7 @@ def random_case(lengths: list[int], seed: int = 0) -> tuple[Tensor, Callable[[Te
         "label": labels.repeat_interleave(torch.tensor(lengths)).double(),
         "companion_mean": torch.full((n,), 0.3, dtype=torch.float64),
         "behavior_logprobs": ref.logprobs - 0.1,
+        "group": (torch.arange(len(lengths)) // 2).repeat_interleave(torch.tensor(lengths)),
     }
     return logits, lambda logits: token_stats(logits, actions, ref_logits), rows, cu_seqlens
 

@@ -2,6 +2,7 @@ import math
 
 import torch
 
+from dqo.data.selection import selected
 from dqo.objectives import DPO
 from dqo_kernels import TokenStats
 from tests.dqo.helpers import episodes
@@ -37,9 +38,9 @@ def test_pairs_have_one_prompt_and_the_better_response_first():
     members = episodes(12)
     for i, e in enumerate(members):
         e.prompt_index = i // 4
-    paired = DPO().prepare(members)
+    paired = selected(DPO(), members)
     assert paired
-    for chosen, rejected in zip(paired[0::2], paired[1::2]):
+    for chosen, rejected in paired:
         assert chosen.prompt_index == rejected.prompt_index
         assert chosen.reward > rejected.reward
 
@@ -48,13 +49,13 @@ def test_a_prompt_whose_responses_share_one_reward_gives_no_pair():
     members = episodes(4)
     for e in members:
         e.prompt_index, e.reward = 0, 1.0
-    assert DPO().prepare(members) == []
+    assert selected(DPO(), members) == []
 
 
 def test_every_response_is_used_before_one_is_used_again():
     members = episodes(6)
     for i, e in enumerate(members):
         e.prompt_index, e.reward = 0, float(i < 2)  # 2 better, 4 worse
-    paired = DPO(max_pairs_per_prompt=4).prepare(members)
-    assert {e.source for e in paired} == {e.source for e in members}
-    assert len(paired) == 8
+    paired = selected(DPO(max_pairs_per_prompt=4), members)
+    assert {e.source for pair in paired for e in pair} == {e.source for e in members}
+    assert len(paired) == 4

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from dqo.data.selection import selected
 from dqo.errors import UserError
 from dqo.objectives import KTO
 from tests.dqo.helpers import episodes
@@ -90,7 +91,7 @@ def test_a_companion_is_the_prompt_with_a_completion_of_another_prompt():
     members = episodes(12)
     for i, e in enumerate(members):
         e.completion_ids = [4 + i]
-    assert KTO().prepare(members) is members
+    assert selected(KTO(), members) == [[e] for e in members]
     for e in members:
         assert e.companion.prompt_ids == e.prompt_ids
         assert members[e.companion.completion_ids[0] - 4].prompt_index != e.prompt_index
@@ -103,7 +104,7 @@ def test_where_every_prompt_has_one_response_the_next_completion_is_taken():
     members = episodes(5)
     for i, e in enumerate(members):
         e.prompt_index, e.prompt_ids, e.completion_ids = i, [3], [4 + i]
-    KTO().prepare(members)
+    selected(KTO(), members)
     assert [e.companion.completion_ids for e in members] == [[5], [6], [7], [8], [4]]
 
 
@@ -111,7 +112,7 @@ def test_every_completion_is_a_companion_where_prompts_have_equally_many():
     members = episodes(12)
     for i, e in enumerate(members):
         e.prompt_index, e.prompt_ids, e.completion_ids = i // 4, [3], [4 + i]
-    KTO().prepare(members)
+    selected(KTO(), members)
     assert sorted(e.companion.completion_ids[0] for e in members) == list(range(4, 16))
 
 
@@ -119,15 +120,17 @@ def test_no_companion_is_longer_than_the_longest_response():
     members = episodes(2)
     members[0].prompt_ids, members[0].completion_ids, members[0].prompt_index = [3] * 9, [4], 0
     members[1].prompt_ids, members[1].completion_ids, members[1].prompt_index = [3], [5] * 4, 1
-    KTO().prepare(members)
+    selected(KTO(), members)
     assert members[0].companion.completion_ids == [5]  # 9 + 1 tokens, as its own
     assert members[1].companion.completion_ids == [4]
 
 
-def test_a_companion_that_is_there_stays():
-    members = KTO().prepare(episodes(4))
-    before = [e.companion for e in members]
-    assert [e.companion for e in KTO().prepare(members)] == before
+def test_companions_are_the_same_whenever_they_are_asked_for():
+    members = episodes(4)
+    selected(KTO(), members)
+    before = [e.companion.source for e in members]
+    selected(KTO(), members)
+    assert [e.companion.source for e in members] == before
 
 
 def test_one_prompt_alone_is_refused():
@@ -135,17 +138,17 @@ def test_one_prompt_alone_is_refused():
     for e in members:
         e.prompt_index = 0
     with pytest.raises(UserError, match="kto needs responses of at least two prompts"):
-        KTO().prepare(members)
-    assert KTO().prepare([]) == []
+        selected(KTO(), members)
+    assert selected(KTO(), []) == []
 
 
 def test_one_label_alone_is_said(caplog):
     members = episodes(4)
-    KTO().prepare(members)
+    selected(KTO(), members)
     assert not caplog.records
     for e in members:
         e.label = True
-    KTO().prepare(members)
+    selected(KTO(), members)
     assert "every response is labelled correct" in caplog.text
 
 

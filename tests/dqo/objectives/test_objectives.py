@@ -1,4 +1,4 @@
-"""What holds for every objective, by the contract of dqo/objectives/__init__.py."""
+"""What holds for every objective, by the contract of dqo/objectives/base.py."""
 
 import dataclasses
 import json
@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from dqo.config.options import load_options
+from dqo.data.selection import selected
 from dqo.errors import UserError
-from dqo.objectives import DQO, OBJECTIVES, OREO, UNIT_EPISODES
+from dqo.objectives import DQO, OBJECTIVES, OREO
+from dqo.objectives.base import UNITS, Objective
 from dqo.train.inputs import load_rows
 from dqo_kernels import TokenStats, linear_row_loss, linear_token_stats
 from tests.dqo.helpers import episodes
@@ -18,15 +20,20 @@ CASES = [cls() for cls in OBJECTIVES.values()] + [DQO(kl_coef=0.5), DQO(value_mo
 every_objective = pytest.mark.parametrize("objective", CASES, ids=repr)
 
 
+def has_companions(objective):
+    return type(objective).companion_sums is not Objective.companion_sums
+
+
 @every_objective
 def test_it_declares_what_it_needs(objective):
-    assert objective.unit in UNIT_EPISODES
-    for name in ("needs_reference", "needs_values", "needs_kl", "needs_contrast"):
+    assert objective.unit in UNITS
+    for name in ("needs_reference", "needs_values", "needs_kl", "needs_contrast", "fits_rewards"):
         assert isinstance(getattr(objective, name), bool)
     assert objective.problems() == []
     assert objective.needs_values == (getattr(objective, "value_model", "none") != "none")
-    prepared = objective.prepare(episodes(8))
-    assert hasattr(objective, "companion_sums") == any(e.companion is not None for e in prepared)
+    groups = selected(objective, episodes(8))
+    assert groups and {len(group) for group in groups} == {objective.group_size} or objective.group_size is None
+    assert has_companions(objective) == any(e.companion is not None for group in groups for e in group)
 
 
 @every_objective
@@ -37,7 +44,7 @@ def test_it_reads_no_more_than_it_declares(objective):
         stats = stats._replace(ref_logprobs=None, ref_lse=None, kl=None)
     absent = {"behavior_logprobs"} | (set() if objective.needs_values else {"values"})
     absent |= set() if objective.needs_reference else {"ref_logprobs", "ref_lse"}
-    absent |= set() if hasattr(objective, "companion_sums") else {"companion_mean"}
+    absent |= set() if has_companions(objective) else {"companion_mean"}
     loss, _ = objective(stats, {name: x for name, x in rows.items() if name not in absent}, cu_seqlens)
     assert torch.isfinite(loss)
 
@@ -66,7 +73,7 @@ def test_loss_and_metrics_are_sums_over_micro_batches(objective):
 def test_from_hidden_states_it_has_the_loss_and_gradients_of_the_logits(objective):
     lengths = [2, 3, 1, 4]
     _, _, rows, cu_seqlens = random_case(lengths)
-    rows = {name: x.float() for name, x in rows.items()}
+    rows = {name: x.float() if x.is_floating_point() else x for name, x in rows.items()}
     torch.manual_seed(0)
     weight, ref_weight = torch.randn(2, VOCAB, 5)
     hidden, ref_hidden = torch.randn(2, sum(lengths), 5)
@@ -80,7 +87,7 @@ def test_from_hidden_states_it_has_the_loss_and_gradients_of_the_logits(objectiv
         return loss, metrics, [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found)]
 
     def fused(hidden, weight, values):
-        columns, groups = rows | {"values": values}, torch.arange(0, 5, UNIT_EPISODES[objective.unit])
+        columns, groups = rows | {"values": values}, torch.arange(0, 5, objective.group_size or 2)
         return linear_row_loss(
             hidden, weight, actions, objective, cu_seqlens, rows=columns, cu_groups=groups, **reference
         )
@@ -116,4 +123,3 @@ def test_equal_rewards_are_refused_where_they_leave_nothing_to_learn(method, tmp
             load_rows(options)
     else:
         assert len(load_rows(options)[0]) == 2
-    assert options.objective.needs_contrast == (method in ("dqo", "dpo", "dro", "oreo"))

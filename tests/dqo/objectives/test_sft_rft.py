@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dqo.data.selection import selected
 from dqo.objectives import RFT, SFT
 from dqo_kernels import TokenStats
 from tests.dqo.helpers import episodes
@@ -21,16 +22,16 @@ def test_the_loss_is_the_negative_log_likelihood_of_every_response_token(objecti
 def test_rft_keeps_distinct_correct_responses():
     members = episodes(4)
     members[3].completion_ids, members[3].prompt_index = members[1].completion_ids, members[1].prompt_index
-    assert [e.source for e in RFT().prepare(members)] == ["row 2"]  # rows 1 and 3 are wrong, row 4 repeats row 2
+    assert [e.source for (e,) in selected(RFT(), members)] == ["row 2"]  # rows 1 and 3 are wrong, row 4 repeats row 2
 
 
 def test_rft_keeps_at_most_max_per_prompt_responses():
     members = episodes(8)
     for e in members:
         e.prompt_index, e.label = 0, True
-    assert len(RFT(max_per_prompt=3).prepare(members)) == 3
+    assert [e.source for (e,) in selected(RFT(max_per_prompt=3), members)] == ["row 1", "row 2", "row 3"]
 
 
 def test_sft_trains_on_wrong_responses_too():
     members = episodes(4)
-    assert SFT().prepare(members) == members
+    assert selected(SFT(), members) == [[e] for e in members]

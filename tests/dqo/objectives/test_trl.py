@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.trainer import trl_steps
 from dqo.data.batches import collate
+from dqo.data.selection import selected
 from dqo.objectives import DPO, KTO
 from dqo_kernels import token_stats
 from tests.dqo.helpers import episodes
@@ -68,7 +69,7 @@ def near_the_model(e, offset=0.0):
 def test_dpo_is_trl_s():
     model, passes = model_of_logits()
     objective = DPO(beta=0.4)
-    paired = objective.prepare(episodes(12))
+    paired = [e for pair in selected(objective, episodes(12)) for e in pair]
     for e in paired:
         near_the_model(e)
     theirs = trl_steps.dpo_loss(model, objective)(trl_steps.dpo_batch(paired, model.device))
@@ -84,7 +85,7 @@ def test_dpo_is_trl_s():
 def test_kto_is_trl_s(offset):
     model, passes = model_of_logits()
     objective = KTO(beta=0.4, desirable_weight=1.3, undesirable_weight=0.7)
-    members = objective.prepare(episodes(12))
+    members = [e for (e,) in selected(objective, episodes(12))]
     for e in members:
         near_the_model(e)
         near_the_model(e.companion, offset)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from dqo.config.options import load_options
 from dqo.errors import UserError
 from dqo.models.new import save
+from dqo.objectives import OBJECTIVES
 from dqo.train.checkpoint import checkpoints
 from dqo.train.engine import Planned
 from dqo.train.loop import train
@@ -38,7 +39,7 @@ def weights(directory):
     return {f"{file}/{name}": tensor for file in files for name, tensor in load_file(directory / file).items()}
 
 
-@pytest.mark.parametrize("method", ["dqo", "sft", "rft", "dpo", "kto", "dro", "oreo"])
+@pytest.mark.parametrize("method", OBJECTIVES)
 def test_the_loss_falls(files, method):
     finished = run(files, method=method, max_steps=40, eval_fraction=0)
     losses = logged(files / "out")

@@ -22,18 +22,6 @@ def test_linear_and_constant_schedules():
     assert optim.schedule(9, 10, 0, "constant") == 1.0
 
 
-def test_steps_below_one_are_a_share():
-    assert (optim.as_steps(0.1, 95), optim.as_steps(7, 95), optim.as_steps(0, 95)) == (10, 7, 0)
-
-
-@pytest.mark.parametrize(
-    "value, total, warned", [(0, 8, False), (7, 8, False), (8, 8, True), (9, 8, True), (0.9, 5, True)]
-)
-def test_a_value_warmup_that_leaves_the_policy_no_step_is_said(value, total, warned, caplog):
-    assert optim.value_warmup(value, total) == optim.as_steps(value, total)
-    assert ("and the policy stays as it is" in caplog.text) is warned
-
-
 def test_weight_decay_spares_vectors():
     model = nn.Linear(2, 2)
     optimizer = optim.make_optimizer(model, 0.1, 0.5, (0.9, 0.999), 1e-8)

@@ -89,7 +89,7 @@ def test_a_checkpoint_keeps_all_options_their_defaults_and_what_they_came_to(fin
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     assert names | {"beta", "lam"} <= state["options"].keys() == state["defaults"].keys()
     assert state["options"]["learning_rate"] == 1e-3 and state["defaults"]["learning_rate"] == 1e-6
-    assert state["derived"] == {"warmup": 0, "value_warmup": 0, "save_dtype": "float32"} and state["steps"] == 4
+    assert state["derived"] == {"warmup": 0, "phases": {"training": 0}, "save_dtype": "float32"} and state["steps"] == 4
     assert state["identity"]["trained end token"] == tokenizer().eos_token_id
     assert state["identity"]["configuration"]["hidden_size"] == 16
     assert "model.embed_tokens.weight" in state["parameters"]["policy"] and state["versions"]["torch"]
@@ -171,10 +171,11 @@ def test_an_option_that_is_gone_is_named_and_passed_over_at_its_default_alone(va
 
 def test_what_options_came_to_is_kept(stopped):
     folder = stopped()
-    derived = {"warmup": 3, "value_warmup": 1, "save_dtype": "bfloat16"}
+    derived = {"warmup": 3, "phases": {"value_warmup_steps": 0, "training": 1}, "save_dtype": "bfloat16"}
     change(folder / "out" / "checkpoint-2", derived=lambda _: derived)
     trainer = begin(told(folder))
-    assert (trainer.warmup, trainer.value_warmup, trainer.prepared.save_dtype) == (3, 1, torch.bfloat16)
+    assert (trainer.warmup, trainer.prepared.save_dtype) == (3, torch.bfloat16)
+    assert [stretch.begin for stretch in trainer.stretches] == [0, 1]
     assert begin(told(folder, "--save_dtype", "float32")).prepared.save_dtype == torch.float32
 
 

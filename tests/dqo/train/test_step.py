@@ -10,7 +10,7 @@ from dqo.data.batches import Batching, collate, groups_of, micro_batch_plan
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.critic import make_value_model, value_model_from, value_rows
-from dqo.objectives import DPO, DQO, DRO, KTO, OREO, SFT, UNIT_EPISODES
+from dqo.objectives import DPO, DQO, DRO, KTO, OREO, SFT
 from dqo.processes import Processes
 from dqo.train.engine import Engine
 from dqo.train.learner import Learner, objective_sums
@@ -49,7 +49,7 @@ def gradient(objective, groups, max_tokens, learner, **options):
 @pytest.mark.parametrize("max_tokens", [1, 24, 40])
 def test_the_gradient_does_not_depend_on_the_split_into_micro_batches(objective, max_tokens, packed):
     learner, members = setup(objective)
-    groups = groups_of(members, UNIT_EPISODES[objective.unit])
+    groups = groups_of(members, objective.group_size)
     whole = gradient(objective, groups, LONG, learner)
     if packed:
         for model in learner.children():
@@ -103,9 +103,18 @@ def test_the_policy_loss_leaves_the_value_model_alone():
 
 def test_value_warmup_trains_the_value_model_alone():
     learner, members = setup(DQO())
-    gradient(DQO(), [[e] for e in members], LONG, learner, train_policy=False)
+    gradient(DQO(), [[e] for e in members], LONG, learner, trains=("critic",))
     assert all(p.grad is None for p in learner.policy.parameters())
     assert gradients(learner.value_model).abs().max() > 0
+
+
+def test_a_frozen_critic_is_read_and_gets_no_gradient():
+    learner, members = setup(DQO())
+    gradient(DQO(), [[e] for e in members], LONG, learner)
+    whole = gradients(learner.policy)
+    gradient(DQO(), [[e] for e in members], LONG, learner, trains=("policy",))
+    assert all(p.grad is None for p in learner.value_model.parameters())
+    assert torch.equal(gradients(learner.policy), whole) and whole.any()
 
 
 def test_a_response_that_did_not_end_is_bootstrapped_with_the_value_of_its_last_state():
@@ -149,7 +158,7 @@ def test_a_step_with_a_large_vocabulary_never_holds_the_logits_of_all_rows(objec
         )
         for e in episodes(4)
     ]  # fmt: skip
-    groups = groups_of(members, UNIT_EPISODES[objective.unit])
+    groups = groups_of(members, objective.group_size)
     extra, _ = extra_memory(lambda: gradient(objective, groups, LONG, learner), torch.device("cpu"))
     weights = vocab * width * 4
     # The workspace, the gradients of head, embedding and the critic's embedding, and what the little model needs.

@@ -1,0 +1,207 @@
+"""The contract of an objective: what it declares, which responses it trains on, and the loss of a batch of them.
+
+    @dataclass(frozen=True)
+    class Mine(Objective):                             its fields are its options: each has a type, a default and a docstring
+        beta: float = 0.1
+        def prepare(self, columns): ...                which responses, and which stay together; by default each alone
+        def __call__(self, stats, rows, cu_seqlens): ...     the loss: plain torch
+
+A module of this folder with one such class is a method, named as the module; `--method package.module:Class` names any other.
+None of these files imports torch before it is called: `--help` and the checks of the options stay fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dqo_kernels import TokenStats
+
+UNITS = ("token", "response", "group")
+MODELS = ("policy", "critic")
+
+
+class Columns(Protocol):
+    """What is known of n responses before any model is asked: numpy arrays (n,), one entry a response, in the order of the data.
+    They may lie in a file: read the columns that you need, and no row that you need not."""
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """int64: responses to one prompt share it."""
+
+    @property
+    def reward(self) -> np.ndarray:
+        """float64: of the outcome, as it is trained on."""
+
+    @property
+    def label(self) -> np.ndarray:
+        """bool: whether the response counts as correct."""
+
+    @property
+    def prompt_length(self) -> np.ndarray:
+        """int64, in tokens."""
+
+    @property
+    def length(self) -> np.ndarray:
+        """int64: tokens of the response, its end token included."""
+
+    @property
+    def ended(self) -> np.ndarray:
+        """bool: False where a length limit cut the response."""
+
+    @property
+    def same_as(self) -> np.ndarray:
+        """int64: the first row with the same prompt and the same response; its own index where there is none before."""
+
+    @property
+    def source(self) -> Sequence[str]:
+        """File and line, for messages."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a method trains on, out of n responses.
+
+    groups: indices of the responses that stay together: an array (G, K), or G arrays of any lengths. A response may be in
+        several groups. An epoch is a permutation of the groups, and a step takes per_device_train_batch_size of them, times
+        gradient_accumulation_steps, times processes.
+    columns: {name: array} of what the loss reads beside the columns that are there: (n,), one number a response, which is put on
+        each of its tokens, or one number a response token, of all responses in their order.
+    companions: int64 (n,), -1 for none: the response whose completion is put behind this one's prompt, see `companion_sums`.
+    """
+
+    groups: np.ndarray | Sequence[np.ndarray]
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    companions: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the run.
+
+    steps: how many optimizer steps, below 1 a share of all of them (rounded up); None: all that are left.
+    trains: the models that are trained, of "policy" and "critic" (the value model, where there is one). The others stay as they
+        are, with the states of their optimizers, and are read without a gradient: where the critic is not among them, the column
+        values is that of the critic as the phase found it.
+    refreshes: what is computed anew from the models as they are at its begin: "reference", the columns ref_logprobs and ref_lse.
+        The trainer does not do that yet, and refuses such a phase with one line before the run begins.
+    """
+
+    name: str
+    steps: float | None = None
+    trains: tuple[str, ...] = MODELS
+    refreshes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Answers that most objectives give; a subclass states the others."""
+
+    unit: ClassVar[str] = "response"
+    """What the loss is a sum over, and is divided by the number of in a step: "token", "response" or "group"."""
+    group_size: ClassVar[int | None] = 1
+    """Responses of a group: 1, 2 for pairs ..., None for lists of any lengths."""
+    needs_contrast: ClassVar[bool] = True
+    """Equal rewards everywhere leave it nothing to learn: such data are refused."""
+    fits_rewards: ClassVar[bool] = False
+    """It fits beta * log(pi/ref) to the size of rewards, so that rewards far above beta are worth a warning."""
+    nothing_left: ClassVar[str] = "no response to train on"
+    """What to say when `prepare` gives no group."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """It reads ref_logprobs (and ref_lse)."""
+        return True
+
+    @property
+    def value_kind(self) -> str:
+        """Which value model is made: "separate", "head" or "none"; the option value_model where there is one."""
+        return getattr(self, "value_model", "none")
+
+    @property
+    def needs_values(self) -> bool:
+        """It reads values."""
+        return self.value_kind != "none"
+
+    @property
+    def needs_kl(self) -> bool:
+        """It reads stats.kl, the exact KL(pi || ref) of every row, differentiable: the reference stays in memory."""
+        return False
+
+    @property
+    def discount(self) -> float:
+        """Of potentials among the rewards; the option gamma where there is one."""
+        return getattr(self, "gamma", 1.0)
+
+    @property
+    def values_decay(self) -> float | None:
+        """Decay of the moving average of the value model; None: there is none. The option target_ema where there is one."""
+        return getattr(self, "target_ema", None)
+
+    def problems(self) -> list[tuple[str, str]]:
+        """(field, what is wrong) of every value out of range."""
+        beta = getattr(self, "beta", None)
+        return [("beta", f"must be positive, got {beta}")] if beta is not None and not beta > 0 else []
+
+    def below(self, least: float, *names: str) -> list[tuple[str, str]]:
+        """(field, what is wrong) of those of these fields that are less than `least`; None passes where the type has it."""
+        types = {f.name: str(f.type) for f in dataclasses.fields(self)}
+        values = {name: getattr(self, name) for name in names}
+        return [
+            (name, f"must be at least {least:g}{' or None' if 'None' in types[name] else ''}, got {value}")
+            for name, value in values.items()
+            if not (value is None and "None" in types[name] or value is not None and value >= least)
+        ]
+
+    def advice(self, labels: Sequence[bool]) -> list[str]:
+        """Warnings, a line each, about rows with these labels."""
+        return []
+
+    def phases(self, value_warmup: float) -> tuple[Phase, ...]:
+        """The run's phases in their order; the last has no end.
+
+        Args:
+            value_warmup: the option value_warmup_steps, a number of steps or a share of them.
+        """
+        whole = Phase("training")
+        return (Phase("value_warmup_steps", value_warmup, ("critic",)), whole) if self.needs_values else (whole,)
+
+    def prepare(self, columns: Columns) -> Selection:
+        """Which responses are trained on, and which stay together; the same whenever it is asked.
+
+        Raises:
+            UserError: for data that do not suit the method.
+        """
+        return Selection(np.arange(len(columns.prompt))[:, None])
+
+    def companion_sums(self, stats: TokenStats, rows: dict[str, Tensor], cu_seqlens: Tensor) -> Tensor:
+        """(2,): [sum, count] over companions, without a gradient; only asked where `prepare` gives companions. Those of a whole
+        optimizer step, all micro-batches and processes, are added before its first loss; their mean is the column companion_mean,
+        the same on every row. So the loss does not depend on the split into micro-batches."""
+        raise NotImplementedError(f"{type(self).__name__} gives companions and has no companion_sums")
+
+    def __call__(
+        self, stats: TokenStats, rows: dict[str, Tensor], cu_seqlens: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch of whole groups, one response behind the other.
+
+        Args:
+            stats: of N response tokens: logprobs, lse, entropy (N,); kl where `needs_kl`.
+            rows: columns (N,): rewards, label (1 on every token of a response that counts as correct), group (the number of the
+                response's group in its micro-batch), those of `prepare`, and where there are such ref_logprobs, ref_lse,
+                behavior_logprobs, values (differentiable), bootstrap (V of the last state of a response that was cut, on its last
+                row), target_values (of the value model's moving average) and companion_mean.
+            cu_seqlens: (B+1,) boundaries of the responses.
+
+        Returns:
+            (loss_sum, metrics): a sum over the units, and {name: (2,) tensor [sum, count]}, so that micro-batches and processes
+            add; the trainer alone divides, by the step's count of units.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no __call__")

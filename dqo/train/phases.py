@@ -1,0 +1,85 @@
+"""The phases of a run, on its steps: which models are trained when. What an objective may ask for is objectives.base.Phase."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from dqo.errors import UserError
+from dqo.objectives.base import MODELS, Objective, Phase
+
+logger = logging.getLogger(__name__)
+
+
+class Stretch(NamedTuple):
+    """The steps from `begin` (0-based) on, until the next stretch begins."""
+
+    begin: int
+    phase: Phase
+
+
+def as_steps(value: float, total: int) -> int:
+    """A number of steps; below 1 a share of all of them (transformers' convention)."""
+    return math.ceil(value * total) if 0 < value < 1 else int(value)
+
+
+def check_phases(objective: Objective, value_warmup: float) -> None:
+    """Refuses phases that the trainer cannot run.
+
+    Raises:
+        UserError: that names the phase.
+    """
+    models = MODELS if objective.needs_values else ("policy",)
+    phases = objective.phases(value_warmup)
+    if not phases or phases[-1].steps is not None:
+        raise UserError(
+            f"the phases of {type(objective).__name__} come to an end; the last must have no number of steps"
+        )
+    for i, phase in enumerate(phases):
+        name = f"phase {phase.name!r} of {type(objective).__name__}"
+        if phase.refreshes:
+            raise UserError(
+                f"{name} refreshes {', '.join(phase.refreshes)}, which this trainer does not do yet: train the phases as runs of "
+                "their own, each from the model of the one before"
+            )
+        if not set(phase.trains) & set(models) or not set(phase.trains) <= set(MODELS):
+            raise UserError(f"{name} trains {', '.join(phase.trains) or 'nothing'}; there is {' and '.join(models)}")
+        if phase.steps is None and i + 1 < len(phases):
+            raise UserError(f"{name} has no number of steps, so that phase {phases[i + 1].name!r} would never begin")
+        if phase.steps is not None and not 0 <= phase.steps < math.inf:
+            raise UserError(f"{name} has {phase.steps} steps; expected a number of at least 0, below 1 a share")
+
+
+def stretches(
+    objective: Objective, value_warmup: float, total: int, then: dict[str, int] | None = None
+) -> list[Stretch]:
+    """The phases of `total` steps that have a step, each with its first; warns where the policy is trained in none.
+
+    Args:
+        then: {name: first step} of the same phases in the checkpoint that the run goes on from.
+    """
+    found, begin = [], 0
+    planned = objective.phases(value_warmup)
+    for phase in planned:
+        steps = total - begin if phase.steps is None else as_steps(phase.steps, total)
+        if steps > 0:
+            found.append(Stretch(begin, phase))
+        begin += steps
+    found = [Stretch(then[p.name], p) for p in planned if p.name in then] if then else found
+    found = [stretch for stretch in found if stretch.begin < total]
+    if not any("policy" in stretch.phase.trains for stretch in found):
+        first = found[0].phase
+        logger.warning(
+            "%s is %d of %d steps: they train the value model alone, and the policy stays as it is",
+            first.name,
+            as_steps(first.steps or total, total),
+            total,
+        )
+    return found
+
+
+def trained(at: Iterable[Stretch], step: int) -> tuple[str, ...]:
+    """The models that are trained in a step (0-based)."""
+    return [stretch.phase.trains for stretch in at if stretch.begin <= step][-1]

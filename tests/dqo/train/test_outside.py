@@ -1,0 +1,168 @@
+"""An objective of another package trains like ours, without a change here: from a file on Python's path, in processes of its own,
+on two of them, killed and gone on with."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dqo import DQOConfig, DQOTrainer
+from dqo.config.options import load_options
+from dqo.errors import UserError
+from dqo.train.checkpoint import checkpoints, read_state
+from dqo.train.loop import train
+from tests.dqo.helpers import arguments
+
+ROOT = Path(__file__).parents[3]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--main_process_port", "0", "-m", "dqo.train"]
+
+# lists of all responses to a prompt, a column of its own, companions, and a critic that is fitted first
+LISTWISE = '''
+import os
+import signal
+from dataclasses import dataclass
+from typing import ClassVar
+import numpy as np
+from dqo.objectives.base import Objective, Phase, Selection
+from dqo.objectives.groups import by_prompt
+
+calls = []
+
+@dataclass(frozen=True)
+class Listwise(Objective):
+    """A softmax over the responses of a prompt, in the proportion of their ranks.
+
+    L = - sum_i p_i log softmax_i(S_i + V_i),    p_i in the proportion of 1 / rank_i
+    """
+    beta: float = 0.5
+    """KL temperature."""
+    value_model: str = "separate"
+    """Which value model."""
+
+    unit: ClassVar[str] = "group"
+    group_size: ClassVar[int | None] = None
+
+    def phases(self, value_warmup):
+        return Phase("critic", 0.25, ("critic",)), Phase("policy", trains=("policy",))
+
+    def prepare(self, columns):
+        groups, rank = by_prompt(columns.prompt), np.zeros(len(columns.prompt))
+        for rows in groups:
+            rank[rows] = 1 + np.argsort(np.argsort(-columns.reward[rows], kind="stable"))
+        return Selection(groups, {"rank": rank}, np.roll(np.arange(len(rank)), 1))
+
+    def companion_sums(self, stats, rows, cu_seqlens):
+        import torch
+        assert "rank" not in rows
+        return torch.stack([stats.logprobs.sum(), stats.logprobs.new_tensor(float(len(stats.logprobs)))])
+
+    def __call__(self, stats, rows, cu_seqlens):
+        import torch
+        from dqo.objectives.sums import mean_metric, sequence_sums
+        calls.append(1)
+        if len(calls) == 12 and os.environ.get("KILLED") == os.environ.get("RANK", "alone"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        first = cu_seqlens[:-1]
+        score = self.beta * sequence_sums(stats.logprobs - rows["ref_logprobs"], cu_seqlens)
+        score = score + rows["values"][first] + 0.0 * rows["companion_mean"][first]
+        _, group = torch.unique_consecutive(rows["group"][first], return_inverse=True)
+        wanted, total, count = 1.0 / rows["rank"][first], score.new_zeros(()), int(group[-1]) + 1
+        for i in range(count):
+            own = group == i
+            share = wanted[own] / wanted[own].sum()
+            total = total - (share * torch.log_softmax(score[own], 0)).sum()
+        sizes = torch.bincount(group).to(score.dtype)
+        return total, {"list/size": mean_metric(sizes), "list/rank": mean_metric(rows["rank"][first])}
+'''
+METHOD = "listwise:Listwise"
+
+
+@pytest.fixture
+def outside(files, tmp_path, monkeypatch):
+    """The fixture `files`, with a module listwise.py in outside/; prompts have one to four responses."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "listwise.py").write_text(LISTWISE)
+    monkeypatch.syspath_prepend(str(tmp_path / "outside"))
+    rows = (files / "rollouts.jsonl").read_text().splitlines()
+    kept = [row for i, row in enumerate(rows) if i % 4 == 0 or (i // 4) % 4 >= i % 4]
+    (files / "rollouts.jsonl").write_text("\n".join(kept))
+    yield files
+    sys.modules.pop("listwise", None)
+
+
+def environment(files):
+    path = os.pathsep.join([str(files / "outside"), str(ROOT)])
+    return {"OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+
+
+def options(files, **changes):
+    return arguments(files, **{"method": METHOD, "per_device_train_batch_size": 2, "save_total_limit": 9} | changes)
+
+
+def weights(directory):
+    found = {}
+    for name in ("model.safetensors", "critic/model.safetensors"):
+        found |= {f"{name}/{key}": tensor for key, tensor in load_file(directory / name).items()}
+    return found
+
+
+def logged(directory):
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    skipped = ("perf/", "data/", "value/min", "value/max")  # extremes show rounding
+    return [
+        {name: value for name, value in row.items() if not name.removeprefix("eval_").startswith(skipped)}
+        for row in rows
+    ]
+
+
+def test_lists_and_columns_of_its_own_do_not_depend_on_the_split(outside):
+    whole = train(load_options(options(outside, output_dir=outside / "whole", max_steps=8)))
+    split = train(load_options(options(outside, output_dir=outside / "split", max_steps=8, max_batch_tokens=40)))
+    assert logged(whole.output_dir)[-1]["eval_list/size"] > 1.5
+    assert len({len(group) for group in whole.prepared.groups}) > 2
+    for one, two in zip(logged(whole.output_dir), logged(split.output_dir)):
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-6)
+    losses = [row["loss"] for row in logged(whole.output_dir) if "loss" in row]
+    assert losses[-1] < losses[0]
+    state = read_state(checkpoints(whole.output_dir)[-1])
+    assert state["identity"]["options"]["method"] == METHOD and state["identity"]["options"]["beta"] == 0.5
+    with pytest.raises(UserError, match="option beta: 0.5 then, 0.6 now"):
+        train(load_options(options(outside, output_dir=outside / "whole", max_steps=8, beta=0.6)))
+
+
+def test_a_class_trains_from_python(outside):
+    from listwise import Listwise
+
+    settings = {"output_dir": str(outside / "out"), "max_steps": 2, "eval_fraction": 0.2, "beta": 0.4}
+    args = DQOConfig(method=Listwise, per_device_train_batch_size=2, **settings)
+    trainer = DQOTrainer(str(outside / "model"), args, str(outside / "rollouts.jsonl"))
+    trainer.train()
+    assert args.method == METHOD and f"method: {METHOD}" in (outside / "out" / "config.yaml").read_text()
+    assert "Listwise" in (outside / "out" / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_of_a_launch_are_killed_and_go_on(outside, kind):
+    steps = {"max_steps": 16, "logging_steps": 2}
+    whole = train(load_options(options(outside, output_dir=outside / "whole", **steps)))
+    command = [*LAUNCH, *options(outside, per_device_train_batch_size=1, save_steps=1, **steps)]
+    command += ["--fsdp"] if kind == "fsdp" else []
+    running = {"cwd": outside, "env": environment(outside), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    killed = subprocess.run(command, timeout=300, **running | {"env": running["env"] | {"KILLED": "1"}})
+    assert killed.returncode != 0 and b"SIGKILL" in killed.stderr
+    assert 2 < len(checkpoints(outside / "out")) < 16 and not (outside / "out" / "report.html").exists()
+    done = subprocess.run(command, timeout=300, **running)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert b"going on from" in done.stdout
+    one, two = weights(whole.output_dir), weights(outside / "out")
+    assert all(torch.allclose(one[name], two[name], atol=2e-4) for name in one)
+    assert len(logged(whole.output_dir)) == len(logged(outside / "out"))
+    for row, expected in zip(logged(outside / "out"), logged(whole.output_dir)):
+        assert row == pytest.approx(expected, rel=2e-3, abs=2e-5)

@@ -1,0 +1,133 @@
+"""Phases: which models are trained in which steps, the value warm-up among them, also when a run goes on in the middle of one."""
+
+import re
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dqo.config.options import load_options
+from dqo.errors import UserError
+from dqo.objectives import DQO, DRO, SFT
+from dqo.objectives.base import Phase
+from dqo.train import phases
+from dqo.train.loop import Trainer, train
+from tests.dqo.helpers import arguments
+
+
+@dataclass(frozen=True)
+class Fitted(DRO):
+    """A critic fitted first, and then frozen."""
+
+    critic_share: float = 0.5
+    """Share of the steps that fit the critic."""
+
+    def phases(self, value_warmup):
+        return Phase("critic", self.critic_share, ("critic",)), Phase("policy", trains=("policy",))
+
+
+@dataclass(frozen=True)
+class Staged(DRO):
+    """Two stages, the second with a refreshed reference."""
+
+    def phases(self, value_warmup):
+        return Phase("first", 0.5), Phase("second", refreshes=("reference",))
+
+
+def test_steps_below_one_are_a_share():
+    assert (phases.as_steps(0.1, 95), phases.as_steps(7, 95), phases.as_steps(0, 95)) == (10, 7, 0)
+
+
+@pytest.mark.parametrize(
+    "value, total, warned", [(0, 8, False), (7, 8, False), (8, 8, True), (9, 8, True), (0.9, 5, True)]
+)
+def test_a_value_warmup_that_leaves_the_policy_no_step_is_said(value, total, warned, caplog):
+    found = phases.stretches(DQO(), value, total)
+    alone = [step for step in range(total) if "policy" not in phases.trained(found, step)]
+    assert alone == list(range(min(total, phases.as_steps(value, total))))
+    said = f"value_warmup_steps is {phases.as_steps(value, total)} of {total} steps: .* and the policy stays as it is"
+    assert bool(caplog.records) is warned
+    if warned:
+        assert len(caplog.records) == 1
+        assert re.fullmatch(said, caplog.records[0].getMessage())
+
+
+def test_the_warmup_concerns_value_models_alone():
+    assert [stretch.begin for stretch in phases.stretches(SFT(), 5, 8)] == [0]
+    assert [stretch.begin for stretch in phases.stretches(DQO(value_model="none"), 5, 8)] == [0]
+    assert [stretch.begin for stretch in phases.stretches(DQO(), 5, 8)] == [0, 5]
+
+
+def made(*its_phases, base=DRO):
+    class Made(base):
+        def phases(self, value_warmup):
+            return its_phases
+
+    return Made()
+
+
+@pytest.mark.parametrize(
+    "objective, message",
+    [
+        (made(), "the phases of Made come to an end"),
+        (made(Phase("a", 3)), "the phases of Made come to an end; the last must have no number of steps"),
+        (made(Phase("a"), Phase("b")), "phase 'a' of Made has no number of steps, so that phase 'b' would never begin"),
+        (made(Phase("a", -1), Phase("b")), "phase 'a' of Made has -1 steps"),
+        (made(Phase("a", float("nan")), Phase("b")), "phase 'a' of Made has nan steps"),
+        (made(Phase("a", 1, ()), Phase("b")), "phase 'a' of Made trains nothing; there is policy and critic"),
+        (made(Phase("a", 1, ("actor",)), Phase("b")), "phase 'a' of Made trains actor; there is policy and critic"),
+        (made(Phase("a", 1, ("critic",)), Phase("b"), base=SFT), "phase 'a' of Made trains critic; there is policy"),
+        (Staged(), "phase 'second' of Staged refreshes reference, which this trainer does not do yet"),
+    ],
+)
+def test_phases_that_cannot_be_run_are_refused_in_one_line(objective, message):
+    with pytest.raises(UserError) as caught:
+        phases.check_phases(objective, 0.0)
+    assert str(caught.value).startswith(message) and len(str(caught.value).splitlines()) == 1
+
+
+def run(files, **changes):
+    return train(
+        load_options(arguments(files, method=f"{__name__}:Fitted", save_steps=2, save_total_limit=9, **changes))
+    )
+
+
+def parts(checkpoint):
+    return load_file(checkpoint / "model.safetensors"), load_file(checkpoint / "critic" / "model.safetensors")
+
+
+def equal(one, two):
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_critic_is_fitted_first_and_then_frozen(files):
+    assert sys.modules[__name__].Fitted is Fitted
+    run(files, max_steps=8)
+    stages = [parts(files / "out" / f"checkpoint-{step}") for step in (2, 4, 6, 8)]
+    of_policy = [equal(a[0], b[0]) for a, b in zip(stages, stages[1:])]
+    of_critic = [equal(a[1], b[1]) for a, b in zip(stages, stages[1:])]
+    assert of_policy == [True, False, False] and of_critic == [False, True, True]
+    assert equal(stages[1][0], load_file(files / "model" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("stopped", [3, 6], ids=["while the critic is fitted", "when it is frozen"])
+def test_a_run_stopped_in_any_phase_goes_on_bit_for_bit(files, monkeypatch, stopped):
+    whole = run(files, max_steps=8, output_dir=files / "whole")
+    original = Trainer.train_step
+
+    def stop(self, step, groups):
+        if step == stopped:
+            raise KeyboardInterrupt
+        return original(self, step, groups)
+
+    monkeypatch.setattr(Trainer, "train_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(files, max_steps=8)
+    monkeypatch.undo()
+    resumed = run(files, max_steps=8)
+    for one, two in zip(parts(whole.output_dir), parts(resumed.output_dir)):
+        assert equal(one, two)
+    one, two = (load_file(d.output_dir / "checkpoint-8" / "optimizer.safetensors") for d in (whole, resumed))
+    assert equal(one, two)
