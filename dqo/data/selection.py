@@ -36,8 +36,8 @@ class EpisodeColumns:
         return self._of("label", bool)
 
     @cached_property
-    def ended(self) -> np.ndarray:
-        return self._of("ended", bool)
+    def truncated(self) -> np.ndarray:
+        return self._of("truncated", bool)
 
     @cached_property
     def prompt_length(self) -> np.ndarray:

@@ -53,8 +53,8 @@ class Columns(Protocol):
         """int64: tokens of the response, its end token included."""
 
     @property
-    def ended(self) -> np.ndarray:
-        """bool: False where a length limit cut the response."""
+    def truncated(self) -> np.ndarray:
+        """bool: whether a length limit cut the response."""
 
     @property
     def same_as(self) -> np.ndarray:

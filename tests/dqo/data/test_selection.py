@@ -33,12 +33,12 @@ def answer(members, groups, **others):
 def test_the_columns_are_what_the_episodes_say():
     members = episodes(6)
     members[4].completion_ids, members[4].prompt_index = members[1].completion_ids, members[1].prompt_index
-    members[5].ended = False
+    members[5].truncated = True
     columns = EpisodeColumns(members)
     assert columns.prompt.tolist() == [e.prompt_index for e in members]
     assert columns.reward.dtype == np.float64 and columns.reward.tolist() == [e.reward for e in members]
     assert columns.label.tolist() == [e.label for e in members]
-    assert columns.ended.tolist() == [True] * 5 + [False]
+    assert columns.truncated.tolist() == [False] * 5 + [True]
     assert (columns.prompt_length + columns.length).tolist() == [e.length for e in members]
     assert columns.same_as.tolist() == [0, 1, 2, 3, 1, 5]
     assert list(columns.source) == [e.source for e in members]
