@@ -33,17 +33,14 @@ class REBEL(Objective):
         pairs = []
         for rows in by_prompt(columns.prompt):
             ring = np.stack([rows, np.roll(rows, -1)], axis=1)
-            pairs.append(
-                ring if len(rows) > 2 else ring[: len(rows) - 1]
-            )  # two responses are one pair, and one is none
+            pairs.append(ring if len(rows) > 2 else ring[: len(rows) - 1])  # two responses are one pair, one is none
         return Selection(np.concatenate(pairs) if pairs else np.zeros((0, 2), dtype=np.int64))
 
     def __call__(self, stats, rows, cu_seqlens):
         from dqo.objectives.sums import mean_metric, response_metrics, sequence_sums
 
-        scaled_ratio = self.beta * sequence_sums(
-            stats.logprobs - rows["ref_logprobs"], cu_seqlens
-        )  # (2 * pairs,): beta * S
+        # (2 * pairs,): beta * S
+        scaled_ratio = self.beta * sequence_sums(stats.logprobs - rows["ref_logprobs"], cu_seqlens)
         outcome = sequence_sums(rows["rewards"], cu_seqlens)  # R
         found, wanted = (x[0::2] - x[1::2] for x in (scaled_ratio, outcome))  # (pairs,): the differences
         metrics = {

@@ -34,8 +34,12 @@ def test_the_table_says_what_is_refused_and_what_fails(tmp_path, monkeypatch):
     rows = {"bert": architectures.row_of("bert", tmp_path / "bert"), "fuyu": architectures.row_of("fuyu", tmp_path)}
     assert rows["bert"]["trains"].startswith("refused: BertLMHeadModel is not causal")
     assert rows["fuyu"]["trains"].startswith("not built: ")
+    rows["modernbert-decoder"] = architectures.row_of("modernbert-decoder", tmp_path / "modernbert")
+    assert rows["modernbert-decoder"]["trains"].startswith(
+        "refused: ModernBertDecoderForCausalLM does more to its logits"
+    )
     monkeypatch.setattr("dqo.models.policy.disable_dropout", lambda model: model.train())
     rows["opt"] = architectures.row_of("opt", tmp_path / "opt")
     assert rows["opt"]["trains"].startswith("refused: OPTForCausalLM gives one row two results")
     lines = architectures.table(rows).splitlines()
-    assert len(lines) == 5 and all(line.count("|") == 7 for line in lines)
+    assert len(lines) == 6 and all(line.count("|") == 7 for line in lines)
