@@ -16,12 +16,10 @@ except UserError as error:
 
 import torch
 
-os.environ["HF_HUB_OFFLINE"] = (
-    "1"  # names that are nowhere are not looked for in the network, whether there is one or not
-)
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell starts what runs in the background without it, and children inherit
+# Names that are nowhere are not looked for in the network, whether there is one or not.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# A shell starts what runs in the background without it, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -36,6 +36,7 @@ def test_the_bare_loop_learns_what_is_rewarded():
     assert before < 0.02 and after > 0.1
 
 
+@pytest.mark.slow
 def test_the_transformers_trainer_lowers_the_loss_and_takes_any_accumulation(files):  # noqa: F811
     module = example("transformers_trainer")
 
@@ -51,6 +52,7 @@ def test_the_transformers_trainer_lowers_the_loss_and_takes_any_accumulation(fil
     assert (files / "whole" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_plain_transformers_load_policy_and_critic(files):  # noqa: F811
     run = train(load_options(arguments(files)))
     shown = subprocess.run(

@@ -25,6 +25,7 @@ def config(files, name="out", **changes):
     return DQOConfig(output_dir=str(files / name), per_device_train_batch_size=8, **(SHORT | changes))
 
 
+@pytest.mark.slow
 def test_it_trains_as_the_command_line_does_bit_for_bit(files):
     trainer = DQOTrainer(
         model=str(files / "model"), args=config(files, "python"), train_dataset=str(files / "rollouts.jsonl")
@@ -71,6 +72,7 @@ def unseen(files, prompts=5, seed=1):
     return [row for row in rollout_rows(prompts=prompts, seed=seed) if row["prompt"] not in seen]
 
 
+@pytest.mark.slow
 def test_other_rows_are_evaluated_as_if_they_had_been_held_out(files):
     other = unseen(files)
     given = DQOTrainer(str(files / "model"), config(files, "given"), str(files / "rollouts.jsonl"), other)
@@ -133,6 +135,7 @@ def test_the_reference_of_a_model_object_is_gone_and_said_to_be(files):
     assert again.evaluate(unseen(files))["eval_loss"] > 0
 
 
+@pytest.mark.slow
 def test_compute_metrics_gets_predictions_and_its_numbers_are_logged(files):
     def accuracy(given):
         assert given.predictions["logps"].shape == given.label_ids.shape
@@ -150,6 +153,7 @@ def test_compute_metrics_gets_predictions_and_its_numbers_are_logged(files):
     assert trainer.state.best_metric == max(row["eval_mean_logp"] for row in rows[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_object", [False, True])
 def test_tasks_are_answered_and_reported_as_by_the_command(files, as_object, capsys):
     import sys
@@ -340,6 +344,7 @@ def test_options_can_be_read_by_name():
         _ = made.lam
 
 
+@pytest.mark.slow
 def test_the_package_names_the_trainer_and_nothing_else_is_imported_for_it():
     import subprocess
     import sys

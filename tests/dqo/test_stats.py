@@ -115,6 +115,7 @@ def test_equal_scores_differ_by_nothing(a, b):
     assert test.low <= 0 <= test.high and not test.significant
 
 
+@pytest.mark.slow
 def test_p_values_of_graded_scores_are_uniform_when_there_is_no_difference(rng):
     p_values = []
     for _ in range(250):

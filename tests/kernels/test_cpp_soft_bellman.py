@@ -46,6 +46,7 @@ def run(given, cu_seqlens, backend, mask=None, **options):
     return list(terms), [torch.zeros_like(x) if g is None else g for x, g in zip(live.values(), gradients, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("target", ["detach", "residual"])
 @pytest.mark.parametrize("policy_target", POLICY_TARGETS)

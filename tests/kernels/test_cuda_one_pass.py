@@ -322,6 +322,7 @@ def test_what_does_not_fit_and_what_does_not_exist_is_refused():
         soft_bellman(x, x, x, x, torch.tensor([0, 1], device=DEVICE), backend="cuda_one_pass")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["cuda", "cuda_one_pass"])
 def test_a_compiled_function_equals_the_eager_one(backend):
     def loss_of(logits, values, rest):

@@ -41,6 +41,7 @@ def native(request):
     return request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_callers_default_device_and_dtype_change_nothing(name, backend):
     want = differentiated(name, arguments(name), backend)
@@ -56,6 +57,7 @@ def test_the_callers_default_device_and_dtype_change_nothing(name, backend):
             assert x.dtype == y.dtype and torch.equal(x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("index", ["cu_seqlens", "actions"])
 def test_an_index_that_is_written_over_after_the_forward_is_not_read_again(name, backend, index):
@@ -150,6 +152,7 @@ def test_a_view_needs_what_it_spans_and_no_more():
         dqo_kernels.token_stats(view, torch.zeros(2, dtype=torch.long))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_negated_view_is_read_as_what_it_means(name, backend):
     want = differentiated(name, arguments(name), backend)
@@ -213,6 +216,7 @@ def test_forward_mode_gives_the_same_derivative_and_insisting_on_a_kernel_is_ref
         torch.func.jvp(lambda *x: function(*x, backend=native), tuple(point), tuple(direction))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_second_derivative_is_right_or_refused(name, backend):
     tensors = arguments(name)
@@ -340,6 +344,7 @@ def test_a_temperature_of_one_row_is_checked_like_one_of_all(value):
             call(name, arguments(name) | {"temperature": temperature})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["token_stats", "soft_bellman_loss", "linear_token_stats"])
 @pytest.mark.parametrize("option", ["temperature", "softcap", "beta", "is_cap", "is_floor"])
 def test_the_outermost_numbers_mean_the_same_in_every_backend(name, backend, option, monkeypatch):

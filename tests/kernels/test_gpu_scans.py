@@ -58,6 +58,7 @@ def test_lambda_return_and_its_gradient(gamma, lam):
         torch.testing.assert_close(a.cpu().double(), b, rtol=0, atol=2e-6 * (1 + b.abs().max().item()))
 
 
+@pytest.mark.slow
 def test_a_sequence_of_more_rows_than_a_block_has_threads():
     rng = torch.Generator().manual_seed(1)
     cu_seqlens = boundaries([2100])
@@ -129,6 +130,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_level", ["none", "token", "suffix", "trajectory", "prefix"])
 @pytest.mark.parametrize(
     "policy_target, lam, target", [("return", 0.8, "detach"), ("td", 0.0, "residual"), ("one_step", 1.0, "detach")]
@@ -168,6 +170,7 @@ def test_policy_gradient_is_that_of_the_rows():
         torch.testing.assert_close(got[field].double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy_target", ["return", "td", "one_step"])
 @pytest.mark.parametrize("lam", [0.0, 0.7])
 def test_residual_gradient_and_its_masked_rows(policy_target, lam):
@@ -219,6 +222,7 @@ def test_adjoint_carries_over_tiles():
     assert inner == pytest.approx((loss(1e-5) - loss(-1e-5)) / 2e-5, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("poison", [float("nan"), float("-inf"), float("inf")])
 @pytest.mark.parametrize("is_level", ["trajectory", "suffix", "prefix", "token"])
 @pytest.mark.parametrize("is_cap", [1.0, None])

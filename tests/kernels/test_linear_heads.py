@@ -164,6 +164,7 @@ def test_halves_come_closer_to_float64_than_eager_torch_does(backend, workspace,
     torch.testing.assert_close(stats.logprobs.detach().double(), logprobs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", backends("linear_token_stats", torch.float32))
 def test_the_gradient_of_a_float32_bias_is_a_float32_sum(backend):
     rows = 1001  # every entry of dz is exactly 1/2; bfloat16 has no 500.5

@@ -13,6 +13,7 @@ from dqo_kernels.core import dispatch, library
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+@pytest.mark.slow
 def test_it_prints_backends_reasons_and_a_self_check():
     done = subprocess.run([sys.executable, "-m", "dqo_kernels"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -26,6 +27,7 @@ def test_it_prints_backends_reasons_and_a_self_check():
     assert "without cuda: it does not run on cpu" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", main_module.CHECKS)
 def test_every_backend_passes_its_self_check(name, device):
@@ -35,6 +37,7 @@ def test_every_backend_passes_its_self_check(name, device):
             assert good, f"{backend}: {found}"
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_and_one_that_breaks_are_reported(monkeypatch, capsys):
     run = library.run
 

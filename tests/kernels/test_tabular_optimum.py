@@ -59,6 +59,7 @@ def test_training_arrives_at_the_optimal_policy_and_values(policy_target, lam, s
     assert (values - optimum.v).abs().max() < 1e-10
 
 
+@pytest.mark.slow
 def test_plain_adam_arrives_there_too():
     tree, optimum = solved()
     logits, values = (

@@ -44,6 +44,7 @@ def check(results, target):
         assert result["registers"] <= registers, result
 
 
+@pytest.mark.slow
 def test_usual_specialisations_compile_for_hopper(request, tmp_path):
     check(compiled("sm_90", False, request, tmp_path), "sm_90")
 

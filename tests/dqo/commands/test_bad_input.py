@@ -259,6 +259,7 @@ def test_many_offenders_are_listed_to_the_tenth_and_can_be_skipped(tmp_path, mod
     dqo_command(["check", str(tmp_path / "rollouts.jsonl"), "--skip_bad_rows"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [("train", "--model_name_or_path", "none", "--dataset_name"), ("check",)])
 def test_the_command_exits_with_2_and_no_traceback(command, tmp_path):
     path = tmp_path / "rollouts.jsonl"

@@ -34,6 +34,7 @@ def training(files, *more):
     return dqo_run("train", *data, "--output_dir", files / "out", "--max_steps", 3, *more)
 
 
+@pytest.mark.slow
 def test_training_on_a_file_ends_with_a_report_and_its_numbers(files):
     tasks = [{"prompt": "1+2=", "answer": "3"}, {"prompt": "2+2=", "answer": "4"}]
     (files / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
@@ -49,6 +50,7 @@ def test_training_on_a_file_ends_with_a_report_and_its_numbers(files):
     assert again.returncode == 0 and "is finished, 3 steps" in again.stdout + again.stderr
 
 
+@pytest.mark.slow
 def test_the_written_config_reproduces_the_options(files):
     training(files)
     config = files / "out" / "config.yaml"
@@ -76,6 +78,7 @@ def test_mistakes_exit_with_2_and_name_the_cure(arguments, message):
     assert "Traceback" not in finished.stderr
 
 
+@pytest.mark.slow
 def test_a_bad_row_is_named_before_a_model_is_loaded(files):
     lines = (files / "rollouts.jsonl").read_text().splitlines()
     lines[4] = json.dumps(json.loads(lines[4]) | {"reward": "1"})
@@ -87,6 +90,7 @@ def test_a_bad_row_is_named_before_a_model_is_loaded(files):
     assert re.search(r"rollouts\.jsonl:5.*reward", finished.stderr, re.S)
 
 
+@pytest.mark.slow
 def test_bad_eval_tasks_are_named_before_training(files):
     (files / "tasks.jsonl").write_text('{"prompt": "1+1="}\n')
     finished = training(files, "--eval_tasks", files / "tasks.jsonl", "--verifier", "gsm8k")
@@ -101,6 +105,7 @@ def test_a_used_output_directory_is_refused(files):
     assert finished.returncode == 2 and "holds other files" in finished.stderr
 
 
+@pytest.mark.slow
 def test_gsm8k_solutions_go_from_conversion_to_training(tmp_path):
     solution = {"solution": "2+3=<<2+3=5>>5\nA: 5", "is_correct": True}
     wrong = {"solution": "2*3=<<2*3=5>>5\nA: 6", "is_correct": False}

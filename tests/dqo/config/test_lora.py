@@ -35,6 +35,7 @@ def another(field):
     return OTHERS.get(field.name, not default if isinstance(default, bool) else ["something"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "then, now, told",
     [
@@ -138,6 +139,7 @@ PLACED = {"r": 2, "init_lora_weights": "gaussian", "layers_to_transform": 1, "ex
 PLACED |= {"fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("fields", [SCALED, PLACED], ids=["scaled", "placed"])
 def test_after_a_reload_everything_is_as_it_was(tmp_path, monkeypatch, fields):

@@ -156,6 +156,7 @@ def options_or_one_line(factory, content):
 NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1, max_size=30)
 
 
+@pytest.mark.slow
 @given(run_name=NAMES, modules=st.lists(NAMES, min_size=1, max_size=3), beta=st.floats(1e-30, 1e30))
 @settings(max_examples=50, deadline=None)
 def test_options_that_were_written_are_read_again(tmp_path_factory, run_name, modules, beta):

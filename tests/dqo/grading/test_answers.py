@@ -239,6 +239,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 def test_long_texts_take_linear_time():
     code = (
         "import sys; from dqo.grading.answers import LONGEST, boxed, final_answer, verdict\n"

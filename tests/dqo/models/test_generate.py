@@ -98,6 +98,7 @@ OF_ITS_KIND = {  # of fields where 3 would be of no kind, or would disturb nothi
 FIELDS = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "transformers_version"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIELDS)
 def test_no_field_of_the_models_generation_config_reaches_our_answers(name):
     model = policy()

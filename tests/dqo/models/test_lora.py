@@ -154,6 +154,7 @@ def test_a_run_trains_the_adapter_and_peft_and_transformers_load_policy_and_crit
     assert critic(ids).logits.abs().max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_stopped_run_goes_on_bit_for_bit(files, monkeypatch, dtype):
     whole = train(load_options(flags(files, output_dir=files / "whole", save_steps=5, dtype=dtype)))

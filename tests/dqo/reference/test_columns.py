@@ -198,6 +198,7 @@ def slow_pass(root):
     add(fresh(), stats_of, ReferenceCache(root, IDENTITY, "model"))
 
 
+@pytest.mark.slow
 def test_a_killed_pass_goes_on_where_it_was(cache):
     process = forked.start(slow_pass, cache.directory.parent)
     while len(list(cache.directory.glob("segment-*"))) < 2:

@@ -236,6 +236,7 @@ def test_missing_and_unknown_keys_are_named_before_anything_is_written(tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_report_json_gives_the_same_page_again(full, html, tmp_path):
     write_report(tmp_path / "first", full)
     again = json.loads((tmp_path / "first" / "report.json").read_text())

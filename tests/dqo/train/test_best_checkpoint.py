@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from tests.dqo.train.test_callbacks import BEST, Scores, trainer, weights_at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["altered", "cut", "deleted", "gone"])
 def test_a_damaged_best_checkpoint_is_not_loaded(files, way, capsys):
     class Damages(TrainerCallback):
@@ -36,6 +37,7 @@ def test_a_damaged_best_checkpoint_is_not_loaded(files, way, capsys):
     assert all(torch.equal(written[name], tensor) for name, tensor in weights_at(files, 6).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [3, 6])
 @pytest.mark.parametrize("first", [{"metric_for_best_model": "loss"}, {"metric_for_best_model": None}])
 def test_another_metric_is_not_compared_with_the_first_ones_best(files, steps, first):

@@ -47,6 +47,7 @@ def test_the_loss_falls(files, method):
     assert finished.steps == 40
 
 
+@pytest.mark.slow
 def test_the_value_model_learns_what_the_reward_depends_on(files):
     # the reward is readable in the last state (its digit is above 4) and not at half of the response
     rows = [row | {"reward": float(row["completion"][-1] > "4")} for row in rollout_rows(prompts=300, samples=2)]

@@ -137,6 +137,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows():
         gradient(DQO(), [[e] for e in members], LONG, learner)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     dispatch.unavailable("cpp") is not None, reason="its reference backend recomputes; see the kernels' tests"
 )

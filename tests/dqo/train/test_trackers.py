@@ -14,6 +14,7 @@ from dqo.train.trackers import Trackers
 from tests.dqo.helpers import arguments
 
 
+@pytest.mark.slow
 def test_the_rows_of_the_metrics_file_reach_tensorboard(files):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train(load_options(arguments(files, report_to="tensorboard", run_name="mine")))

@@ -37,6 +37,7 @@ def plain(files, name):
     return [{n: v for n, v in row.items() if not n.startswith("perf/")} for row in rows(files, name)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2, 5])
 def test_an_interrupted_training_goes_on_in_the_same_object(files, step):
     options = {"save_steps": 2, "save_total_limit": 9}
@@ -50,6 +51,7 @@ def test_an_interrupted_training_goes_on_in_the_same_object(files, step):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_unless_its_models_are_the_best_ones(files):
     made = trainer(files, [Once(3, stop)])
     assert (made.train().global_step, made.train().global_step) == (3, 6)
@@ -61,6 +63,7 @@ def test_a_stopped_training_goes_on_unless_its_models_are_the_best_ones(files):
         made.train()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_named_too_late_is_refused(files):
     trainer(files, save_steps=2, save_total_limit=9).train()
     made = trainer(files)

@@ -69,12 +69,14 @@ def use_a_copy_of_the_package(folder, prepare, script=USE):
     return subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_without_the_compiled_extension_everything_still_runs(tmp_path):
     done = use_a_copy_of_the_package(tmp_path, lambda package: None)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[2.0, 1.0]"
 
 
+@pytest.mark.slow
 def test_without_the_compiled_extension_insisting_on_it_tells_how_to_build_it(tmp_path):
     script = USE.replace("2]))", "2]), backend='cpp')")
     done = use_a_copy_of_the_package(tmp_path, lambda package: None, script)
@@ -82,6 +84,7 @@ def test_without_the_compiled_extension_insisting_on_it_tells_how_to_build_it(tm
     assert "RuntimeError" in done.stderr and "not built" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_broken_extension_is_heard(tmp_path):
     suffix = Path(dispatch._cpu.__file__).name if dispatch._cpu else "_cpu.so"
     done = use_a_copy_of_the_package(tmp_path, lambda package: (package / suffix).write_bytes(b"not an extension"))

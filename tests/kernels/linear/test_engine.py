@@ -73,6 +73,7 @@ def run(made, actions, cu_seqlens, backend, workspace, *, live=("hidden", "weigh
     return loss, {name: owners[name] for name in (*live, "x")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize(
     "live, ref, options, gemms",
@@ -98,6 +99,7 @@ def test_as_many_gemms_as_there_must_be(backend, live, ref, options, gemms):
         assert counted.rows == gemms * N + again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("ref", [False, True])
 def test_the_result_does_not_depend_on_the_workspace(backend, ref):
@@ -289,6 +291,7 @@ def test_the_logits_of_all_rows_are_never_there_at_once(form, dtype):
     assert extra.peak <= workspace + gradients + cast + 60 * rows * 4 < rows * vocab * dtype.itemsize
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", NATIVE)
 def test_the_reduced_loss_projects_once_whatever_fits(backend):
     made, actions, cu_seqlens = tensors(6)
