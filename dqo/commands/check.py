@@ -133,9 +133,10 @@ def summary(rows: list[Row]) -> dict[str, str]:
         "duplicates": f"{duplicate_count(rows):,}",
     }
     stepped = [row for row in rows if row.steps is not None]
+    counts = [len(row.steps) for row in rows if row.steps is not None]
     if stepped:
         paid = [reward for row in stepped for reward in row.step_rewards or ()]
-        found["steps"] = f"{_range(len(row.steps) for row in stepped)} a row, in {len(stepped):,} rows"
+        found["steps"] = f"{_range(counts)} a row, in {len(stepped):,} rows"
         if paid:
             found["step rewards"] = f"{_mix(Counter(paid))}; mean {statistics.fmean(paid):.3g}"
     optional = ("completion_ids", "logprobs", "answer", "prompt_id", "sampling")
@@ -221,7 +222,7 @@ def histogram(lengths: list[int], bins: int = 10) -> str:
 
 
 def _rewards_by_prompt(rows: list[Row]) -> dict[str, set[float]]:
-    found = defaultdict(set)
+    found: dict[str, set[float]] = defaultdict(set)
     for row in rows:
         found[prompt_key(row)].add(row.reward)
     return found

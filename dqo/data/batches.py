@@ -181,7 +181,8 @@ def _filled(groups: list[Group], max_tokens: int, packed: bool) -> list[list[Gro
             held += len(group)
         return batches
     # The largest first, each into the fullest batch that still holds it (best fit decreasing).
-    batches, room = [], []  # room: (positions left, index of the batch), sorted
+    batches: list[list[Group]] = []
+    room: list[tuple[int, int]] = []  # (positions left, index of the batch), sorted
     for group in sorted(groups, key=_tokens, reverse=True):
         tokens = _tokens(group)
         fits = bisect_left(room, (tokens, 0))

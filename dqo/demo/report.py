@@ -94,8 +94,8 @@ def _flips(before: EvaluatedModel, after: EvaluatedModel, each: int = 5) -> Flip
     for i, problem in enumerate(before.problems):
         was, now = before.accuracy.greedy[i], after.accuracy.greedy[i]
         if was != now:
-            texts = {"before": before.accuracy.greedy_texts[i], "after": after.accuracy.greedy_texts[i]}
-            (fixed if now else broken).append({"prompt": problem.prompt, **texts})
+            was_text, now_text = before.accuracy.greedy_texts[i], after.accuracy.greedy_texts[i]
+            (fixed if now else broken).append({"prompt": problem.prompt, "before": was_text, "after": now_text})
     return {"fixed": fixed[:each], "broken": broken[:each]}
 
 

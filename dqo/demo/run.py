@@ -90,7 +90,7 @@ def run_demo(config: DemoConfig, recipe: Recipe | None = None) -> Path:
     initial, base = output / "initial", output / "base"
     if not initial.exists():
         tokenizer = character_tokenizer(VOCABULARY)
-        size = {"hidden_size": recipe.hidden_size, "layers": recipe.layers, "heads": recipe.heads}
+        size: dict[str, Any] = {"hidden_size": recipe.hidden_size, "layers": recipe.layers, "heads": recipe.heads}
         size |= {"intermediate_size": recipe.intermediate_size, "initializer_range": recipe.initializer_range}
         model = new_llama(tokenizer, **size, max_length=256, seed=config.seed)
         save(model, tokenizer, initial)
@@ -118,7 +118,7 @@ def run_demo(config: DemoConfig, recipe: Recipe | None = None) -> Path:
         task, evaluation[: recipe.held_out_problems], tokenizer, samples, held_out
     )  # no method trains on these
     for method, name in METHODS.items():
-        changes = {"learning_rate": recipe.learning_rates[method], "max_steps": recipe.updates}
+        changes: dict[str, Any] = {"learning_rate": recipe.learning_rates[method], "max_steps": recipe.updates}
         if method == "dqo":
             changes |= {
                 "critic_learning_rate": recipe.critic_learning_rate,

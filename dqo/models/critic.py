@@ -127,6 +127,7 @@ def value_rows(
     """
     wanted = torch.cat([batch.states, batch.end_states])
     if isinstance(value_model, ValueHead):
+        assert hidden is not None
         values = value_model(hidden.detach()[wanted])
     else:
         score = score_of(value_model)

@@ -48,7 +48,10 @@ def load_tokenizer(path: str):
 
 def tokenizer_of(path: str | None, given=None):
     """The tokenizer that a Python caller gave; without one that of `path`."""
-    return load_tokenizer(path) if given is None else _with_ends(given, "processing_class")
+    if given is not None:
+        return _with_ends(given, "processing_class")
+    assert path is not None  # a model object without a tokenizer is refused
+    return load_tokenizer(path)
 
 
 def _with_ends(tokenizer, name: str):

@@ -10,7 +10,7 @@ from dqo.report.formats import p_relation, points, rate_text
 from dqo.report.schema import Decoding, Method, Report, ValueAUC
 from dqo.stats import Interval, Paired, accuracy_interval, paired_test
 
-DECODINGS: dict[Decoding, str] = {"greedy": "with greedy decoding", "sampling": "with sampling"}
+DECODINGS: dict[str, str] = {"greedy": "with greedy decoding", "sampling": "with sampling"}
 
 
 class MethodResult(NamedTuple):

@@ -160,7 +160,7 @@ def save_models(
                 described.dtype = dtype
                 described.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        if critic is not None:
+        if learner.value_model is not None and critic is not None:
             save_value_model(learner.value_model, critic, directory / "critic")
 
 
@@ -277,7 +277,7 @@ def check_same_run(checkpoint: Path, identity: dict, defaults: dict | None = Non
     saved, differences = state["identity"], []
     for key in sorted(saved.keys() | identity.keys()):
         old, new = saved.get(key), identity.get(key)
-        if key == "options":
+        if key == "options" and new is not None:
             if _untold_adapter(checkpoint, old):
                 new = {name: value for name, value in new.items() if not name.startswith(PREFIX)}
             differences += option_differences(checkpoint, state, new, defaults or {})
