@@ -264,7 +264,7 @@ class DQOTrainer:
         metrics = trainer.held_out(episodes.objective)
         metrics = {f"{metric_key_prefix}_{n.removeprefix('eval_')}": value for n, value in metrics.items()}
         trainer.callbacks.call("on_predict", metrics=metrics)
-        return PredictionOutput(found, rewards, metrics)
+        return PredictionOutput(found, rewards, metrics)  # type: ignore[arg-type]  # arrays by name, not one or a tuple
 
     def log(self, logs: dict[str, float]) -> None:
         """A row of metrics.jsonl and the tracker, at the step where the training is; on_log is called with it."""

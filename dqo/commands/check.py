@@ -91,7 +91,7 @@ def check(config: CheckConfig) -> None:
         else:
             check_process_reward(rows, path, config.process_reward)
         if config.model_name_or_path is not None:
-            _on_tokens(rows, config)
+            _on_tokens(rows, config, config.model_name_or_path)
         for other, keys in prompts.items():
             shared = len(keys & {prompt_key(row) for row in rows})
             _warn(
@@ -145,14 +145,14 @@ def summary(rows: list[Row]) -> dict[str, str]:
     return found
 
 
-def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
+def _on_tokens(rows: list[Row], config: CheckConfig, model: str) -> None:
     from dqo.data.ends import ends_of
     from dqo.models.fitness import check_positions, check_tokenizer  # imports torch
     from dqo.models.policy import load_config, load_tokenizer, stop_ids
 
-    tokenizer, model_config = load_tokenizer(config.model_name_or_path), load_config(config.model_name_or_path)
+    tokenizer, model_config = load_tokenizer(model), load_config(model)
     check_tokenizer(tokenizer, rows, model_config)
-    stops = stop_ids(config.model_name_or_path)
+    stops = stop_ids(model)
     ends = ends_of(tokenizer, stops, messages=not isinstance(rows[0].prompt, str))
 
     def made(max_length: int) -> list[Episode]:
@@ -176,7 +176,7 @@ def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
     lengths = [episode.length for episode in episodes]
     over = sum(length > config.max_length for length in lengths)
     _table(
-        f"tokens of {config.model_name_or_path}",
+        f"tokens of {model}",
         {
             "prompts": _range(len(episode.prompt_ids) for episode in episodes),
             "responses": _range(len(episode.completion_ids) for episode in episodes),

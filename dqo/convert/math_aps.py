@@ -32,7 +32,7 @@ def convert_math_aps(source: str | Path) -> Converted:
         merged += sum(len(found) - 1 for found in values.values())
         for chain in _chains(list(values)):
             row = _row(record, question, truth, chain, values)
-            disputed += not row.label and bool(row.step_rewards) and row.step_rewards[-1] == 1.0
+            disputed += not row.label and row.step_rewards is not None and row.step_rewards[-1] == 1.0
             rows.append(row)
     warn_unended(rows)
     return Converted(rows, {"merged_prefixes": merged, "graded_right_without_the_answer": disputed})

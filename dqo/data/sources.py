@@ -43,7 +43,9 @@ def read_records(source: Any) -> tuple[str, list[Record], list[BadRow]]:
     path = Path(source)
     if not path.exists():
         at_hub = isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix not in _SUFFIXES
-        if isinstance(source, str) and at_hub and not path.parent.is_dir():  # in a folder that is there: a misspelt file
+        if (
+            isinstance(source, str) and at_hub and not path.parent.is_dir()
+        ):  # in a folder that is there: a misspelt file
             return source, *_from_hub(source)
         siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such file.{did_you_mean(path.name, siblings)} Expected a .jsonl or .parquet file")

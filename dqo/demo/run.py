@@ -14,6 +14,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dqo.config.options import Options, TrainConfig, command_line
 from dqo.demo.recipe import METHODS, DemoConfig, Recipe
@@ -34,7 +35,7 @@ def _train_options(recipe: Recipe, method: str, data: Path, model: Path, output:
         "dpo": DPO(beta=recipe.betas["dpo"]),
         "dqo": DQO(beta=recipe.betas["dqo"]),
     }[method]
-    settings = {
+    settings: dict[str, Any] = {
         "method": method,
         "model_name_or_path": str(model),
         "dataset_name": str(data),

@@ -21,7 +21,10 @@ def problems_of(rows: list[dict], tokenizer, verifier: str) -> list[Problem]:
 def answers(options: Options, model, tokenizer, tasks: list[dict], name: str) -> Accuracy:
     """Answers of `model` to eval_tasks, graded; greedy and sampled."""
     config = options.train
-    settings: dict[str, Any] = {"num_generations": config.num_generations, "max_new_tokens": config.max_completion_length}
+    settings: dict[str, Any] = {
+        "num_generations": config.num_generations,
+        "max_new_tokens": config.max_completion_length,
+    }
     assert config.verifier is not None  # options with eval_tasks and no verifier are refused
     problems = problems_of(tasks, tokenizer, config.verifier)
     return evaluate(model, tokenizer, problems, seed=config.seed, description=name, batch_size=64, **settings)

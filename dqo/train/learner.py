@@ -102,7 +102,8 @@ def objective_sums(
         loss_scale=loss_scale,
         **head,
     )
-    if router_coef and router_logits is not None:
+    if router_coef:
+        assert router_logits is not None  # they were asked for
         auxiliary = router_loss(policy, router_logits, batch)
         loss = loss + router_coef * token_share * auxiliary
         tokens = torch.tensor(float(batch.tokens), device=loss.device)

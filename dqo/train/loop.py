@@ -70,7 +70,13 @@ class Trainer:
         epochs = self.config.num_train_epochs
         self.steps = self.config.max_steps if self.config.max_steps > 0 else optim.steps_of(epochs, self.per_epoch)
         # skipped: steps left out because a callback ended their epoch
-        self.counters: dict[str, Any] = {"step": 0, "skipped": 0, "num_tokens": 0, "train_seconds": 0.0, "metrics_position": 0}
+        self.counters: dict[str, Any] = {
+            "step": 0,
+            "skipped": 0,
+            "num_tokens": 0,
+            "train_seconds": 0.0,
+            "metrics_position": 0,
+        }
         self.train_prompts: set[str] = set()
         self.window: dict[str, torch.Tensor] = {}  # this process's metric sums since the last logged row
         self.evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation's step and metrics
@@ -185,7 +191,9 @@ class Trainer:
         groups = self.prepared.held_out if groups is None else groups
         found = held_out_metrics(self.engine, self.objective, groups, self.callbacks.prediction_step)
         if self.compute_metrics is not None and groups:
-            found |= metrics.computed(self.compute_metrics(EvalPrediction(*predictions(self.engine, distinct(groups)))))
+            by_name, rewards = predictions(self.engine, distinct(groups))
+            prediction = EvalPrediction(by_name, rewards)  # type: ignore[arg-type]  # arrays by name, not one or a tuple
+            found |= metrics.computed(self.compute_metrics(prediction))
         return found
 
     def evaluate_held_out(self, step: int) -> dict[str, float]:
@@ -222,7 +230,10 @@ class Trainer:
 
     def save(self) -> None:
         window = self._window()
-        state: dict[str, Any] = {"identity": self.prepared.identity, "window": {name: pair.tolist() for name, pair in window.items()}}
+        state: dict[str, Any] = {
+            "identity": self.prepared.identity,
+            "window": {name: pair.tolist() for name, pair in window.items()},
+        }
         self.counters |= self.recorder.position()
         state |= {"counters": self.counters, "steps": self.steps, "callbacks": self.callbacks.stored()}
         state |= stored_options(self.options, self.warmup, self.stretches, self.prepared.save_dtype)

@@ -180,9 +180,7 @@ def prepare(
     }
     if given.peft_config is not None:
         identity["options"] |= described(given.peft_config)
-    its_ends = ends_of(
-        tokenizer, stop_ids(given.model or config.model_path), not isinstance(train_rows[0].prompt, str)
-    )
+    its_ends = ends_of(tokenizer, stop_ids(given.model or config.model_path), not isinstance(train_rows[0].prompt, str))
     identity |= {TRAINED_END: its_ends.trained, "configuration": architecture(policy.config)}
     if reference is not None:
         identity["reference configuration"] = architecture(reference.config)
@@ -201,7 +199,7 @@ def prepare(
     batching = Batching(tokenizer.pad_token_id, max_tokens, processes.device, attention.packs(policy))
     resumed = claim_output(options, identity, processes)
     if has_adapter(policy) and not policy.name_or_path and processes.main:
-        save_base(policy, base_of(policy, config), again=resumed is None)
+        save_base(policy, Path(base_of(policy, config)), again=resumed is None)
     if objective.needs_reference:
         together = distinct(groups + held_out)
         _reference_columns(config, together, policy, reference, batching, identity, processes, resumed is not None)
