@@ -147,7 +147,7 @@ class DQOTrainer:
         options = self.args.options
         if options.train.dry_run:
             raise UserError("dry_run is an option of the command line: dqo-train --dry_run; leave it out of DQOConfig")
-        named = {"model_name_or_path": model, "ref_model_name_or_path": ref_model}
+        named: dict[str, Any] = {"model_name_or_path": model, "ref_model_name_or_path": ref_model}
         named |= {"dataset_name": train_dataset, "eval_dataset_name": eval_dataset}
         _refuse_twice(options, named)
         named = {name: str(value) for name, value in named.items() if isinstance(value, (str, Path))}
@@ -192,7 +192,9 @@ class DQOTrainer:
             (global_step, training_loss of the last logged row, metrics: those of the held-out rows).
         """
         if resume_from_checkpoint is not None:
-            value = {True: "auto", False: "never"}.get(resume_from_checkpoint, resume_from_checkpoint)
+            value = resume_from_checkpoint
+            if isinstance(value, bool):
+                value = "auto" if value else "never"
             if self._trainer is not None and str(value) not in ("auto", self.options.train.resume_from_checkpoint):
                 raise UserError(
                     f"resume_from_checkpoint {value} comes too late: this DQOTrainer has already begun, at its first train, "
@@ -262,7 +264,7 @@ class DQOTrainer:
         metrics = trainer.held_out(episodes.objective)
         metrics = {f"{metric_key_prefix}_{n.removeprefix('eval_')}": value for n, value in metrics.items()}
         trainer.callbacks.call("on_predict", metrics=metrics)
-        return PredictionOutput(found, rewards, metrics)
+        return PredictionOutput(found, rewards, metrics)  # type: ignore[arg-type]  # arrays by name, not one or a tuple
 
     def log(self, logs: dict[str, float]) -> None:
         """A row of metrics.jsonl and the tracker, at the step where the training is; on_log is called with it."""

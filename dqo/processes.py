@@ -93,7 +93,7 @@ def add_over_processes(tensors: dict[str, Tensor], processes: Processes) -> dict
     have the same names."""
     if processes.world == 1 or not tensors:
         return tensors
-    found = {}
+    found: dict[str, Tensor] = {}
     for operation, suffix in ((dist.ReduceOp.MIN, "/min"), (dist.ReduceOp.MAX, "/max"), (dist.ReduceOp.SUM, "")):
         names = sorted(n for n in tensors if n not in found and n.endswith(suffix))
         if names:

@@ -91,7 +91,7 @@ def check(config: CheckConfig) -> None:
         else:
             check_process_reward(rows, path, config.process_reward)
         if config.model_name_or_path is not None:
-            _on_tokens(rows, config)
+            _on_tokens(rows, config, config.model_name_or_path)
         for other, keys in prompts.items():
             shared = len(keys & {prompt_key(row) for row in rows})
             _warn(
@@ -133,9 +133,10 @@ def summary(rows: list[Row]) -> dict[str, str]:
         "duplicates": f"{duplicate_count(rows):,}",
     }
     stepped = [row for row in rows if row.steps is not None]
+    counts = [len(row.steps) for row in rows if row.steps is not None]
     if stepped:
         paid = [reward for row in stepped for reward in row.step_rewards or ()]
-        found["steps"] = f"{_range(len(row.steps) for row in stepped)} a row, in {len(stepped):,} rows"
+        found["steps"] = f"{_range(counts)} a row, in {len(stepped):,} rows"
         if paid:
             found["step rewards"] = f"{_mix(Counter(paid))}; mean {statistics.fmean(paid):.3g}"
     optional = ("completion_ids", "logprobs", "answer", "prompt_id", "sampling")
@@ -144,14 +145,14 @@ def summary(rows: list[Row]) -> dict[str, str]:
     return found
 
 
-def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
+def _on_tokens(rows: list[Row], config: CheckConfig, model: str) -> None:
     from dqo.data.ends import ends_of
     from dqo.models.fitness import check_positions, check_tokenizer  # imports torch
     from dqo.models.policy import load_config, load_tokenizer, stop_ids
 
-    tokenizer, model_config = load_tokenizer(config.model_name_or_path), load_config(config.model_name_or_path)
+    tokenizer, model_config = load_tokenizer(model), load_config(model)
     check_tokenizer(tokenizer, rows, model_config)
-    stops = stop_ids(config.model_name_or_path)
+    stops = stop_ids(model)
     ends = ends_of(tokenizer, stops, messages=not isinstance(rows[0].prompt, str))
 
     def made(max_length: int) -> list[Episode]:
@@ -175,7 +176,7 @@ def _on_tokens(rows: list[Row], config: CheckConfig) -> None:
     lengths = [episode.length for episode in episodes]
     over = sum(length > config.max_length for length in lengths)
     _table(
-        f"tokens of {config.model_name_or_path}",
+        f"tokens of {model}",
         {
             "prompts": _range(len(episode.prompt_ids) for episode in episodes),
             "responses": _range(len(episode.completion_ids) for episode in episodes),
@@ -221,7 +222,7 @@ def histogram(lengths: list[int], bins: int = 10) -> str:
 
 
 def _rewards_by_prompt(rows: list[Row]) -> dict[str, set[float]]:
-    found = defaultdict(set)
+    found: dict[str, set[float]] = defaultdict(set)
     for row in rows:
         found[prompt_key(row)].add(row.reward)
     return found

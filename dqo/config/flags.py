@@ -65,6 +65,6 @@ def flag_sources(arguments: list[str]) -> dict[str, str]:
 def parse_flags(cls: type, arguments: list[str], prog: str) -> Any:
     """A command's dataclass from its flags, each value checked; exits with 2 when tyro finds one of the wrong type."""
     check_flags(arguments, {f.name for f in dataclasses.fields(cls)})
-    config = tyro.cli(cls, args=arguments, prog=prog, use_underscores=True)
+    config: Any = tyro.cli(cls, args=arguments, prog=prog, use_underscores=True)
     refuse(value_problems(config) or config.problems(), flag_sources(arguments))
     return config

@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from dqo.config.options import Options, check_values
 from dqo.errors import UserError
@@ -106,7 +107,8 @@ def obey(options: Options, environment: Mapping[str, str] = os.environ) -> Optio
         if name.startswith("ACCELERATE_") and not known(name):
             _warn_once(f"{name}={environment[name]}: this setting of accelerate is not known, and has no effect")
     asked = _asked(environment)
-    changes, config = {}, options.train
+    config = options.train
+    changes: dict[str, Any] = {}
     for option, (value, setting) in asked.items():
         if option in ONE_VALUE and option in options.sources and getattr(config, option) != value:
             raise UserError(
@@ -145,22 +147,21 @@ def _refuse_settings(environment: Mapping[str, str]) -> None:
         return None if value.lower() in OFF else value
 
     for name, why in SWITCHES.items():
-        if given(name):
-            _refuse(name, given(name), why)
+        if value := given(name):
+            _refuse(name, value, why)
     for name in sorted(environment):
         for prefix, why in PREFIXES.items():
-            if name.startswith(prefix) and given(name):
-                _refuse(name, given(name), why)
+            if name.startswith(prefix) and (value := given(name)):
+                _refuse(name, value, why)
     precision = (given("ACCELERATE_MIXED_PRECISION") or "no").lower()
     if precision not in ("no", "bf16"):
         _refuse("ACCELERATE_MIXED_PRECISION", precision, "only no and bf16 are supported: --mixed_precision bf16")
     if _on(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         for name in PARALLELISM:
             setting = f"PARALLELISM_CONFIG_{name}"
-            if given(setting) not in (None, "1"):
-                _refuse(
-                    setting, given(setting), "only plain data parallelism and sharding over all processes are supported"
-                )
+            value = given(setting)
+            if value is not None and value != "1":
+                _refuse(setting, value, "only plain data parallelism and sharding over all processes are supported")
         shards, world = given("PARALLELISM_CONFIG_DP_SHARD_SIZE"), environment.get("WORLD_SIZE", "1")
         if shards not in (None, "1", "-1", world):
             _refuse("PARALLELISM_CONFIG_DP_SHARD_SIZE", shards, f"shards are over all {world} processes")
@@ -188,8 +189,10 @@ def _asked(environment: Mapping[str, str]) -> dict[str, tuple[object, str]]:
         ask("fsdp", True, "ACCELERATE_USE_FSDP")
         if _on(environment, "FSDP_ACTIVATION_CHECKPOINTING"):
             ask("gradient_checkpointing", True, "FSDP_ACTIVATION_CHECKPOINTING")
-    numbers = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", int)}
-    numbers["ACCELERATE_GRADIENT_CLIPPING"] = ("max_grad_norm", float)
+    numbers: dict[str, tuple[str, Callable[[str], float]]] = {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", int),
+        "ACCELERATE_GRADIENT_CLIPPING": ("max_grad_norm", float),
+    }
     for setting, (option, kind) in numbers.items():
         text = environment.get(setting, "").strip()
         if text.lower() in OFF - {"0"} | {"auto"}:

@@ -166,6 +166,12 @@ class TrainConfig(RowOptions, _RunOptions):
         return self.metric_for_best_model or ("loss" if self.load_best_model_at_end else None)
 
     @property
+    def model_path(self) -> str:
+        """model_name_or_path, where no model object was given in its place."""
+        assert self.model_name_or_path is not None  # options without any model are refused
+        return self.model_name_or_path
+
+    @property
     def best_is_greatest(self) -> bool:
         if self.greater_is_better is not None:
             return self.greater_is_better
@@ -213,7 +219,7 @@ class TrainConfig(RowOptions, _RunOptions):
             option = "metric_for_best_model" if self.metric_for_best_model else "load_best_model_at_end"
             need(self.eval_steps > 0, "eval_steps", f"above 0 with {option}, which compares evaluations")
         need(
-            self.best_metric or self.greater_is_better is None,
+            self.best_metric is not None or self.greater_is_better is None,
             "greater_is_better",
             "None without metric_for_best_model",
         )
@@ -289,7 +295,7 @@ def load_options(arguments: list[str], prog: str = "dqo-train") -> Options:
         # made here, because tyro resolves the annotations of a class by name and the objective is known only now
         shape = dataclasses.make_dataclass("Flags", [("train", TrainConfig), ("objective", its_class)], frozen=True)
         flags = tyro.cli(
-            tyro.conf.OmitArgPrefixes[shape],
+            tyro.conf.OmitArgPrefixes[shape],  # type: ignore[misc, valid-type]  # a class made at run time
             args=arguments,
             default=shape(train, objective),
             prog=prog,

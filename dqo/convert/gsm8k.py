@@ -104,8 +104,9 @@ def _answers(solution: str) -> bool:
 def without_annotations(row: Row) -> Row:
     """The row without calculator annotations, its spans moved. A line that is nothing else keeps them."""
     lines, steps, position = [], [], 0
-    for start, end in row.steps or line_spans(row.completion):
-        line = row.completion[start:end]
+    text = _text(row)
+    for start, end in row.steps or line_spans(text):
+        line = text[start:end]
         without = ANNOTATION.sub("", line)
         line = without if without.strip() else line
         lines.append(line)
@@ -114,20 +115,25 @@ def without_annotations(row: Row) -> Row:
     return dataclasses.replace(row, completion="".join(lines), steps=row.steps and steps)
 
 
+def _text(row: Row) -> str:
+    assert isinstance(row.completion, str)  # `convert_gsm8k_solutions` writes no messages
+    return row.completion
+
+
 def _counts(rows: list[Row]) -> dict[str, Any]:
     """What the annotations say, and how often our own grading of the answer agrees."""
     by_model: dict[str, list[bool]] = {}
     for row in rows:
-        by_model.setdefault(row.sampling["model"], []).append(row.label)
-    steps = [step for row in rows for step in calculator_steps(row.completion)]
-    agreeing = sum(gsm8k_correct(row.completion, row.answer) == row.label for row in rows)
+        by_model.setdefault((row.sampling or {})["model"], []).append(row.label)
+    steps = [step for row in rows for step in calculator_steps(_text(row))]
+    agreeing = sum(gsm8k_correct(_text(row), row.answer or "") == row.label for row in rows)
     return {
         "correct_by_model": {model: sum(labels) / len(labels) for model, labels in by_model.items()},
         "lines_checked": sum(step.correct is not None for step in steps),
         "annotations": sum(step.annotations for step in steps),
         "wrong_annotations": sum(step.wrong for step in steps),
         "unparsed_annotations": sum(step.unparsed for step in steps),
-        "rows_with_wrong_annotations": sum(any(step.wrong for step in calculator_steps(r.completion)) for r in rows),
+        "rows_with_wrong_annotations": sum(any(step.wrong for step in calculator_steps(_text(r))) for r in rows),
         "grading_agreement": agreeing / max(len(rows), 1),
         "grading_disagreements": len(rows) - agreeing,
     }

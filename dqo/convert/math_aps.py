@@ -32,7 +32,7 @@ def convert_math_aps(source: str | Path) -> Converted:
         merged += sum(len(found) - 1 for found in values.values())
         for chain in _chains(list(values)):
             row = _row(record, question, truth, chain, values)
-            disputed += not row.label and row.step_rewards[-1] == 1.0
+            disputed += not row.label and row.step_rewards is not None and row.step_rewards[-1] == 1.0
             rows.append(row)
     warn_unended(rows)
     return Converted(rows, {"merged_prefixes": merged, "graded_right_without_the_answer": disputed})
@@ -59,7 +59,8 @@ def _values(record: Record, question: str) -> dict[str, list[float]]:
 
 def _chains(prefixes: list[str]) -> list[list[str]]:
     """From the first prefix to each leaf, every prefix on the way; in sorted order a prefix comes before what it begins."""
-    chains, way = [], []
+    chains: list[list[str]] = []
+    way: list[str] = []
     ordered = sorted(prefixes)
     for i, prefix in enumerate(ordered):
         while way and not prefix.startswith(way[-1]):
@@ -75,7 +76,7 @@ def _row(record: Record, question: str, truth: str, chain: list[str], values: di
     ends = [len(prefix) for prefix in chain]
     box = boxed(text)
     ended = box is not None and not re.search(r"\n[^\n]*\w", text[box[1] :])
-    right = ended and same_answer(box[0], truth)
+    right = box is not None and ended and same_answer(box[0], truth)
     number = record.values.get("question_id", record.index)
     return Row(
         prompt=prompt_of(question),

@@ -51,7 +51,8 @@ def _row(record: Record) -> Row:
     *pieces, rest = given.split(_MARK)
     if not pieces:
         raise UserError(f'{record.source}: input has no mark "{_MARK}"; expected one after every step')
-    signs, position = [], 0
+    signs: list[bool] = []
+    position = 0
     for piece in pieces:
         position += len(piece)
         sign = labelled[position : position + 1]

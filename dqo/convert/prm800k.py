@@ -44,9 +44,11 @@ def convert_prm800k(source: str | Path) -> Converted:
 
 def _paths(record: Record, steps: list[dict], counts: Counter) -> list[tuple[list[tuple[str, int]], bool]]:
     """(steps with their ratings, whether it is the chosen path) of every leaf."""
-    paths, before = [], []
+    paths: list[tuple[list[tuple[str, int]], bool]] = []
+    before: list[tuple[str, int]] = []
     for depth, step in enumerate(steps):
-        leaves, after = [], None
+        leaves: list[list[tuple[str, int]]] = []
+        after: list[tuple[str, int]] | None = None
         completions = (step.get("completions") or []) if isinstance(step, dict) else None
         if not isinstance(completions, list) or not all(isinstance(completion, dict) for completion in completions):
             raise UserError(
@@ -86,7 +88,7 @@ def _row(record: Record, path: list[tuple[str, int]], chosen: bool) -> Row:
     truth = record.values["question"].get("ground_truth_answer")
     answer = _ANSWER.search(path[-1][0])
     solved = chosen and record.values["label"].get("finish_reason") == "solution"
-    right = bool(answer) and (solved or (isinstance(truth, str) and same_answer(answer[1], truth)))
+    right = answer is not None and (solved or (isinstance(truth, str) and same_answer(answer[1], truth)))
     return Row(
         prompt=prompt_of(record.values["question"]["problem"]),
         completion=text,

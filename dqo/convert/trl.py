@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dqo.convert.source import Converted, refuse_other_form, source_records
 from dqo.data.forms import Record
@@ -43,7 +44,9 @@ def convert_trl_stepwise(source: str | Path) -> Converted:
 
 def _split_prompt(record: Record) -> bool:
     """Moves what chosen and rejected share to prompt, where it stands in both of them; says whether it did."""
-    chosen, rejected, prompt = (record.values.get(name) for name in ("chosen", "rejected", "prompt"))
+    chosen: Any = record.values.get("chosen")
+    rejected: Any = record.values.get("rejected")
+    prompt = record.values.get("prompt")
     kinds = {type(chosen), type(rejected)}
     if kinds not in ({str}, {list}) or (kinds == {str} and prompt is not None):
         return False  # what is wrong, if anything is, will be said where rows are checked

@@ -170,8 +170,8 @@ def _positions(groups: list[Group], packed: bool) -> int:
 
 def _filled(groups: list[Group], max_tokens: int, packed: bool) -> list[list[Group]]:
     """Groups in micro-batches of at most `max_tokens` positions; a group that alone has more is a micro-batch of its own."""
+    batches: list[list[Group]] = []
     if not packed:  # in order of length, to save padding, the longest first, so that memory runs out at once or never
-        batches: list[list[Group]] = []
         held, longest = 0, 0
         for group in sorted(groups, key=_longest, reverse=True):
             if not batches or (held + len(group)) * longest > max_tokens:
@@ -181,7 +181,7 @@ def _filled(groups: list[Group], max_tokens: int, packed: bool) -> list[list[Gro
             held += len(group)
         return batches
     # The largest first, each into the fullest batch that still holds it (best fit decreasing).
-    batches, room = [], []  # room: (positions left, index of the batch), sorted
+    room: list[tuple[int, int]] = []  # (positions left, index of the batch), sorted
     for group in sorted(groups, key=_tokens, reverse=True):
         tokens = _tokens(group)
         fits = bisect_left(room, (tokens, 0))

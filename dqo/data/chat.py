@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from dqo.data.rows import Row
 from dqo.errors import UserError
@@ -55,11 +56,12 @@ def clock_at(when: datetime.datetime | None) -> Iterator[None]:
             return when
 
     clock = chat_template_utils.datetime
-    chat_template_utils.datetime = Stopped
+    module: Any = chat_template_utils
+    clock, module.datetime = module.datetime, Stopped
     try:
         yield
     finally:
-        chat_template_utils.datetime = clock
+        module.datetime = clock
 
 
 def unread_keys(tokenizer, rows: list[Row]) -> Counter[str]:
@@ -107,7 +109,9 @@ def completion_after(tokenizer, row: Row, prompt: str, end: str) -> Completion:
         UserError: when the template writes such a message elsewhere than after the prompt.
     """
     content = completion_text(row)
-    message = {} if isinstance(row.completion, str) else row.completion[-1]
+    if isinstance(row.prompt, str) or isinstance(row.completion, str):
+        return _opened_once(prompt, Completion(content))
+    message = row.completion[-1]
     source = template_text(tokenizer)
     more = sorted(key for key, value in message.items() if value and key not in _PLAIN and _read(key, source))
     if not more:

@@ -222,8 +222,10 @@ def _steps(record: Record, text: str) -> tuple[list[tuple[int, int]] | None, lis
     rewards = _numbers(values["step_rewards"], name) if "step_rewards" in values else None
     if "steps" in values:
         steps = _spans(values["steps"], len(text))
+    elif rewards is None:
+        return None, None
     else:
-        steps = None if rewards is None else line_spans(text)
+        steps = line_spans(text)
     if rewards is not None and len(rewards) != len(steps):
         of = f"steps has {len(steps)} spans"
         if "steps" not in values:

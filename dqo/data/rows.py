@@ -29,8 +29,9 @@ class Row:
 
     prompt: str | list[dict]
     completion: str | list[dict]  # of the prompt's kind; messages: one, of the assistant
-    reward: float | None = None  # of the outcome alone
-    label: bool | None = None
+    # None only in rows that a caller makes and `read_rows` has not read yet
+    reward: float = None  # type: ignore[assignment]  # of the outcome alone
+    label: bool = None  # type: ignore[assignment]
     steps: list[tuple[int, int]] | None = None  # character spans that cover the completion
     step_rewards: list[float] | None = None  # one for each step
     prompt_ids: list[int] | None = None
@@ -188,7 +189,8 @@ def split_by_prompt(rows: list[Row], fraction: float, seed: int) -> tuple[list[R
     """
     if not 0.0 <= fraction < 1.0:
         raise UserError(f"the held-out fraction must be in [0, 1), got {fraction}")
-    train, held_out = [], []
+    train: list[Row] = []
+    held_out: list[Row] = []
     for row in rows:
         digest = hashlib.sha256(f"{seed}/{prompt_key(row)}".encode()).digest()
         (held_out if int.from_bytes(digest[:8], "big") < fraction * 2**64 else train).append(row)

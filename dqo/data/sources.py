@@ -42,8 +42,10 @@ def read_records(source: Any) -> tuple[str, list[Record], list[BadRow]]:
         raise UserError(f"the name of a rollout file {problem}")
     path = Path(source)
     if not path.exists():
-        hub = isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix not in _SUFFIXES
-        if hub and not path.parent.is_dir():  # in a folder that is there it is a misspelt file
+        at_hub = isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix not in _SUFFIXES
+        if (
+            isinstance(source, str) and at_hub and not path.parent.is_dir()
+        ):  # in a folder that is there: a misspelt file
             return source, *_from_hub(source)
         siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such file.{did_you_mean(path.name, siblings)} Expected a .jsonl or .parquet file")

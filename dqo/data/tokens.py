@@ -48,9 +48,12 @@ def tokenize_rows(
     cuts: Counter[str] = Counter()
     specials = Specials.of(tokenizer)
     found = []
-    for index, row, *parts in _encoded(rows, tokenizer, ends, specials, cuts, problems):
+    encoded = _encoded(rows, tokenizer, ends, specials, cuts, problems)
+    for index, row, prompt, completion, encoding in encoded:
         try:
-            found.append(_tokens(row, *parts, tokenizer, ends, specials, cuts, vocab_size, max_length))
+            found.append(
+                _tokens(row, prompt, completion, encoding, tokenizer, ends, specials, cuts, vocab_size, max_length)
+            )
         except UserError as error:
             problems.append(BadRow(index, row.source, str(error)))
     if problems:
@@ -87,6 +90,7 @@ def _encoded(rows: list[Row], tokenizer, ends: Ends, specials: Specials, cuts: C
     kept: list[tuple[int, Row, str | None, Completion | None]] = []
     for i, row in enumerate(rows):
         needs_text = row.completion_ids is None or row.steps is not None
+        prompt: str | None
         try:
             if row.prompt_ids is not None:
                 prompt = tokenizer.decode(row.prompt_ids) if needs_text else None
@@ -95,19 +99,20 @@ def _encoded(rows: list[Row], tokenizer, ends: Ends, specials: Specials, cuts: C
                 if key not in prompts:
                     prompts[key] = prompt_text(tokenizer, row)
                 prompt = prompts[key]
-            kept.append((i, row, prompt, completion_after(tokenizer, row, prompt, end) if needs_text else None))
+            text = completion_after(tokenizer, row, prompt, end) if needs_text and prompt is not None else None
+            kept.append((i, row, prompt, text))
         except UserError as error:
             problems.append(BadRow(i, row.source, str(error)))
     written = [(prompt, not isinstance(row.prompt, str)) for _, row, prompt, _ in kept if row.prompt_ids is None]
     made = iter(prompt_ids(tokenizer, *map(list, zip(*written))) if written else [])
     ids = []
     for _, row, _, _ in kept:
-        stored = row.prompt_ids is not None
-        found = list(row.prompt_ids) if stored else list(next(made))
-        ids.append(clean_prompt(found, stored, not isinstance(row.prompt, str), specials, cuts))
-    with_text = [i for i, (*_, completion) in enumerate(kept) if completion is not None]
+        found = list(next(made) if row.prompt_ids is None else row.prompt_ids)
+        ids.append(clean_prompt(found, row.prompt_ids is not None, not isinstance(row.prompt, str), specials, cuts))
+    completions = {i: completion for i, (*_, completion) in enumerate(kept) if completion is not None}
+    with_text = list(completions)
     encoded = Continuation(tokenizer)(
-        [kept[i][3].text for i in with_text],
+        [completion.text for completion in completions.values()],
         [ids[i][-1] if ids[i] else None for i in with_text],
         offsets=any(kept[i][1].steps for i in with_text),
     )
@@ -130,7 +135,7 @@ def _tokens(
 ) -> Tokens:
     logprobs, truncated = row.logprobs, row.finish_reason == "length"
     ids, spans = encoding or ([], [])
-    step_ends = [] if row.steps is None else _step_ends(row, completion.shift, spans)
+    step_ends = [] if row.steps is None or completion is None else _step_ends(row.steps, completion.shift, spans)
     if row.completion_ids is not None:
         stored, logprobs = clean_completion(row.completion_ids, logprobs, truncated, ends, specials, cuts)
         stored, logprobs = _opened_once(prompt, stored, logprobs, tokenizer, cuts)
@@ -140,7 +145,7 @@ def _tokens(
                 "so steps cannot be placed on tokens; drop steps and step_rewards, or drop completion_ids"
             )
         ids = stored
-    elif completion.shift < 0:
+    elif completion is not None and completion.shift < 0:
         cuts["a tag that opens the reasoning and ends the prompt already"] += 1
     if not truncated and (not ids or ids[-1] not in ends.stops):
         if logprobs is not None:
@@ -162,10 +167,10 @@ def _tokens(
     return Tokens(row, prompt, ids, step_ends, logprobs, truncated)
 
 
-def _step_ends(row: Row, shift: int, spans: list[tuple[int, int]]) -> list[int]:
+def _step_ends(steps: list[tuple[int, int]], shift: int, spans: list[tuple[int, int]]) -> list[int]:
     """The last token that begins inside each step. A step that was cut off with the prompt's tag gets the first token."""
     ends, token = [], 0
-    for _, end in row.steps:
+    for _, end in steps:
         while token < len(spans) and spans[token][0] < end + shift:
             token += 1
         ends.append(max(token - 1, 0))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dqo.demo.recipe import DemoConfig, Recipe
 from dqo.evaluation.accuracy import Accuracy, Problem, evaluate
@@ -21,7 +23,7 @@ from dqo.train.loop import Run
 class EvaluatedModel:
     name: str
     problems: list[Problem]
-    tokenizer: object
+    tokenizer: Any
     accuracy: Accuracy
     run: Run | None  # None for the base
 
@@ -32,10 +34,11 @@ def evaluate_model(
     """Greedy and sampling accuracy of the model in a directory, on the same problems for every model."""
     tokenizer = load_tokenizer(str(model))
     ids = tokenizer(problems)["input_ids"]
-    graded = [
-        Problem(prompt, prompt_ids, lambda text, prompt=prompt: task.grade(prompt, text).correct)
-        for prompt, prompt_ids in zip(problems, ids)
-    ]
+
+    def grader(prompt: str) -> Callable[[str], bool]:
+        return lambda text: task.grade(prompt, text).correct
+
+    graded = [Problem(prompt, prompt_ids, grader(prompt)) for prompt, prompt_ids in zip(problems, ids)]
     accuracy = evaluate(
         load_policy(str(model)),
         tokenizer,
@@ -54,6 +57,7 @@ def write_demo_report(
     """report.html, report.md and report.json in `output`; prints the table."""
     methods = [_method(result) for result in results]
     dqo = next(result for result in results if result.name == "dqo")
+    assert dqo.run is not None  # only the base has none
     curves = [c for r in results if r.run for c in findings.curves(r.name, r.run.output_dir / "metrics.jsonl")]
     report: Report = {
         "title": "Direct Q-function Optimization: the demonstration",
@@ -94,8 +98,8 @@ def _flips(before: EvaluatedModel, after: EvaluatedModel, each: int = 5) -> Flip
     for i, problem in enumerate(before.problems):
         was, now = before.accuracy.greedy[i], after.accuracy.greedy[i]
         if was != now:
-            texts = {"before": before.accuracy.greedy_texts[i], "after": after.accuracy.greedy_texts[i]}
-            (fixed if now else broken).append({"prompt": problem.prompt, **texts})
+            was_text, now_text = before.accuracy.greedy_texts[i], after.accuracy.greedy_texts[i]
+            (fixed if now else broken).append({"prompt": problem.prompt, "before": was_text, "after": now_text})
     return {"fixed": fixed[:each], "broken": broken[:each]}
 
 

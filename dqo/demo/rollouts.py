@@ -16,7 +16,7 @@ def rng_of(seed: int, purpose: str) -> random.Random:
 
 def distinct_problems(task: ArithTask, rng: random.Random, count: int, taken: set[str]) -> list[str]:
     """`count` problems that are not in `taken`, which they join."""
-    problems = []
+    problems: list[str] = []
     while len(problems) < count:
         problem = task.problem(rng)
         if problem not in taken:

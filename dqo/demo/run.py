@@ -14,6 +14,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dqo.config.options import Options, TrainConfig, command_line
 from dqo.demo.recipe import METHODS, DemoConfig, Recipe
@@ -34,7 +35,7 @@ def _train_options(recipe: Recipe, method: str, data: Path, model: Path, output:
         "dpo": DPO(beta=recipe.betas["dpo"]),
         "dqo": DQO(beta=recipe.betas["dqo"]),
     }[method]
-    settings = {
+    settings: dict[str, Any] = {
         "method": method,
         "model_name_or_path": str(model),
         "dataset_name": str(data),
@@ -90,7 +91,7 @@ def run_demo(config: DemoConfig, recipe: Recipe | None = None) -> Path:
     initial, base = output / "initial", output / "base"
     if not initial.exists():
         tokenizer = character_tokenizer(VOCABULARY)
-        size = {"hidden_size": recipe.hidden_size, "layers": recipe.layers, "heads": recipe.heads}
+        size: dict[str, Any] = {"hidden_size": recipe.hidden_size, "layers": recipe.layers, "heads": recipe.heads}
         size |= {"intermediate_size": recipe.intermediate_size, "initializer_range": recipe.initializer_range}
         model = new_llama(tokenizer, **size, max_length=256, seed=config.seed)
         save(model, tokenizer, initial)
@@ -118,7 +119,7 @@ def run_demo(config: DemoConfig, recipe: Recipe | None = None) -> Path:
         task, evaluation[: recipe.held_out_problems], tokenizer, samples, held_out
     )  # no method trains on these
     for method, name in METHODS.items():
-        changes = {"learning_rate": recipe.learning_rates[method], "max_steps": recipe.updates}
+        changes: dict[str, Any] = {"learning_rate": recipe.learning_rates[method], "max_steps": recipe.updates}
         if method == "dqo":
             changes |= {
                 "critic_learning_rate": recipe.critic_learning_rate,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dqo.config.options import Options
 from dqo.data.tokens import string_prompt_ids
 from dqo.evaluation.accuracy import Accuracy, Problem, evaluate
@@ -19,7 +21,11 @@ def problems_of(rows: list[dict], tokenizer, verifier: str) -> list[Problem]:
 def answers(options: Options, model, tokenizer, tasks: list[dict], name: str) -> Accuracy:
     """Answers of `model` to eval_tasks, graded; greedy and sampled."""
     config = options.train
-    settings = {"num_generations": config.num_generations, "max_new_tokens": config.max_completion_length}
+    settings: dict[str, Any] = {
+        "num_generations": config.num_generations,
+        "max_new_tokens": config.max_completion_length,
+    }
+    assert config.verifier is not None  # options with eval_tasks and no verifier are refused
     problems = problems_of(tasks, tokenizer, config.verifier)
     return evaluate(model, tokenizer, problems, seed=config.seed, description=name, batch_size=64, **settings)
 
@@ -37,5 +43,5 @@ def answers_of(options: Options, run: Run, tasks: list[dict], base: Accuracy | N
         return {}
     config, tokenizer = options.train, run.prepared.tokenizer
     if base is None:
-        base = answers(options, load_policy(config.model_name_or_path), tokenizer, tasks, "base")
+        base = answers(options, load_policy(config.model_path), tokenizer, tasks, "base")
     return {"base": base, config.method: answers(options, run.prepared.learner.policy, tokenizer, tasks, config.method)}

@@ -12,10 +12,11 @@ from dqo.grading.verifiers import check_answers
 logger = logging.getLogger(__name__)
 
 
-def read_tasks(path: str | None, verifier: str) -> list[dict]:
+def read_tasks(path: str | None, verifier: str | None) -> list[dict]:
     """The rows of eval_tasks, each with the strings prompt and answer, and its source; the verifier can grade by all answers."""
     if path is None:
         return []
+    assert verifier is not None  # options with eval_tasks and no verifier are refused
     _, records, problems = read_records(path)
     wrong = [problem.source for problem in problems]
     wrong += [
@@ -43,13 +44,13 @@ def check_tasks(options: Options, model, tokenizer, tasks: list[dict]) -> None:
 
     config = options.train
     tokenizer = tokenizer_of(config.model_name_or_path, tokenizer)
-    model_config = load_config(config.model_name_or_path) if model is None else model.config
+    model_config = load_config(config.model_path) if model is None else model.config
     lengths = [len(ids) for ids in string_prompt_ids(tokenizer, [task["prompt"] for task in tasks])]
     limit, hard = position_limit(model_config)
     for task, length in zip(tasks, lengths):
         if length == 0:
             raise UserError(f"{task['source']}: prompt has no tokens; an answer needs a state before it")
-        if hard and length + config.max_completion_length > limit:
+        if limit is not None and hard and length + config.max_completion_length > limit:
             left = limit - max(lengths)
             cure = f"--max_completion_length {left}" if left > 0 else "drop the rows whose prompts are as long as that"
             raise UserError(

@@ -107,7 +107,8 @@ class ArithTask:
         first, chain = _parse(prompt)
         lines = re.findall(r"[^\n]*\n|[^\n]+", completion)
         steps, step_correct = [], []
-        start, value, well_formed = 0, first, len(lines) == len(chain) + 1
+        value: int | None = first
+        start, well_formed = 0, len(lines) == len(chain) + 1
         for index, line in enumerate(lines):
             is_step = index < len(chain)
             expected = None

@@ -127,14 +127,15 @@ def annotation_correct(annotation: str) -> bool | None:
         return None
     value = evaluate_expression(written)
     results = [evaluate_expression(expression) for expression in expressions]
-    if value is None or None in results:
+    exact = [result for result in results if result is not None]
+    if value is None or len(exact) < len(results):
         return None
     shown = _SIGNED.fullmatch(written.strip())
     decimals = len(shown["number"].partition(".")[2]) if shown else 0
     half = Fraction(1, 2 * 10**decimals) if decimals else Fraction(0)
     if written.rstrip().endswith("%"):
         half /= 100
-    return all(abs(value - result) <= max(half, _CALCULATOR * abs(result)) for result in results)
+    return all(abs(value - result) <= max(half, _CALCULATOR * abs(result)) for result in exact)
 
 
 @dataclass(frozen=True)

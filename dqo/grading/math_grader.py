@@ -89,13 +89,15 @@ class MathGrader:
 
     def _ask(self, question: object, seconds: float) -> object:
         """The worker's next line after a question; None when it died, or was killed because its time was up."""
-        watch = threading.Timer(seconds, self._process.kill)
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        watch = threading.Timer(seconds, process.kill)
         watch.start()
         try:
             if question is not None:
-                self._process.stdin.write(json.dumps(question) + "\n")
-                self._process.stdin.flush()
-            return json.loads(self._process.stdout.readline() or "null")
+                process.stdin.write(json.dumps(question) + "\n")
+                process.stdin.flush()
+            return json.loads(process.stdout.readline() or "null")
         except (OSError, ValueError):  # it died before or while it answered
             return None
         finally:
@@ -105,6 +107,7 @@ class MathGrader:
         """Ends the worker, if there is one."""
         process, self._process = self._process, None
         if process is not None:
+            assert process.stdin is not None and process.stdout is not None  # `_ensure` asks for both
             process.kill()
             process.wait()
             process.stdout.close()

@@ -49,7 +49,8 @@ class _Product:
     """A term that grows from the left."""
 
     def __init__(self) -> None:
-        self.coefficient, self.factors = Fraction(1), ()
+        self.coefficient = Fraction(1)
+        self.factors: tuple[tuple, ...] = ()
 
     def times(self, found: Sum, plain: bool) -> None:
         """`plain`: a symbol or a number without brackets, or after a sign of multiplication."""

@@ -33,7 +33,7 @@ def name_trunk(model: PreTrainedModel) -> PreTrainedModel:
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """Evaluation mode for good, `model.train()` included: dropout, dropped layers, routers' noise and whatever else a class draws
     in training mode, under whatever name its configuration has it. Gradients do not depend on the mode."""
-    model.train = MethodType(_stay_in_evaluation_mode, model)  # a bound method, so that a copy has one of its own
+    model.train = MethodType(_stay_in_evaluation_mode, model)  # type: ignore[method-assign]  # a bound method, so that a copy has one of its own
     return model.train()
 
 
@@ -44,7 +44,7 @@ def _stay_in_evaluation_mode(model: PreTrainedModel, mode: bool = True) -> PreTr
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     """The model's layers, none inside another."""
     names = set(model._no_split_modules or ())
-    found = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    found: list[nn.Module] = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
     found = found or [part for part in model.modules() if type(part).__name__ in names]
     found = found or [part for parts in model.modules() if isinstance(parts, nn.ModuleList) for part in parts]
     inside = {id(part) for layer in found for part in layer.modules() if part is not layer}

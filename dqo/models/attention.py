@@ -153,7 +153,9 @@ def _widened(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, *arguments) -> T
 def _with_flash_attn(
     q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scaling: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    return _flash_attn()(
+    kernel = _flash_attn()
+    assert kernel is not None  # `_fused` found it
+    return kernel(
         q,
         k,
         v,
@@ -173,6 +175,7 @@ def _with_torch(
     q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scaling: float, window: int | None, _: None
 ) -> Tensor:
     varlen_attn, grouped = _torch_varlen(), {}
+    assert varlen_attn is not None  # `_fused` found it
     if q.shape[1] != k.shape[1]:
         if _takes_groups(varlen_attn):
             grouped = {"enable_gqa": True}
@@ -197,11 +200,14 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scaling: flo
         order.append(at.flatten())
         index = order[-1].to(q.device)
         # (sequences, H, L, D)
-        batch = [x[index].view(len(members), length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
+        batch = (x[index].view(len(members), length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        queries, keys, values = batch
         mask = None
         if window is not None and window < length:
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        found = scaled_dot_product_attention(*batch, attn_mask=mask, is_causal=mask is None, scale=scaling)
+        found = scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling
+        )
         outputs.append(found.transpose(1, 2).flatten(0, 1))
     if len(outputs) == 1:
         return outputs[0]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -64,7 +65,7 @@ def _width(policy: PreTrainedModel) -> int:
     return policy.get_output_embeddings().weight.shape[1]
 
 
-def score_of(value_model: PreTrainedModel) -> nn.Linear:
+def score_of(value_model: nn.Module) -> nn.Linear:
     """The last layer of a token-classification model with one label."""
     return [m for m in value_model.modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
 
@@ -72,15 +73,16 @@ def score_of(value_model: PreTrainedModel) -> nn.Linear:
 def _classifier(config: PreTrainedConfig) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """The configuration, or that of its text model, and the token-classification class for it: transformers' own, or where it
     has none its generic head on the trunk of this architecture."""
-    known = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    known: Any = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
     if type(config) not in known:
         config = config.get_text_config()
-    return config, known[type(config)] if type(config) in known else _generic_classifier(type(config))
+    kind: Any = type(config)
+    return config, known[kind] if kind in known else _generic_classifier(kind)
 
 
 @cache
 def _generic_classifier(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    trunk = MODEL_MAPPING[config_class]
+    trunk: Any = MODEL_MAPPING[config_class]
     family = next(base for base in trunk.__mro__[1:] if issubclass(base, PreTrainedModel))
     name = f"{trunk.__name__.removesuffix('Model')}ForTokenClassification"
     # transformers reads the file of the module to learn what attention and experts the class may be set to
@@ -127,8 +129,10 @@ def value_rows(
     """
     wanted = torch.cat([batch.states, batch.end_states])
     if isinstance(value_model, ValueHead):
+        assert hidden is not None
         values = value_model(hidden.detach()[wanted])
     else:
+        assert isinstance(value_model, PreTrainedModel)
         score = score_of(value_model)
         own = hidden_positions(value_model, batch, bf16)[wanted]
         values = nn.functional.linear(own.to(score.weight.dtype), score.weight, score.bias)[:, 0]
@@ -143,7 +147,9 @@ def save_value_model(value_model: nn.Module, state: dict[str, Tensor], directory
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, directory / HEAD_FILE)
         return
     with torch.device("meta"):
-        plain = type(value_model)(value_model.config)  # without adapters or shards: only its names and config are used
+        plain: Any = type(value_model)(
+            value_model.config
+        )  # without adapters or shards: only its names and config are used
         plain.to(next(iter(state.values())).dtype)
     plain.save_pretrained(directory, state_dict=state)
 
@@ -156,9 +162,8 @@ def load_critic(path: Path, device: torch.device | str = "cpu") -> nn.Module:
         head.load_state_dict(state)
         return head.to(device)
     config, classifier = _classifier(AutoConfig.from_pretrained(path))
-    value_model, loading = classifier.from_pretrained(
-        path, config=config, dtype=torch.float32, output_loading_info=True
-    )
+    loaded: Any = classifier.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
+    value_model, loading = loaded
     if loading["missing_keys"]:
         raise UserError(
             f"{path} has no {', '.join(sorted(loading['missing_keys']))}; refusing to start from a random head"

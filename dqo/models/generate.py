@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -24,13 +25,18 @@ class Response:
 def without_generation_config(model: PreTrainedModel) -> Iterator[None]:
     """The model has a fresh generation_config inside, its own again outside: `generate` takes every field that its argument
     leaves open (min_p, no_repeat_ngram_size, num_beams ...) from the model's."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # under peft's wrapper
+    inner = getattr(model, "get_base_model", lambda: model)()  # under peft's wrapper
     own = inner.generation_config
     inner.generation_config = GenerationConfig()
     try:
         yield
     finally:
         inner.generation_config = own
+
+
+def _generated(policy: PreTrainedModel, **inputs: Any) -> Any:
+    with unpacked(policy), without_generation_config(policy):
+        return policy.generate(**inputs)  # type: ignore[operator]  # a model for generation has it, not its base class
 
 
 def _reads_padding(policy: PreTrainedModel, prompt: list[int], length: int, pad_id: int) -> bool:
@@ -45,8 +51,7 @@ def _reads_padding(policy: PreTrainedModel, prompt: list[int], length: int, pad_
         ids = torch.tensor([[pad_id] * padding + prompt], device=policy.device)
         attention = torch.ones_like(ids)
         attention[:, :padding] = 0
-        with unpacked(policy), without_generation_config(policy):
-            output = policy.generate(input_ids=ids, attention_mask=attention, generation_config=first)
+        output = _generated(policy, input_ids=ids, attention_mask=attention, generation_config=first)
         logits.append(output.logits[0].float())
     scale = logits[0].abs().max().clamp_min(1e-12)
     return bool((logits[1] - logits[0]).abs().max() / scale > (1e-3 if policy.dtype == torch.float32 else 0.1))
@@ -95,12 +100,12 @@ def generate(
         for row, i in enumerate(indices):
             ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i], device="cpu")
             attention[row, longest - len(prompts[i]) :] = 1
-        with unpacked(policy), without_generation_config(policy):
-            output = policy.generate(
-                input_ids=ids.to(policy.device),
-                attention_mask=attention.to(policy.device),
-                generation_config=generation,
-            )
+        output = _generated(
+            policy,
+            input_ids=ids.to(policy.device),
+            attention_mask=attention.to(policy.device),
+            generation_config=generation,
+        )
         for i, row in zip(indices, output[:, longest:].tolist()):
             end = next((at for at, token in enumerate(row) if token in stops), None)
             responses[i].append(Response(row if end is None else row[: end + 1], end is not None))

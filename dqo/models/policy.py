@@ -48,7 +48,10 @@ def load_tokenizer(path: str):
 
 def tokenizer_of(path: str | None, given=None):
     """The tokenizer that a Python caller gave; without one that of `path`."""
-    return load_tokenizer(path) if given is None else _with_ends(given, "processing_class")
+    if given is not None:
+        return _with_ends(given, "processing_class")
+    assert path is not None  # a model object without a tokenizer is refused
+    return load_tokenizer(path)
 
 
 def _with_ends(tokenizer, name: str):
@@ -87,6 +90,7 @@ def load_config(path: str) -> PreTrainedConfig:
 def stop_ids(source: str | PreTrainedModel) -> list[int]:
     """End tokens of the generation_config of a model or of its directory or hub name; of one that transformers made from the
     model's config, none: there an id is often a class's default, and means nothing in the tokenizer."""
+    config: GenerationConfig | None
     if isinstance(source, str):
         try:
             config = GenerationConfig.from_pretrained(adapter_base(source) or source)
@@ -124,7 +128,7 @@ def ready(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel
     differently on unaligned memory, and a continued run must equal an unbroken one bit for bit."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    return disable_dropout(name_trunk(model)).to(device)
+    return disable_dropout(name_trunk(model)).to(device)  # type: ignore[arg-type]  # its wrapper has an untyped self
 
 
 def final_softcap(model: PreTrainedModel) -> float | None:

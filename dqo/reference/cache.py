@@ -132,8 +132,8 @@ class ReferenceCache:
         if _name_of(content) != path.name:
             raise ValueError("its content is not what was written")
         tensors = load(content)
-        raw, lengths, logprobs, lse = (tensors[name] for name in ("keys", "lengths", "logprobs", "lse"))
-        raw = raw.tobytes()
+        lengths, logprobs, lse = (tensors[name] for name in ("lengths", "logprobs", "lse"))
+        raw = tensors["keys"].tobytes()
         keys = [raw[i : i + 32] for i in range(0, len(raw), 32)]
         if len(keys) != len(lengths):
             raise ValueError(f"{len(keys)} keys, {len(lengths)} lengths")

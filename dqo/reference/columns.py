@@ -121,6 +121,7 @@ def add_reference(
             flush()
             bar.close()
     if processes.world > 1:
+        assert cache is not None  # the caller gives one
         processes.barrier()
         entries |= cache.lookup({key: length for key, length in lengths.items() if key not in entries})
         lost = sum(key not in entries for key in members)

@@ -18,8 +18,8 @@ class MethodResult(NamedTuple):
 
     name: str
     problems: int
-    accuracy: dict[str, Interval]
-    against: dict[str, Paired]
+    accuracy: dict[Decoding, Interval]
+    against: dict[Decoding, Paired]
 
 
 class Verdict(NamedTuple):
@@ -37,15 +37,15 @@ def compare(methods: list[Method], baseline: str | None = None) -> list[MethodRe
     scores = {method["name"]: scores_of(method) for method in methods}
     results = []
     for name, ours in scores.items():
-        against = {} if name == baseline else paired_tests(name, ours, baseline, scores.get(baseline, {}))
+        against = {} if baseline in (None, name) else paired_tests(name, ours, baseline, scores[baseline])
         accuracy = {kind: accuracy_interval(values) for kind, values in ours.items()}
         results.append(MethodResult(name, len(next(iter(ours.values()), ())), accuracy, against))
     return results
 
 
-def scores_of(method: Method) -> dict[str, np.ndarray]:
+def scores_of(method: Method) -> dict[Decoding, np.ndarray]:
     """decoding -> (problems, samples)"""
-    scores = {}
+    scores: dict[Decoding, np.ndarray] = {}
     for kind in DECODINGS:
         if method.get(kind) is not None and len(method[kind]):
             try:
@@ -58,7 +58,7 @@ def scores_of(method: Method) -> dict[str, np.ndarray]:
     return scores
 
 
-def paired_tests(name: str, ours: dict, other: str | None, theirs: dict) -> dict[str, Paired]:
+def paired_tests(name: str, ours: dict, other: str, theirs: dict) -> dict[Decoding, Paired]:
     tests = {}
     for kind in ours.keys() & theirs.keys():
         if len(ours[kind]) != len(theirs[kind]):
@@ -92,7 +92,7 @@ def verdict_of(
     for kind, rate in ours.accuracy.items():
         how = DECODINGS[kind].capitalize()
         text = f"{how} {headline} solves {rate_text(rate)} of {ours.problems:,} problems"
-        if kind in ours.against:
+        if baseline is not None and kind in ours.against:
             test, theirs = ours.against[kind], by_name[baseline].accuracy[kind]
             text += (
                 f" and {baseline} {rate_text(theirs)}: {points(test.difference)} points "
@@ -100,12 +100,12 @@ def verdict_of(
                 f"{test.test} test, {test.wins:,} problems better and {test.losses:,} worse"
             )
         details.append(text + ".")
-    if not ours.against:
+    if baseline is None or not ours.against:
         return Verdict(f"{headline} was measured, and there is no baseline to compare it with.", details)
     return Verdict(_verdict_sentence(headline, baseline, ours.against), details)
 
 
-def _verdict_sentence(headline: str, baseline: str, against: dict[str, Paired]) -> str:
+def _verdict_sentence(headline: str, baseline: str, against: dict[Decoding, Paired]) -> str:
     outcomes: dict[str, list[str]] = {}
     for kind, test in against.items():
         outcome = "shows no significant difference"

@@ -91,7 +91,7 @@ def _html(report: Report, results: list[MethodResult], verdict: Verdict | None) 
     others = {
         name: paired_tests(headline, scores[headline], name, theirs)
         for name, theirs in scores.items()
-        if name not in (headline, baseline)
+        if headline is not None and name not in (headline, baseline)
     }
     accuracies = {
         kind: {result.name: result.accuracy[kind] for result in results if kind in result.accuracy}

@@ -7,15 +7,16 @@ to the page's variable of that role, so that one SVG is legible in light and in 
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
 
 import numpy as np
 
-from dqo.report.schema import Report
+from dqo.report.schema import Curve, Decoding, Report, ValueTrace
 
 INK, MUTED, GRID = "#3d4248", "#6b7178", "#d3d6da"
 GOOD, BAD = "#00805d", "#c84b00"
@@ -29,7 +30,7 @@ LINES = ("-", "-", "--", ":", "--", ":", "--", ":")  # so that colour is never t
 DOTS = (0, (2, 3))
 MOST_TRACES = 6
 MOST_POINTS = 80  # of a curve; beyond it neighbours are averaged
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dqo",
     "text.parse_math": False,  # tokens and names may contain dollar signs
@@ -50,7 +51,8 @@ STYLE |= dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor
 STYLE |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 10)
 
 
-class Series(NamedTuple):
+@dataclass(frozen=True)
+class Series:
     """What a method looks like in every plot."""
 
     index: int
@@ -82,7 +84,7 @@ def assign_series(names: Sequence[str], headline: str | None, baseline: str | No
 def draw_all(
     report: Report,
     headline: str | None,
-    accuracies: dict[str, dict],
+    accuracies: Mapping[Decoding, dict],
     passes: dict[str, dict],
     reliability: list,
 ) -> dict[str, Any]:
@@ -103,11 +105,11 @@ def draw_all(
         "sampled": list(passes),
         "curves": curve_groups(curves, series),
         "reliability_plot": reliability_plot(reliability) if reliability else "",
-        "traces": [trace | {"svg": trace_plot(trace, limits)} for trace in traces],
+        "traces": [{**trace, "svg": trace_plot(trace, limits)} for trace in traces],
     }
 
 
-def interval_plot(panels: dict[str, dict[str, tuple]], series: dict[str, Series]) -> str:
+def interval_plot(panels: Mapping[Decoding, dict[str, tuple]], series: dict[str, Series]) -> str:
     """Accuracies with their intervals, a panel a way of decoding: {"greedy": {method: interval}}."""
     names = [name for name in series if any(name in panel for panel in panels.values())]
 
@@ -147,8 +149,8 @@ def pass_at_k_plot(curves: dict[str, dict[int, tuple]], series: dict[str, Series
     return inline_svg(draw, (520, 300), "pass@k of every method")
 
 
-def curve_groups(curves: list[dict], series: dict[str, Series]) -> list[dict]:
-    groups: dict[str, list[dict]] = {}
+def curve_groups(curves: list[Curve], series: dict[str, Series]) -> list[dict]:
+    groups: dict[str, list[Curve]] = {}
     for curve in curves:
         groups.setdefault(curve["name"], []).append(curve)
     return [
@@ -157,13 +159,13 @@ def curve_groups(curves: list[dict], series: dict[str, Series]) -> list[dict]:
     ]
 
 
-def curve_plot(name: str, curves: list[dict], series: dict[str, Series]) -> str:
+def curve_plot(name: str, curves: list[Curve], series: dict[str, Series]) -> str:
     """curves: of one quantity, {"method", "x", "y"}; y may hold None."""
 
     def draw(figure):
         axis = figure.subplots()
         for curve in curves:
-            look = series.get(curve.get("method"), Series(0))
+            look = series.get(curve.get("method", ""), Series(0))
             x, y = thin(curve["x"], curve["y"])
             axis.plot(x, y, look.line, color=look.color, marker="." if len(x) < 12 else None)
         axis.margins(x=0.02)
@@ -189,7 +191,7 @@ def reliability_plot(points: list[tuple[float, tuple]]) -> str:
     return inline_svg(draw, (350, 330), "Predicted value against outcome")
 
 
-def trace_plot(trace: dict, limits: tuple[float, float]) -> str:
+def trace_plot(trace: ValueTrace, limits: tuple[float, float]) -> str:
     """The value along one response: token i spans [i, i + 1], and the value before it stands at i."""
     tokens, values, ends = trace["tokens"], _with_gaps(trace["values"]), trace.get("step_ends") or []
     wrong = trace.get("first_wrong_step")
@@ -224,20 +226,20 @@ def trace_plot(trace: dict, limits: tuple[float, float]) -> str:
 
 def thin(x: Sequence[float], y: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:
     """At most MOST_POINTS points, each the mean of as many neighbours; a mean skips missing values."""
-    x, y = np.asarray(x, float), _with_gaps(y)
-    if x.shape != y.shape:
-        raise ValueError(f"a curve has {len(x)} x values and {len(y)} y values")
-    if len(x) <= MOST_POINTS:
-        return x, y
-    block = np.arange(len(x)) * MOST_POINTS // len(x)
-    seen = ~np.isnan(y)
+    at, values = np.asarray(x, float), _with_gaps(y)
+    if at.shape != values.shape:
+        raise ValueError(f"a curve has {len(at)} x values and {len(values)} y values")
+    if len(at) <= MOST_POINTS:
+        return at, values
+    block = np.arange(len(at)) * MOST_POINTS // len(at)
+    seen = ~np.isnan(values)
     counts = np.bincount(block, weights=seen)
-    sums = np.bincount(block, weights=np.where(seen, y, 0))
+    sums = np.bincount(block, weights=np.where(seen, values, 0))
     means = np.divide(sums, counts, out=np.full(MOST_POINTS, np.nan), where=counts > 0)
-    return np.bincount(block, weights=x) / np.bincount(block), means
+    return np.bincount(block, weights=at) / np.bincount(block), means
 
 
-def half_right(traces: list[dict]) -> list[dict]:
+def half_right(traces: list[ValueTrace]) -> list[ValueTrace]:
     """At most MOST_TRACES, right and wrong ones by turns; one kind fills up what the other lacks."""
     right = [trace for trace in traces if trace["reward"] > 0]
     wrong = [trace for trace in traces if trace["reward"] <= 0]
@@ -247,7 +249,7 @@ def half_right(traces: list[dict]) -> list[dict]:
     return [trace for pair in zip_longest(shown_right, shown_wrong) for trace in pair if trace is not None]
 
 
-def value_limits(traces: list[dict]) -> tuple[float, float]:
+def value_limits(traces: list[ValueTrace]) -> tuple[float, float]:
     """One scale for all traces, so that they can be compared."""
     shown = [x for trace in traces for x in (*trace["values"], trace["reward"]) if x is not None]
     low, high = min([0.0, *shown]), max([1.0, *shown])

@@ -73,9 +73,7 @@ class Flip(TypedDict):
     after: str
 
 
-class Flips(TypedDict, total=False):
-    fixed: list[Flip]
-    broken: list[Flip]
+Flips = dict[Literal["fixed", "broken"], list[Flip]]
 
 
 class ValueFindings(TypedDict, total=False):

@@ -75,7 +75,7 @@ class Callbacks:
             eval_steps=config.eval_steps,
             save_steps=config.save_steps,
             train_batch_size=config.per_device_train_batch_size,
-            num_train_epochs=config.num_train_epochs,
+            num_train_epochs=config.num_train_epochs,  # type: ignore[arg-type]  # may be a share of an epoch here
         )
         self.control = TrainerControl()
         self.fixed = {"model": learner.policy, "processing_class": tokenizer, "optimizer": optimizer}

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -160,7 +161,7 @@ def save_models(
                 described.dtype = dtype
                 described.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        if critic is not None:
+        if learner.value_model is not None and critic is not None:
             save_value_model(learner.value_model, critic, directory / "critic")
 
 
@@ -169,7 +170,8 @@ def save_base(policy: PreTrainedModel, directory: Path, again: bool) -> None:
     if directory.exists() and not again:
         return
     with torch.device("meta"):
-        plain = type(policy)(policy.config).to(policy.dtype)  # only its names and config are used
+        plain: Any = type(policy)(policy.config)  # only its names and config are used
+        plain.to(policy.dtype)
     plain.generation_config = policy.generation_config
     with replacing(directory) as beside:
         plain.save_pretrained(beside, state_dict=base_state(whole_state(policy)))
@@ -278,6 +280,7 @@ def check_same_run(checkpoint: Path, identity: dict, defaults: dict | None = Non
     for key in sorted(saved.keys() | identity.keys()):
         old, new = saved.get(key), identity.get(key)
         if key == "options":
+            assert new is not None  # a run tells its options, an old checkpoint may not
             if _untold_adapter(checkpoint, old):
                 new = {name: value for name, value in new.items() if not name.startswith(PREFIX)}
             differences += option_differences(checkpoint, state, new, defaults or {})

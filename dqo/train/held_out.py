@@ -57,7 +57,7 @@ def held_out_metrics(
     if engine.learner.value_model is not None:
         once = distinct(groups)
         at_end, at_half = value_auc(value_traces(engine, once), once)
-        if at_end is not None:
+        if at_end is not None and at_half is not None:
             result |= {"eval_value/auc_end": at_end, "eval_value/auc_half": at_half}
     return result
 
@@ -107,8 +107,9 @@ def predictions(engine: Engine, episodes: list[Episode]) -> tuple[dict[str, np.n
     """
     rows = of_each(engine, sums_of, episodes, "predictions")
     found = {name: np.array([row[name] for row in rows], np.float32) for name in rows[0]} if rows else {}
-    if all(e.ref_logprobs is not None for e in episodes):
-        found["ref_logps"] = np.array([e.ref_logprobs.sum() for e in episodes], np.float32)
+    references = [e.ref_logprobs for e in episodes if e.ref_logprobs is not None]
+    if len(references) == len(episodes):
+        found["ref_logps"] = np.array([logprobs.sum() for logprobs in references], np.float32)
     found["length"] = np.array([len(e.completion_ids) for e in episodes])
     found["label"] = np.array([e.label for e in episodes])
     return found, np.array([e.reward for e in episodes], np.float32)

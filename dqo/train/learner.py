@@ -103,6 +103,7 @@ def objective_sums(
         **head,
     )
     if router_coef:
+        assert router_logits is not None  # they were asked for
         auxiliary = router_loss(policy, router_logits, batch)
         loss = loss + router_coef * token_share * auxiliary
         tokens = torch.tensor(float(batch.tokens), device=loss.device)
@@ -148,6 +149,7 @@ def companion_sums(learner: Learner, objective: Objective, batch: Batch) -> Tens
 @torch.no_grad()
 def values_of(learner: Learner, batch: Batch) -> Tensor:
     """(N,): V of every row."""
+    assert learner.value_model is not None
     is_head = not isinstance(learner.value_model, PreTrainedModel)
     hidden = hidden_positions(learner.policy, batch, learner.bf16) if is_head else None
     return value_rows(learner.value_model, batch, hidden, learner.bf16)[0]
@@ -156,6 +158,7 @@ def values_of(learner: Learner, batch: Batch) -> Tensor:
 @torch.no_grad()
 def update_target(learner: Learner, decay: float) -> None:
     """target <- decay * target + (1 - decay) * value model, shard by shard."""
+    assert learner.value_model is not None and learner.target is not None
     live = dict(learner.value_model.named_parameters())
     for name, parameter in learner.target.named_parameters():
         parameter.lerp_(live[name].to(parameter.dtype), 1.0 - decay)

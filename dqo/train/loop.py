@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -69,7 +70,13 @@ class Trainer:
         epochs = self.config.num_train_epochs
         self.steps = self.config.max_steps if self.config.max_steps > 0 else optim.steps_of(epochs, self.per_epoch)
         # skipped: steps left out because a callback ended their epoch
-        self.counters = {"step": 0, "skipped": 0, "num_tokens": 0, "train_seconds": 0.0, "metrics_position": 0}
+        self.counters: dict[str, Any] = {
+            "step": 0,
+            "skipped": 0,
+            "num_tokens": 0,
+            "train_seconds": 0.0,
+            "metrics_position": 0,
+        }
         self.train_prompts: set[str] = set()
         self.window: dict[str, torch.Tensor] = {}  # this process's metric sums since the last logged row
         self.evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation's step and metrics
@@ -92,7 +99,7 @@ class Trainer:
         self.engine = Engine(module, self.learner, prepared.batching, self.processes)
         self.rates = {"policy": self.config.learning_rate, "critic": self.config.critic_learning_rate}
         betas = (self.config.adam_beta1, self.config.adam_beta2)
-        self.optimizers = {
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
             name: optim.make_optimizer(
                 model, self.rates[name], self.config.weight_decay, betas, self.config.adam_epsilon
             )
@@ -174,8 +181,9 @@ class Trainer:
         self.callbacks.call("on_optimizer_step")
         for name in trained:
             self.optimizers[name].zero_grad(set_to_none=True)
-        if self.learner.target is not None and "critic" in trained:
-            update_target(self.learner, self.objective.values_decay)
+        decay = self.objective.values_decay
+        if decay is not None and self.learner.target is not None and "critic" in trained:
+            update_target(self.learner, decay)
         return logged
 
     def held_out(self, groups: list[Group] | None = None) -> dict[str, float]:
@@ -183,7 +191,9 @@ class Trainer:
         groups = self.prepared.held_out if groups is None else groups
         found = held_out_metrics(self.engine, self.objective, groups, self.callbacks.prediction_step)
         if self.compute_metrics is not None and groups:
-            found |= metrics.computed(self.compute_metrics(EvalPrediction(*predictions(self.engine, distinct(groups)))))
+            by_name, rewards = predictions(self.engine, distinct(groups))
+            prediction = EvalPrediction(by_name, rewards)  # type: ignore[arg-type]  # arrays by name, not one or a tuple
+            found |= metrics.computed(self.compute_metrics(prediction))
         return found
 
     def evaluate_held_out(self, step: int) -> dict[str, float]:
@@ -204,7 +214,7 @@ class Trainer:
     def load_best(self) -> dict[str, float] | None:
         """The best evaluation's weights, and their metrics; None where the last step's are the best."""
         state = self.callbacks.state
-        if state.best_global_step in (None, self.counters["step"]):
+        if state.best_model_checkpoint is None or state.best_global_step in (None, self.counters["step"]):
             return None
         best = Path(state.best_model_checkpoint)
         if what := self.processes.from_main(lambda: fault(best)):
@@ -220,7 +230,10 @@ class Trainer:
 
     def save(self) -> None:
         window = self._window()
-        state = {"identity": self.prepared.identity, "window": {name: pair.tolist() for name, pair in window.items()}}
+        state: dict[str, Any] = {
+            "identity": self.prepared.identity,
+            "window": {name: pair.tolist() for name, pair in window.items()},
+        }
         self.counters |= self.recorder.position()
         state |= {"counters": self.counters, "steps": self.steps, "callbacks": self.callbacks.stored()}
         state |= stored_options(self.options, self.warmup, self.stretches, self.prepared.save_dtype)

@@ -158,9 +158,12 @@ def read_metrics(path: Path) -> list[dict]:
     Raises:
         UserError: for a line that is none.
     """
-    rows = [_row(line) for line in path.read_bytes().splitlines()]
-    if None in rows:
-        raise UserError(f"{path}:{rows.index(None) + 1}: not a row of metrics; the file was altered")
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        row = _row(line)
+        if row is None:
+            raise UserError(f"{path}:{number}: not a row of metrics; the file was altered")
+        rows.append(row)
     return rows
 
 
@@ -205,7 +208,7 @@ def computed(found: Any) -> dict[str, float]:
     """
     if not isinstance(found, Mapping):
         raise UserError(f"compute_metrics returned a {type(found).__name__}; expected a dict of numbers by name")
-    numbers = {}
+    numbers: dict[str, Any] = {}
     for name, value in found.items():
         number = value.item() if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1 else value
         if not isinstance(name, str) or not isinstance(number, Real):

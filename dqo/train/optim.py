@@ -45,7 +45,7 @@ def clip(model: nn.Module, max_grad_norm: float) -> float:
     return whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)).item()
 
 
-def update(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
+def update(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """One step of the optimizer; the gradients stay."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

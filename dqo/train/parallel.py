@@ -48,7 +48,8 @@ def wrap(module: nn.Module, processes: Processes, bf16: bool = False, some_unuse
     for part in module.modules():
         if type(part).__name__ in blocks:
             fully_shard(part, mesh=mesh, mp_policy=precision)
-    return fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    return module
 
 
 def without_sync(module: nn.Module, last: bool):

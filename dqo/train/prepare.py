@@ -124,7 +124,7 @@ def prepare(
     """Tokenises the rows, loads the models and computes the reference columns."""
     config, objective = options.train, options.objective
     tokenizer = tokenizer_of(config.model_name_or_path, given.tokenizer)
-    model_config = load_config(config.model_name_or_path) if given.model is None else given.model.config
+    model_config = load_config(config.model_path) if given.model is None else given.model.config
     check_tokenizer(tokenizer, train_rows + held_rows, model_config)
     vocab_size = model_config.get_text_config().vocab_size
 
@@ -137,7 +137,7 @@ def prepare(
             tokenizer,
             vocab_size=vocab_size,
             max_length=config.max_length,
-            stop_ids=stop_ids(given.model or config.model_name_or_path),
+            stop_ids=stop_ids(given.model or config.model_path),
             template_time=template_time,
             skip_bad_rows=config.skip_bad_rows,
             process_reward=config.process_reward or "none",
@@ -159,7 +159,7 @@ def prepare(
     policy = given.model
     if policy is None:
         dtype = getattr(torch, config.dtype)
-        policy = load_policy(config.model_name_or_path, processes.device, dtype, config.attn_implementation)
+        policy = load_policy(config.model_path, processes.device, dtype, config.attn_implementation)
     else:
         ready(policy, processes.device)
     save_dtype = _save_dtype(options, given)
@@ -180,9 +180,7 @@ def prepare(
     }
     if given.peft_config is not None:
         identity["options"] |= described(given.peft_config)
-    its_ends = ends_of(
-        tokenizer, stop_ids(given.model or config.model_name_or_path), not isinstance(train_rows[0].prompt, str)
-    )
+    its_ends = ends_of(tokenizer, stop_ids(given.model or config.model_path), not isinstance(train_rows[0].prompt, str))
     identity |= {TRAINED_END: its_ends.trained, "configuration": architecture(policy.config)}
     if reference is not None:
         identity["reference configuration"] = architecture(reference.config)
@@ -201,7 +199,7 @@ def prepare(
     batching = Batching(tokenizer.pad_token_id, max_tokens, processes.device, attention.packs(policy))
     resumed = claim_output(options, identity, processes)
     if has_adapter(policy) and not policy.name_or_path and processes.main:
-        save_base(policy, base_of(policy, config), again=resumed is None)
+        save_base(policy, Path(base_of(policy, config)), again=resumed is None)
     if objective.needs_reference:
         together = distinct(groups + held_out)
         _reference_columns(config, together, policy, reference, batching, identity, processes, resumed is not None)
@@ -253,7 +251,7 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
                 )
             dtype = getattr(torch, config.dtype)
             device = prepared.processes.device
-            reference = load_policy(config.model_name_or_path, device, dtype, config.attn_implementation)
+            reference = load_policy(config.model_path, device, dtype, config.attn_implementation)
         together = distinct([*([e] for e in episodes), *prepared_ones])
         with adapter_off(learner.policy):
             _reference_columns(
@@ -299,9 +297,12 @@ def _held_out(objective: Objective, episodes: list[Episode]) -> list[Group]:
 def _reference_config(config: TrainConfig, given: Given, vocab_size: int) -> PreTrainedConfig | None:
     """Of the reference policy, when it is not the initial policy; refused when it has other tokens."""
     path = config.ref_model_name_or_path
-    if given.ref_model is None and path is None:
+    if given.ref_model is not None:
+        its_config = given.ref_model.config
+    elif path is not None:
+        its_config = load_config(path)
+    else:
         return None
-    its_config = load_config(path) if given.ref_model is None else given.ref_model.config
     if (found := its_config.get_text_config().vocab_size) != vocab_size:
         raise UserError(
             f"the reference model {path or ''} has a vocabulary of {found}, the policy of {vocab_size}; a reference policy "
@@ -379,9 +380,9 @@ def _save_dtype(options: Options, given: Given) -> torch.dtype | None:
     then = stored_derived(config)
     if "save_dtype" in then and "save_dtype" not in options.sources:
         return None if then["save_dtype"] is None else getattr(torch, then["save_dtype"])
-    told = config.save_dtype
+    told: Any = config.save_dtype
     if told is None and not config.use_peft and given.peft_config is None:
-        told = load_config(config.model_name_or_path).dtype if given.model is None else given.model.dtype
+        told = load_config(config.model_path).dtype if given.model is None else given.model.dtype
     return None if told is None else getattr(torch, str(told).removeprefix("torch."))
 
 
