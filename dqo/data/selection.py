@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from dqo.data.batches import COLUMNS, Group
 from dqo.data.episodes import Episode
 from dqo.errors import UserError
-from dqo.objectives.base import Objective, Selection
+from dqo.objectives.base import Columns, Objective, Selection
 
 
 class EpisodeColumns:
@@ -66,40 +67,77 @@ def selected(objective: Objective, episodes: list[Episode]) -> list[Group]:
     """
     columns = EpisodeColumns(episodes)
     selection = objective.prepare(columns)
-    groups = [np.asarray(group, dtype=np.int64) for group in selection.groups]
-    for problem in _problems(selection, groups, objective, columns.length):
+    for problem in _problems(selection, objective, columns):
         raise UserError(f"{type(objective).__name__}.prepare gives {problem}")
     _set_columns(selection, episodes, columns.length)
     if selection.companions is not None:
         longest = max((e.length for e in episodes), default=0)
-        for e, companion in zip(episodes, selection.companions.tolist()):
+        for e, companion in zip(episodes, np.asarray(selection.companions).tolist()):
             e.companion = None if companion < 0 else mismatched(e, episodes[companion], longest)
-    return [[episodes[row] for row in group.tolist()] for group in groups]
+    return [[episodes[row] for row in np.asarray(group).tolist()] for group in selection.groups]
 
 
-def _problems(selection: Selection, groups: list[np.ndarray], objective: Objective, length: np.ndarray):
-    n, size = len(length), objective.group_size
-    wrong = next(
-        (group for group in groups if group.ndim != 1 or not len(group) or size not in (None, len(group))), None
-    )
-    if wrong is not None:
-        expected = "one response or more" if size is None else str(size)
-        yield f"a group of shape {wrong.shape}; expected the indices of {expected}"
-    if groups and not all(group.min() >= 0 and group.max() < n for group in groups if group.size):
-        yield f"an index that is none of the {n} responses"
+def _array(values: Any, kinds: str) -> np.ndarray | str:
+    """As an array, where its dtype is of numpy's `kinds` or it is empty; of all else what it is: numpy would make indices 0 and 1
+    of a mask, and cut fractions."""
+    try:
+        found = np.asarray(values)
+    except ValueError:
+        return "lists of unlike lengths"
+    return found if found.dtype.kind in kinds or not found.size else f"dtype {found.dtype}"
+
+
+def _problems(selection: Any, objective: Objective, columns: Columns) -> Iterator[str]:
+    """What is wrong with an objective's answer; whoever goes on after the first may meet an exception."""
+    if not isinstance(selection, Selection):
+        yield f"{type(selection).__name__}; expected a Selection (dqo.objectives.base)"
+    for name, of_type, its_type in (("groups", Sequence | np.ndarray, "a sequence"), ("columns", dict, "a dict")):
+        if not isinstance(getattr(selection, name), of_type):
+            yield f"{name} of type {type(getattr(selection, name)).__name__}; expected {its_type}"
+    n, size = len(columns.length), objective.group_size
+    expected = "one response or more" if size is None else str(size)
+    for group in selection.groups:
+        found = _array(group, "iu")
+        if isinstance(found, str):
+            yield f"a group of {found}; expected whole numbers, the indices of {expected}"
+        if found.ndim != 1 or not len(found) or size not in (None, len(found)):
+            yield f"a group of shape {found.shape}; expected the indices of {expected}"
+        if found.min() < 0 or found.max() >= n:
+            yield f"an index that is none of the {n} responses"
     for name, values in selection.columns.items():
-        if name in COLUMNS:
-            yield f"a column {name}, which is there already; name it otherwise"
-        if np.shape(values) not in ((n,), (int(length.sum()),)):
+        if not isinstance(name, str) or name in COLUMNS:
             yield (
-                f"a column {name} of shape {np.shape(values)}; expected one number for each of the {n} responses, or for each "
-                f"of their {int(length.sum())} tokens"
+                f"a column {name}, which is there already; name it otherwise"
+                if name in COLUMNS
+                else (f"a column {name!r}; expected a string for its name")
             )
-    if selection.companions is not None and (
-        np.shape(selection.companions) != (n,)
-        or (n and not -1 <= selection.companions.min() <= selection.companions.max() < n)
-    ):
-        yield f"companions of shape {np.shape(selection.companions)}; expected an index, or -1, for each of the {n} responses"
+        yield from _column_problems(name, values, columns)
+    if selection.companions is None:
+        return
+    found = _array(selection.companions, "iu")
+    what = found if isinstance(found, str) else f"shape {found.shape}"
+    if isinstance(found, str) or found.shape != (n,) or (n and not -1 <= found.min() <= found.max() < n):
+        yield f"companions of {what}; expected an index, or -1, for each of the {n} responses"
+    if type(objective).companion_sums is Objective.companion_sums:
+        yield "companions, and has no companion_sums, which reads them"
+
+
+def _column_problems(name: str, values: Any, columns: Columns) -> Iterator[str]:
+    n, tokens = len(columns.length), int(columns.length.sum())
+    found = _array(values, "biuf")
+    if isinstance(found, str) or found.shape not in ((n,), (tokens,)):
+        what = found if isinstance(found, str) else f"shape {found.shape}"
+        yield (
+            f"a column {name} of {what}; expected one number for each of the {n} responses, or for each of their {tokens} tokens"
+        )
+    bounds = np.float64(2**24 if found.dtype.kind in "iu" else np.finfo(np.float32).max)
+    wrong = np.flatnonzero(~(np.abs(found.astype(np.float64)) <= bounds))
+    if len(wrong):
+        of = np.arange(n) if len(found) == n else np.repeat(np.arange(n), columns.length)
+        yield (
+            f"a column {name} with {found[wrong[0]]} for {columns.source[of[wrong[0]]]}; expected numbers that float32 holds, "
+            f"of size {bounds:g} at most"
+        )
 
 
 def _set_columns(selection: Selection, episodes: list[Episode], length: np.ndarray) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import NamedTuple
 
 from dqo.errors import UserError
@@ -33,12 +34,20 @@ def check_phases(objective: Objective, value_warmup: float) -> None:
     """
     models = MODELS if objective.needs_values else ("policy",)
     phases = objective.phases(value_warmup)
+    if not isinstance(phases, tuple | list) or not all(isinstance(phase, Phase) for phase in phases):
+        raise UserError(f"the phases of {type(objective).__name__} are no tuple of Phase (dqo.objectives.base)")
     if not phases or phases[-1].steps is not None:
         raise UserError(
             f"the phases of {type(objective).__name__} come to an end; the last must have no number of steps"
         )
+    names = [phase.name for phase in phases]
     for i, phase in enumerate(phases):
         name = f"phase {phase.name!r} of {type(objective).__name__}"
+        if not isinstance(phase.name, str) or phase.name in names[:i]:  # a run that goes on finds its phases by name
+            raise UserError(f"{name}: expected a string for its name, and another for each phase")
+        for field in ("trains", "refreshes"):
+            if not isinstance(getattr(phase, field), tuple | list):
+                raise UserError(f'{name}: {field} is {getattr(phase, field)!r}; expected a tuple, such as ("critic",)')
         if phase.refreshes:
             raise UserError(
                 f"{name} refreshes {', '.join(phase.refreshes)}, which this trainer does not do yet: train the phases as runs of "
@@ -48,8 +57,10 @@ def check_phases(objective: Objective, value_warmup: float) -> None:
             raise UserError(f"{name} trains {', '.join(phase.trains) or 'nothing'}; there is {' and '.join(models)}")
         if phase.steps is None and i + 1 < len(phases):
             raise UserError(f"{name} has no number of steps, so that phase {phases[i + 1].name!r} would never begin")
-        if phase.steps is not None and not 0 <= phase.steps < math.inf:
-            raise UserError(f"{name} has {phase.steps} steps; expected a number of at least 0, below 1 a share")
+        steps = phase.steps
+        number = isinstance(steps, Real) and not isinstance(steps, bool) and 0 <= steps < math.inf
+        if steps is not None and not (number and (steps < 1 or steps == int(steps))):
+            raise UserError(f"{name} has {steps!r} steps; expected a whole number of at least 0, or a share below 1")
 
 
 def stretches(
@@ -59,6 +70,9 @@ def stretches(
 
     Args:
         then: {name: first step} of the same phases in the checkpoint that the run goes on from.
+
+    Raises:
+        UserError: where these have other names than now.
     """
     found, begin = [], 0
     planned = objective.phases(value_warmup)
@@ -67,7 +81,15 @@ def stretches(
         if steps > 0:
             found.append(Stretch(begin, phase))
         begin += steps
-    found = [Stretch(then[p.name], p) for p in planned if p.name in then] if then else found
+    if then:
+        kept = [Stretch(then[phase.name], phase) for phase in planned if phase.name in then]
+        new = [s.phase.name for s in found if s.begin < total and s.phase.name not in then]
+        if new or [s.phase.name for s in kept] != sorted(then, key=then.__getitem__):
+            raise UserError(
+                f"the phases of {type(objective).__name__} were {', '.join(then)} in the checkpoint and are "
+                f"{', '.join(phase.name for phase in planned)} now; put them back, or choose another --output_dir"
+            )
+        found = kept
     found = [stretch for stretch in found if stretch.begin < total]
     if not any("policy" in stretch.phase.trains for stretch in found):
         first = found[0].phase

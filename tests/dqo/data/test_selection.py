@@ -1,5 +1,7 @@
 """Episodes as columns, and groups, columns and companions of an objective's answer back on the episodes."""
 
+import math
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +26,9 @@ class Answering(Objective):
 
     def prepare(self, columns):
         return self.selection
+
+    def companion_sums(self, stats, rows, cu_seqlens):
+        return torch.zeros(2)
 
 
 def answer(members, groups, **others):
@@ -87,11 +92,58 @@ def test_a_companion_is_the_prompt_with_the_completion_of_another_and_has_no_col
         ([np.array([0])], {"columns": {"rank": np.zeros(4)}}, r"a column rank of shape \(4,\); expected one number"),
         ([np.array([0])], {"companions": np.zeros(4, np.int64)}, r"companions of shape \(4,\); expected an index"),
         ([np.array([0])], {"companions": np.full(5, 5)}, r"companions of shape \(5,\); expected an index"),
+        ([np.array([0.7, 1.0])], {}, "a group of dtype float64; expected whole numbers, the indices of one response"),
+        (np.ones((1, 5), bool), {}, "a group of dtype bool; expected whole numbers"),
+        ([["a"]], {}, "a group of dtype <U1; expected whole numbers"),
+        ([[0, [1, 2]]], {}, "a group of lists of unlike lengths; expected whole numbers"),
+        (None, {}, "groups of type NoneType; expected a sequence"),
+        ((g for g in [[0]]), {}, "groups of type generator; expected a sequence"),
+        ([[0]], {"columns": [np.ones(5)]}, "columns of type list; expected a dict"),
+        ([[0]], {"columns": {3: np.ones(5)}}, "a column 3; expected a string for its name"),
+        ([[0]], {"columns": {"rank": ["x"] * 5}}, "a column rank of dtype <U1; expected one number for each of the 5"),
+        ([[0]], {"columns": {"rank": None}}, "a column rank of dtype object; expected one number"),
+        ([[0]], {"columns": {"rank": np.full(5, 1j)}}, "a column rank of dtype complex128; expected one number"),
+        ([[0]], {"columns": {"rank": [[1], [1, 2]]}}, "a column rank of lists of unlike lengths; expected one number"),
+        ([[0]], {"companions": np.ones(5)}, "companions of dtype float64; expected an index"),
     ],
 )
 def test_an_answer_that_does_not_fit_is_refused(groups, others, message):
     with pytest.raises(UserError, match=f"^Answering.prepare gives {message}"):
         answer(episodes(5), groups, **others)
+
+
+@pytest.mark.parametrize("found", [None, np.arange(5)[:, None], [[0]]])
+def test_what_is_no_selection_is_refused(found):
+    with pytest.raises(UserError, match=f"^Answering.prepare gives {type(found).__name__}; expected a Selection"):
+        selected(Answering(found), episodes(5))
+
+
+def test_lists_are_taken_as_arrays_are():
+    members = episodes(3)
+    answer(members, ([0, 2], (1,)), columns={"rank": [1, 2, 3]}, companions=[1, -1, 0])
+    assert members[1].columns["rank"][0] == 2.0 and members[1].companion is None and members[0].companion is not None
+
+
+def test_companions_that_nothing_reads_are_refused():
+    class Unread(Answering):
+        companion_sums = Objective.companion_sums
+
+    with pytest.raises(UserError, match="gives companions, and has no companion_sums, which reads them"):
+        selected(Unread(Selection([[0]], companions=np.zeros(3, np.int64))), episodes(3))
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39, -1e300, 2**24 + 1, -(2**40)])
+def test_a_column_that_float32_does_not_hold_is_refused_with_its_row(value, per_token):
+    members = episodes(4)
+    lengths = [len(e.completion_ids) for e in members]
+    values = np.zeros(sum(lengths) if per_token else 4, dtype=type(value))
+    values[sum(lengths[:2]) if per_token else 2] = value
+    expected = (
+        rf"a column rank with {re.escape(str(values.dtype.type(value)))} for {re.escape(members[2].source)}; expected"
+    )
+    with pytest.raises(UserError, match=expected):
+        answer(members, [[0]], columns={"rank": values})
 
 
 def test_groups_of_another_size_than_declared_are_refused():

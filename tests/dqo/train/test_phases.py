@@ -76,6 +76,17 @@ def made(*its_phases, base=DRO):
         (made(Phase("a"), Phase("b")), "phase 'a' of Made has no number of steps, so that phase 'b' would never begin"),
         (made(Phase("a", -1), Phase("b")), "phase 'a' of Made has -1 steps"),
         (made(Phase("a", float("nan")), Phase("b")), "phase 'a' of Made has nan steps"),
+        (made(Phase("a", 2.5), Phase("b")), "phase 'a' of Made has 2.5 steps; expected a whole number of at least 0"),
+        (made(Phase("a", "3"), Phase("b")), "phase 'a' of Made has '3' steps"),
+        (made(Phase("a", True), Phase("b")), "phase 'a' of Made has True steps"),
+        (
+            made(Phase("a", 1), Phase("b", 1), Phase("a")),
+            "phase 'a' of Made: expected a string for its name, and another",
+        ),
+        (made(Phase(3, 1), Phase("a")), "phase 3 of Made: expected a string for its name"),
+        (made(Phase("a", 1, "critic"), Phase("b")), "phase 'a' of Made: trains is 'critic'; expected a tuple, such as"),
+        (made(Phase("a", refreshes="reference")), "phase 'a' of Made: refreshes is 'reference'; expected a tuple"),
+        (made(("a", 1)), "the phases of Made are no tuple of Phase"),
         (made(Phase("a", 1, ()), Phase("b")), "phase 'a' of Made trains nothing; there is policy and critic"),
         (made(Phase("a", 1, ("actor",)), Phase("b")), "phase 'a' of Made trains actor; there is policy and critic"),
         (made(Phase("a", 1, ("critic",)), Phase("b"), base=SFT), "phase 'a' of Made trains critic; there is policy"),
@@ -86,6 +97,38 @@ def test_phases_that_cannot_be_run_are_refused_in_one_line(objective, message):
     with pytest.raises(UserError) as caught:
         phases.check_phases(objective, 0.0)
     assert str(caught.value).startswith(message) and len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("answer", [None, Phase("a"), (p for p in [Phase("a")])])
+def test_phases_that_are_no_tuple_are_refused(answer):
+    class Odd(DRO):
+        def phases(self, value_warmup):
+            return answer
+
+    with pytest.raises(UserError, match="the phases of Odd are no tuple of Phase"):
+        phases.check_phases(Odd(), 0.0)
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        [Phase("c", 2, ("critic",)), Phase("p")],
+        [Phase("a", 2, ("critic",)), Phase("p")],
+        [Phase("c", 2, ("critic",)), Phase("b")],
+        [Phase("a", 2), Phase("c", 1), Phase("b")],
+        [Phase("b", 2), Phase("a")],
+        [Phase("a")],
+    ],
+)
+def test_a_run_goes_on_in_the_phases_that_it_had_or_not_at_all(now):
+    then = {"a": 0, "b": 2}
+    for steps in (0, 1, 2, 9):  # where they begin is known
+        assert [s.begin for s in phases.stretches(made(Phase("a", steps), Phase("b")), 0, 4, then)] == [0, 2]
+    names = ", ".join(phase.name for phase in now)
+    with pytest.raises(
+        UserError, match=f"^the phases of Made were a, b in the checkpoint and are {names} now; put them"
+    ):
+        phases.stretches(made(*now), 0, 4, then)
 
 
 def run(files, **changes):
