@@ -1,14 +1,18 @@
 """README.md, CONTRIBUTING.md and docs/: their form, their links, the paths and modules that they name; their Python is run."""
 
+import ast
 import importlib
 import re
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from tests.dqo.conftest import files  # noqa: F401
+from tests.dqo.objectives.packed import stats_of
 from tests.pages import CONTRIBUTING, DOCS, PAGES, PYPROJECT, README, ROOT, blocks, each_page, named, prose, source_of
 
 # -------------------------------------------------------------------------------------------------------------- pages
@@ -137,34 +141,72 @@ def loss_of_ones_own(written: str, files: Path, capsys) -> None:  # noqa: F811
 
 
 def objective_of_the_recipe(written: str, files: Path, capsys) -> None:  # noqa: F811
-    from dqo_kernels import TokenStats
-
     names = {"__name__": "recipe"}
     exec(written, names)
+    prompts = types.SimpleNamespace(prompt=np.array([4, 7, 4, 9]))
+    assert names["REBEL"]().prepare(prompts).groups.tolist() == [[0, 2]]
     logprobs = -torch.rand(7, dtype=torch.float64).requires_grad_()
     rows, ends = {"ref_logprobs": -torch.rand(7, dtype=torch.float64)}, [0, 1, 3, 6, 7]
-    loss, metrics = names["IPO"](beta=0.3)(TokenStats(logprobs, None, None), rows, torch.tensor(ends))
-    ratio = logprobs - rows["ref_logprobs"]
-    better, worse, *other = [sum(ratio[a:b]) for a, b in zip(ends, ends[1:])]
-    expected = (better - worse - 1 / 0.6) ** 2 + (other[0] - other[1] - 1 / 0.6) ** 2
-    torch.testing.assert_close(loss, expected)
-    assert metrics["rewards/margins"][1] == 2
+    rows |= {"rewards": torch.rand(7, dtype=torch.float64), "label": torch.ones(7)}
+    loss, metrics = names["REBEL"](beta=0.3)(stats_of(logprobs), rows, torch.tensor(ends))
+    fitted = 0.3 * (logprobs - rows["ref_logprobs"]) - rows["rewards"]
+    a, b, c, d = [sum(fitted[begin:end]) for begin, end in zip(ends, ends[1:])]
+    torch.testing.assert_close(loss, (a - b) ** 2 + (c - d) ** 2)
+    assert metrics["rebel/error_abs_mean"][1] == 2
+
+
+def its_test(written: str, files: Path, capsys) -> None:  # noqa: F811
+    names: dict = {}
+    exec(written, names)
+    names["test_the_loss_of_one_pair_by_hand"]()
 
 
 RUNS = {
     "DQOTrainer(": train_from_python,
     "= soft_bellman_loss(": loss_of_logits,
     "linear_row_loss(": loss_of_ones_own,
-    "class IPO(": objective_of_the_recipe,
+    "class REBEL(": objective_of_the_recipe,
+    "def test_the_loss": its_test,
 }
 PYTHON = [(page, text) for page in PAGES for text in blocks(page, "python")]
+COPIES = {text.splitlines()[0][2:]: text for _, text in PYTHON if text.startswith("# ")}  # {file: what is shown of it}
+WHOLE = [(page, text) for page, text in PYTHON if text not in COPIES.values() or any(mark in text for mark in RUNS)]
 
 
-@pytest.mark.parametrize("page, written", PYTHON, ids=[f"{page.name}-{i}" for i, (page, _) in enumerate(PYTHON)])
+@pytest.mark.parametrize("page, written", WHOLE, ids=[f"{page.name}-{i}" for i, (page, _) in enumerate(WHOLE)])
 def test_python_runs_as_it_is_written(page, written, files, monkeypatch, capsys):  # noqa: F811
     (run,) = [run for mark, run in RUNS.items() if mark in written]
     monkeypatch.chdir(files)
     run(written, files, capsys)
+
+
+def statements(text: str) -> list[str]:
+    """Lines of code in one form: without comments and empty lines, an import for each name."""
+    found = []
+    for line in ast.unparse(ast.parse(text)).splitlines():
+        head, imported, names = line.partition(" import ")
+        is_import = head.lstrip().startswith("from ") and imported
+        found += [head + imported + name for name in names.split(", ")] if is_import else [line] if line else []
+    return found
+
+
+@pytest.mark.parametrize("path", COPIES)
+def test_code_under_the_name_of_a_file_is_taken_from_it_in_its_order(path):
+    left = iter(statements((ROOT / path).read_text()))
+    assert not [line for line in statements(COPIES[path]) if line not in left]
+
+
+def test_each_recipe_shows_code_of_the_package():
+    shown = {path for path, text in COPIES.items() if text in CONTRIBUTING.read_text()}
+    assert {Path(path).parts[0] for path in shown} == {"dqo", "dqo_kernels", "tests"} and len(shown) >= 4
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "methods.md"], ids=lambda page: page.name)
+def test_a_table_lists_every_method(page):
+    from dqo.objectives import OBJECTIVES
+
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| ") and "dqo/objectives/" in line]
+    assert sorted(re.search(r"`(\w+)`", row)[1] for row in rows) == sorted(OBJECTIVES)
 
 
 def test_the_readme_shows_each_of_the_two_packages():

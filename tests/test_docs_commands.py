@@ -91,7 +91,7 @@ def test_the_objective_of_the_recipe_trains_from_a_module_of_ones_own(place):
     (written,) = [text for text in blocks(CONTRIBUTING, "python") if "(Objective)" in text]
     Path("recipe.py").write_text(written)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{place}"}
-    arguments = "--method recipe:IPO --dataset_name rollouts.jsonl --model_name_or_path model --max_steps 2 --use_cpu"
+    arguments = "--method recipe:REBEL --dataset_name rollouts.jsonl --model_name_or_path model --max_steps 2 --use_cpu"
     command = [sys.executable, "-m", "dqo", "train", *arguments.split(), "--output_dir", "new"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
