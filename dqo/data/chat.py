@@ -56,7 +56,7 @@ def clock_at(when: datetime.datetime | None) -> Iterator[None]:
             return when
 
     clock = chat_template_utils.datetime
-    module: Any = chat_template_utils
+    module: Any = chat_template_utils  # its name `datetime` is a class, which types do not let be replaced
     clock, module.datetime = module.datetime, Stopped
     try:
         yield

@@ -29,7 +29,7 @@ class Row:
 
     prompt: str | list[dict]
     completion: str | list[dict]  # of the prompt's kind; messages: one, of the assistant
-    # None only in rows that a caller makes and `read_rows` has not read yet
+    # None only before `read_rows` has read a row that a caller made: typed as what all other code sees
     reward: float = None  # type: ignore[assignment]  # of the outcome alone
     label: bool = None  # type: ignore[assignment]
     steps: list[tuple[int, int]] | None = None  # character spans that cover the completion

@@ -100,6 +100,7 @@ def _problems(selection: Any, objective: Objective, columns: Columns) -> Iterato
         found = _array(group, "iu")
         if isinstance(found, str):
             yield f"a group of {found}; expected whole numbers, the indices of {expected}"
+            continue
         if found.ndim != 1 or not len(found) or size not in (None, len(found)):
             yield f"a group of shape {found.shape}; expected the indices of {expected}"
         if found.min() < 0 or found.max() >= n:
@@ -130,6 +131,7 @@ def _column_problems(name: str, values: Any, columns: Columns) -> Iterator[str]:
         yield (
             f"a column {name} of {what}; expected one number for each of the {n} responses, or for each of their {tokens} tokens"
         )
+        return
     bounds = np.float64(2**24 if found.dtype.kind in "iu" else np.finfo(np.float32).max)
     wrong = np.flatnonzero(~(np.abs(found.astype(np.float64)) <= bounds))
     if len(wrong):

@@ -42,12 +42,10 @@ def read_records(source: Any) -> tuple[str, list[Record], list[BadRow]]:
         raise UserError(f"the name of a rollout file {problem}")
     path = Path(source)
     if not path.exists():
-        at_hub = isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix not in _SUFFIXES
-        if (
-            isinstance(source, str) and at_hub and not path.parent.is_dir()
-        ):  # in a folder that is there: a misspelt file
+        in_folder = path.parent.is_dir()  # where it is a misspelt file
+        if isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix not in _SUFFIXES and not in_folder:
             return source, *_from_hub(source)
-        siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        siblings = [p.name for p in path.parent.glob("*")] if in_folder else []
         raise UserError(f"{path}: no such file.{did_you_mean(path.name, siblings)} Expected a .jsonl or .parquet file")
     if path.is_dir():
         return path.name, *_from_saved(path)

@@ -33,7 +33,8 @@ def name_trunk(model: PreTrainedModel) -> PreTrainedModel:
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """Evaluation mode for good, `model.train()` included: dropout, dropped layers, routers' noise and whatever else a class draws
     in training mode, under whatever name its configuration has it. Gradients do not depend on the mode."""
-    model.train = MethodType(_stay_in_evaluation_mode, model)  # type: ignore[method-assign]  # a bound method, so that a copy has one of its own
+    # a bound method, so that a copy has one of its own
+    model.train = MethodType(_stay_in_evaluation_mode, model)  # type: ignore[method-assign]
     return model.train()
 
 

@@ -147,9 +147,8 @@ def save_value_model(value_model: nn.Module, state: dict[str, Tensor], directory
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, directory / HEAD_FILE)
         return
     with torch.device("meta"):
-        plain: Any = type(value_model)(
-            value_model.config
-        )  # without adapters or shards: only its names and config are used
+        # without adapters or shards: only its names and config are used
+        plain: Any = type(value_model)(value_model.config)
         plain.to(next(iter(state.values())).dtype)
     plain.save_pretrained(directory, state_dict=state)
 

@@ -317,7 +317,7 @@ def test_how_much_is_trained_on_and_held_out_is_printed(files, capsys):
     rows = [json.loads(line) for line in (files / "rollouts.jsonl").read_text().splitlines()]
     finished = run(files, max_steps=1)
     printed = capsys.readouterr().out.splitlines()
-    held_out = {e.source for e in finished.prepared.held_out}
+    held_out = {e.source for group in finished.prepared.held_out for e in group}
     counts = {"training on": [], "held out": []}
     for i, row in enumerate(rows):
         counts["held out" if f"rollouts.jsonl:{i + 1}" in held_out else "training on"].append(row)
