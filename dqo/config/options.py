@@ -246,7 +246,7 @@ def _objective_class(arguments: list[str], from_files: dict[str, tuple[Any, str]
     its_class = objective_class(str.__str__(name), source, taken)
     for f in dataclasses.fields(its_class):
         if f.default is not dataclasses.MISSING:
-            _checked(its_class, f.name, f.default, f"method {name} (from {source}): the default of")
+            _checked(its_class, f.name, f.default, f"method {name} (from {source}), default")
     return its_class
 
 
@@ -254,7 +254,7 @@ def _checked(cls: type, name: str, value: Any, source: str) -> Any:
     try:
         return typed(get_type_hints(cls)[name], value)
     except TypeError as error:
-        raise UserError(f"{source}{'' if source.endswith(' of') else ':'} {name} {error}") from error
+        raise UserError(f"{source}: {name} {error}") from error
 
 
 def _resolve(its_class: type[Objective], given: dict[str, tuple[Any, str]]) -> tuple[TrainConfig, Objective]:
