@@ -249,7 +249,11 @@ def _objective_class(arguments: list[str], from_files: dict[str, tuple[Any, str]
     if not isinstance(name, str):
         raise UserError(f"method must be one of {', '.join(OBJECTIVES)}, got {brief(name)} (from {source})")
     taken = {"config", "help", *(f.name for f in dataclasses.fields(TrainConfig))}
-    return objective_class(str.__str__(name), source, taken)
+    its_class = objective_class(str.__str__(name), source, taken)
+    for f in dataclasses.fields(its_class):
+        if f.default is not dataclasses.MISSING:
+            _checked(its_class, f.name, f.default, f"method {name} (from {source}), default")
+    return its_class
 
 
 def _checked(cls: type, name: str, value: Any, source: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -148,6 +149,20 @@ def _set_columns(selection: Selection, episodes: list[Episode], length: np.ndarr
         on_tokens = values if len(values) != len(episodes) else np.repeat(values, length)
         for e, piece in zip(episodes, np.split(on_tokens, length.cumsum()[:-1])):
             e.columns[name] = piece
+
+
+def selection_fingerprint(groups: list[Group]) -> str:
+    """sha256 of what the objective made of the data: the sizes of its groups, its columns and its companions. The responses
+    themselves, in the order of the groups, are in `episodes.fingerprint`."""
+    digest = hashlib.sha256()
+    for group in groups:
+        digest.update(np.int64(len(group)).tobytes())
+        for e in group:
+            for name, values in sorted(e.columns.items()):
+                digest.update(name.encode() + values.tobytes())
+            if e.companion is not None:
+                digest.update(np.asarray(e.companion.completion_ids, np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def mismatched(episode: Episode, other: Episode, longest: int) -> Episode:

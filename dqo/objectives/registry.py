@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import inspect
 import pkgutil
 import sys
 import types
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import dqo.objectives
@@ -94,6 +96,17 @@ def objective_class(method: str, source: str = "", taken: Collection[str] = ()) 
     return found
 
 
+def source_of(cls: type[Objective]) -> str | None:
+    """sha256 of the file of a class of another package; None for those of this one, which have a version,
+    and where there is no file."""
+    if cls in OBJECTIVES.values():
+        return None
+    try:
+        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        return None
+
+
 def _imported(name: str, named: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
@@ -129,6 +142,10 @@ def _problems(cls: Any, taken: Collection[str]) -> Iterator[str]:
             yield f"has the field {name} without a default"
         if name in taken:
             yield f"has the field {name}, which is an option of training too; name it otherwise"
+        if hasattr(Objective, name):
+            yield f"has the field {name}, which every objective answers itself; name it otherwise"
+        if not its_field.init:
+            yield f"has the field {name} with init=False, which no option could set; make it a ClassVar"
         if not _is_option(hints[name]):
             yield (
                 f"has the field {name} of a type that no option has: use bool, int, float, str, Literal[...], one of them or "

@@ -46,6 +46,7 @@ from dqo.train.parallel import like, load_whole_state, whole, whole_state
 from dqo.train.resume import (
     CONFIGURATIONS,
     LATER,
+    changed_source,
     check_configurations,
     default_values,
     option_differences,
@@ -322,8 +323,10 @@ def claim_output(options: Options, identity: dict, processes: Processes) -> Path
             logger.warning("%s. It is now %s; going on from %s", message, put_away(path), chosen)
         for path in left_behind(checkpoints(output_dir), chosen):
             logger.warning("%s is behind %s and is not used: it is now %s", path, chosen, put_away(path, "left"))
-        if chosen is not None and (line := taken_options(options, chosen)):
-            logger.warning(line)
+        if chosen is not None:
+            said = taken_options(options, chosen), changed_source(options, chosen, read_state(chosen))
+            for line in filter(None, said):
+                logger.warning(line)
         write_whole(output_dir / "config.yaml", dump_options(options).encode())
     processes.barrier()
     return chosen

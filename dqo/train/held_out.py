@@ -17,7 +17,7 @@ from dqo.data.episodes import Episode
 from dqo.models.policy import policy_stats
 from dqo.objectives.base import Objective
 from dqo.objectives.sums import sequence_sums
-from dqo.processes import Processes, add_over_processes, gather_objects
+from dqo.processes import Processes, gather_objects
 from dqo.stats import auc
 from dqo.train import metrics
 from dqo.train.engine import Engine, Planned
@@ -52,7 +52,7 @@ def held_out_metrics(
         more |= {"loss": torch.stack([loss, loss.new_tensor(units)])} | metrics.of_batch(batch)
         sums = metrics.add(sums, more if counts else metrics.none_of(more))
         prediction_step(batches)
-    found = metrics.finish(add_over_processes(sums, engine.processes))
+    found = metrics.finish(metrics.over_processes(sums, engine.processes))
     result = {f"eval_{name}": value for name, value in found.items()}
     if engine.learner.value_model is not None:
         once = distinct(groups)

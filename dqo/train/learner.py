@@ -87,7 +87,7 @@ def objective_sums(
         head |= _reference_head(learner, batch)
 
     def row_loss(stats, rows, cu_seqlens):
-        loss, sums = objective(stats, rows, cu_seqlens)
+        loss, sums = metrics.checked(objective(stats, rows, cu_seqlens), type(objective).__name__)
         return loss, sums | metrics.common(stats, rows)
 
     loss, sums = linear_row_loss(

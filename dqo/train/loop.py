@@ -31,7 +31,7 @@ from dqo.data.rows import Row, prompt_key
 from dqo.errors import UserError
 from dqo.models.critic import load_critic
 from dqo.models.policy import load_policy
-from dqo.processes import add_over_processes, start
+from dqo.processes import start
 from dqo.train import checkpoint, metrics, optim, phases
 from dqo.train.callbacks import Callbacks, check_callbacks
 from dqo.train.damage import fault, loading
@@ -254,7 +254,7 @@ class Trainer:
         self.callbacks.saved()
 
     def _window(self) -> dict[str, torch.Tensor]:
-        return add_over_processes(self.window, self.processes)
+        return metrics.over_processes(self.window, self.processes)
 
     def run(self, description: str) -> dict[str, float]:
         """All steps that are left; returns the held-out metrics after the last, or of the best.

@@ -20,6 +20,7 @@ from dqo.data.batches import Batch
 from dqo.errors import UserError
 from dqo.files import write_whole, writing
 from dqo.objectives.sums import mean_metric
+from dqo.processes import Processes, add_over_processes, gather_objects
 from dqo.train.damage import put_away
 from dqo_kernels import TokenStats
 
@@ -68,6 +69,50 @@ def common(stats: TokenStats, rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return metrics
 
 
+# Of `common`, `of_batch` and the step; what an objective gave under these names would be lost.
+_OWN = {"loss", "entropy", "kl", "router_aux_loss"}
+_OWN |= {"completions/mean_length", "completions/clipped_ratio", "data/padding_frac"}
+
+
+def checked(returned: Any, name: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the objective of this name returns: (loss_sum, metrics).
+
+    Raises:
+        UserError: when it is something else, or a metric that does not add up or has a name of ours.
+    """
+    what = f"{name}.__call__ gives"
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise UserError(f"{what} {_shape(returned)}; expected (loss_sum, metrics), a scalar tensor and a dict")
+    loss, sums = returned
+    if not isinstance(loss, Tensor) or loss.dim():
+        raise UserError(f"{what} a loss of {_shape(loss)}; expected a scalar tensor, the sum over the units")
+    if not isinstance(sums, dict):
+        raise UserError(f"{what} metrics of {_shape(sums)}; expected a dict, {{}} for none")
+    for metric, value in sums.items():
+        if not isinstance(value, Tensor) or value.shape != (2,):
+            raise UserError(f"{what} the metric {metric} of {_shape(value)}; expected a tensor (2,), [sum, count]")
+        if metric in _OWN or metric.endswith(("/min", "/max")):
+            raise UserError(f"{what} the metric {metric}; this name is the trainer's: name it otherwise")
+        if metric.endswith("/mean_square") and metric.removesuffix("_square") not in sums:
+            raise UserError(
+                f"{what} the metric {metric} without {metric.removesuffix('_square')}, which it is centred by"
+            )
+    return loss, sums
+
+
+def _shape(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+
+
+def over_processes(sums: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """Sums of all processes, also of names that only some have: an objective may leave a metric out where no response asks it."""
+    shapes = {name: value.shape for name, value in sums.items()}
+    everywhere = dict(sorted(gather_objects(list(shapes.items()), processes)))
+    device = next((value.device for value in sums.values()), processes.device)
+    missing = {n: torch.zeros(shape, device=device) for n, shape in everywhere.items() if n not in sums}
+    return add_over_processes(sums | none_of(missing), processes)
+
+
 def pair_counts(pair: float | list[float]) -> bool:
     return math.isfinite(pair) if isinstance(pair, float) else pair[1] > 0
 
@@ -87,7 +132,7 @@ def finish(sums: dict[str, Tensor]) -> dict[str, float]:
     if "advantages" in variances:
         means["advantages/std"] = variances["advantages"] ** 0.5
     means.pop("value_error/mean", None)
-    if variances.get("returns", 0.0) > 0:
+    if variances.get("returns", 0.0) > 0 and "value_error" in variances:
         means["value/explained_variance"] = 1.0 - variances["value_error"] / variances["returns"]
     if "rewards/chosen" in means and "rewards/rejected" in means and "rewards/margins" not in means:
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]

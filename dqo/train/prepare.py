@@ -22,7 +22,7 @@ from dqo.data.chat import reads_clock
 from dqo.data.ends import ends_of
 from dqo.data.episodes import Episode, fingerprint, make_episodes
 from dqo.data.rows import Row, check_process_reward
-from dqo.data.selection import selected
+from dqo.data.selection import selected, selection_fingerprint
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.architecture import recompute_activations
@@ -49,7 +49,7 @@ from dqo.reference.columns import add_reference, check_agreement, warn_about_beh
 from dqo.train.checkpoint import claim_output, save_base
 from dqo.train.inputs import Given, read
 from dqo.train.learner import Learner
-from dqo.train.resume import TRAINED_END, adapter_fields, found_state, stored_derived
+from dqo.train.resume import OF_OBJECTIVE, TRAINED_END, adapter_fields, found_state, stored_derived
 from dqo_kernels import TokenStats
 
 logger = logging.getLogger(__name__)
@@ -178,6 +178,8 @@ def prepare(
         "responses or pairs a step": per_step,
         "options": json.loads(json.dumps(options_that_bind)),  # as a checkpoint gives them back
     }
+    answers = selection_fingerprint(groups), objective.unit, objective.value_kind
+    identity |= dict(zip(OF_OBJECTIVE, answers, strict=True))
     if given.peft_config is not None:
         identity["options"] |= described(given.peft_config)
     its_ends = ends_of(tokenizer, stop_ids(given.model or config.model_path), not isinstance(train_rows[0].prompt, str))

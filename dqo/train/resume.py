@@ -17,7 +17,7 @@ from typing import Any
 from dqo.config.lora import PREFIX
 from dqo.config.options import Options, TrainConfig, options_of
 from dqo.errors import UserError
-from dqo.objectives.registry import objective_class
+from dqo.objectives.registry import objective_class, source_of
 from dqo.train.damage import checkpoints, read_state
 from dqo.train.phases import Stretch
 
@@ -29,7 +29,9 @@ PLACE = {"output_dir", "resume_from_checkpoint", "dry_run", "use_cpu", "fsdp", "
 NAMED = ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "eval_dataset_name")
 CONFIGURATIONS = ("configuration", "reference configuration")  # of the models, among a run's identity
 TRAINED_END = "trained end token"
-LATER = {*CONFIGURATIONS, TRAINED_END}  # what the identity of earlier checkpoints lacks
+# What the objective says of itself; another version of a class may say something else under the same options.
+OF_OBJECTIVE = ("groups, columns and companions", "unit of the loss", "value model")
+LATER = {*CONFIGURATIONS, TRAINED_END, *OF_OBJECTIVE}  # what the identity of earlier checkpoints lacks
 _PACKAGES = ("dqo", "torch", "transformers", "peft")
 
 
@@ -59,6 +61,7 @@ def stored_options(options: Options, warmup: int, stretches: list[Stretch], save
     begins = {stretch.phase.name: stretch.begin for stretch in stretches}
     derived = {"warmup": warmup, "phases": begins, "save_dtype": dtype}
     kept = {"options": options.flat(), "defaults": default_values(options), "derived": derived}
+    kept["objective source"] = source_of(type(options.objective))
     return json.loads(json.dumps(kept))
 
 
@@ -111,6 +114,14 @@ def taken_options(options: Options, checkpoint: Path) -> str | None:
     silent = {*options.sources, *NAMED, *PLACE}
     told = ", ".join(f"{n} {v!r}" for n, v in options.flat().items() if n not in silent and v != usual[n])
     return f"going on under options of {checkpoint}, which nothing gives now: {told}" if told else None
+
+
+def changed_source(options: Options, checkpoint: Path, state: dict) -> str | None:
+    """A line on an objective of another package whose file is no longer what it was."""
+    then, now = state.get("objective source"), source_of(type(options.objective))
+    if then in (None, now):
+        return None
+    return f"the file of {options.train.method} has changed since {checkpoint}: the run goes on with what it says now"
 
 
 def option_differences(checkpoint: Path, state: dict, new: dict, defaults: dict) -> list[str]:

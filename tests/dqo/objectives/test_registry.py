@@ -171,6 +171,20 @@ FIELD = "    factor: float = 2.0"
             "Mine",
             "the unit 'pair'; it is one of token, resp",
         ),
+        (CLASS.replace(FIELD, "    factor: float = 'a'"), "Mine", "default: factor must be float, got 'a'"),
+        (CLASS.replace(FIELD, "    factor: int = 0.5"), "Mine", "default: factor must be int, got 0.5"),
+        (CLASS.replace(FIELD, "    factor: int = None"), "Mine", "default: factor must be int, got None"),
+        (
+            "from typing import Literal" + CLASS.replace(FIELD, "    factor: Literal['a', 'b'] = 'c'"),
+            "Mine",
+            r"default: factor must be Literal\['a', 'b'\], got 'c'",
+        ),
+        (
+            "from dataclasses import field"
+            + CLASS.replace(FIELD, "    factor: float = field(default=2.0, init=False)"),
+            "Mine",
+            "Mine has the field factor with init=False, which no option could set",
+        ),
     ],
 )
 def test_what_is_no_objective_is_refused_in_one_line(module, text, name, message):
@@ -182,6 +196,18 @@ def test_what_is_no_objective_is_refused_in_one_line(module, text, name, message
         with pytest.raises(UserError, match=message) as caught:
             attempt()
         assert len(str(caught.value).splitlines()) == 1 and f"(from {source})" in str(caught.value)
+
+
+ANSWERS = [name for name in vars(Objective) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_no_field_takes_the_place_of_an_answer(module, name):
+    assert len(ANSWERS) > 15
+    text = CLASS.replace(FIELD, f"    {name}: str = 'token'")
+    method = f"{module(text)}:Mine"
+    with pytest.raises(UserError, match=f"Mine has the field {name}, which every objective answers itself; name it"):
+        objective_class(method)
 
 
 def test_a_module_that_is_nowhere_is_named_with_the_cure():

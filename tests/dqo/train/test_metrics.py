@@ -3,10 +3,12 @@ import json
 import pytest
 import torch
 
+from dqo.data.batches import collate
 from dqo.errors import UserError
 from dqo.objectives.sums import moments, response_metrics, sequence_means, sequence_sums
 from dqo.train import metrics
 from dqo_kernels import TokenStats
+from tests.dqo.helpers import episodes
 
 
 def test_means_of_micro_batches_add_by_their_counts():
@@ -51,6 +53,45 @@ def test_the_logged_kl_is_zero_at_the_reference_and_positive_elsewhere():
 
     assert kl([-1.0, -2.0]) == 0
     assert kl([-1.5, -2.0]) > 0 and kl([-0.5, -2.0]) > 0
+
+
+ONE, PAIR = torch.tensor(1.0), torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        (ONE, r"shape \(\); expected \(loss_sum, metrics\)"),
+        (None, r"type NoneType; expected \(loss_sum, metrics\)"),
+        ((ONE, {}, {}), r"type tuple; expected \(loss_sum, metrics\)"),
+        ((1.0, {}), "a loss of type float; expected a scalar tensor"),
+        ((PAIR, {}), r"a loss of shape \(2,\); expected a scalar tensor"),
+        ((ONE, None), "metrics of type NoneType; expected a dict"),
+        ((ONE, {"a": 1.0}), "the metric a of type float; expected a tensor"),
+        ((ONE, {"a": ONE}), r"the metric a of shape \(\); expected a tensor \(2,\)"),
+        ((ONE, {"a": torch.ones(3)}), r"the metric a of shape \(3,\); expected"),
+        ((ONE, {"a/min": PAIR}), "the metric a/min; this name is the trainer's"),
+        ((ONE, {"a/max": PAIR}), "the metric a/max; this name is the trainer's"),
+        ((ONE, {"a/mean_square": PAIR}), "the metric a/mean_square without a/mean, which it is centred by"),
+    ],
+)
+def test_what_an_objective_gives_is_checked(returned, message):
+    with pytest.raises(UserError, match=f"^Mine.__call__ gives {message}"):
+        metrics.checked(returned, "Mine")
+
+
+def test_no_metric_of_an_objective_has_a_name_of_ours():
+    stats = TokenStats(torch.zeros(2), torch.zeros(2), torch.zeros(2))
+    batch = collate(episodes(2), 0)
+    ours = metrics.common(stats, {"ref_logprobs": torch.zeros(2)}) | metrics.of_batch(batch) | {"loss": PAIR}
+    for name in [*ours, "router_aux_loss"]:
+        with pytest.raises(UserError, match=f"gives the metric {name}; this name is the trainer's"):
+            metrics.checked((ONE, {name: PAIR}), "Mine")
+    assert metrics.checked((ONE, moments("a", PAIR)), "Mine")[0] is ONE
+
+
+def test_returns_without_an_error_of_values_explain_nothing():
+    assert "value/explained_variance" not in metrics.finish(moments("returns", torch.arange(4.0)))
 
 
 def test_sequence_sums_stay_inside_their_sequence():

@@ -3,6 +3,8 @@ on two of them, killed and gone on with."""
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +17,8 @@ from dqo import DQOConfig, DQOTrainer
 from dqo.config.options import load_options
 from dqo.errors import UserError
 from dqo.train.checkpoint import checkpoints, read_state
-from dqo.train.loop import train
-from tests.dqo.helpers import arguments
+from dqo.train.loop import begin, train
+from tests.dqo.helpers import arguments, policy, rollout_rows, tokenizer
 
 ROOT = Path(__file__).parents[3]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -145,6 +147,68 @@ def test_a_class_trains_from_python(outside):
     trainer.train()
     assert args.method == METHOD and f"method: {METHOD}" in (outside / "out" / "config.yaml").read_text()
     assert "Listwise" in (outside / "out" / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A folder with a run of LISTWISE that was stopped after step 2 of 4."""
+    from dqo.models.new import save
+
+    folder = tmp_path_factory.mktemp("half")
+    save(policy(), tokenizer(), folder / "model")
+    rows = rollout_rows(prompts=6)
+    (folder / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.MonkeyPatch.context() as patch:
+        change(folder, patch)
+        train(load_options(options(folder, max_steps=4, save_steps=2)))
+    shutil.rmtree(folder / "out" / "checkpoint-4")
+    yield folder
+    sys.modules.pop("listwise", None)
+
+
+def change(folder, monkeypatch, old="", new=""):
+    """Writes the module again, with `new` for `old`."""
+    assert old in LISTWISE
+    (folder / "changed").mkdir(exist_ok=True)
+    path = folder / "changed" / "listwise.py"
+    path.write_text(LISTWISE.replace(old, new) if old else LISTWISE)
+    shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)
+    monkeypatch.syspath_prepend(str(path.parent))
+    sys.modules.pop("listwise", None)
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("for rows in groups:", "for rows in (groups := groups[::-1]):", "data: "),
+        (
+            "Selection(groups, {",
+            "Selection([r[i : i + 1] for r in groups for i in range(len(r))], {",
+            "groups, columns and companions: ",
+        ),
+        ("rank[rows] = 1 +", "rank[rows] = 2 +", "groups, columns and companions: "),
+        ("np.roll(np.arange(len(rank)), 1)", "np.roll(np.arange(len(rank)), 2)", "groups, columns and companions: "),
+        ('= "group"', '= "response"', "unit of the loss: group then, response now"),
+        ("def phases", "value_kind = 'head'\n\n    def phases", "value model: separate then, head now"),
+        (
+            'Phase("critic", 0.25',
+            'Phase("value", 0.25',
+            "the phases of Listwise were critic, policy .* are value, policy now",
+        ),
+    ],
+)
+def test_a_changed_class_whose_run_would_be_another_is_refused(half, monkeypatch, old, new, message):
+    change(half, monkeypatch, old, new)
+    with pytest.raises(UserError, match=message):
+        begin(load_options(options(half, max_steps=4, save_steps=2)))
+
+
+@pytest.mark.parametrize("new, said", [("- 2.0 * (share", True), ("- (share", False)])
+def test_a_run_goes_on_with_a_changed_loss_and_says_so(half, monkeypatch, caplog, new, said):
+    change(half, monkeypatch, "- (share", new)
+    begin(load_options(options(half, max_steps=4, save_steps=2)))
+    expected = f"the file of {METHOD} has changed since .*checkpoint-2: the run goes on with what it says now"
+    assert [bool(re.match(expected, r.getMessage())) for r in caplog.records].count(True) == said
 
 
 @pytest.mark.slow
