@@ -13,7 +13,7 @@ from torch import Tensor
 from dqo_kernels import lambda_return, linear_row_loss, soft_bellman, soft_bellman_loss, token_stats
 from dqo_kernels.core import dispatch
 
-VALUE_BOUND = 2e-6  # |error| <= VALUE_BOUND * (1 + |value|); README
+VALUE_BOUND = 2e-6  # |error| <= VALUE_BOUND * (1 + |value|); docs/verification.md
 GRADIENT_BOUND = 2e-5  # of the largest entry of the gradient
 
 

@@ -1,4 +1,4 @@
-// The few things that kernels ask of the machine, by name: an NVIDIA GPU here. tests/kernels/cuda_emulation.h has the same names
+// The few things that kernels ask of the machine, by name: an NVIDIA GPU here. tests/kernels/emulation/cuda_emulation.h has the same names
 // for the CPU, where the same kernel sources are run and checked.
 #pragma once
 
