@@ -3,9 +3,9 @@
     pytest benchmarks/trainer/bench_train_step.py --benchmark-only
 
 A Qwen2 with a vocabulary of 151,936 and random weights in float32, on synthetic pairs of responses; the reference's
-log-probabilities are given. Variants: "dqo", "dpo" and "kto", the objectives of this package, all through `dqo.train.step.accumulate`
-on the same tokens. DQO trains a value model too, a second trunk; KTO first looks at companions, every prompt with another
-prompt's response, without a gradient. TRL's DPO and KTO must give the loss and gradients of ours.
+log-probabilities are given. Variants: "dqo", "dpo" and "kto", the objectives of this package, all through
+`dqo.train.step.accumulate` on the same tokens. DQO trains a value model too, a second trunk; KTO first looks at companions,
+every prompt with another prompt's response, without a gradient. TRL's DPO and KTO must give the loss and gradients of ours.
 
 Mode "forward" evaluates the loss without a gradient; "both" is the step. `accumulate` takes the gradient itself.
 """

@@ -48,8 +48,8 @@ def prepared(files, **changes):
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """How many responses prepare.py computes or checks."""
-    from dqo.train import prepare as module
+    """How many responses are computed or checked."""
+    from dqo.train import run_models as module
 
     calls = []
     monkeypatch.setattr(

@@ -225,7 +225,7 @@ def test_adapters_keep_the_layers_and_the_scale_of_their_checkpoint(stopped, mon
     folder = stopped("adapter")
     usual = lora.lora_config(2, 32.0, None)
     usual.use_rslora = True  # a later default of peft
-    monkeypatch.setattr("dqo.train.prepare.lora_config", lambda *_: usual)
+    monkeypatch.setattr("dqo.train.run_models.lora_config", lambda *_: usual)
     path = folder / "out" / "checkpoint-2" / "adapter_config.json"
     assert json.loads(path.read_text())["use_rslora"] is False
     config = begin(told(folder)).learner.policy.peft_config["default"]

@@ -1,0 +1,134 @@
+"""The models of a run: the policy with its adapter, the value model, the reference and what it says of the rows."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from dqo.config.options import Options, TrainConfig
+from dqo.data.batches import Batch, Batching
+from dqo.data.episodes import Episode
+from dqo.errors import UserError
+from dqo.models import attention
+from dqo.models.architecture import recompute_activations
+from dqo.models.critic import make_value_model
+from dqo.models.lora import adapter_off, add_adapter, lora_config, with_fields
+from dqo.models.policy import (
+    architecture_hash,
+    final_softcap,
+    load_config,
+    load_policy,
+    policy_stats,
+    ready,
+)
+from dqo.processes import Processes
+from dqo.reference.cache import ReferenceCache, ReferenceId
+from dqo.reference.columns import add_reference, check_agreement, warn_about_behavior
+from dqo.train.inputs import Given
+from dqo.train.learner import Learner
+from dqo.train.resume import adapter_fields, stored_derived
+from dqo_kernels import TokenStats
+
+
+def reference_config(config: TrainConfig, given: Given, vocab_size: int) -> PreTrainedConfig | None:
+    """Of the reference policy, when it is not the initial policy; refused when it has other tokens."""
+    path = config.ref_model_name_or_path
+    if given.ref_model is not None:
+        its_config = given.ref_model.config
+    elif path is not None:
+        its_config = load_config(path)
+    else:
+        return None
+    if (found := its_config.get_text_config().vocab_size) != vocab_size:
+        raise UserError(
+            f"the reference model {path or ''} has a vocabulary of {found}, the policy of {vocab_size}; a reference policy "
+            "shares the policy's tokens"
+        )
+    return its_config
+
+
+def explicit_reference(config: TrainConfig, given: Given, device: torch.device) -> PreTrainedModel | None:
+    """The reference policy, when it is not the initial policy."""
+    if given.ref_model is not None:
+        return ready(given.ref_model, device)
+    path = config.ref_model_name_or_path
+    return None if path is None else load_policy(path, device)
+
+
+def reference_columns(
+    config: TrainConfig,
+    episodes: list[Episode],
+    policy: PreTrainedModel,
+    explicit: PreTrainedModel | None,
+    batching: Batching,
+    identity: dict,
+    processes: Processes,
+    resuming: bool,
+) -> None:
+    """ref_logprobs and ref_lse of every episode, from the cache where it has them; checked where they can be."""
+    model = policy if explicit is None else explicit
+    dtype = "bfloat16" if config.bf16 or model.dtype == torch.bfloat16 else "float32"
+    numbers = ReferenceId(identity["reference"], architecture_hash(model), dtype, final_softcap(model))
+    name = config.ref_model_name_or_path or config.model_name_or_path or type(model).__name__
+    cache = ReferenceCache(config.ref_cache_dir or Path(config.output_dir) / "ref_cache", numbers, name)
+
+    def stats_of(batch: Batch) -> TokenStats:
+        with adapter_off(model):
+            return policy_stats(model, batch, config.bf16)
+
+    batching = replace(batching, packed=attention.packs(model))
+    add_reference(episodes, stats_of, batching, processes, cache)
+    if explicit is None and not resuming:
+        check_agreement(episodes, stats_of, batching, dtype, cache)
+    warn_about_behavior(episodes)
+
+
+def make_learner(options: Options, given: Given, policy: PreTrainedModel, explicit: PreTrainedModel | None) -> Learner:
+    """The policy, with an adapter where one was asked for, and what the objective needs beside it."""
+    config, objective = options.train, options.objective
+    peft_config = given.peft_config
+    if config.use_peft and peft_config is None:
+        peft_config = lora_config(config.lora_r, config.lora_alpha, config.lora_target_modules)
+        peft_config = with_fields(peft_config, adapter_fields(config))
+    torch.manual_seed(config.seed)  # of new heads and adapters, in every process and when a run goes on
+    value_model = reference = target = None
+    if objective.needs_values:
+        value_model = make_value_model(objective.value_kind, policy, peft_config)
+        if objective.values_decay is not None:
+            target = copy.deepcopy(value_model)
+    if objective.needs_kl:  # with an adapter the policy is its own reference
+        reference = copy.deepcopy(policy) if explicit is None and peft_config is None else explicit
+    if peft_config is not None:
+        add_adapter(policy, peft_config, str(base_of(policy, config)))
+    # a caller's model may have transformers' own, which works in training mode only
+    asked = any(getattr(part, "gradient_checkpointing", False) for part in policy.modules())
+    if config.gradient_checkpointing or asked:
+        for model in (policy, value_model):
+            if isinstance(model, PreTrainedModel):
+                recompute_activations(model)
+    return Learner(policy, value_model, reference, target, config.bf16, config.router_aux_loss_coef)
+
+
+def save_dtype_of(options: Options, given: Given) -> torch.dtype | None:
+    """Of the final models: the option's, or that of the model's files; None (as trained) where adapters are trained. A run that
+    goes on keeps what its files had."""
+    config = options.train
+    then = stored_derived(config)
+    if "save_dtype" in then and "save_dtype" not in options.sources:
+        return None if then["save_dtype"] is None else getattr(torch, then["save_dtype"])
+    told: Any = config.save_dtype
+    if told is None and not config.use_peft and given.peft_config is None:
+        told = load_config(config.model_path).dtype if given.model is None else given.model.dtype
+    return None if told is None else getattr(torch, str(told).removeprefix("torch."))
+
+
+def base_of(policy: PreTrainedModel, config: TrainConfig) -> Path | str:
+    """Where the adapter's base lies: a hub name, or a directory by its whole path, so that it holds anywhere. Weights
+    that lie nowhere (made in Python, or merged from an adapter) get a directory in output_dir."""
+    name = policy.name_or_path or Path(config.output_dir) / "base_model"
+    return Path(name).resolve() if Path(name).is_dir() or not policy.name_or_path else name
