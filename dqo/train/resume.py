@@ -60,7 +60,7 @@ def stored_options(options: Options, warmup: int, stretches: list[Stretch], save
     dtype = None if save_dtype is None else str(save_dtype).removeprefix("torch.")
     begins = {stretch.phase.name: stretch.begin for stretch in stretches}
     derived = {"warmup": warmup, "phases": begins, "save_dtype": dtype}
-    kept = {"options": options.flat(), "defaults": default_values(options), "derived": derived}
+    kept: dict[str, Any] = {"options": options.flat(), "defaults": default_values(options), "derived": derived}
     kept["objective source"] = source_of(type(options.objective))
     return json.loads(json.dumps(kept))
 
