@@ -80,7 +80,10 @@ class Listwise(Objective):
             share = wanted[own] / wanted[own].sum()
             total = total - (share * torch.log_softmax(score[own], 0)).sum()
         sizes = torch.bincount(group).to(score.dtype)
-        return total, {"list/size": mean_metric(sizes), "list/rank": mean_metric(rows["rank"][first])}
+        metrics = {"list/size": mean_metric(sizes), "list/rank": mean_metric(rows["rank"][first])}
+        if bool((sizes == 4).any()):  # not in every micro-batch, nor in every process
+            metrics["list/share_of_four"] = mean_metric(sizes[sizes == 4] / 4)
+        return total, metrics
 '''
 METHOD = "listwise:Listwise"
 
