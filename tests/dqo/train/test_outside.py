@@ -206,6 +206,15 @@ def test_a_changed_class_whose_run_would_be_another_is_refused(half, monkeypatch
         begin(load_options(options(half, max_steps=4, save_steps=2)))
 
 
+def test_a_kind_of_value_model_that_is_none_is_refused(half, monkeypatch):
+    change(half, monkeypatch)
+    with pytest.raises(
+        UserError, match=f"method {METHOD} has the value_kind 'critic'; it is one of separate, head, none"
+    ):
+        begin(load_options(options(half, output_dir=half / "other", value_model="critic")))
+    assert not (half / "other").exists()
+
+
 @pytest.mark.parametrize("new, said", [("- 2.0 * (share", True), ("- (share", False)])
 def test_a_run_goes_on_with_a_changed_loss_and_says_so(half, monkeypatch, caplog, new, said):
     change(half, monkeypatch, "- (share", new)
