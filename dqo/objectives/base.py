@@ -194,8 +194,8 @@ class Objective:
 
         Args:
             stats: of N response tokens: logprobs, lse, entropy (N,); kl where `needs_kl`.
-            rows: columns (N,): rewards, label (1 on every token of a response that counts as correct), group (the number of the
-                response's group in its micro-batch), those of `prepare`, and where there are such ref_logprobs, ref_lse,
+            rows: columns (N,): rewards, label (1 on every token of a response that counts as correct), group (0, 1, ...
+                of the response among those of this call), those of `prepare`, and where there are such ref_logprobs, ref_lse,
                 behavior_logprobs, values (differentiable), bootstrap (V of the last state of a response that was cut, on its last
                 row), target_values (of the value model's moving average) and companion_mean.
             cu_seqlens: (B+1,) boundaries of the responses.

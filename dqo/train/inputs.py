@@ -55,6 +55,8 @@ def check_options(options: Options, given: Given | None = None) -> None:
         )
     if config.ref_model_name_or_path is not None and not options.objective.needs_reference:
         raise UserError(f"method {config.method} has no reference policy; remove --ref_model_name_or_path")
+    if (kind := options.objective.value_kind) not in ("separate", "head", "none"):
+        raise UserError(f"method {config.method} has the value_kind {kind!r}; it is one of separate, head, none")
     check_phases(options.objective, config.value_warmup_steps)
     check_objects(given.model, given.ref_model, given.tokenizer, adapters)
     if given.peft_config is not None:

@@ -87,6 +87,7 @@ def objective_sums(
         head |= _reference_head(learner, batch)
 
     def row_loss(stats, rows, cu_seqlens):
+        rows = rows | {"group": rows["group"] - rows["group"][:1]}  # a call may begin with any group of the micro-batch
         loss, sums = metrics.checked(objective(stats, rows, cu_seqlens), type(objective).__name__)
         return loss, sums | metrics.common(stats, rows)
 

@@ -1,5 +1,7 @@
 """What the trainer computes from models and batches, in every precision and with every memory option."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -11,6 +13,7 @@ from dqo.models.critic import make_value_model
 from dqo.models.policy import load_policy, policy_stats
 from dqo.objectives import DPO, DQO, SFT
 from dqo.train.learner import Learner, objective_sums
+from dqo_kernels import linear_row_loss
 from tests.dqo.helpers import episodes, gradients, policy
 
 OBJECTIVES = [DQO(), DQO(value_model="head"), DQO(value_model="none"), DPO(), SFT()]
@@ -112,3 +115,22 @@ def test_weights_kept_in_bfloat16_give_statistics_near_those_in_float32(tmp_path
 def test_values_are_logged_with_their_extremes():
     _, _, metrics = loss_and_gradient(DQO(), collate(episodes(6), 0))
     assert metrics["value/min"] < metrics["value/mean"][0] / metrics["value/mean"][1] < metrics["value/max"]
+
+
+@pytest.mark.parametrize("workspace", [None, 4096, 1])
+def test_groups_are_numbered_from_zero_in_every_call(monkeypatch, workspace):
+    """Whole groups that fit a workspace are one call."""
+    sizes, calls = [2, 1, 3, 1, 2], []
+
+    class Counting(SFT):
+        def __call__(self, stats, rows, cu_seqlens):
+            calls.append(rows["group"][cu_seqlens[:-1]].tolist())
+            return super().__call__(stats, rows, cu_seqlens)
+
+    monkeypatch.setattr("dqo.train.learner.linear_row_loss", partial(linear_row_loss, workspace_bytes=workspace))
+    objective_sums(learner(SFT()), Counting(), collate(episodes(sum(sizes)), 0, sizes=sizes))
+    found = []  # sizes again
+    for call in calls:
+        assert call == sorted(call) and set(call) == set(range(call[-1] + 1))
+        found += [call.count(group) for group in range(call[-1] + 1)]
+    assert found == sizes and len(calls) == {None: 1, 1: 5}.get(workspace, len(calls))

@@ -80,7 +80,10 @@ class Listwise(Objective):
             share = wanted[own] / wanted[own].sum()
             total = total - (share * torch.log_softmax(score[own], 0)).sum()
         sizes = torch.bincount(group).to(score.dtype)
-        return total, {"list/size": mean_metric(sizes), "list/rank": mean_metric(rows["rank"][first])}
+        metrics = {"list/size": mean_metric(sizes), "list/rank": mean_metric(rows["rank"][first])}
+        if bool((sizes == 4).any()):  # not in every micro-batch, nor in every process
+            metrics["list/share_of_four"] = mean_metric(sizes[sizes == 4] / 4)
+        return total, metrics
 '''
 METHOD = "listwise:Listwise"
 
@@ -201,6 +204,15 @@ def test_a_changed_class_whose_run_would_be_another_is_refused(half, monkeypatch
     change(half, monkeypatch, old, new)
     with pytest.raises(UserError, match=message):
         begin(load_options(options(half, max_steps=4, save_steps=2)))
+
+
+def test_a_kind_of_value_model_that_is_none_is_refused(half, monkeypatch):
+    change(half, monkeypatch)
+    with pytest.raises(
+        UserError, match=f"method {METHOD} has the value_kind 'critic'; it is one of separate, head, none"
+    ):
+        begin(load_options(options(half, output_dir=half / "other", value_model="critic")))
+    assert not (half / "other").exists()
 
 
 @pytest.mark.parametrize("new, said", [("- 2.0 * (share", True), ("- (share", False)])
