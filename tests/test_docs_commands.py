@@ -151,6 +151,8 @@ def check_pytest(arguments: list[str], text: str) -> None:
     for i, word in enumerate(arguments):
         if word.startswith("-"):
             assert re.search(rf"(?<![\w-]){re.escape(word.partition('=')[0])}(?![\w-])", text), word
+        elif arguments[i - 1] == "-n":
+            assert word == "auto"  # pytest-xdist's
         elif arguments[i - 1] == "-m":
             assert set(re.findall(r"\w+", word)) - {"and", "or", "not"} <= markers, word
         else:
@@ -195,8 +197,8 @@ def test_every_other_command_exists_with_its_options(page, pytest_help):
 def test_the_two_commands_are_what_ci_runs():
     ci = (ROOT / ".ci" / "run").read_text()
     first, second = [re.sub(r"\s+#.*", "", line) for line in blocks(README, "bash")[0].splitlines()]
-    assert first == "pip install -e . && dqo-train" and second == "pip install -e '.[test]' && pytest"
-    assert "pip install -q -e .\n" in ci and "\ndqo-train " in ci and "\npytest\n" in ci
+    assert first == "pip install -e . && dqo-train" and second == "pip install -e '.[test]' && pytest -n auto"
+    assert "pip install -q -e .\n" in ci and "\ndqo-train " in ci and "\npytest -n auto\n" in ci
 
 
 @pytest.mark.parametrize("page", [README, ROOT / "docs" / "data.md"], ids=lambda page: page.name)

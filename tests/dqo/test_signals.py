@@ -147,7 +147,7 @@ sys.meta_path.insert(0, Finder())
 main()
 """
     options = ["--dataset_name", "rows.jsonl", "--model_name_or_path", "model", "--eval_fraction", "0"]
-    options = options if "train_main" in entry else ["train", *options]
+    options = options if "commands.train" in entry else ["train", *options]
     done = subprocess.run([sys.executable, "-c", program, *options], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == STATUS[number], done.stderr
     assert done.stderr.splitlines()[-1] == f"{number.name}: stopped; the same command goes on from what is whole"
