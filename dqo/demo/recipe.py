@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Trains a tiny model with every method on the built-in arithmetic task and compares them: no network, no GPU."""
+    """Trains a tiny model by SFT, RFT, DPO and DQO on the built-in arithmetic task and compares them: no network, no GPU."""
 
     output_dir: str = "dqo-demo"
     """The directory where data, models and report.html are written. A demonstration that was killed goes on there."""
