@@ -82,7 +82,13 @@ def _classifier(config: PreTrainedConfig) -> tuple[PreTrainedConfig, type[PreTra
 
 @cache
 def _generic_classifier(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    trunk: Any = MODEL_MAPPING[config_class]
+    trunks: Any = MODEL_MAPPING
+    if config_class not in trunks:
+        raise UserError(
+            f"transformers has no model of type {config_class.model_type} without its head, so it has no separate value model "
+            "here; use --value_model head or --value_model none"
+        )
+    trunk: Any = trunks[config_class]
     family = next(base for base in trunk.__mro__[1:] if issubclass(base, PreTrainedModel))
     name = f"{trunk.__name__.removesuffix('Model')}ForTokenClassification"
     # transformers reads the file of the module to learn what attention and experts the class may be set to

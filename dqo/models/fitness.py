@@ -114,7 +114,28 @@ def check_model(model: PreTrainedModel, ids: list[int], pad_id: int) -> None:
             f"{name} gives a row other hidden states in a padded batch than alone (by {found:.2g}, relatively); it is not "
             "supported"
         )
+    _check_backward(model, ids)
     check_head(model, ids)
+
+
+@torch.enable_grad()
+def _check_backward(model: PreTrainedModel, ids: list[int]) -> None:
+    """Refuses a model that has no gradient in evaluation mode, in which models are trained here. The gradient is that of the
+    embedded tokens: it passes through every layer, and takes no memory of the size of the weights."""
+    embedded: list[Tensor] = []
+
+    def note(_module: torch.nn.Module, _inputs: tuple, output: Tensor) -> None:
+        if isinstance(output, Tensor):
+            embedded.append(output if output.requires_grad else output.requires_grad_())
+
+    hook = model.get_input_embeddings().register_forward_hook(note)
+    try:
+        with _readable_failure(type(model).__name__, " in evaluation mode, without dropout; it is not supported"):
+            hidden = _hidden(model, [ids])
+            if embedded and hidden.requires_grad:
+                torch.autograd.grad(hidden.sum(), embedded, allow_unused=True)
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()
@@ -138,13 +159,25 @@ def _apart(found: Tensor, expected: Tensor) -> float:
     return (distances.max() if found.dtype == torch.float32 else distances.median()).item()
 
 
+_FAILURES = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
 @contextmanager
 def _readable_failure(name: str, cure: str = "; it is not supported") -> Iterator[None]:
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except _FAILURES as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name} cannot be run on token ids alone ({reason}){cure}") from error
 

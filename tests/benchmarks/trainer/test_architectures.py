@@ -38,8 +38,15 @@ def test_the_table_says_what_is_refused_and_what_fails(tmp_path, monkeypatch):
     assert rows["modernbert-decoder"]["trains"].startswith(
         "refused: ModernBertDecoderForCausalLM does more to its logits"
     )
+    rows["reformer"] = architectures.row_of("reformer", tmp_path / "reformer")
+    assert rows["reformer"]["trains"].startswith(
+        "refused: ReformerModelWithLMHead cannot be run on token ids alone (If you want"
+    )
+    rows["trocr"] = architectures.row_of("trocr", tmp_path / "trocr")
+    assert rows["trocr"]["trains"] == "yes"
+    assert rows["trocr"]["value model"].startswith("refused: transformers has no model of type trocr without its head")
     monkeypatch.setattr("dqo.models.policy.disable_dropout", lambda model: model.train())
     rows["opt"] = architectures.row_of("opt", tmp_path / "opt")
     assert rows["opt"]["trains"].startswith("refused: OPTForCausalLM gives one row two results")
     lines = architectures.table(rows).splitlines()
-    assert len(lines) == 6 and all(line.count("|") == 7 for line in lines)
+    assert len(lines) == 8 and all(line.count("|") == 7 for line in lines)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from dqo_kernels import token_stats
 from dqo_kernels.core import dispatch
+from dqo_kernels.core.row_stats import Coefficients
 from dqo_kernels.core.vocab_parallel import VocabSlices
 from tests.kernels.core.vocab_parallel_cases import BACKENDS, CASES
 
@@ -65,7 +66,6 @@ def test_an_id_outside_the_vocabulary_is_left_for_the_row_kernel_to_answer_with_
     assert here.tolist() == [False, False, True, True, False, False]
     assert columns.tolist() == [-1, 0, 0, 2, 0, -1]
     ones = torch.ones(6)
-    assert [c.tolist() for c in slices.coefficients(here, columns, [ones, None])] == [
-        [1, 0, 1, 1, 0, 1],
-        [0, -1, 0, 0, -1, 0],
-    ]
+    found = slices.coefficients(here, columns, Coefficients(logprobs=ones, lse=None, entropy=None, kl=None))
+    assert found.logprobs.tolist() == [1, 0, 1, 1, 0, 1] and found.lse.tolist() == [0, -1, 0, 0, -1, 0]
+    assert found.entropy is found.kl is None
