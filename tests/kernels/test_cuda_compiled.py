@@ -100,7 +100,9 @@ def test_no_kernel_uses_local_memory_or_sums_by_atomics(sass):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so there is a driver")
 def test_it_loads_without_a_driver_and_says_why_it_cannot_run():
-    script = "import dqo_kernels, torch; from dqo_kernels.core import dispatch; print(dispatch.unavailable('cuda', 'cuda'))"
+    script = (
+        "import dqo_kernels, torch; from dqo_kernels.core import dispatch; print(dispatch.unavailable('cuda', 'cuda'))"
+    )
     script += "; dqo_kernels.token_stats(torch.zeros(1, 2), torch.tensor([0]), backend='cuda')"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment)
