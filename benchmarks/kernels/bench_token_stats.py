@@ -18,6 +18,7 @@ from benchmarks.harness.records import parametrize
 from benchmarks.harness.timing import Candidate, Case, Operation, Phases, differentiated
 from dqo_kernels import token_stats
 from dqo_kernels.core import dispatch
+from dqo_kernels.core.row_stats import Coefficients, RowStats
 
 DISPATCHED = ("token_stats",)
 SMALL = ((256, 4096, torch.float32, ("kl",)),)
@@ -124,25 +125,13 @@ def _preallocated(x: SimpleNamespace) -> Phases:
 
     logits, options = x.logits.detach(), (None, None, 1.0, 0.0)  # no mask, no temperatures, temperature, softcap
     grad = torch.zeros_like(logits)
-    names = (
-        "logprobs",
-        "lse",
-        "entropy",
-        "peak",
-        "log_total",
-        "ref_logprobs",
-        "ref_lse",
-        "kl",
-        "ref_peak",
-        "ref_log_total",
-    )
-    arriving = [x.cotangents.get(name) for name in ("logprobs", "lse", "entropy", "kl")]
+    arriving = [x.cotangents.get(name) for name in Coefficients._fields]
 
     def forward():
-        return dict(zip(names, token_stats_cpp.fwd(logits, x.actions, x.ref_logits, *options)))
+        return token_stats_cpp.fwd(logits, x.actions, x.ref_logits, *options)._asdict()
 
     def backward(outputs):
-        saved = [outputs[name] for name in ("peak", "log_total", "ref_peak", "ref_log_total", "entropy", "kl")]
+        saved = RowStats(**outputs).saved()
         token_stats_cpp.bwd(logits, x.actions, x.ref_logits, *options, *saved, *arriving, out=grad)
         return {"grad_logits": grad}
 
