@@ -33,10 +33,11 @@ from dqo.train import checkpoint, hub
 from dqo.train.callbacks import check_callbacks, made
 from dqo.train.held_out import predictions
 from dqo.train.inputs import Given, check_options, shared_prompts
-from dqo.train.loop import Trainer, begin, run_of
+from dqo.train.loop import Trainer
 from dqo.train.metrics import read_metrics
 from dqo.train.prepare import evaluation_episodes
 from dqo.train.resume import as_stored
+from dqo.train.run import begin, run_of
 
 # What users of transformers' and TRL's trainers may look for, and why it is not here.
 ABSENT = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dqo.config.options import load_options
-from dqo.train.loop import train
+from dqo.train.run import train
 from tests.dqo.conftest import files  # noqa: F401
 from tests.dqo.helpers import arguments
 

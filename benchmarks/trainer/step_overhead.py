@@ -22,7 +22,7 @@ from dqo.models.new import character_tokenizer, new_llama
 from dqo.train import optim
 from dqo.train.inputs import Given
 from dqo.train.learner import Learner
-from dqo.train.loop import begin
+from dqo.train.run import begin
 
 MODELS = {
     "64 wide, 2 layers, 256 responses": ({"hidden_size": 64, "layers": 2, "heads": 4, "intermediate_size": 128}, 256),

@@ -43,7 +43,7 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
         )
     from dqo.evaluation.run import answers_of  # torch from here on
     from dqo.report.run import report_run
-    from dqo.train.loop import train
+    from dqo.train.run import train
 
     if tasks:
         check_tasks(options, None, None, tasks)

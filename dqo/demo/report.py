@@ -16,7 +16,7 @@ from dqo.models.policy import load_policy, load_tokenizer
 from dqo.report import findings
 from dqo.report.page import console_table, write_report
 from dqo.report.schema import Flip, Flips, Method, Report
-from dqo.train.loop import Run
+from dqo.train.run import Run
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def run_demo(config: DemoConfig, recipe: Recipe | None = None) -> Path:
 
     from dqo.demo.report import evaluate_model, write_demo_report  # torch from here on
     from dqo.models.new import character_tokenizer, new_llama, save
-    from dqo.train.loop import train
+    from dqo.train.run import train
 
     initial, base = output / "initial", output / "base"
     if not initial.exists():

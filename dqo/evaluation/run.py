@@ -9,7 +9,7 @@ from dqo.data.tokens import string_prompt_ids
 from dqo.evaluation.accuracy import Accuracy, Problem, evaluate
 from dqo.grading.verifiers import graded_by
 from dqo.models.policy import load_policy, ready, tokenizer_of
-from dqo.train.loop import Run
+from dqo.train.run import Run
 
 
 def problems_of(rows: list[dict], tokenizer, verifier: str) -> list[Problem]:

@@ -18,8 +18,8 @@ from dqo.report.schema import Curve, Machine, ValueFindings, ValueTrace
 from dqo.stats import auc_interval
 from dqo.train.engine import Engine
 from dqo.train.held_out import value_auc, value_traces
-from dqo.train.loop import Run
 from dqo.train.metrics import read_metrics
+from dqo.train.run import Run
 
 CURVES = (
     "loss",

@@ -10,8 +10,8 @@ from dqo.evaluation.accuracy import Accuracy
 from dqo.report import findings
 from dqo.report.page import console_table, write_report
 from dqo.report.schema import Method, Report
-from dqo.train.loop import Run
 from dqo.train.metrics import peak_memory_gb
+from dqo.train.run import Run
 
 
 def changed_options(options: Options) -> dict:

@@ -42,7 +42,7 @@ def train_with(options: list[str], place: Callable[[Path], None] | None = None) 
     """`dqo train` with `options`; `place(output_dir)` arranges the end of the process at some moment."""
     from dqo.config.options import load_options
     from dqo.reference import columns as reference
-    from dqo.train.loop import train
+    from dqo.train.run import train
 
     reference.FLUSH_TOKENS = 1  # a segment a batch, so that there are moments between them
     loaded = load_options(options)

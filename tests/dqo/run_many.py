@@ -10,7 +10,7 @@ from pathlib import Path
 from torch.distributed.tensor import DTensor
 
 from dqo.config.options import load_options
-from dqo.train.loop import begin, run_of
+from dqo.train.run import begin, run_of
 
 for arguments in json.loads(Path(sys.argv[1]).read_text()):
     trainer = begin(load_options(arguments))

@@ -15,7 +15,7 @@ from dqo.api import ABSENT
 from dqo.config.options import load_options
 from dqo.data.rows import read_rows
 from dqo.errors import UserError
-from dqo.train.loop import train
+from dqo.train.run import train
 from tests.dqo.helpers import arguments, policy, rollout_rows, tokenizer
 
 SHORT = {"max_steps": 4, "logging_steps": 2, "learning_rate": 1e-3, "critic_learning_rate": 1e-2, "eval_fraction": 0.2}

@@ -10,14 +10,13 @@ import threading
 from pathlib import Path
 
 import pytest
+from dqo.loop.checkpoint import checkpoints, read_state
 
 from dqo import signals
 from dqo.api import DQOConfig, DQOTrainer
 from dqo.commands.train import main
 from dqo.reference import columns as reference
-from dqo.train import held_out
-from dqo.train import loop as train
-from dqo.train.checkpoint import checkpoints, read_state
+from dqo.train import held_out, loop
 from tests.dqo import forked
 from tests.dqo.train.test_kill import arguments, assert_same_run, data, finish, unbroken  # noqa: F401
 
@@ -65,7 +64,7 @@ def in_the_first_evaluation(send):
 
 
 def in_a_step(send):
-    at_call(5, train, "accumulate", send)
+    at_call(5, loop, "accumulate", send)
 
 
 def in_the_evaluation_between_steps(send):
@@ -73,15 +72,15 @@ def in_the_evaluation_between_steps(send):
 
 
 def while_a_checkpoint_is_written(send):
-    at_call(2, train.checkpoint, "save_checkpoint", send)
+    at_call(2, loop.checkpoint, "save_checkpoint", send)
 
 
 def in_the_last_step(send):
-    at_call(21, train, "accumulate", send)
+    at_call(21, loop, "accumulate", send)
 
 
 def while_the_final_models_are_written(send):
-    at_call(1, train.checkpoint, "publish_models", send)
+    at_call(1, loop.checkpoint, "publish_models", send)
 
 
 def twice_in_a_step(send):
@@ -89,7 +88,7 @@ def twice_in_a_step(send):
         send()
         send()
 
-    at_call(5, train, "accumulate", both)
+    at_call(5, loop, "accumulate", both)
 
 
 ENDS = "SIG[A-Z]+: stopped; the same command goes on from what is whole"
@@ -173,7 +172,7 @@ def trainer(data, output_dir):  # noqa: F811
 @pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
 def test_python_gets_its_handlers_back_and_an_exception(data, monkeypatch, tmp_path, number):  # noqa: F811
     before = [signal.getsignal(n) for n in STATUS]
-    at_call_of = train.accumulate
+    at_call_of = loop.accumulate
     calls = []
 
     def counted(*arguments):
@@ -182,7 +181,7 @@ def test_python_gets_its_handlers_back_and_an_exception(data, monkeypatch, tmp_p
             os.kill(os.getpid(), number)
         return at_call_of(*arguments)
 
-    monkeypatch.setattr(train, "accumulate", counted)
+    monkeypatch.setattr(loop, "accumulate", counted)
     with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
         trainer(data, tmp_path / "out").train()
     assert [signal.getsignal(n) for n in STATUS] == before

@@ -194,9 +194,9 @@ def test_an_error_of_the_user_or_the_machine_is_one_line_and_exit_code_2(monkeyp
 
 
 def test_train_is_what_the_package_hands_out():
-    from dqo.train import begin, loop, train
+    from dqo.train import begin, run, train
 
-    assert train is loop.train and begin is loop.begin
+    assert train is run.train and begin is run.begin
     with pytest.raises(ImportError, match="cannot import name 'trained'"):
         from dqo.train import trained  # noqa: F401
 

@@ -178,7 +178,7 @@ def test_the_command_refuses_before_it_reads_a_file(files):
 
 
 def test_bf16_of_the_launcher_is_the_bf16_of_the_run(files, monkeypatch):
-    from dqo.train.loop import begin
+    from dqo.train.run import begin
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     trainer = begin(load_options(arguments(files)))

@@ -11,7 +11,7 @@ from dqo.config.options import load_options
 from dqo.errors import UserError
 from dqo.models.adapters import adapter_base
 from dqo.models.policy import load_config, load_policy, load_tokenizer
-from dqo.train.loop import train
+from dqo.train.run import train
 from tests.dqo.helpers import arguments, policy, rollout_rows, tokenizer
 
 peft = pytest.importorskip("peft")

@@ -16,7 +16,7 @@ from dqo.data.rows import read_rows
 from dqo.errors import UserError
 from dqo.models.architecture import disable_dropout, name_trunk
 from dqo.models.fitness import check_head, check_model, check_positions, check_tokenizer, position_limit
-from dqo.train.loop import train
+from dqo.train.run import train
 from tests.dqo.helpers import arguments, episodes, gpt2, policy, tokenizer
 
 IDS = [1, 5, 6, 7, 8, 9, 10, 11]

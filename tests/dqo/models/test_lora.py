@@ -14,7 +14,8 @@ from dqo.models.critic import make_value_model
 from dqo.models.policy import disable_dropout, policy_stats
 from dqo.objectives import DQO
 from dqo.train.learner import Learner, objective_sums
-from dqo.train.loop import Trainer, train
+from dqo.train.loop import Trainer
+from dqo.train.run import train
 from tests.dqo.helpers import arguments, episodes, policy
 from tests.dqo.helpers import gpt2 as gpt2_with_dropout
 

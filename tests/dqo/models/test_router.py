@@ -13,7 +13,7 @@ from dqo.objectives import SFT
 from dqo.processes import Processes
 from dqo.train.engine import Engine
 from dqo.train.learner import Learner, objective_sums
-from dqo.train.loop import train
+from dqo.train.run import train
 from dqo.train.step import accumulate
 from tests.dqo.helpers import arguments, episodes, gradients, policy
 

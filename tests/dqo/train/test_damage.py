@@ -13,7 +13,7 @@ from dqo.errors import UserError
 from dqo.train import damage
 from dqo.train.checkpoint import checkpoints, read_state
 from dqo.train.damage import STATE_FILE, check_whole, newest_whole
-from dqo.train.loop import train
+from dqo.train.run import train
 from tests.dqo.train.test_kill import arguments, assert_same_run, data, finish, metrics_without_speed, unbroken  # noqa: F401
 
 pytestmark = pytest.mark.slow

@@ -15,8 +15,9 @@ from dqo.models.new import save
 from dqo.reference import cache as reference_cache
 from dqo.train import checkpoint
 from dqo.train.checkpoint import checkpoints
-from dqo.train.loop import Trainer, train
+from dqo.train.loop import Trainer
 from dqo.train.metrics import MetricsFile
+from dqo.train.run import train
 from tests.dqo import forked
 from tests.dqo.forked import KILLED_HERE, die, train_with
 from tests.dqo.helpers import policy, rollout_rows, tokenizer

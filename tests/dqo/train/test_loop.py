@@ -19,7 +19,7 @@ from dqo.models.new import save
 from dqo.objectives import OBJECTIVES
 from dqo.train.checkpoint import checkpoints
 from dqo.train.engine import Planned
-from dqo.train.loop import train
+from dqo.train.run import train
 from tests.dqo.helpers import arguments, policy, rollout_rows, tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -234,7 +234,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step_and_rows(files, monkey
             e.rewards[:] = float("nan") if e.source.endswith(":3") else e.rewards
         return prepared
 
-    monkeypatch.setattr("dqo.train.loop.prepare", broken)
+    monkeypatch.setattr("dqo.train.run.prepare", broken)
     with pytest.raises(UserError, match=r"step \d+: the loss is nan on a batch with rows rollouts.jsonl:"):
         run(files, eval_fraction=0)
 

@@ -17,7 +17,7 @@ from dqo import DQOConfig, DQOTrainer
 from dqo.config.options import load_options
 from dqo.errors import UserError
 from dqo.train.checkpoint import checkpoints, read_state
-from dqo.train.loop import begin, train
+from dqo.train.run import begin, train
 from tests.dqo.helpers import arguments, policy, rollout_rows, tokenizer
 
 ROOT = Path(__file__).parents[3]

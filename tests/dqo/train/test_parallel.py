@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from dqo.config.options import load_options
-from dqo.train.loop import train
 from dqo.train.parallel import like, whole
+from dqo.train.run import train
 from tests.dqo.helpers import arguments
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,8 @@ from dqo.errors import UserError
 from dqo.objectives import DQO, DRO, SFT
 from dqo.objectives.base import Phase
 from dqo.train import phases
-from dqo.train.loop import Trainer, train
+from dqo.train.loop import Trainer
+from dqo.train.run import train
 from tests.dqo.helpers import arguments
 
 

@@ -16,8 +16,8 @@ from dqo.processes import Processes
 from dqo.reference.cache import _name_of
 from dqo.train.checkpoint import STATE_FILE
 from dqo.train.inputs import Given, check_options, load_rows
-from dqo.train.loop import train
 from dqo.train.prepare import prepare
+from dqo.train.run import train
 from tests.dqo.helpers import policy, rollout_rows, tokenizer
 
 

@@ -13,8 +13,8 @@ from dqo.config.options import TrainConfig, load_options
 from dqo.errors import UserError
 from dqo.train.checkpoint import checkpoints
 from dqo.train.damage import read_state, write_state
-from dqo.train.loop import begin, train
 from dqo.train.resume import as_stored
+from dqo.train.run import begin, train
 from tests.dqo.helpers import arguments, policy, rollout_rows, tokenizer
 
 SHORT = {"max_steps": 4, "save_steps": 2, "save_total_limit": 9, "logging_steps": 1}

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from dqo import DQOConfig, DQOTrainer
 from dqo.config.options import load_options
-from dqo.train.loop import train
+from dqo.train.run import train
 from tests.dqo.helpers import arguments, policy, rollout_rows, tokenizer
 
 

@@ -9,7 +9,7 @@ import pytest
 from dqo.config.options import load_options, options_of
 from dqo.errors import UserError
 from dqo.processes import Processes
-from dqo.train.loop import train
+from dqo.train.run import train
 from dqo.train.trackers import Trackers
 from tests.dqo.helpers import arguments
 
