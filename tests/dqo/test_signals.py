@@ -10,13 +10,13 @@ import threading
 from pathlib import Path
 
 import pytest
-from dqo.loop.checkpoint import checkpoints, read_state
 
 from dqo import signals
 from dqo.api import DQOConfig, DQOTrainer
 from dqo.commands.train import main
 from dqo.reference import columns as reference
 from dqo.train import held_out, loop
+from dqo.train.checkpoint import checkpoints, read_state
 from tests.dqo import forked
 from tests.dqo.train.test_kill import arguments, assert_same_run, data, finish, unbroken  # noqa: F401
 
