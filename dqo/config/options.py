@@ -79,7 +79,11 @@ class _RunOptions:
     eval_fraction: float = 0.1
     """This share of the prompts of dataset_name is held out for evaluation."""
     eval_tasks: str | None = None
-    """The file of problems (.jsonl with prompt and answer) that the model answers before and after training."""
+    """The file of problems (.jsonl with prompt and answer) that the model answers before and after training. The prompts are
+    strings, or messages for the chat template."""
+    eval_task_problems: int = 100
+    """With eval_steps the model answers this many of the problems of eval_tasks greedily at every evaluation, and eval_accuracy
+    and eval_unparsed are logged. 0 answers none of them during training."""
     verifier: Annotated[VerifierName | None, tyro.conf.arg(help=_verifier_help())] = None
     num_generations: int = 4
     """The model samples this many answers to each problem of eval_tasks, beside the greedy one."""
@@ -194,7 +198,7 @@ class TrainConfig(RowOptions, _RunOptions):
             need(getattr(self, name) >= 1, name, "at least 1")
         for name in ("gradient_accumulation_steps", "logging_steps", "save_steps", "save_total_limit", "lora_r"):
             need(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("value_warmup_steps", "warmup_steps", "weight_decay", "eval_steps"):
+        for name in ("value_warmup_steps", "warmup_steps", "weight_decay", "eval_steps", "eval_task_problems"):
             need(getattr(self, name) >= 0, name, "at least 0")
         for name in ("value_warmup_steps", "warmup_steps"):
             value = getattr(self, name)
