@@ -64,7 +64,7 @@ def checked(record: Record, common: Common, reward_threshold: float) -> dict[str
         UserError: for the first field that does not fit; the message begins with the field's name.
     """
     values = record.values
-    prompt = _conversation(values["prompt"], "prompt")
+    prompt = conversation(values["prompt"], "prompt")
     if _kind(prompt) != common.prompts:
         raise UserError(f"prompt is a {_kind(prompt)} but most rows have a {common.prompts}; one file holds one kind")
     if not prompt:
@@ -93,10 +93,10 @@ def checked(record: Record, common: Common, reward_threshold: float) -> dict[str
         "completion_ids": completion_ids,
         "logprobs": _logprobs(record, completion_ids, common),
         "finish_reason": _finish_reason(values.get("finish_reason")),
-        "answer": _word(values.get("answer"), "answer"),
-        "prompt_id": _word(values.get("prompt_id"), "prompt_id"),
+        "answer": word(values.get("answer"), "answer"),
+        "prompt_id": word(values.get("prompt_id"), "prompt_id"),
         "sampling": _sampling(values.get("sampling")),
-        **({} if isinstance(prompt, str) else _of_templates(values)),
+        **({} if isinstance(prompt, str) else of_templates(values)),
     }
 
 
@@ -111,7 +111,7 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _conversation(value: Any, name: str) -> str | list[dict]:
+def conversation(value: Any, name: str) -> str | list[dict]:
     if not isinstance(value, (list, tuple)):
         return _text(value, name)
     messages = []
@@ -129,7 +129,7 @@ def _conversation(value: Any, name: str) -> str | list[dict]:
 
 
 def _completion(value: Any, name: str) -> tuple[str | list[dict], str]:
-    completion = _conversation(value, name)
+    completion = conversation(value, name)
     if isinstance(completion, str):
         text = completion
     elif len(completion) != 1 or completion[0]["role"] != "assistant":
@@ -307,7 +307,7 @@ def _finish_reason(value: Any) -> str | None:
     return value
 
 
-def _word(value: Any, name: str) -> str | None:
+def word(value: Any, name: str) -> str | None:
     if _is_int(value):
         return str(value)
     if value is not None and not isinstance(value, str):
@@ -315,7 +315,7 @@ def _word(value: Any, name: str) -> str | None:
     return value if value is None else _text(value, name)
 
 
-def _of_templates(values: dict[str, Any]) -> dict[str, Any]:
+def of_templates(values: dict[str, Any]) -> dict[str, Any]:
     """What chat templates get beside the messages: tools (a list, or its JSON text, as in TRL) and further names."""
     tools, more = values.get("tools"), values.get("chat_template_kwargs")
     if isinstance(tools, str):

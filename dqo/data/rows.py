@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dqo.data.checks import Common, checked
 from dqo.data.forms import Record, check_columns, to_flat
@@ -21,6 +21,17 @@ logger = logging.getLogger(__name__)
 
 _LISTED = 10  # problems in one message
 _NAMED = 9  # further rows that are named with a problem
+
+
+class Prompted(Protocol):
+    """What is read of a row, or of a prompt, before its response."""
+
+    @property
+    def prompt(self) -> str | list[dict]: ...
+    @property
+    def tools(self) -> list[dict] | None: ...
+    @property
+    def chat_template_kwargs(self) -> dict | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +142,7 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
             file.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def prompt_key(row: Row) -> str:
+def prompt_key(row: Prompted) -> str:
     """A key that rows of the same prompt share, and no others."""
     more = [row.tools, row.chat_template_kwargs] if row.tools or row.chat_template_kwargs else []
     return json.dumps([row.prompt, *more] if more else row.prompt, sort_keys=True)
