@@ -79,9 +79,9 @@ def beam_search(
 
 
 def separating_ids(tokenizer, separator: str) -> frozenset[int]:
-    """The tokens whose text has `separator` in it."""
+    """The tokens whose text has `separator` in it; special tokens have no text."""
     ids = range(len(tokenizer))
-    texts = tokenizer.batch_decode([[token] for token in ids])
+    texts = tokenizer.batch_decode([[token] for token in ids], skip_special_tokens=True)
     return frozenset(token for token, text in zip(ids, texts) if separator in text)
 
 
