@@ -23,6 +23,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from dqo.config.launcher import obey
 from dqo.config.options import Options, check_values, options_of
 from dqo.errors import UserError, did_you_mean
+from dqo.evaluation.during import answering
 from dqo.evaluation.run import answers_of, base_answers
 from dqo.evaluation.tasks import check_tasks, read_tasks
 from dqo.files import writing
@@ -181,7 +182,8 @@ class DQOTrainer:
     def _begin(self) -> Trainer:
         if self._trainer is None:
             self.options = as_stored(self.options)
-            self._trainer = begin(self.options, self.given, announce=True)
+            tasks = read_tasks(self.options.train.eval_tasks, self.options.train.verifier)
+            self._trainer = begin(self.options, self.given, announce=True, answers=answering(self.options, tasks))
             self._trainer.compute_metrics = self.compute_metrics
         return self._trainer
 

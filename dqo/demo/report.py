@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dqo.demo.recipe import DemoConfig, Recipe
 from dqo.evaluation.accuracy import Accuracy, Problem, evaluate
-from dqo.grading.arith import ArithTask
+from dqo.grading.arith import arith_grade
+from dqo.grading.grade import Grade
 from dqo.models.policy import load_policy, load_tokenizer
 from dqo.report import findings
 from dqo.report.page import console_table, write_report
@@ -29,26 +29,27 @@ class EvaluatedModel:
 
 
 def evaluate_model(
-    name: str, model: Path, task: ArithTask, problems: list[str], recipe: Recipe, seed: int, run: Run | None = None
+    name: str, model: Path, problems: list[str], recipe: Recipe, seed: int, run: Run | None = None
 ) -> EvaluatedModel:
     """Greedy and sampling accuracy of the model in a directory, on the same problems for every model."""
     tokenizer = load_tokenizer(str(model))
     ids = tokenizer(problems)["input_ids"]
+    asked = [Problem(prompt_ids, {"prompt": prompt}) for prompt, prompt_ids in zip(problems, ids)]
 
-    def grader(prompt: str) -> Callable[[str], bool]:
-        return lambda text: task.grade(prompt, text).correct
+    def grade(completions: list[str], rows: list[dict]) -> list[Grade]:
+        return [arith_grade(completion, row) for completion, row in zip(completions, rows)]
 
-    graded = [Problem(prompt, prompt_ids, grader(prompt)) for prompt, prompt_ids in zip(problems, ids)]
     accuracy = evaluate(
         load_policy(str(model)),
         tokenizer,
-        graded,
+        asked,
+        grade,
         num_generations=recipe.eval_samples,
         max_new_tokens=recipe.max_new_tokens,
         seed=seed + 1,
         description=name,
     )
-    return EvaluatedModel(name, graded, tokenizer, accuracy, run)
+    return EvaluatedModel(name, asked, tokenizer, accuracy, run)
 
 
 def write_demo_report(
@@ -82,7 +83,7 @@ def write_demo_report(
 
 
 def _method(result: EvaluatedModel) -> Method:
-    row: Method = {"name": result.name, "greedy": result.accuracy.greedy, "sampling": result.accuracy.sampling}
+    row: Method = {"name": result.name, **result.accuracy.scores()}  # type: ignore[typeddict-item]  # of known keys
     if result.run is not None:
         row |= {
             "seconds": result.run.seconds,
@@ -97,9 +98,9 @@ def _flips(before: EvaluatedModel, after: EvaluatedModel, each: int = 5) -> Flip
     broken: list[Flip] = []
     for i, problem in enumerate(before.problems):
         was, now = before.accuracy.greedy[i], after.accuracy.greedy[i]
-        if was != now:
-            was_text, now_text = before.accuracy.greedy_texts[i], after.accuracy.greedy_texts[i]
-            (fixed if now else broken).append({"prompt": problem.prompt, "before": was_text, "after": now_text})
+        if was.right != now.right:
+            flip: Flip = {"prompt": problem.row["prompt"], "before": was.text, "after": now.text}
+            (fixed if now.right else broken).append(flip)
     return {"fixed": fixed[:each], "broken": broken[:each]}
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from dqo.errors import UserError
 from dqo.evaluation.measures import holm
 from dqo.evaluation.results import Evaluation
-from dqo.evaluation.summary import aligned, cure, per_problem, unread, unread_lines, verifier_of
+from dqo.evaluation.summary import aligned, per_problem, unread_of, verifier_of
+from dqo.evaluation.unread import cure, unread_lines
 from dqo.stats import CONFIDENCE, accuracy_interval, paired_test
 
 MEASURES = ("greedy", "pass@1", "maj@", "beam-", "step-", "best@")  # tested, by how their names begin; not each pass@k
@@ -36,7 +37,7 @@ def compare(evaluations: list[Evaluation]) -> dict[str, Any]:
     if not common:
         have = "; ".join(f"{name}: {', '.join(found) or 'nothing finished'}" for name, found in values.items())
         raise UserError(f"the evaluations have no measure in common ({have}); finish them with the same options")
-    lost = {e.name: {decoding: unread(e, decoding) for decoding in e.decodings} for e in evaluations}
+    lost = {e.name: {decoding: unread_of(e, decoding) for decoding in e.decodings} for e in evaluations}
     return {
         "names": list(values),
         "problems": len(evaluations[0].problems),

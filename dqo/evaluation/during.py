@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ from transformers import PreTrainedModel
 
 from dqo.config.options import Options
 from dqo.data.ends import ends_of
-from dqo.data.prompts import Prompt, prompt_token_ids
+from dqo.data.prompts import Prompt
+from dqo.evaluation.accuracy import Answered, Problem, graded
+from dqo.evaluation.run import problems_of
 from dqo.files import write_whole
-from dqo.grading.grade import Grade
 from dqo.grading.pool import VerifierPool
-from dqo.models.generate import Request, Response, Sampling, generate, text_of
+from dqo.models.generate import Request, Response, Sampling, generate
 from dqo.models.policy import stop_ids
 from dqo.processes import Processes, gather_objects
 from dqo.train.loop import Answers
@@ -49,29 +49,32 @@ def answering(options: Options, tasks: list[Prompt]) -> Answers | None:
                 said.append(True)
                 processes.say("WARNING: eval_tasks are answered after training alone: the weights are sharded (fsdp)")
             return {}
-        responses = _responses(policy, tokenizer, asked, config.max_completion_length, processes)
-        texts = [text_of(tokenizer, response) for response in responses]
-        grades = processes.from_main(lambda: _grades(str(config.verifier), asked, responses, texts))
+        problems = problems_of(asked, tokenizer)
+        responses = _responses(policy, tokenizer, problems, config.max_completion_length, processes)
+
+        def grade() -> list[Answered]:
+            with VerifierPool(str(config.verifier)) as pool:
+                return graded(tokenizer, problems, responses, pool.grade)
+
+        found = processes.from_main(grade)
         if processes.main:
-            _log(path, step, [_row(step, *found) for found in zip(asked[:LOGGED], responses, texts, grades)])
-        count = len(asked)
+            _log(path, step, [_row(step, answered) for answered in found[:LOGGED]])
         return {
-            "eval_accuracy": sum(grade.right for grade in grades) / count,
-            "eval_unparsed": sum(not grade.parsed for grade in grades) / count,
+            "eval_accuracy": sum(answered.right for answered in found) / len(found),
+            "eval_unparsed": sum(not answered.grade.parsed for answered in found) / len(found),
         }
 
     return answers
 
 
 def _responses(
-    policy: PreTrainedModel, tokenizer: Any, asked: list[Prompt], max_new_tokens: int, processes: Processes
+    policy: PreTrainedModel, tokenizer: Any, problems: list[Problem], max_new_tokens: int, processes: Processes
 ) -> list[Response]:
     """Greedy responses, each process having answered a part."""
-    ids = prompt_token_ids(tokenizer, asked)
-    mine = range(processes.rank, len(asked), processes.world)
+    mine = range(processes.rank, len(problems), processes.world)
     found = generate(
         policy,
-        [Request(ids[i], (i,)) for i in mine],
+        [Request(problems[i].prompt_ids, (i,)) for i in mine],
         Sampling(temperature=0.0, max_new_tokens=max_new_tokens),
         stop_ids=ends_of(tokenizer, stop_ids(policy)).stops,
         pad_id=tokenizer.pad_token_id,
@@ -80,27 +83,17 @@ def _responses(
         quiet=not processes.main,
     )
     by_place = dict(gather_objects([(mine[at], response) for at, response in found], processes))
-    return [by_place[i] for i in range(len(asked))]
+    return [by_place[i] for i in range(len(problems))]
 
 
-def _grades(verifier: str, asked: list[Prompt], responses: list[Response], texts: list[str]) -> list[Grade]:
-    """An answer that never ended is wrong, and is not read."""
-    ended = [i for i, response in enumerate(responses) if response.ended]
-    with VerifierPool(verifier) as pool:
-        made = dict(zip(ended, pool.grade([texts[i] for i in ended], [asdict(asked[i]) for i in ended])))
-    return [made.get(i, Grade(0.0, parsed=False)) for i in range(len(responses))]
-
-
-def _row(step: int, problem: Prompt, response: Response, text: str, grade: Grade) -> dict[str, Any]:
+def _row(step: int, answered: Answered) -> dict[str, Any]:
     return {
         "step": step,
-        "source": problem.source,
-        "prompt": problem.prompt,
-        "answer": problem.answer,
-        "response": text,
-        "finish_reason": "stop" if response.ended else "length",
-        "right": grade.right,
-        "parsed": grade.parsed,
+        **{name: answered.problem.row[name] for name in ("source", "prompt", "answer")},
+        "response": answered.text,
+        "finish_reason": "stop" if answered.response.ended else "length",
+        "right": answered.grade.right,
+        "parsed": answered.grade.parsed,
     }
 
 

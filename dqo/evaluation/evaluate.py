@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dqo.data.prompts import Prompt, prompt_token_ids, read_prompts
+from dqo.data.prompts import Prompt
 from dqo.evaluation.options import EvalConfig
 from dqo.evaluation.results import Answer, Evaluation, Lines, opened, problems_hash
 from dqo.evaluation.scoring import Models, episode_of, load_models, scores
 from dqo.evaluation.search import beam_search, separating_ids, step_search
 from dqo.evaluation.summary import summary_of
-from dqo.evaluation.tasks import check_lengths
+from dqo.evaluation.tasks import read_tasks, task_ids
 from dqo.files import write_whole
-from dqo.grading.pool import VerifierPool, check_answers
+from dqo.grading.pool import VerifierPool
 from dqo.models.generate import Request, Response, Sampling, text_of
 from dqo.models.policy import load_config, load_policy, weights_hash
 from dqo.sampling.backends import load_backend
@@ -38,8 +38,7 @@ def evaluate(config: EvalConfig, quiet: bool = False) -> tuple[Evaluation, dict[
         UserError: for problems, options, a model or a directory that do not fit, before anything is answered.
     """
     assert config.tasks and config.verifier and config.output_dir and config.model_name_or_path  # or it is refused
-    problems = read_prompts(config.tasks, answers=True)
-    check_answers([asdict(problem) for problem in problems], config.verifier)
+    problems = read_tasks(config.tasks, config.verifier)
     work = _Work(config, problems, quiet)
     directory = Path(config.output_dir)
     name = config.name or directory.resolve().name
@@ -69,8 +68,7 @@ class _Work:
         model_config = load_config(path)
         device = "cpu" if on_cpu else "cuda"
         self.backend = load_backend(config.backend, path, dtype=dtype, batch_size=config.batch_size, device=device)
-        self.prompts = prompt_token_ids(self.backend.tokenizer, problems)
-        check_lengths(problems, self.prompts, model_config, config.max_completion_length)
+        self.prompts = task_ids(problems, self.backend.tokenizer, model_config, config.max_completion_length)
         policy = getattr(self.backend, "policy", None)
         self.models: Models | None = None
         if policy is None and (config.scorers or config.num_beams):

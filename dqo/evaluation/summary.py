@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from dqo.errors import printable
 from dqo.evaluation.measures import best_at_k, majority_at_k, powers_of_two, standard_error
 from dqo.evaluation.results import Answer, Evaluation
-from dqo.grading.verifiers import VERIFIERS
+from dqo.evaluation.unread import Read, unread, unread_lines
 from dqo.stats import accuracy_interval, pass_at_k
-
-SMALL = 0.05  # a share of answers without a readable one that needs no examples
-_SHOWN = 3
-_TAIL = 200  # characters of an example, the last of the response: answers stand at the end
 
 
 def per_problem(evaluation: Evaluation, samples: int | None = None) -> dict[str, list]:
@@ -71,7 +66,7 @@ def summary_of(evaluation: Evaluation, samples: int | None = None) -> dict[str, 
         "problems": len(evaluation.problems),
         "problems_hash": evaluation.header["problems"],
         "measures": measures,
-        "unread": {decoding: unread(evaluation, decoding) for decoding in evaluation.decodings},
+        "unread": {decoding: unread_of(evaluation, decoding) for decoding in evaluation.decodings},
     }
 
 
@@ -79,53 +74,14 @@ def verifier_of(evaluation: Evaluation) -> str | None:
     return next((answer.verifier for answer in evaluation.answers.values()), None)
 
 
-def unread(evaluation: Evaluation, decoding: str) -> dict[str, Any]:
-    """{share, of, cut, errors, examples}: the share of a decoding's answers that the verifier could not read, the number of all, the
-    share of those cut at their length, {what went wrong in the verifier: how often}, and three responses of distinct problems."""
-    answers = [answer for given in evaluation.of(decoding) for answer in given]
-    lost = [answer for answer in answers if not answer.parsed]
-    errors: dict[str, int] = {}
-    for answer in lost:
-        if answer.error is not None and answer.finish_reason != "length":
-            errors[answer.error] = errors.get(answer.error, 0) + 1
-    ended = sorted(lost, key=lambda answer: answer.finish_reason == "length")  # those that ended first
-    shown = list({answer.problem: answer for answer in reversed(ended)}.values())[::-1][:_SHOWN]
-    return {
-        "share": len(lost) / len(answers),
-        "of": len(answers),
-        "cut": sum(answer.finish_reason == "length" for answer in answers) / len(answers),
-        "errors": errors,
-        "examples": [_example(evaluation, answer) for answer in shown],
-    }
-
-
-def _example(evaluation: Evaluation, answer: Answer) -> dict[str, Any]:
-    problem = evaluation.problems[answer.problem]
-    return {"source": problem["source"], "answer": problem["answer"], "response": answer.response[-_TAIL:]}
-
-
-def unread_lines(name: str, verifier: str, decoding: str, lost: dict[str, Any]) -> list[str]:
-    """What the terminal says of a decoding's unreadable answers; nothing where they are few."""
-    if lost["share"] <= SMALL:
-        return []
-    what = "no answer" if lost["share"] == 1 else f"{lost['share']:.1%} of the answers"
-    could = "could be read" if lost["share"] == 1 else "could not be read"
-    lines = [f"{name}, {decoding}: {what} {could} by the verifier {verifier}. {_SHOWN} of them:"]
-    lines[0] = lines[0] if len(lost["examples"]) == _SHOWN else lines[0].replace(f"{_SHOWN} of them", "such as")
-    for example in lost["examples"]:
-        lines.append(f"    {example['source']} (answer {example['answer']}): {printable(repr(example['response']))}")
-    return [*lines, f"    {cure(verifier, lost)}"]
-
-
-def cure(verifier: str, lost: dict[str, Any]) -> str:
-    """What may help against unreadable answers."""
-    if lost["cut"] > lost["share"] / 2:
-        return f"{lost['cut']:.1%} of the answers were cut off before their end: raise --max_completion_length"
-    if lost["errors"]:
-        told = ", ".join(f"{what} ({count:,})" for what, count in sorted(lost["errors"].items()))
-        return f"the verifier itself failed: {told}"
-    others = " or ".join(f"--verifier {name}" for name in VERIFIERS if name != verifier)
-    return f"they may have another form than {verifier} reads: try {others}, or --verifier python:module:function of your own"
+def unread_of(evaluation: Evaluation, decoding: str) -> dict[str, Any]:
+    """What could not be read of a decoding's answers, see `unread`."""
+    problems = evaluation.problems
+    return unread([
+        Read(problems[a.problem], a.response, a.finish_reason == "stop", a.parsed, a.error)
+        for given in evaluation.of(decoding)
+        for a in given
+    ])  # fmt: skip
 
 
 def table(evaluation: Evaluation, summary: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import datetime
 
 from dqo.config.options import Options, TrainConfig, command_line
 from dqo.evaluation.accuracy import Accuracy
+from dqo.evaluation.unread import unread_lines
 from dqo.report import findings
 from dqo.report.page import console_table, write_report
 from dqo.report.schema import Method, Report
@@ -23,10 +24,19 @@ def changed_options(options: Options) -> dict:
 def report_run(options: Options, run: Run, accuracies: dict[str, Accuracy]) -> str:
     """Writes the report, and returns the text for the terminal. `accuracies`: of the base and of the trained model, by name."""
     config = options.train
-    methods: list[Method] = [
-        {"name": name, "greedy": found.greedy, "sampling": found.sampling} for name, found in accuracies.items()
-    ]
-    lines = [console_table(methods, "base")] if methods else []
+    methods: list[Method] = []
+    lines: list[str] = []
+    for name, found in accuracies.items():
+        lost = found.unread()
+        methods.append({
+            "name": name,
+            **found.scores(),  # type: ignore[typeddict-item]  # greedy and sampling
+            "unread": {kind: what["share"] for kind, what in lost.items()},
+        })  # fmt: skip
+        for kind, what in lost.items():
+            lines += unread_lines(name, str(config.verifier), kind, what)
+    if methods:
+        lines.insert(0, console_table(methods, "base"))
     report: Report = {
         "title": f"{config.method.upper()} on {config.dataset_name or 'given rows'}",
         "command": command_line(),

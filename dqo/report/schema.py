@@ -17,6 +17,7 @@ class Method(_MethodName, total=False):
 
     greedy: Sequence[float]  # a score, 0 or 1, for each problem
     sampling: Sequence[Sequence[float]]  # k scores for each problem
+    unread: dict[str, float]  # by decoding, the share of answers that the verifier could not read
     seconds: float
     tokens_per_second: float
     updates: int
