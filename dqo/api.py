@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from dqo.config.launcher import obey
 from dqo.config.options import Options, check_values, options_of
+from dqo.data.prompts import Prompt
 from dqo.errors import UserError, did_you_mean
 from dqo.evaluation.during import answering
 from dqo.evaluation.run import answers_of, base_answers
@@ -179,11 +181,14 @@ class DQOTrainer:
             raise AttributeError(f"DQOTrainer has no {name}, which transformers.Trainer has: its loop is dqo.train's")
         raise AttributeError(f"DQOTrainer has no {name!r}.{did_you_mean(name, dir(type(self)))}")
 
+    @cached_property
+    def _tasks(self) -> list[Prompt]:
+        return read_tasks(self.options.train.eval_tasks, self.options.train.verifier)
+
     def _begin(self) -> Trainer:
         if self._trainer is None:
             self.options = as_stored(self.options)
-            tasks = read_tasks(self.options.train.eval_tasks, self.options.train.verifier)
-            self._trainer = begin(self.options, self.given, announce=True, answers=answering(self.options, tasks))
+            self._trainer = begin(self.options, self.given, announce=True, answers=answering(self.options, self._tasks))
             self._trainer.compute_metrics = self.compute_metrics
         return self._trainer
 
@@ -207,8 +212,7 @@ class DQOTrainer:
             self.options = dataclasses.replace(self.options, train=train)
         self.options = as_stored(self.options)
         check_callbacks(self.given.callbacks, self.options.train)
-        tasks = read_tasks(self.options.train.eval_tasks, self.options.train.verifier)
-        base = None
+        tasks, base = self._tasks, None
         if self._trainer is None:
             check_options(self.options, self.given)
         if tasks:

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dqo.grading.verifiers import expected_name, verifiers_help
+
 _SCORERS = Path(__file__).parent / "scorers"
 SCORER_NAMES = tuple(sorted(found.name for found in pkgutil.iter_modules([str(_SCORERS)])))
 # What may differ when an evaluation goes on: it changes no stored answer.
@@ -24,8 +26,7 @@ class EvalConfig:
     """The model to evaluate is in this directory, or has this name on the hub. An adapter is merged into its base."""
     tasks: str | None = None
     """The file of problems (.jsonl or .parquet) has prompt, a string or messages, and answer in each row."""
-    verifier: str | None = None
-    """The verifier grades the answers: a name that `dqo-train --help` lists, or python:module:function for your own."""
+    verifier: Annotated[str | None, tyro.conf.arg(help=f"The verifier grades the answers. {verifiers_help()}")] = None
     output_dir: str | None = None
     """The directory where answers, grades and summary.json are written. The same command goes on with what is there."""
     name: str | None = None
@@ -99,6 +100,8 @@ class EvalConfig:
             return found
         for name in ("model_name_or_path", "tasks", "verifier", "output_dir"):
             need(getattr(self, name) is not None, name, "given (or --compare with two or more directories)")
+        if self.verifier is not None and (expected := expected_name(self.verifier)):
+            need(False, "verifier", expected)
         for name in ("num_generations", "top_k", "seed", "num_beams", "step_beams", "temperature"):
             need(getattr(self, name) >= 0, name, "at least 0")
         need(self.num_beams != 1, "num_beams", "0, or at least 2 (a width of 1 is the greedy answer)")
