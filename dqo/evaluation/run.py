@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from dqo.config.options import Options
 from dqo.data.tokens import string_prompt_ids
 from dqo.evaluation.accuracy import Accuracy, Problem, evaluate
-from dqo.grading.verifiers import graded_by
+from dqo.grading.pool import VerifierPool
 from dqo.models.policy import load_policy, ready, tokenizer_of
 from dqo.train.run import Run
 
 
-def problems_of(rows: list[dict], tokenizer, verifier: str) -> list[Problem]:
+def problems_of(rows: list[dict], tokenizer, pool: VerifierPool) -> list[Problem]:
     """Tasks on tokens, each with its grader."""
+
+    def graded_by(row: dict) -> Callable[[str], bool]:
+        return lambda completion: pool.grade([completion], [row])[0].right
+
     ids = string_prompt_ids(tokenizer, [row["prompt"] for row in rows])
-    return [Problem(row["prompt"], prompt, graded_by(verifier, row)) for row, prompt in zip(rows, ids)]
+    return [Problem(row["prompt"], prompt, graded_by(row)) for row, prompt in zip(rows, ids)]
 
 
 def answers(options: Options, model, tokenizer, tasks: list[dict], name: str) -> Accuracy:
@@ -26,8 +31,9 @@ def answers(options: Options, model, tokenizer, tasks: list[dict], name: str) ->
         "max_new_tokens": config.max_completion_length,
     }
     assert config.verifier is not None  # options with eval_tasks and no verifier are refused
-    problems = problems_of(tasks, tokenizer, config.verifier)
-    return evaluate(model, tokenizer, problems, seed=config.seed, description=name, batch_size=64, **settings)
+    with VerifierPool(config.verifier, processes=1) as pool:
+        problems = problems_of(tasks, tokenizer, pool)
+        return evaluate(model, tokenizer, problems, seed=config.seed, description=name, batch_size=64, **settings)
 
 
 def base_answers(options: Options, model, tokenizer, tasks: list[dict]) -> Accuracy:

@@ -7,7 +7,7 @@ import logging
 from dqo.config.options import Options
 from dqo.data.sources import read_records
 from dqo.errors import UserError
-from dqo.grading.verifiers import check_answers
+from dqo.grading.pool import check_answers
 
 logger = logging.getLogger(__name__)
 

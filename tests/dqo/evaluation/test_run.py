@@ -2,6 +2,7 @@
 
 from dqo import DQOConfig
 from dqo.evaluation import run as evaluation
+from dqo.grading.pool import VerifierPool
 from tests.dqo.helpers import tokenizer
 
 TOKENIZER = tokenizer()
@@ -9,7 +10,9 @@ TASKS = [{"prompt": "<bos><bos>1+2=", "answer": "3", "source": "tasks.jsonl:1"}]
 
 
 def test_problems_have_the_prompts_of_training():
-    (problem,) = evaluation.problems_of(TASKS, TOKENIZER, "gsm8k")
+    with VerifierPool("gsm8k", processes=1) as pool:
+        (problem,) = evaluation.problems_of(TASKS, TOKENIZER, pool)
+        assert problem.grade("#### 3") and not problem.grade("#### 4")
     assert problem.prompt_ids == [1, *TOKENIZER("1+2=")["input_ids"]]
 
 
