@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from dqo.data.ends import ends_of
-from dqo.models.generate import Response, generate
+from dqo.models.generate import Request, Response, Sampling, generate, in_order, text_of
 from dqo.models.policy import stop_ids
 
 
@@ -29,11 +30,6 @@ class Accuracy:
     sampled: list[list[Response]]
 
 
-def text_of(tokenizer, response: Response) -> str:
-    ids = response.ids[:-1] if response.ended else response.ids
-    return tokenizer.decode(ids)
-
-
 def evaluate(
     policy: PreTrainedModel,
     tokenizer,
@@ -47,26 +43,41 @@ def evaluate(
     quiet: bool = False,
 ) -> Accuracy:
     """Answers every problem once greedily and `num_generations` times at temperature 1. An answer that never ended is wrong."""
-    options = {
+    options: dict[str, Any] = {
         "stop_ids": ends_of(tokenizer, stop_ids(policy)).stops,
         "pad_id": tokenizer.pad_token_id,
-        "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
-        "seed": seed,
         "quiet": quiet,
     }
-    prompts = [problem.prompt_ids for problem in problems]
-    greedy = generate(policy, prompts, temperature=0.0, description=f"{description} greedy", **options)
-    sampled = generate(
-        policy, prompts, num_generations=num_generations, description=f"{description} sampling", **options
+    greedy = in_order(
+        generate(
+            policy,
+            [Request(problem.prompt_ids, (i,)) for i, problem in enumerate(problems)],
+            Sampling(temperature=0.0, max_new_tokens=max_new_tokens),
+            description=f"{description} greedy",
+            **options,
+        )
     )
+    requests = [
+        Request(problem.prompt_ids, (i, k)) for i, problem in enumerate(problems) for k in range(num_generations)
+    ]
+    found = in_order(
+        generate(
+            policy,
+            requests,
+            Sampling(max_new_tokens=max_new_tokens, seed=seed),
+            description=f"{description} sampling",
+            **options,
+        )
+    )
+    sampled = [found[i : i + num_generations] for i in range(0, len(found), num_generations)]
 
     def score(problem: Problem, response: Response) -> int:
         return int(response.ended and problem.grade(text_of(tokenizer, response)))
 
     return Accuracy(
-        greedy=[score(problem, answers[0]) for problem, answers in zip(problems, greedy)],
+        greedy=[score(problem, answer) for problem, answer in zip(problems, greedy)],
         sampling=[[score(problem, answer) for answer in answers] for problem, answers in zip(problems, sampled)],
-        greedy_texts=[text_of(tokenizer, answers[0]) for answers in greedy],
+        greedy_texts=[text_of(tokenizer, answer) for answer in greedy],
         sampled=sampled,
     )
