@@ -57,8 +57,8 @@ def _kind(value: Any) -> str:
     return "list of messages" if isinstance(value, (list, tuple)) else "string"
 
 
-def checked(record: Record, common: Common, reward_threshold: float) -> dict[str, Any]:
-    """The fields of a row, each of its type.
+def checked(record: Record, common: Common, reward_threshold: float, scored: bool = True) -> dict[str, Any]:
+    """The fields of a row, each of its type. `scored`: it must have a reward or a label.
 
     Raises:
         UserError: for the first field that does not fit; the message begins with the field's name.
@@ -69,7 +69,8 @@ def checked(record: Record, common: Common, reward_threshold: float) -> dict[str
         raise UserError(f"prompt is a {_kind(prompt)} but most rows have a {common.prompts}; one file holds one kind")
     if not prompt:
         raise UserError("prompt is empty; the first token of a response needs something before it")
-    completion, text = _completion(values["completion"], record.name("completion"))
+    sampled = values.get("completion_ids") is not None  # a model may answer with nothing but its end
+    completion, text = _completion(values["completion"], record.name("completion"), sampled)
     if _kind(prompt) != _kind(completion):
         raise UserError(
             f"prompt is a {_kind(prompt)} but {record.name('completion')} is a {_kind(completion)}; "
@@ -77,7 +78,8 @@ def checked(record: Record, common: Common, reward_threshold: float) -> dict[str
         )
     if not all(_each(values.get("env_mask", ()), "env_mask", lambda flag, _: flag)):
         raise UserError("env_mask has zeros; tokens of tools are not supported, drop the row")
-    reward, label = _outcome(record, common, reward_threshold)
+    unscored = not scored and values.get("reward") is None and values.get("label") is None
+    reward, label = (None, None) if unscored else _outcome(record, common, reward_threshold)
     steps, step_rewards = _steps(record, text)
     prompt_ids, completion_ids = (_ids(record, name) for name in ("prompt_ids", "completion_ids"))
     if prompt_ids is not None and completion_ids is None:
@@ -128,7 +130,7 @@ def conversation(value: Any, name: str) -> str | list[dict]:
     return messages
 
 
-def _completion(value: Any, name: str) -> tuple[str | list[dict], str]:
+def _completion(value: Any, name: str, may_be_empty: bool) -> tuple[str | list[dict], str]:
     completion = conversation(value, name)
     if isinstance(completion, str):
         text = completion
@@ -141,7 +143,7 @@ def _completion(value: Any, name: str) -> tuple[str | list[dict], str]:
         text = completion[0].get("content", "")
         if completion[0].get("tool_calls"):  # a response without content
             return completion, text
-    if not text.strip():
+    if not text.strip() and not may_be_empty:
         raise UserError(f"{name} is empty or only whitespace ({shown(text)}); expected a response, drop the row")
     return completion, text
 

@@ -9,6 +9,7 @@ _CHOICE = "This looks like pairs with a choice: write prompt, chosen and rejecte
 _UNSAMPLED = "These look like problems without responses: sample responses and grade them first"
 
 _STRUCTURES: tuple[tuple[set[str], str], ...] = (  # columns found -> what the file is; the first that fits
+    ({"prompt", "completion", "sampling"}, "These are samples that nobody has graded: score them with `dqo score`"),
     ({"question", "ground_truth"}, "This looks like GSM8K's graded solutions: run `dqo convert gsm8k-solutions` on it"),
     ({"question", "label", "labeler"}, "This looks like PRM800K: run `dqo convert prm800k` on it"),
     ({"input", "label"}, "This looks like Math-Shepherd: run `dqo convert math-shepherd` on it"),

@@ -36,7 +36,7 @@ class Prompted(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One response. What `read_rows` returns always has reward and label."""
+    """One response. What `read_rows` returns always has reward and label, unless unscored rows were asked for."""
 
     prompt: str | list[dict]
     completion: str | list[dict]  # of the prompt's kind; messages: one, of the assistant
@@ -57,7 +57,9 @@ class Row:
     source: str = ""  # "rollouts.jsonl:12"; not written to files
 
 
-def read_rows(source: Any, *, skip_bad_rows: bool = False, reward_threshold: float = 0.5) -> list[Row]:
+def read_rows(
+    source: Any, *, skip_bad_rows: bool = False, reward_threshold: float = 0.5, scored: bool = True
+) -> list[Row]:
     """Reads and checks rows.
 
     Args:
@@ -66,12 +68,15 @@ def read_rows(source: Any, *, skip_bad_rows: bool = False, reward_threshold: flo
             datasets.Dataset) or of Rows; in any one of the forms of `dqo.data.forms`.
         skip_bad_rows: drop rows that do not fit and log how many, instead of raising.
         reward_threshold: a row without a label is right when its reward is above this.
+        scored: False: flat rows may lack both reward and label, which are None then, as `dqo sample` writes them.
 
     Raises:
         UserError: naming the first ten rows that do not fit, each with its file and line.
     """
     name, records, problems = read_records(source)
-    return rows_of(name, records, problems, skip_bad_rows=skip_bad_rows, reward_threshold=reward_threshold)
+    return rows_of(
+        name, records, problems, skip_bad_rows=skip_bad_rows, reward_threshold=reward_threshold, scored=scored
+    )
 
 
 def rows_of(
@@ -81,11 +86,12 @@ def rows_of(
     *,
     skip_bad_rows: bool = False,
     reward_threshold: float = 0.5,
+    scored: bool = True,
 ) -> list[Row]:
     """The rows of records as `read_records` returns them; see `read_rows`."""
     flat, rows, problems = [], [], list(problems)
     if records:
-        form = check_columns(name, records)
+        form = check_columns(name, records, scored)
         if form != "flat":
             logger.info("%s: read as %s rows", name, form)
         for record in records:
@@ -96,7 +102,7 @@ def rows_of(
     common = Common.of(flat)
     for record in progress(flat, f"check {name}"):
         try:
-            rows.append(Row(**checked(record, common, reward_threshold), source=record.source))
+            rows.append(Row(**checked(record, common, reward_threshold, scored), source=record.source))
         except UserError as error:
             problems.append(BadRow(record.index, record.source, str(error)))
     if problems:
