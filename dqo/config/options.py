@@ -74,7 +74,7 @@ class _RunOptions:
     eval_fraction: float = 0.1
     """This share of the prompts of dataset_name is held out for evaluation."""
     eval_tasks: str | None = None
-"""The file of problems (.jsonl with prompt and answer) that the model answers before and after training. The prompts are
+    """The file of problems (.jsonl with prompt and answer) that the model answers before and after training. The prompts are
     strings, or messages for the chat template."""
     eval_task_problems: int = 100
     """With eval_steps the model answers this many of the problems of eval_tasks greedily at every evaluation, and eval_accuracy

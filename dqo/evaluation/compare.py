@@ -10,7 +10,7 @@ import numpy as np
 from dqo.errors import UserError
 from dqo.evaluation.measures import holm
 from dqo.evaluation.results import Evaluation
-from dqo.evaluation.summary import aligned, per_problem, unread_of, verifier_of
+from dqo.evaluation.summary import aligned, per_problem, unread_of
 from dqo.evaluation.unread import cure, unread_lines
 from dqo.stats import CONFIDENCE, accuracy_interval, paired_test
 
@@ -41,7 +41,7 @@ def compare(evaluations: list[Evaluation]) -> dict[str, Any]:
     return {
         "names": list(values),
         "problems": len(evaluations[0].problems),
-        "verifier": verifier_of(evaluations[0]),
+        "verifier": evaluations[0].verifier,
         "measures": {measure: _tests(measure, values, lost) for measure in common},
         "unread": lost,
     }
@@ -60,16 +60,19 @@ def _check_alike(evaluations: list[Evaluation]) -> None:
     first = evaluations[0]
     names = [e.name for e in evaluations]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"several evaluations have the name {doubled[0]!r}; give each a --name of its own, or rename its directory")
+        raise UserError(
+            f"several evaluations have the name {doubled[0]!r}; give each a --name of its own, or rename its directory"
+        )
     for other in evaluations[1:]:
-        if other.header["problems"] != first.header["problems"]:
+        hashes = [e.header["options"].get("sha256 of the problems") for e in (first, other)]
+        if hashes[0] != hashes[1]:
             raise UserError(
                 f"{other.directory} has other problems than {first.directory} ({len(other.problems):,} and "
                 f"{len(first.problems):,}, or in another order); a paired test needs the same: evaluate both on one file"
             )
-        if verifier_of(other) != verifier_of(first):
+        if other.verifier != first.verifier:
             raise UserError(
-                f"{other.directory} was graded by {verifier_of(other)}, and {first.directory} by {verifier_of(first)}; grade one "
+                f"{other.directory} was graded by {other.verifier}, and {first.directory} by {first.verifier}; grade one "
                 "again: the same command with the other --verifier samples nothing anew"
             )
 
@@ -86,7 +89,9 @@ def _tests(measure: str, values: dict[str, dict[str, list]], lost: dict[str, dic
         if all(lost[name][decoding_of(measure)]["share"] == 1 for name in (a, b)):
             pairs.append(pair | {"unreadable": True})
             continue
-        ours, theirs = (np.asarray(values[name][measure], float).reshape(len(values[name][measure]), -1) for name in (a, b))
+        ours, theirs = (
+            np.asarray(values[name][measure], float).reshape(len(values[name][measure]), -1) for name in (a, b)
+        )
         pairs.append(pair | paired_test(ours.mean(axis=1), theirs.mean(axis=1))._asdict())
     tested = [pair for pair in pairs if "p_value" in pair]
     for pair, adjusted in zip(tested, holm([pair["p_value"] for pair in tested])):

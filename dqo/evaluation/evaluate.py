@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dqo.data.appending import Appended
 from dqo.data.prompts import Prompt
 from dqo.evaluation.options import EvalConfig
-from dqo.evaluation.results import Answer, Evaluation, Lines, opened, problems_hash
+from dqo.evaluation.results import Answer, Evaluation, opened, problems_hash
 from dqo.evaluation.scoring import Models, episode_of, load_models, scores
 from dqo.evaluation.search import beam_search, separating_ids, step_search
 from dqo.evaluation.summary import summary_of
@@ -42,7 +43,7 @@ def evaluate(config: EvalConfig, quiet: bool = False) -> tuple[Evaluation, dict[
     work = _Work(config, problems, quiet)
     directory = Path(config.output_dir)
     name = config.name or directory.resolve().name
-    with opened(directory, name, work.header, problems) as (evaluation, results, scored):
+    with opened(directory, name, config.verifier, work.binding, problems) as (evaluation, results, scored):
         with VerifierPool(config.verifier, timeout=config.verifier_timeout) as pool:
             work.keep(evaluation, results, pool)
             work.regrade()
@@ -57,7 +58,7 @@ class _Work:
     """The model and what it has been asked."""
 
     evaluation: Evaluation
-    results: Lines
+    results: Appended
     pool: VerifierPool
 
     def __init__(self, config: EvalConfig, problems: list[Prompt], quiet: bool):
@@ -75,10 +76,10 @@ class _Work:
             policy = load_policy(path, device, getattr(torch, dtype))
         if policy is not None:
             self.models = load_models(config, policy, self.backend.tokenizer.pad_token_id)
-        self.header = {
-            "problems": problems_hash(problems),
-            "model": None if policy is None else weights_hash(policy),
-            "options": config.binding() | {"dtype": dtype},
+        self.binding = config.binding() | {
+            "dtype": dtype,
+            "sha256 of the problems": problems_hash(problems),
+            "sha256 of the weights": None if policy is None else weights_hash(policy),
         }
 
     @property
@@ -86,24 +87,23 @@ class _Work:
         assert self.models is not None  # what searches or scores has loaded it
         return self.models.policy
 
-    def keep(self, evaluation: Evaluation, results: Lines, pool: VerifierPool) -> None:
+    def keep(self, evaluation: Evaluation, results: Appended, pool: VerifierPool) -> None:
         """Where answers go from now on."""
         self.evaluation, self.results, self.pool = evaluation, results, pool
 
     def regrade(self) -> None:
         """Grades again what another verifier has graded; nothing is sampled for that."""
-        stored = list(self.evaluation.answers.values())
-        if any(answer.verifier != self.config.verifier for answer in stored):
-            fresh = self._graded([(a.decoding, (a.problem, a.sample), _response(a), a.logprob) for a in stored])
-            self.results.replace([asdict(answer) for answer in fresh])
-            self.evaluation.answers.clear()
-            self._remember(fresh)
+        stored, size = list(self.evaluation.of_others.values()), 16 * self.config.batch_size
+        for part in (stored[i : i + size] for i in range(0, len(stored), size)):
+            self._store([(a.decoding, (a.problem, a.sample), _response(a), a.logprob) for a in part])
 
     def answer(self) -> None:
         """Every answer that is missing, decoding by decoding."""
         config = self.config
         if config.greedy:
-            self._collect("greedy", 1, self._drawn("greedy", Sampling(0.0, max_new_tokens=config.max_completion_length)))
+            self._collect(
+                "greedy", 1, self._drawn("greedy", Sampling(0.0, max_new_tokens=config.max_completion_length))
+            )
         if config.num_generations:
             self._collect("sampling", config.num_generations, self._drawn("sampling", self._sampling))
         if config.num_beams:
@@ -138,10 +138,7 @@ class _Work:
         if found:
             graded = self._graded(found)
             self.results.append([asdict(answer) for answer in graded])
-            self._remember(graded)
-
-    def _remember(self, answers: Iterable[Answer]) -> None:
-        self.evaluation.answers |= {answer.key: answer for answer in answers}
+            self.evaluation.add(graded)
 
     def _graded(self, found: list[tuple[str, Wanted, Response, float | None]]) -> list[Answer]:
         """An answer that never ended is wrong, and is not read."""
@@ -196,7 +193,7 @@ class _Work:
     def _steps(self, wanted: list[Wanted], scorer: str) -> Iterator[tuple[Wanted, Response, None]]:
         config, models = self.config, self.models
         assert models is not None
-        separators = separating_ids(self.backend.tokenizer, config.step_separator)
+        separators = separating_ids(self.backend.tokenizer, config.step_separator or "\n")
         together = max(1, config.batch_size // (config.step_beams * config.step_samples))
         for begin in range(0, len(wanted), together):
             part = wanted[begin : begin + together]
@@ -215,7 +212,7 @@ class _Work:
             for which, best in zip(part, found):
                 yield which, Response(best.ids, [], best.ended), None
 
-    def score(self, stored: Lines) -> None:
+    def score(self, stored: Appended) -> None:
         """Every score of a sample that is missing."""
         if not self.config.scorers or not self.config.num_generations:
             return

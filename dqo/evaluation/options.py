@@ -64,8 +64,8 @@ class EvalConfig:
     """A search step by step keeps this many beginnings of an answer, the best by each of the scorers. 0 searches nothing."""
     step_samples: int = 4
     """The search step by step samples this many next steps of every beginning that it keeps."""
-    step_separator: str = "\n"
-    """A step of the search ends with the first token that has this text in it."""
+    step_separator: str | None = None
+    """A step of the search ends with the first token that has this text in it. None takes the end of a line."""
     ref_model_name_or_path: str | None = None
     """The reference of the scorer implicit is in this directory, or has this name on the hub. None takes that of the training
     run that wrote the model."""
@@ -110,10 +110,16 @@ class EvalConfig:
         need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         need(self.temperature > 0 or self.num_generations <= 1, "temperature", "above 0 with more than one sample")
         need(self.verifier_timeout > 0, "verifier_timeout", "positive")
-        need(bool(self.step_separator), "step_separator", "at least one character")
+        need(self.step_separator != "", "step_separator", "at least one character, or None for the end of a line")
         need(set(self.scorers) <= set(SCORER_NAMES), "scorers", f"some of {', '.join(SCORER_NAMES)}")
-        need(not self.step_beams or bool(self.scorers), "scorers", "given with step_beams, which keeps the best by them")
-        need(not self.scorers or self.step_beams > 0 or self.num_generations > 1, "num_generations", "above 1 with scorers")
+        need(
+            not self.step_beams or bool(self.scorers), "scorers", "given with step_beams, which keeps the best by them"
+        )
+        need(
+            not self.scorers or self.step_beams > 0 or self.num_generations > 1,
+            "num_generations",
+            "above 1 with scorers",
+        )
         searched = self.greedy or self.num_generations or self.num_beams or self.step_beams
         need(bool(searched), "num_generations", "above 0 where nothing else is asked for")
         return found

@@ -65,7 +65,9 @@ def load_models(config: EvalConfig, policy: PreTrainedModel, pad_id: int) -> Mod
         reference = load_policy(name, policy.device, policy.dtype)
         sizes = [model.config.get_text_config().vocab_size for model in (policy, reference)]
         if sizes[0] != sizes[1]:
-            raise UserError(f"scorer implicit: the reference {name} has {sizes[1]:,} tokens, and the model has {sizes[0]:,}")
+            raise UserError(
+                f"scorer implicit: the reference {name} has {sizes[1]:,} tokens, and the model has {sizes[0]:,}"
+            )
     return Models(policy, pad_id, value_model, reference, beta)
 
 
@@ -101,7 +103,9 @@ def episode_of(prompt_ids: list[int], completion_ids: list[int], ended: bool) ->
 
 
 @torch.no_grad()
-def scores(models: Models, scorers: Collection[str], episodes: list[Episode], description: str | None = None) -> dict[str, list[float]]:
+def scores(
+    models: Models, scorers: Collection[str], episodes: list[Episode], description: str | None = None
+) -> dict[str, list[float]]:
     """{scorer: a score of each episode}. `description`: of a progress bar; None shows none."""
     found: dict[str, list[float]] = {name: [0.0] * len(episodes) for name in scorers}
     if not episodes or not found:

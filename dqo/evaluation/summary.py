@@ -62,16 +62,12 @@ def summary_of(evaluation: Evaluation, samples: int | None = None) -> dict[str, 
     return {
         "name": evaluation.name,
         "model": evaluation.header["options"]["model_name_or_path"],
-        "verifier": verifier_of(evaluation),
+        "verifier": evaluation.verifier,
         "problems": len(evaluation.problems),
-        "problems_hash": evaluation.header["problems"],
+        "problems_hash": evaluation.header["options"]["sha256 of the problems"],
         "measures": measures,
         "unread": {decoding: unread_of(evaluation, decoding) for decoding in evaluation.decodings},
     }
-
-
-def verifier_of(evaluation: Evaluation) -> str | None:
-    return next((answer.verifier for answer in evaluation.answers.values()), None)
 
 
 def unread_of(evaluation: Evaluation, decoding: str) -> dict[str, Any]:

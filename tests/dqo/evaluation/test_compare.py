@@ -44,7 +44,9 @@ def test_all_pairs_are_tested_and_corrected_together():
 
 def test_samples_are_tested_by_the_means_of_problems():
     rng = random.Random(0)
-    tables = {name: [[("1", rng.random() < p) for _ in range(4)] for _ in range(20)] for name, p in (("a", 0.9), ("b", 0.3))}
+    tables = {
+        name: [[("1", rng.random() < p) for _ in range(4)] for _ in range(20)] for name, p in (("a", 0.9), ("b", 0.3))
+    }
     found = compare([evaluation(sampled(table), name, 20) for name, table in tables.items()])
     assert list(found["measures"]) == ["pass@1", "maj@4"]
     (pair,) = found["measures"]["pass@1"]["pairs"]
@@ -62,12 +64,16 @@ def test_where_nothing_was_read_nothing_is_said_of_a_difference():
     assert "try --verifier number" in text
     read = evaluation([answer(i) for i in range(3)], "third", 3)
     pairs = compare([*lost, read])["measures"]["greedy"]["pairs"]
-    assert [("p_value" in pair, pair.get("unreadable", False)) for pair in pairs] == [(False, True), (True, False), (True, False)]
+    assert [("p_value" in pair, pair.get("unreadable", False)) for pair in pairs] == [
+        (False, True),
+        (True, False),
+        (True, False),
+    ]
 
 
 def test_what_is_not_comparable_is_refused():
     first, other = greedy("a", [0]), greedy("b", [0])
-    other.header = other.header | {"problems": "another"}
+    other.header["options"]["sha256 of the problems"] = "another"
     with pytest.raises(UserError, match="b has other problems than a"):
         compare([first, other])
     with pytest.raises(UserError, match="several evaluations have the name 'a'"):

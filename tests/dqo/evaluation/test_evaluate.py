@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from dqo.commands.eval import eval_command
+from dqo.data.appending import Appended
 from dqo.errors import UserError
 from dqo.evaluation.evaluate import evaluate
 from dqo.evaluation.options import EvalConfig
-from dqo.evaluation.results import Lines, read_evaluation, read_lines
+from dqo.evaluation.results import read_evaluation, read_lines
 from dqo.models.new import save
 from dqo.stats import pass_at_k
 from tests.dqo.helpers import policy, rollout_rows, tokenizer
@@ -36,13 +37,27 @@ def there(tmp_path_factory):
 
 def config(there, output, **changes):
     told = {"model_name_or_path": str(there / "model"), "tasks": str(there / "problems.jsonl"), "verifier": VERIFIER}
-    told |= {"output_dir": str(output), "num_generations": 4, "max_completion_length": 12, "batch_size": 8, "use_cpu": True}
+    told |= {
+        "output_dir": str(output),
+        "num_generations": 4,
+        "max_completion_length": 12,
+        "batch_size": 8,
+        "use_cpu": True,
+    }
     return EvalConfig(**told | changes)
 
 
 def arguments(there, output, **changes):
     told = vars(config(there, output)) | changes
-    names = ("model_name_or_path", "tasks", "verifier", "output_dir", "num_generations", "max_completion_length", "batch_size")
+    names = (
+        "model_name_or_path",
+        "tasks",
+        "verifier",
+        "output_dir",
+        "num_generations",
+        "max_completion_length",
+        "batch_size",
+    )
     return [part for name in (*names, *changes) for part in (f"--{name}", str(told[name]))]
 
 
@@ -81,7 +96,7 @@ def content(directory):
 
 
 def test_an_evaluation_goes_on_after_it_was_stopped_and_samples_do_not_depend_on_that(there, whole, monkeypatch):
-    append, calls = Lines.append, []
+    append, calls = Appended.append, []
 
     def stops(self, rows):
         append(self, rows)
@@ -91,11 +106,11 @@ def test_an_evaluation_goes_on_after_it_was_stopped_and_samples_do_not_depend_on
                 file.write(b'{"decoding": "sampl')  # a line that a full stop cut
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Lines, "append", stops)
+    monkeypatch.setattr(Appended, "append", stops)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config(there, there / "stopped"), quiet=True)
     assert 0 < len(read_lines(there / "stopped" / "results.jsonl")) < 35
-    monkeypatch.setattr(Lines, "append", append)
+    monkeypatch.setattr(Appended, "append", append)
     evaluate(config(there, there / "stopped", batch_size=5), quiet=True)
     assert _rounded(content(there / "stopped")) == _rounded(content(there / "whole"))
 
@@ -108,11 +123,11 @@ def _rounded(lines):
 @pytest.mark.slow
 def test_a_sigkill_loses_and_doubles_nothing(there, whole):
     code = (
-        "import os, signal\nfrom dqo.evaluation import results\nfrom dqo.commands.eval import eval_command\n"
-        "append, calls = results.Lines.append, []\n"
+        "import os, signal\nfrom dqo.data.appending import Appended\nfrom dqo.commands.eval import eval_command\n"
+        "append, calls = Appended.append, []\n"
         "def killed(self, rows):\n    append(self, rows)\n    calls.append(rows)\n"
         "    if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"results.Lines.append = killed\neval_command({arguments(there, there / 'killed')!r} + ['--use_cpu'])\n"
+        f"Appended.append = killed\neval_command({arguments(there, there / 'killed')!r} + ['--use_cpu'])\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
@@ -131,7 +146,6 @@ def test_more_samples_are_added_and_nothing_is_sampled_again(there, whole, monke
     evaluate(config(there, output), quiet=True)
     assert set(few) < set(content(output))
     assert _rounded(content(output)) == _rounded(content(there / "whole"))
-    monkeypatch.setattr(module.TransformersBackend if hasattr(module, "TransformersBackend") else module._Work, "_drawn", None)
     monkeypatch.setattr(module._Work, "_drawn", lambda self, decoding, sampling: pytest.fail)
     before = content(output)
     _, summary = evaluate(config(there, output), quiet=True)
@@ -145,12 +159,12 @@ def test_another_verifier_grades_again_what_is_stored(there, whole):
     _, summary = evaluate(config(there, output, verifier="gsm8k"), quiet=True)
     found = read_evaluation(output)
     assert {a.key: a.response for a in found.answers.values()} == responses
-    assert {a.verifier for a in found.answers.values()} == {"gsm8k"}
+    assert {a.verifier for a in found.answers.values()} == {"gsm8k"} and not found.of_others
     assert summary["unread"]["sampling"]["share"] == 1 and summary["measures"]["pass@1"]["mean"] == 0
 
 
 def test_other_options_in_the_same_directory_are_refused(there, whole):
-    with pytest.raises(UserError, match="temperature: 1.0 then, 0.5 now.*Choose another --output_dir"):
+    with pytest.raises(UserError, match="temperature 1.0 then, 0.5 now.*choose another --output_dir"):
         evaluate(config(there, there / "whole", temperature=0.5), quiet=True)
 
 
@@ -199,7 +213,9 @@ def test_chat_models_answer_messages(there, tmp_path):
     texts = [{"prompt": "#1+2=", "answer": "3"}, {"prompt": "#1+2=\n", "answer": "3"}]
     (tmp_path / "plain" / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     plain, _ = evaluate(config(tmp_path / "plain", tmp_path / "plain" / "out"), quiet=True)
-    assert {k: a.completion_ids for k, a in found.answers.items()} == {k: a.completion_ids for k, a in plain.answers.items()}
+    assert {k: a.completion_ids for k, a in found.answers.items()} == {
+        k: a.completion_ids for k, a in plain.answers.items()
+    }
     assert found.answers["greedy", 0, 0].completion_ids != found.answers["greedy", 1, 0].completion_ids
 
 

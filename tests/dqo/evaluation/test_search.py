@@ -96,7 +96,9 @@ def agreement(episodes):
 def steps(policy, score, **changes):
     settings = {"beams": 4, "samples": 250, "separators": [LINE], "stop_ids": [EOS], "pad_id": 0, "batch_size": 512}
     sampling = Sampling(max_new_tokens=len(TARGET))
-    return step_search(policy, [Request([1, 3], ("x", 0)), Request([1, 4], ("x", 1))], score, sampling, **settings | changes)
+    return step_search(
+        policy, [Request([1, 3], ("x", 0)), Request([1, 4], ("x", 1))], score, sampling, **settings | changes
+    )
 
 
 def test_the_search_by_steps_reaches_the_response_that_the_score_wants():
