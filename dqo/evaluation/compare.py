@@ -21,9 +21,10 @@ def compare(evaluations: list[Evaluation]) -> dict[str, Any]:
     """Paired tests of every two evaluations by every measure that all have.
 
     Returns:
-        {"names", "problems", "verifier", "measures": {measure: {"means": {name: ...}, "pairs": [...]}}, "unread": {name: {decoding:
-        ...}}}. A pair has a, b, difference (a - b), low, high, p_value, wins, losses, test, and p_holm, which is adjusted for all
-        pairs of its measure. Where neither of two read any answer there is no test: the pair has `unreadable` True instead.
+        {"names", "problems", "verifier", "measures": {measure: {"means": {name: ...}, "pairs": [...]}},
+        "unread": {name: {decoding: ...}}}. A pair has a, b, difference (a - b), low, high, p_value, wins, losses, test, and
+        p_holm, which is adjusted for all pairs of its measure. Where neither of two has a readable answer there is no test: the
+        pair has `unreadable` True instead.
 
     Raises:
         UserError: for evaluations of other problems, by other verifiers, of one name, or without a common finished measure.
@@ -127,6 +128,6 @@ def _sentence(pair: dict[str, Any], found: dict[str, Any], measure: str) -> str:
     corrected = f", {pair['p_holm']:.3g} corrected for all pairs (Holm)" if len(found["names"]) > 2 else ""
     return (
         f"  {a} - {b}: {100 * pair['difference']:+.1f} points ({100 * pair['low']:+.1f} to {100 * pair['high']:+.1f}), "
-        f"p = {pair['p_value']:.3g} by the {pair['test']} test{corrected}; {pair['wins']} problems better, {pair['losses']} worse: "
-        f"{verdict}"
+        f"p = {pair['p_value']:.3g} by the {pair['test']} test{corrected}; {pair['wins']} problems better, "
+        f"{pair['losses']} worse: {verdict}"
     )

@@ -1,4 +1,4 @@
-"""Answers to some of eval_tasks while a model is trained: their accuracy among the metrics, a few of them in generations.jsonl."""
+"""Answers to some of eval_tasks during training: their accuracy among the metrics, a few of them in generations.jsonl."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def some_of(tasks: list[Prompt], count: int) -> list[Prompt]:
 def answering(options: Options, tasks: list[Prompt]) -> Answers | None:
     """What a trainer calls at every evaluation; None where nothing is to be answered during training.
 
-    It returns eval_accuracy, of greedy answers, and eval_unparsed, the share that the verifier could not read. Decoding is greedy:
-    no random number of the training is used up.
+    It returns eval_accuracy, of greedy answers, and eval_unparsed, the share that the verifier could not read. Greedy decoding
+    uses up no random number of the training.
     """
     config = options.train
     if not tasks or config.eval_steps == 0 or config.eval_task_problems == 0:

@@ -24,8 +24,8 @@ def standard_error(scores: ArrayLike) -> float | None:
 def majority_at_k(answers: Sequence[str | None], scores: Sequence[float], k: int) -> float:
     """The expected score of the answer that most of k samples gave: the mean over all choices of k of the n samples.
 
-    Samples vote by their canonical answers; one without an answer (None) does not vote. Of answers with equally many votes each is
-    taken with the same chance. Where nobody votes the score is 0. An answer's score is the mean of those who gave it.
+    Samples vote by their canonical answers; one without an answer (None) does not vote. Of answers with equally many votes each
+    is taken with the same chance. Where nobody votes the score is 0. An answer's score is the mean of those who gave it.
 
     Raises:
         ValueError: unless answers and scores are of one length n, and 1 <= k <= n.
@@ -44,8 +44,8 @@ def majority_at_k(answers: Sequence[str | None], scores: Sequence[float], k: int
 
 
 def _chosen(size: int, others: Counter[int], silent: int, k: int) -> float:
-    """In how many of the choices of k samples an answer that `size` samples gave is taken; a tie of m counts 1/m. `others`: how many
-    further answers were given by how many samples each; `silent` samples gave none."""
+    """In how many of the choices of k samples an answer that `size` samples gave is taken; a tie of m counts 1/m. `others`: how
+    many further answers were given by how many samples each; `silent` samples gave none."""
     total = 0.0
     for votes in range(1, min(size, k) + 1):
         ways = {(0, 0): 1}  # (votes of others, how many of them have as many votes as ours) -> number of choices
@@ -84,8 +84,8 @@ def best_at_k(ranks: Sequence[float], scores: Sequence[float], k: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values of several tests (Holm 1979): the chance of any false alarm among all tests stays below the level at which
-    an adjusted value is called significant. Needs no independence of the tests."""
+    """Adjusted p values of several tests (Holm 1979): the chance of any false alarm among all tests stays below the level at
+    which an adjusted value is called significant. The tests need not be independent."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, least = [0.0] * len(p_values), 0.0
     for place, i in enumerate(order):

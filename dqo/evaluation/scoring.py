@@ -55,8 +55,8 @@ def load_models(config: EvalConfig, policy: PreTrainedModel, pad_id: int) -> Mod
         path = Path(config.value_model or f"{config.model_name_or_path}/critic")
         if not path.is_dir():
             raise UserError(
-                f"scorer value: there is no value model in {path}; give --value_model DIRECTORY, the critic/ of a training run whose "
-                "method has one (dqo, dro, oreo)"
+                f"scorer value: there is no value model in {path}; give --value_model DIRECTORY, the critic/ of a training run "
+                "whose method has one (dqo, dro, oreo)"
             )
         value_model = load_critic(path, policy.device)
         value_model.eval()

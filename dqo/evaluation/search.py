@@ -45,8 +45,8 @@ def beam_search(
     """(index of the prompt, its most probable response among those that a beam of `width` keeps), as batches end.
 
     The sum of log-probabilities decides, without a correction for length: it is what the search on Q is. A response that has not
-    ended after `max_new_tokens` counts as one of that length. Prompts of one length share a batch of `batch_size` beams, so that no
-    model sees padding.
+    ended after `max_new_tokens` counts as one of that length. Prompts of one length share a batch of `batch_size` beams, so that
+    no model sees padding.
     """
     stops = frozenset(stop_ids)
     settings = GenerationConfig(
@@ -101,10 +101,10 @@ def step_search(
 ) -> list[Found]:
     """The best response to each request that a search step by step finds.
 
-    Each of at most `beams` beginnings is continued by `samples` sampled steps, which end with one of `separators`, of `stop_ids`, or
-    at sampling.max_new_tokens of the whole response. Equal beginnings count once. Of them and of the responses that have ended the
-    best `beams` by `score` stay, until all that stay have ended. A step's random stream is that of the request's key, the depth, the
-    beginning and the sample.
+    Each of at most `beams` beginnings is continued by `samples` sampled steps, which end with one of `separators`, of `stop_ids`,
+    or at sampling.max_new_tokens of the whole response. Equal beginnings count once. Of them and of the responses that have ended
+    the best `beams` by `score` stay, until all that stay have ended. A step's random stream is that of the request's key, the
+    depth, the beginning and the sample.
     """
     stops, most = frozenset(stop_ids), sampling.max_new_tokens
     kept: list[list[Found]] = [[Found([], False, 0.0)] for _ in requests]

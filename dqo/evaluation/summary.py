@@ -13,8 +13,9 @@ from dqo.stats import accuracy_interval, pass_at_k
 def per_problem(evaluation: Evaluation, samples: int | None = None) -> dict[str, list]:
     """{measure: a number or, for pass@1, n of them, a problem}, all in [0, 1]; unfinished decodings are left out.
 
-    greedy and the searches: whether the answer is right. pass@k: the chance that one of k samples is, over all choices of k of the
-    n (Chen et al.'s 1 - C(n-c, k) / C(n, k)). maj@k, best@k SCORER: see `dqo.evaluation.measures`. `samples`: n; None: all that are there.
+    greedy and the searches: whether the answer is right. pass@k: the chance that one of k samples is, over all choices of k of
+    the n (Chen et al.'s 1 - C(n-c, k) / C(n, k)). maj@k, best@k SCORER: see `dqo.evaluation.measures`. `samples`: n; None: all
+    that are there.
     """
     found: dict[str, list] = {}
     for decoding in evaluation.decodings:

@@ -1,4 +1,4 @@
-"""Problems of eval_tasks and of `dqo eval`: read and checked before anything is trained or answered; no import of torch at first."""
+"""Problems of eval_tasks and of `dqo eval`: read and checked before anything is trained; read_tasks imports no torch."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def task_ids(tasks: list[Prompt], tokenizer, model_config: Any, max_completion_l
     """The prompts on tokens, as training places them.
 
     Raises:
-        UserError: for a prompt without tokens or that the chat template refuses, or one whose answer would need more positions than
-            the model has.
+        UserError: for a prompt without tokens or that the chat template refuses, or one whose answer would need more positions
+            than the model has.
     """
     from dqo.models.fitness import position_limit
 

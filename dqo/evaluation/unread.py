@@ -27,8 +27,8 @@ class Read:
 
 
 def unread(reads: Sequence[Read]) -> dict[str, Any]:
-    """{share, of, cut, errors, examples}: the share of responses without a readable answer, the number of all, the share of those that
-    were cut off, {what went wrong in the verifier: how often}, and three responses, of distinct problems where there are."""
+    """{share, of, cut, errors, examples}: the share of responses without a readable answer, the number of all, the share of those
+    that were cut off, {what went wrong in the verifier: how often}, and three responses, of distinct problems."""
     lost = [read for read in reads if not read.parsed]
     shown: dict[str, Read] = {}
     for read in sorted(lost, key=lambda read: not read.ended):  # those that ended first

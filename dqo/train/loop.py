@@ -30,7 +30,6 @@ from dqo.train.recorder import Recorder
 from dqo.train.resume import stored_options
 from dqo.train.step import accumulate, out_of_memory
 
-
 # (policy, tokenizer, step, processes) -> metrics of the policy's answers to problems; every process calls it.
 Answers = Callable[[PreTrainedModel, Any, int, Processes], dict[str, float]]
 

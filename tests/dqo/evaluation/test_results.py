@@ -47,24 +47,26 @@ def test_grades_of_another_verifier_are_further_rows(tmp_path):
         assert [a.score for a in evaluation.answers.values()] == [1.0, 1.0] and not evaluation.of_others
 
 
+def begin(directory, **changes):
+    with opened(directory, "mine", "gsm8k", OPTIONS | changes, PROBLEMS):
+        pass
+
+
 def test_another_evaluation_in_the_directory_is_refused_and_left_alone(tmp_path):
     with opened(tmp_path / "e", "mine", "gsm8k", OPTIONS, PROBLEMS) as (_, results, _):
         results.append([asdict(answer())])
         with pytest.raises(UserError, match="another process is writing to it.*another --output_dir"):
-            with opened(tmp_path / "e", "mine", "gsm8k", OPTIONS, PROBLEMS):
-                pass
+            begin(tmp_path / "e")
     before = {path.name: path.read_bytes() for path in (tmp_path / "e").iterdir()}
     with pytest.raises(UserError, match="begun under other options: seed 0 then, 1 now.*another --output_dir"):
-        with opened(tmp_path / "e", "mine", "gsm8k", OPTIONS | {"seed": 1}, PROBLEMS):
-            pass
+        begin(tmp_path / "e", seed=1)
     assert {path.name: path.read_bytes() for path in (tmp_path / "e").iterdir()} == before
 
 
 def test_a_directory_of_other_things_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is in use and holds no evaluation"):
-        with opened(tmp_path, "mine", "gsm8k", OPTIONS, PROBLEMS):
-            pass
+        begin(tmp_path)
     with pytest.raises(UserError, match="is no directory of `dqo eval`"):
         read_evaluation(tmp_path)
 
