@@ -23,15 +23,21 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from dqo.config.launcher import obey
 from dqo.config.options import Options, check_values, options_of
+from dqo.config.sampling import SampleConfig
+from dqo.config.values import checked_config
 from dqo.data.prompts import Prompt
 from dqo.errors import UserError, did_you_mean
+from dqo.evaluation.compare import compared
 from dqo.evaluation.during import answering
+from dqo.evaluation.evaluate import evaluated
+from dqo.evaluation.options import EvalConfig
 from dqo.evaluation.run import answers_of, base_answers
 from dqo.evaluation.tasks import check_tasks, read_tasks
 from dqo.files import writing
 from dqo.objectives.base import Objective
 from dqo.objectives.registry import DEFAULT_METHOD, method_of, methods_table
 from dqo.report.run import report_run
+from dqo.sampling.run import Sampled, sample_rows
 from dqo.train import checkpoint, hub
 from dqo.train.callbacks import check_callbacks, made
 from dqo.train.held_out import predictions
@@ -114,6 +120,39 @@ def _refuse_twice(options: Options, given: dict[str, Any]) -> None:
             continue
         if an_object or str(value) != told:
             raise UserError(f"{argument[name]} and {name}={told!r} (from DQOConfig) are both given; remove one")
+
+
+def sample(quiet: bool = False, **options: Any) -> Sampled:
+    """Samples responses of a model to prompts into a file of rollout rows, as `dqo sample` does: sample(model_name_or_path="DIR",
+    prompts="prompts.jsonl", output_file="rollouts.jsonl", num_generations=8). A call that was killed goes on where it was.
+
+    Args:
+        quiet: without a progress bar.
+        options: those of `dqo.config.sampling.SampleConfig`.
+
+    Raises:
+        UserError: for options, prompts or a model that do not fit, before any work.
+    """
+    return sample_rows(checked_config(SampleConfig, options), quiet)
+
+
+def evaluate(quiet: bool = False, **options: Any) -> dict[str, Any]:
+    """Answers problems with a model and grades the answers, as `dqo eval` does: evaluate(model_name_or_path="DIR",
+    tasks="problems.jsonl", verifier="gsm8k", output_dir="eval/base"). A call that was killed goes on where it was. It is not
+    called eval, which is Python's own.
+
+    Args:
+        quiet: without progress bars.
+        options: those of `dqo.evaluation.options.EvalConfig`; with compare=[DIRECTORY, ...] the paired tests of evaluations.
+
+    Returns:
+        What summary.json holds, see `dqo.evaluation.summary.summary_of`; of compare `dqo.evaluation.compare.compare`'s tests.
+
+    Raises:
+        UserError: for options, problems or a model that do not fit, before any work.
+    """
+    config = checked_config(EvalConfig, options)
+    return compared(config) if config.compare else evaluated(config, quiet)[1]
 
 
 class DQOTrainer:

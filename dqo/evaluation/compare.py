@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dqo.errors import UserError
 from dqo.evaluation.measures import holm
-from dqo.evaluation.results import Evaluation
+from dqo.evaluation.options import EvalConfig
+from dqo.evaluation.results import PROBLEMS_HASH, Evaluation, read_evaluation
 from dqo.evaluation.summary import aligned, per_problem, unread_of
 from dqo.evaluation.unread import cure, unread_lines
+from dqo.files import write_whole, writing
 from dqo.stats import CONFIDENCE, accuracy_interval, paired_test
 
 MEASURES = ("greedy", "pass@1", "maj@", "beam-", "step-", "best@")  # tested, by how their names begin; not each pass@k
@@ -48,6 +52,17 @@ def compare(evaluations: list[Evaluation]) -> dict[str, Any]:
     }
 
 
+def compared(config: EvalConfig) -> dict[str, Any]:
+    """The tests of the evaluations in the directories of `config`, which its output_dir, if it has one, keeps in compare.json."""
+    found = compare([read_evaluation(directory) for directory in config.compare])
+    if config.output_dir is not None:
+        path = Path(config.output_dir)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        write_whole(path / "compare.json", json.dumps(found, indent=1, ensure_ascii=False).encode())
+    return found
+
+
 def _largest(name: str, names: list[str]) -> str:
     """Of measures that differ in k alone, the last, which has the largest."""
     kind, at, rest = name.partition("@")
@@ -65,7 +80,7 @@ def _check_alike(evaluations: list[Evaluation]) -> None:
             f"several evaluations have the name {doubled[0]!r}; give each a --name of its own, or rename its directory"
         )
     for other in evaluations[1:]:
-        hashes = [e.header["options"].get("sha256 of the problems") for e in (first, other)]
+        hashes = [e.header["options"].get(PROBLEMS_HASH) for e in (first, other)]
         if hashes[0] != hashes[1]:
             raise UserError(
                 f"{other.directory} has other problems than {first.directory} ({len(other.problems):,} and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dqo.data.appending import Appended
+from dqo.data.appending import Appended, begun_under
+from dqo.data.chat import clock_at, reads_clock
 from dqo.data.prompts import Prompt
 from dqo.evaluation.options import EvalConfig
-from dqo.evaluation.results import Answer, Evaluation, opened, problems_hash
+from dqo.evaluation.results import PROBLEMS_HASH, RESULTS, Answer, Evaluation, opened, problems_hash
 from dqo.evaluation.scoring import Models, episode_of, load_models, scores
 from dqo.evaluation.search import beam_search, separating_ids, step_search
 from dqo.evaluation.summary import summary_of
@@ -22,14 +24,16 @@ from dqo.evaluation.tasks import read_tasks, task_ids
 from dqo.files import write_whole
 from dqo.grading.pool import VerifierPool
 from dqo.models.generate import Request, Response, Sampling, text_of
-from dqo.models.policy import load_config, load_policy, weights_hash
-from dqo.sampling.backends import load_backend
+from dqo.models.identity import check_holds_model, model_identity
+from dqo.models.policy import load_config, load_policy, load_tokenizer
+from dqo.sampling.backends import dtype_of, load_backend
 
+_TIME = "time that the chat template was told"
 Wanted = tuple[int, int]  # problem, sample
 Answered = tuple[Wanted, Response]
 
 
-def evaluate(config: EvalConfig, quiet: bool = False) -> tuple[Evaluation, dict[str, Any]]:
+def evaluated(config: EvalConfig, quiet: bool = False) -> tuple[Evaluation, dict[str, Any]]:
     """Answers what `config.output_dir` does not hold yet.
 
     Returns:
@@ -64,23 +68,28 @@ class _Work:
     def __init__(self, config: EvalConfig, problems: list[Prompt], quiet: bool):
         self.config, self.problems, self.quiet = config, problems, quiet
         path = str(config.model_name_or_path)
-        on_cpu = config.use_cpu or not torch.cuda.is_available()
-        dtype = config.dtype if config.dtype != "auto" else "float32" if on_cpu else "bfloat16"
-        model_config = load_config(path)
-        device = "cpu" if on_cpu else "cuda"
-        self.backend = load_backend(config.backend, path, dtype=dtype, batch_size=config.batch_size, device=device)
-        self.prompts = task_ids(problems, self.backend.tokenizer, model_config, config.max_completion_length)
+        check_holds_model(path)
+        model_config, tokenizer = load_config(path), load_tokenizer(path)
+        dtype = dtype_of(config.dtype, path)
+        self.binding = config.binding() | {
+            "dtype": str(dtype).removeprefix("torch."),
+            PROBLEMS_HASH: problems_hash(problems),
+            "hash of the model": model_identity(path, model_config),
+        }
+        now = datetime.datetime.now().isoformat()
+        if reads_clock(tokenizer):  # its prompts must come again when the evaluation goes on
+            now = begun_under(Path(str(config.output_dir)) / RESULTS).get(_TIME) or now
+            self.binding[_TIME] = now
+        with clock_at(datetime.datetime.fromisoformat(now) if reads_clock(tokenizer) else None):
+            self.prompts = task_ids(problems, tokenizer, model_config, config.max_completion_length)
+        device = "cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda"
+        self.backend = load_backend(config.backend, path, dtype=config.dtype, batch_size=config.batch_size, device=device)
         policy = getattr(self.backend, "policy", None)
         self.models: Models | None = None
         if policy is None and (config.scorers or config.num_beams):
-            policy = load_policy(path, device, getattr(torch, dtype))
+            policy = load_policy(path, device, dtype)
         if policy is not None:
-            self.models = load_models(config, policy, self.backend.tokenizer.pad_token_id)
-        self.binding = config.binding() | {
-            "dtype": dtype,
-            "sha256 of the problems": problems_hash(problems),
-            "sha256 of the weights": None if policy is None else weights_hash(policy),
-        }
+            self.models = load_models(config, policy, tokenizer.pad_token_id)
 
     @property
     def policy(self) -> PreTrainedModel:

@@ -77,7 +77,7 @@ class EvalConfig:
     backend: Literal["transformers", "vllm"] = "transformers"
     """The greedy answer and the samples come from this program. The searches always use transformers."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The model computes in this type. The value auto takes bfloat16 on an accelerator and float32 on a CPU."""
+    """The weights have this type. The value auto takes the one in which they are stored."""
     batch_size: int = 64
     """This many answers are generated together."""
     verifier_timeout: float = 10.0

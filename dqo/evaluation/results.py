@@ -23,7 +23,8 @@ from dqo.errors import UserError
 from dqo.files import write_whole
 from dqo.grading.grade import RIGHT
 
-HEADER = "eval.json"
+HEADER, RESULTS = "eval.json", "results.jsonl"
+PROBLEMS_HASH = "hash of the problems"  # among the options that bind
 _FLAG = "--output_dir"
 Key = tuple[str, int, int]  # decoding, problem, sample
 
@@ -113,7 +114,7 @@ def opened(
     Raises:
         UserError: for a directory that was begun under other options, or is in use.
     """
-    results, scores = directory / "results.jsonl", directory / "scores.jsonl"
+    results, scores = directory / RESULTS, directory / "scores.jsonl"
     if directory.exists() and not results.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"output_dir {directory} is in use and holds no evaluation; choose another directory")
     with appending(results, options, _answer, _FLAG) as answered, appending(scores, options, dict, _FLAG) as scored:
@@ -145,7 +146,7 @@ def read_evaluation(directory: str | Path) -> Evaluation:
             directory,
             {name: header[name] for name in ("name", "verifier", "options")},
             read_lines(directory / "problems.jsonl"),
-            [_answer(row) for row in read_lines(directory / "results.jsonl")],
+            [_answer(row) for row in read_lines(directory / RESULTS)],
             read_lines(directory / "scores.jsonl"),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dqo.evaluation.measures import best_at_k, majority_at_k, powers_of_two, standard_error
-from dqo.evaluation.results import Answer, Evaluation
+from dqo.evaluation.results import PROBLEMS_HASH, Answer, Evaluation
 from dqo.evaluation.unread import Read, unread, unread_lines
 from dqo.stats import accuracy_interval, pass_at_k
 
@@ -65,7 +65,7 @@ def summary_of(evaluation: Evaluation, samples: int | None = None) -> dict[str, 
         "model": evaluation.header["options"]["model_name_or_path"],
         "verifier": evaluation.verifier,
         "problems": len(evaluation.problems),
-        "problems_hash": evaluation.header["options"]["sha256 of the problems"],
+        "problems_hash": evaluation.header["options"][PROBLEMS_HASH],
         "measures": measures,
         "unread": {decoding: unread_of(evaluation, decoding) for decoding in evaluation.decodings},
     }

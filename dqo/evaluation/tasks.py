@@ -8,7 +8,6 @@ from typing import Any
 
 from dqo.config.options import Options
 from dqo.data.prompts import Prompt, prompt_token_ids, read_prompts
-from dqo.errors import UserError
 from dqo.grading.pool import check_answers
 
 logger = logging.getLogger(__name__)
@@ -46,19 +45,10 @@ def task_ids(tasks: list[Prompt], tokenizer, model_config: Any, max_completion_l
         UserError: for a prompt without tokens or that the chat template refuses, or one whose answer would need more positions
             than the model has.
     """
-    from dqo.models.fitness import position_limit
+    from dqo.models.fitness import check_room
 
     found = prompt_token_ids(tokenizer, tasks)
-    lengths = [len(ids) for ids in found]
-    limit, hard = position_limit(model_config)
-    for task, length in zip(tasks, lengths):
-        if limit is not None and hard and length + max_completion_length > limit:
-            left = limit - max(lengths)
-            cure = f"--max_completion_length {left}" if left > 0 else "drop the rows whose prompts are as long as that"
-            raise UserError(
-                f"{task.source}: {length:,} tokens of prompt and {max_completion_length:,} of the answer "
-                f"(max_completion_length), and the model has {limit:,} positions; {cure}"
-            )
+    check_room(model_config, [task.source for task in tasks], list(map(len, found)), max_completion_length)
     if tokenizer.chat_template is not None and isinstance(tasks[0].prompt, str):
         logger.warning(
             "the tokenizer has a chat template, and the prompts of the problems are strings: they are used as they are, without "

@@ -6,6 +6,7 @@ import pytest
 
 from dqo.errors import UserError
 from dqo.evaluation.compare import compare, comparison_text
+from dqo.evaluation.results import PROBLEMS_HASH
 from dqo.stats import paired_test
 from tests.dqo.evaluation.test_results import answer
 from tests.dqo.evaluation.test_summary import evaluation as of_three
@@ -73,7 +74,7 @@ def test_where_nothing_was_read_nothing_is_said_of_a_difference():
 
 def test_what_is_not_comparable_is_refused():
     first, other = greedy("a", [0]), greedy("b", [0])
-    other.header["options"]["sha256 of the problems"] = "another"
+    other.header["options"][PROBLEMS_HASH] = "another"
     with pytest.raises(UserError, match="b has other problems than a"):
         compare([first, other])
     with pytest.raises(UserError, match="several evaluations have the name 'a'"):

@@ -13,7 +13,7 @@ import pytest
 from dqo.commands.eval import eval_command
 from dqo.data.appending import Appended
 from dqo.errors import UserError
-from dqo.evaluation.evaluate import evaluate
+from dqo.evaluation.evaluate import evaluated as evaluate
 from dqo.evaluation.options import EvalConfig
 from dqo.evaluation.results import read_evaluation, read_lines
 from dqo.models.new import save

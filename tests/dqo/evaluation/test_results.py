@@ -6,10 +6,10 @@ import pytest
 
 from dqo.data.prompts import Prompt
 from dqo.errors import UserError
-from dqo.evaluation.results import Answer, opened, problems_hash, read_evaluation
+from dqo.evaluation.results import PROBLEMS_HASH, Answer, opened, problems_hash, read_evaluation
 
 PROBLEMS = [Prompt(f"{i}+1=", str(i + 1), source=f"tasks.jsonl:{i + 1}") for i in range(3)]
-OPTIONS = {"sha256 of the problems": problems_hash(PROBLEMS), "seed": 0, "model_name_or_path": "m"}
+OPTIONS = {PROBLEMS_HASH: problems_hash(PROBLEMS), "seed": 0, "model_name_or_path": "m"}
 
 
 def answer(problem=0, decoding="greedy", sample=0, **changes):

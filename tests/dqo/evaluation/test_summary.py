@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from dqo.evaluation.results import Evaluation
+from dqo.evaluation.results import PROBLEMS_HASH, Evaluation
 from dqo.evaluation.summary import per_problem, summary_of, table
 from tests.dqo.evaluation.test_results import PROBLEMS, answer
 
 
 def evaluation(answers, name="mine", scores=None, problems=3):
     told = [{"prompt": p.prompt, "answer": p.answer, "source": p.source} for p in PROBLEMS[:problems]]
-    options = {"model_name_or_path": "m", "sha256 of the problems": "hash"}
+    options = {"model_name_or_path": "m", PROBLEMS_HASH: "hash"}
     header = {"name": name, "verifier": answers[0].verifier, "options": options}
     found = Evaluation(Path(name), header, told, answers, [])
     found.scores = scores or {}
