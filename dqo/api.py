@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,9 @@ from dqo.config.launcher import obey
 from dqo.config.options import Options, check_values, options_of
 from dqo.config.sampling import SampleConfig
 from dqo.config.values import checked_config
-from dqo.data.prompts import Prompt
 from dqo.errors import UserError, did_you_mean
-from dqo.evaluation.compare import compared
 from dqo.evaluation.during import answering
-from dqo.evaluation.evaluate import evaluated
-from dqo.evaluation.options import EvalConfig
+from dqo.evaluation.evaluate import evaluate as evaluate
 from dqo.evaluation.run import answers_of, base_answers
 from dqo.evaluation.tasks import check_tasks, read_tasks
 from dqo.files import writing
@@ -136,25 +132,6 @@ def sample(quiet: bool = False, **options: Any) -> Sampled:
     return sample_rows(checked_config(SampleConfig, options), quiet)
 
 
-def evaluate(quiet: bool = False, **options: Any) -> dict[str, Any]:
-    """Answers problems with a model and grades the answers, as `dqo eval` does: evaluate(model_name_or_path="DIR",
-    tasks="problems.jsonl", verifier="gsm8k", output_dir="eval/base"). A call that was killed goes on where it was. It is not
-    called eval, which is Python's own.
-
-    Args:
-        quiet: without progress bars.
-        options: those of `dqo.evaluation.options.EvalConfig`; with compare=[DIRECTORY, ...] the paired tests of evaluations.
-
-    Returns:
-        What summary.json holds, see `dqo.evaluation.summary.summary_of`; of compare `dqo.evaluation.compare.compare`'s tests.
-
-    Raises:
-        UserError: for options, problems or a model that do not fit, before any work.
-    """
-    config = checked_config(EvalConfig, options)
-    return compared(config) if config.compare else evaluated(config, quiet)[1]
-
-
 class DQOTrainer:
     """Trains a policy, and its value model, on stored responses.
 
@@ -220,14 +197,11 @@ class DQOTrainer:
             raise AttributeError(f"DQOTrainer has no {name}, which transformers.Trainer has: its loop is dqo.train's")
         raise AttributeError(f"DQOTrainer has no {name!r}.{did_you_mean(name, dir(type(self)))}")
 
-    @cached_property
-    def _tasks(self) -> list[Prompt]:
-        return read_tasks(self.options.train.eval_tasks, self.options.train.verifier)
-
     def _begin(self) -> Trainer:
         if self._trainer is None:
             self.options = as_stored(self.options)
-            self._trainer = begin(self.options, self.given, announce=True, answers=answering(self.options, self._tasks))
+            tasks = read_tasks(self.options.train.eval_tasks, self.options.train.verifier)
+            self._trainer = begin(self.options, self.given, announce=True, answers=answering(self.options, tasks))
             self._trainer.compute_metrics = self.compute_metrics
         return self._trainer
 
@@ -251,7 +225,8 @@ class DQOTrainer:
             self.options = dataclasses.replace(self.options, train=train)
         self.options = as_stored(self.options)
         check_callbacks(self.given.callbacks, self.options.train)
-        tasks, base = self._tasks, None
+        tasks = read_tasks(self.options.train.eval_tasks, self.options.train.verifier)
+        base = None
         if self._trainer is None:
             check_options(self.options, self.given)
         if tasks:

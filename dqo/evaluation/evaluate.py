@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dqo.config.values import checked_config
 from dqo.data.appending import Appended, begun_under
 from dqo.data.chat import clock_at, reads_clock
 from dqo.data.prompts import Prompt
+from dqo.evaluation.compare import compared
 from dqo.evaluation.options import EvalConfig
 from dqo.evaluation.results import PROBLEMS_HASH, RESULTS, Answer, Evaluation, opened, problems_hash
 from dqo.evaluation.scoring import Models, episode_of, load_models, scores
@@ -31,6 +33,25 @@ from dqo.sampling.backends import dtype_of, load_backend
 _TIME = "time that the chat template was told"
 Wanted = tuple[int, int]  # problem, sample
 Answered = tuple[Wanted, Response]
+
+
+def evaluate(quiet: bool = False, **options: Any) -> dict[str, Any]:
+    """Answers problems with a model and grades the answers, as `dqo eval` does: evaluate(model_name_or_path="DIR",
+    tasks="problems.jsonl", verifier="gsm8k", output_dir="eval/base"). A call that was killed goes on where it was. It is not
+    called eval, which is Python's own.
+
+    Args:
+        quiet: without progress bars.
+        options: those of `dqo.evaluation.options.EvalConfig`; with compare=[DIRECTORY, ...] the paired tests of evaluations.
+
+    Returns:
+        What summary.json holds, see `dqo.evaluation.summary.summary_of`; of compare `dqo.evaluation.compare.compare`'s tests.
+
+    Raises:
+        UserError: for options, problems or a model that do not fit, before any work.
+    """
+    config = checked_config(EvalConfig, options)
+    return compared(config) if config.compare else evaluated(config, quiet)[1]
 
 
 def evaluated(config: EvalConfig, quiet: bool = False) -> tuple[Evaluation, dict[str, Any]]:
@@ -83,7 +104,9 @@ class _Work:
         with clock_at(datetime.datetime.fromisoformat(now) if reads_clock(tokenizer) else None):
             self.prompts = task_ids(problems, tokenizer, model_config, config.max_completion_length)
         device = "cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda"
-        self.backend = load_backend(config.backend, path, dtype=config.dtype, batch_size=config.batch_size, device=device)
+        self.backend = load_backend(
+            config.backend, path, dtype=config.dtype, batch_size=config.batch_size, device=device
+        )
         policy = getattr(self.backend, "policy", None)
         self.models: Models | None = None
         if policy is None and (config.scorers or config.num_beams):

@@ -26,7 +26,7 @@ def short_model():
         (
             PROMPT,
             256,
-            rf"tasks.jsonl:1: {len(PROMPT)} tokens of prompt and 256 of the response.*--max_completion_length {64 - len(PROMPT)}$",
+            rf"tasks.jsonl:1: {len(PROMPT)} tokens of prompt and 256 of .*--max_completion_length {64 - len(PROMPT)}$",
         ),
         ("1" * 64, 4, "tasks.jsonl:1: 64 tokens of prompt and 4.*64 positions; drop the prompts"),
         ("", 4, "tasks.jsonl:1: prompt is empty"),
