@@ -31,6 +31,7 @@ from dqo.objectives.registry import DEFAULT_METHOD, method_of, methods_table
 from dqo.report.run import report_run
 from dqo.train import checkpoint, hub
 from dqo.train.callbacks import check_callbacks, made
+from dqo.train.export import export as export
 from dqo.train.held_out import predictions
 from dqo.train.inputs import Given, check_options, shared_prompts
 from dqo.train.loop import Trainer

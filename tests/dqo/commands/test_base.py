@@ -146,6 +146,7 @@ HELP = """usage: dqo <command> [options]; `dqo <command> --help` for its options
   convert   Turn a public data format into a rollout file.
   check     Check rollout files and show what training will see of them.
   init      Make a small random model with a tokenizer trained on a rollout file.
+  export    Write a run's policy, its adapter merged, as transformers and vLLM load it.
 """
 
 
