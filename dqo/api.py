@@ -36,6 +36,7 @@ from dqo.report.run import report_run
 from dqo.sampling.run import Sampled, sample_rows
 from dqo.train import checkpoint, hub
 from dqo.train.callbacks import check_callbacks, made
+from dqo.train.export import export as export
 from dqo.train.held_out import predictions
 from dqo.train.inputs import Given, check_options, shared_prompts
 from dqo.train.loop import Trainer

@@ -161,7 +161,7 @@ def _longest(group: Group) -> int:
     return max(e.length for e in group)
 
 
-def _positions(groups: list[Group], packed: bool) -> int:
+def positions_of(groups: list[Group], packed: bool) -> int:
     """What a micro-batch of these groups computes."""
     if packed:
         return sum(_tokens(group) for group in groups)
@@ -220,11 +220,11 @@ def micro_batch_plan(
     for plan in plans:
         while len(plan) < count and any(len(batch) > 1 for batch in plan):
             # the largest with two groups or more
-            at = max(range(len(plan)), key=lambda i: (len(plan[i]) > 1) * _positions(plan[i], packed))
+            at = max(range(len(plan)), key=lambda i: (len(plan[i]) > 1) * positions_of(plan[i], packed))
             largest = plan.pop(at)
             half = len(largest) // 2
             plan += [largest[:half], largest[half:]]
-        plan.sort(key=lambda batch: _positions(batch, packed), reverse=True)
+        plan.sort(key=lambda batch: positions_of(batch, packed), reverse=True)
         result.append([*plan, *[None] * (count - len(plan))])
     return result
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dqo.data.episodes import Episode
 from dqo.data.rows import Row
-from dqo.errors import UserError
+from dqo.errors import UserError, is_out_of_memory
 from dqo.models.policy import head_stats
 
 logger = logging.getLogger(__name__)
@@ -213,9 +213,11 @@ _FAILURES = (
 def _readable_failure(name: str, cure: str = "; it is not supported") -> Iterator[None]:
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except UserError:
         raise
     except _FAILURES as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name} cannot be run on token ids alone ({reason}){cure}") from error
 

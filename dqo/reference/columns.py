@@ -15,6 +15,7 @@ from dqo import signals
 from dqo.data.batches import Batch, Batching
 from dqo.data.episodes import Episode
 from dqo.errors import UserError
+from dqo.models.memory import in_memory
 from dqo.processes import Processes
 from dqo.reference.cache import Entry, ReferenceCache, response_key
 from dqo_kernels import TokenStats
@@ -106,17 +107,25 @@ def add_reference(
         entries.update(pending)
         pending.clear()
 
+    done, tokens, flushed, batch = 0, 0, time.monotonic(), []
+
+    def rest_of_the_pass(max_tokens: int) -> None:
+        nonlocal done, tokens, flushed, batch
+        for batch in _batches([members[key] for key in missing[done:]], max_tokens):
+            keys = missing[done : done + len(batch)]
+            pending.update(_compute(batch, keys, stats_of, batching))
+            done, tokens = done + len(batch), tokens + sum(lengths[key] for key in keys)
+            bar.update(len(batch))
+            if tokens >= FLUSH_TOKENS or time.monotonic() - flushed >= FLUSH_SECONDS:
+                flush()
+                tokens, flushed = 0, time.monotonic()
+
+    def smaller(_: int) -> int | None:
+        return len(batch) * batch[0].length // 2 if len(batch) > 1 else None
+
     with signals.raising():
         try:
-            done, tokens, flushed = 0, 0, time.monotonic()
-            for batch in _batches([members[key] for key in missing], batching.max_tokens):
-                keys = missing[done : done + len(batch)]
-                pending |= _compute(batch, keys, stats_of, batching)
-                done, tokens = done + len(batch), tokens + sum(lengths[key] for key in keys)
-                bar.update(len(batch))
-                if tokens >= FLUSH_TOKENS or time.monotonic() - flushed >= FLUSH_SECONDS:
-                    flush()
-                    tokens, flushed = 0, time.monotonic()
+            in_memory(rest_of_the_pass, batching.max_tokens, smaller, "reference pass", batching.device)
         finally:  # an interrupted pass keeps the batches that it finished
             flush()
             bar.close()
@@ -169,15 +178,24 @@ def check_agreement(
     token shorter, and long ones beside short ones. `dtype` is that of the forward pass and decides the bound."""
     chosen = episodes[:: max(1, len(episodes) // 64)][:64]
     ordered = sorted((_shortened(e) for e in chosen), key=lambda e: -e.length)
-    count = -(-len(ordered) * ordered[0].length // batching.max_tokens)
-    excess: list[tuple[float, int, Episode]] = []  # largest of each response, and where
-    for members in (ordered[i::count] for i in range(count) if ordered[i::count]):
-        batch = batching.collate(members)
-        expected = batch.columns["ref_logprobs"]
-        found = ((stats_of(batch).logprobs - expected).abs() / (1.0 + expected.abs())).nan_to_num(float("inf"))
-        for e, piece in zip(members, found.split([len(e.completion_ids) for e in members])):
-            worst, position = piece.max(0)
-            excess.append((worst.item(), position.item() + 1, e))
+
+    def compared(max_tokens: int) -> list[tuple[float, int, Episode]]:
+        """The largest excess of each response, and where."""
+        found, count = [], -(-len(ordered) * ordered[0].length // max_tokens)
+        for members in (ordered[i::count] for i in range(count) if ordered[i::count]):
+            batch = batching.collate(members)
+            expected = batch.columns["ref_logprobs"]
+            apart = ((stats_of(batch).logprobs - expected).abs() / (1.0 + expected.abs())).nan_to_num(float("inf"))
+            for e, piece in zip(members, apart.split([len(e.completion_ids) for e in members])):
+                worst, position = piece.max(0)
+                found.append((worst.item(), int(position.item()) + 1, e))
+        return found
+
+    def smaller(max_tokens: int) -> int | None:
+        whole = len(ordered) * ordered[0].length
+        return min(max_tokens, whole) // 2 if max_tokens > ordered[0].length and len(ordered) > 1 else None
+
+    excess = in_memory(compared, batching.max_tokens, smaller, "check of the reference", batching.device)
     bound = AGREEMENT_BOUNDS[dtype]
     wrong = sorted((x for x in excess if not x[0] <= bound), key=lambda x: -x[0])
     if not wrong:

@@ -8,10 +8,10 @@ import datetime
 from dqo.config.options import Options, TrainConfig, command_line
 from dqo.evaluation.accuracy import Accuracy
 from dqo.evaluation.unread import unread_lines
+from dqo.models.memory import peak_gb
 from dqo.report import findings
 from dqo.report.page import console_table, write_report
 from dqo.report.schema import Method, Report
-from dqo.train.metrics import peak_memory_gb
 from dqo.train.run import Run
 
 
@@ -53,7 +53,7 @@ def report_run(options: Options, run: Run, accuracies: dict[str, Accuracy]) -> s
     if methods:
         report |= {"baseline": "base", "headline": config.method}
     path = write_report(run.output_dir, report)
-    peak = peak_memory_gb()
+    peak = peak_gb()
     lines.append(f"{run.steps} steps, {run.tokens_per_second:,.0f} tokens/s, peak memory {peak:.2f} GB")
     shown = {n: v if isinstance(v, (str, type(None))) else f"{v:.4f}" for n, v in run.held_out.items()}
     lines += [f"{name:>36}  {value}" for name, value in shown.items()]

@@ -28,7 +28,7 @@ from dqo.train.parallel import wrap
 from dqo.train.prepare import Prepared
 from dqo.train.recorder import Recorder
 from dqo.train.resume import stored_options
-from dqo.train.step import accumulate, out_of_memory
+from dqo.train.step import accumulate, companions_of
 
 # (policy, tokenizer, step, processes) -> metrics of the policy's answers to problems; every process calls it.
 Answers = Callable[[PreTrainedModel, Any, int, Processes], dict[str, float]]
@@ -131,15 +131,17 @@ class Trainer:
 
     def train_step(self, step: int, groups: list[Group]) -> dict[str, float]:
         """Gradients and updates; returns what is not a mean over the data."""
-        trains = phases.trained(self.stretches, step)
-        try:
-            sums, tokens = accumulate(
-                self.engine, self.objective, groups, trains, lambda: self.callbacks.call("on_substep_end")
-            )
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"step {step + 1}: {out_of_memory(self.engine.batching)}") from error
-        except UserError as error:
-            raise UserError(f"step {step + 1}: {error}") from error
+        trains, name_of_step = phases.trained(self.stretches, step), f"step {step + 1}"
+
+        def gradients() -> tuple[dict[str, torch.Tensor], int]:
+            self.learner.zero_grad(set_to_none=True)  # of a try that ran out of memory
+            substep_end = lambda: self.callbacks.call("on_substep_end")  # noqa: E731
+            try:
+                return accumulate(self.engine, self.objective, groups, trains, substep_end)
+            except UserError as error:
+                raise UserError(f"{name_of_step}: {error}") from error
+
+        sums, tokens = self.engine.in_memory(gradients, name_of_step, groups, companions_of(groups))
         self.window = metrics.add(self.window, sums)
         self.counters["num_tokens"] += tokens
         factor = optim.schedule(step, self.steps, self.warmup, self.config.lr_scheduler_type)

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dqo.config.options import Options
+from dqo.models import memory
 from dqo.processes import Processes
 from dqo.train import metrics
 from dqo.train.callbacks import Callbacks
@@ -53,7 +54,7 @@ class Recorder:
         row = {"step": counters["step"], "epoch": epoch, **means, "num_tokens": counters["num_tokens"]}
         row["perf/tokens_per_second"] = (counters["num_tokens"] - self.at_mark["num_tokens"]) / (now - self.mark)
         row["perf/step_time"] = (now - self.mark) / (counters["step"] - self.at_mark["step"])
-        row["perf/peak_memory_gb"] = metrics.peak_memory_gb()
+        row["perf/peak_memory_gb"] = memory.peak_gb()
         self.record(row)
         for warning in self.watch.warnings(row):
             self.processes.say(f"WARNING: {warning}")

@@ -371,3 +371,49 @@ def test_stored_log_probabilities_of_another_distribution_are_noticed(caplog):
         e.behavior_logprobs = e.ref_logprobs / np.float32(0.5)
     warn_about_behavior(members)
     assert "differ from the reference policy's by" in caplog.text
+
+
+class Limited(Counting):
+    """Memory runs out where a batch has more positions."""
+
+    def __init__(self, positions):
+        super().__init__()
+        self.positions = positions
+
+    def __call__(self, batch):
+        if batch.positions > self.positions:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+        return super().__call__(batch)
+
+
+def test_a_pass_that_runs_out_of_memory_goes_on_in_smaller_batches(cache, caplog):
+    members, plain, forward = fresh(), fresh(), Limited(16)
+    assert add(members, forward, cache) == 20 == add(plain, Counting())
+    assert sorted(forward.responses) == sorted(e.source for e in plain)  # each once
+    assert all(
+        np.allclose(a, b, atol=1e-6) for one, other in zip(columns(members), columns(plain)) for a, b in zip(one, other)
+    )
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("reference pass: out of memory on cpu") and "up to 40 tokens. It was done again" in said
+    again = Counting()
+    assert add(fresh(), again, cache) == 0 and not again.batches
+
+
+def test_a_response_that_does_not_fit_alone_ends_the_pass_and_keeps_the_finished_ones(cache):
+    members = fresh()
+    shortest = sorted(e.length for e in members)[4]
+    with pytest.raises(UserError, match=r"^reference pass: out of memory on cpu .*although each holds one response"):
+        add(members, Limited(shortest), cache)
+    forward, tight = Counting(), fresh()
+    assert add(sorted(tight, key=lambda e: e.length)[:3], Limited(shortest), cache) == 3
+    assert add(tight, forward, cache) == 17
+
+
+def test_the_check_of_the_reference_goes_on_in_smaller_batches(caplog):
+    members = fresh()
+    add(members, Counting())
+    forward = Limited(30)
+    check_agreement(members, forward, Batching(0, 10**6))
+    assert len(forward.responses) == 20 and "check of the reference: out of memory on cpu" in caplog.text
+    with pytest.raises(UserError, match="although each holds one response"):
+        check_agreement(members, Limited(2), Batching(0, 10**6))
