@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from dqo.data.checks import FLOAT32_MAX
+from dqo.data.fields import FLOAT32_MAX
 from dqo.errors import UserError, closest
 from dqo.files import name_problem
 
@@ -63,7 +63,7 @@ SYNONYMS = {
     "seed": "random_seed rng_seed",
     "beta": "init_kl_coef kl kl_beta kl_coef kl_coeff kl_loss_coef kl_penalty tau",
     "lam": "gae_lambda lambda lambda_ lmbda",
-    "gamma": "discount discount_factor",
+    "gamma": "discount_factor",
     "value_coef": "critic_coef value_loss_coef vf_coef vf_loss_coef",
     "target_ema": "ema ema_decay target_tau",
     "is_cap": "clip_is is_clip importance_sampling_cap",

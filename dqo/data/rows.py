@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from dqo.data.checks import Common, checked
 from dqo.data.forms import Record, check_columns, to_flat
 from dqo.data.sources import BadRow, progress, read_records
+from dqo.data.turns import turn_count
 from dqo.errors import UserError
 from dqo.files import replacing
 
@@ -39,7 +40,7 @@ class Row:
     """One response. What `read_rows` returns always has reward and label, unless unscored rows were asked for."""
 
     prompt: str | list[dict]
-    completion: str | list[dict]  # of the prompt's kind; messages: one, of the assistant
+    completion: str | list[dict]  # of the prompt's kind; messages: the first of assistant
     # None only before `read_rows` has read a row that a caller made: typed as what all other code sees
     reward: float = None  # type: ignore[assignment]  # of the outcome alone
     label: bool = None  # type: ignore[assignment]
@@ -48,6 +49,11 @@ class Row:
     prompt_ids: list[int] | None = None
     completion_ids: list[int] | None = None
     logprobs: list[float] | None = None  # the sampler's, one for each of completion_ids
+    env_mask: list[int] | None = None  # of completion_ids, 1 where the model wrote the token; None: everywhere
+    turn_spans: list[tuple[int, int]] | None = (
+        None  # character spans of the model's turns; None: all of it is one, or messages
+    )
+    turn_rewards: list[float] | None = None  # one for each turn of the model
     finish_reason: str | None = None  # "stop" or "length"
     answer: str | None = None
     prompt_id: str | None = None
@@ -55,6 +61,16 @@ class Row:
     tools: list[dict] | None = None  # what the chat template is told of, beside the messages
     chat_template_kwargs: dict | None = None
     source: str = ""  # "rollouts.jsonl:12"; not written to files
+
+    @property
+    def turns(self) -> int:
+        """How many times the model had its turn."""
+        return turn_count(self.completion, self.env_mask, self.turn_spans)
+
+    @property
+    def process_rewards(self) -> list[float] | None:
+        """Rewards on the way: of steps, or of turns."""
+        return self.turn_rewards if self.step_rewards is None else self.step_rewards
 
 
 def read_rows(
@@ -161,7 +177,7 @@ def check_contrast(rows: list[Row]) -> str:
         UserError: when all rewards are equal and no step has a reward, so that there is nothing to learn.
     """
     rewards = {row.reward for row in rows}
-    if len(rewards) == 1 and not any(any(row.step_rewards or ()) for row in rows):
+    if len(rewards) == 1 and not any(any(row.process_rewards or ()) for row in rows):
         raise UserError(
             f"every reward is {rewards.pop()}: nothing to learn. Check the grader, or add responses that it "
             "rewards differently"
@@ -178,18 +194,19 @@ def check_contrast(rows: list[Row]) -> str:
 
 
 def check_process_reward(rows: list[Row], name: str, process_reward: str | None) -> None:
-    """Refuses step rewards without a choice of what they do, and a choice without step rewards."""
-    has_steps = any(row.step_rewards is not None for row in rows)
-    if has_steps and process_reward is None:
+    """Refuses rewards of steps or turns without a choice of what they do, and a choice without any."""
+    found = next((row for row in rows if row.process_rewards is not None), None)
+    if found is not None and process_reward is None:
+        what = "step" if found.turn_rewards is None else "turn"
         raise UserError(
-            f"{name} has step_rewards; choose what they do: --process_reward additive (added on the last token of their "
-            "step), --process_reward potential (they are pass rates of the prefixes, whose differences are paid and move no "
+            f"{name} has {what}_rewards; choose what they do: --process_reward additive (added on the last token of their "
+            f"{what}), --process_reward potential (they are pass rates of the prefixes, whose differences are paid and move no "
             "optimum) or --process_reward none"
         )
-    if not has_steps and process_reward not in (None, "none"):
+    if found is None and process_reward not in (None, "none"):
         raise UserError(
             f"{name} has no step_rewards, so --process_reward {process_reward} would do nothing; drop the option, or add "
-            "steps and step_rewards"
+            "steps and step_rewards, or turn_rewards"
         )
 
 

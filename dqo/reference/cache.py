@@ -44,12 +44,12 @@ class ReferenceId:
         return hashlib.sha256(json.dumps([FORMAT, asdict(self)], sort_keys=True).encode()).hexdigest()
 
 
-def response_key(prompt_ids: list[int], completion_ids: list[int]) -> bytes:
-    """sha256 of both lists of ids and of where one ends."""
+def response_key(prompt_ids: list[int], completion_ids: list[int], env_mask: np.ndarray | None = None) -> bytes:
+    """sha256 of both lists of ids and of where one ends; and of the mask, where some ids are the environment's."""
     ids = array("q", [len(prompt_ids)])
     ids.extend(prompt_ids)
     ids.extend(completion_ids)
-    return hashlib.sha256(ids.tobytes()).digest()
+    return hashlib.sha256(ids.tobytes() + (b"" if env_mask is None else env_mask.tobytes())).digest()
 
 
 def _name_of(content: bytes) -> str:
@@ -78,7 +78,7 @@ class ReferenceCache:
         remove_asides(self.directory, older_than=_ABANDONED)
 
     def lookup(self, lengths: dict[bytes, int]) -> dict[bytes, Entry]:
-        """The entries that are there of the responses asked for, {key: number of completion tokens}."""
+        """The entries that are there of the responses asked for, {key: number of actions}."""
         found: dict[bytes, Entry] = {}
         for path in self._segments():
             try:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dqo import signals
 from dqo.data.batches import Batch, Batching
-from dqo.data.episodes import Episode
+from dqo.data.episodes import Episode, first_tokens
 from dqo.errors import UserError
 from dqo.models.memory import in_memory
 from dqo.processes import Processes
@@ -56,7 +56,7 @@ def _compute(members: list[Episode], keys: list[bytes], stats_of: StatsOf, batch
     logprobs, lse = stats.logprobs.float().cpu().numpy(), stats.lse.float().cpu().numpy()
     entries, begin = {}, 0
     for e, key in zip(members, keys):
-        end = begin + len(e.completion_ids)
+        end = begin + e.action_count
         entries[key] = Entry(logprobs[begin:end], lse[begin:end])
         wrong = np.flatnonzero(~np.isfinite(entries[key].logprobs + entries[key].lse))
         if len(wrong):
@@ -87,10 +87,10 @@ def add_reference(
         UserError: for a response to which the reference gives no finite log-probability, or a cache that ranks do not share.
     """
     members: dict[bytes, Episode] = {}
-    everything = [(response_key(e.prompt_ids, e.completion_ids), e) for e in _with_companions(episodes)]
+    everything = [(response_key(e.prompt_ids, e.completion_ids, e.env_mask), e) for e in _with_companions(episodes)]
     for key, e in everything:
         members.setdefault(key, e)
-    lengths = {key: len(e.completion_ids) for key, e in members.items()}
+    lengths = {key: e.action_count for key, e in members.items()}
     entries = {} if cache is None else cache.lookup(lengths)
 
     # By key among equals, and shares of all responses rather than of the missing ones: after a kill every rank goes on as before.
@@ -158,12 +158,14 @@ def warn_about_behavior(episodes: list[Episode], bound: float = 0.1) -> None:
 
 
 def _shortened(e: Episode) -> Episode:
-    """The response without its last token: nothing that a causal policy says about the others changes."""
-    if len(e.completion_ids) == 1:
+    """The response without its last action: nothing that a causal policy says about the others changes."""
+    if e.action_count == 1:
         return e
+    completion, env_mask, _ = first_tokens(e.completion_ids, e.env_mask, len(e.completion_ids) - 1)
     columns = ("rewards", "behavior_logprobs", "ref_logprobs", "ref_lse")
     cut = {name: getattr(e, name)[:-1] for name in columns if getattr(e, name) is not None}
-    return replace(e, completion_ids=e.completion_ids[:-1], columns={}, **cut)
+    turn_ends = [end for end in e.turn_ends if end < e.action_count - 1]
+    return replace(e, completion_ids=completion, env_mask=env_mask, turn_ends=turn_ends, columns={}, **cut)
 
 
 @torch.no_grad()
@@ -186,7 +188,7 @@ def check_agreement(
             batch = batching.collate(members)
             expected = batch.columns["ref_logprobs"]
             apart = ((stats_of(batch).logprobs - expected).abs() / (1.0 + expected.abs())).nan_to_num(float("inf"))
-            for e, piece in zip(members, apart.split([len(e.completion_ids) for e in members])):
+            for e, piece in zip(members, apart.split([e.action_count for e in members])):
                 worst, position = piece.max(0)
                 found.append((worst.item(), int(position.item()) + 1, e))
         return found

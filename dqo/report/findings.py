@@ -86,7 +86,7 @@ def _trace(tokenizer, episode: Episode, values: list[float]) -> ValueTrace:
     wrong = [i for i, reward in enumerate(episode.step_rewards) if reward < 0]
     return {
         "prompt": tokenizer.decode(episode.prompt_ids, skip_special_tokens=True),
-        "tokens": [tokenizer.decode([token]) for token in episode.completion_ids],
+        "tokens": [tokenizer.decode([token]) for token in episode.action_ids],
         "values": values,
         "reward": episode.reward,
         "step_ends": [end + 1 for end in episode.step_ends],
@@ -99,7 +99,7 @@ def data_findings(episodes: list[Episode]) -> dict[str, float]:
     by_prompt: dict[int, set[bool]] = {}
     for e in episodes:
         by_prompt.setdefault(e.prompt_index, set()).add(e.label)
-    lengths = [len(e.completion_ids) for e in episodes]
+    lengths = [e.action_count for e in episodes]
     return {
         "rows": len(episodes),
         "problems": len(by_prompt),

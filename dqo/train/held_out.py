@@ -92,7 +92,7 @@ def value_traces(engine: Engine, episodes: list[Episode]) -> list[list[float]]:
 
 def traces_of(learner: Learner, batch: Batch) -> list[list[float]]:
     """V(s_1), ..., V(s_T) of each episode."""
-    pieces = values_of(learner, batch).cpu().split([len(e.completion_ids) for e in batch.episodes])
+    pieces = values_of(learner, batch).cpu().split([e.action_count for e in batch.episodes])
     return [piece.tolist() for piece in pieces]
 
 
@@ -119,7 +119,7 @@ def predictions(engine: Engine, episodes: list[Episode]) -> tuple[dict[str, np.n
     references = [e.ref_logprobs for e in episodes if e.ref_logprobs is not None]
     if len(references) == len(episodes):
         found["ref_logps"] = np.array([logprobs.sum() for logprobs in references], np.float32)
-    found["length"] = np.array([len(e.completion_ids) for e in episodes])
+    found["length"] = np.array([e.action_count for e in episodes])
     found["label"] = np.array([e.label for e in episodes])
     return found, np.array([e.reward for e in episodes], np.float32)
 

@@ -193,7 +193,7 @@ def test_options_are_those_of_training():
     assert {name: ours[name] for name in ours.keys() & theirs.keys()} == {
         name: theirs[name] for name in ours.keys() & theirs.keys()
     }
-    assert ours.keys() - theirs.keys() == {"data", "rows", "gamma", "beta"}
+    assert ours.keys() - theirs.keys() == {"data", "rows", "gamma", "discount", "beta"}
 
 
 def test_the_end_that_is_trained_and_the_others_are_named(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The reference's numbers: computed once, kept, shared between ranks, gone on with after a kill, checked against the policy."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -112,17 +113,9 @@ def test_equal_responses_and_companions_are_computed_once(cache):
     assert same(columns(members), columns(copies))
 
 
-class WithCompanion:
-    """An episode beside which another is scored."""
-
-    def __init__(self, episode, companion):
-        self.__dict__.update({name: getattr(episode, name) for name in episode.__slots__}, companion=companion)
-        self.length = episode.length
-
-
 def test_companions_get_their_columns_and_are_reused(cache):
     plain, others = fresh(4), fresh(4, seed=1)
-    members = [WithCompanion(e, other) for e, other in zip(plain, others)] + [WithCompanion(plain[0], None)]
+    members = [dataclasses.replace(e, companion=other) for e, other in zip(plain, others)] + [plain[0]]
     forward = Counting()
     assert add(members, forward, cache) == 8
     assert all(len(e.companion.ref_lse) == len(e.companion.completion_ids) for e in members[:4])
