@@ -12,7 +12,13 @@ from dqo.config.options import Options, dump_options
 from dqo.files import write_whole
 
 UPLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "critic/*"]
-NOT_UPLOADED = ["trainer_state.json", "checkpoint-*", "ref_cache/*"]
+NOT_UPLOADED = [
+    "trainer_state.json",
+    "run.json",
+    "report.json",
+    "checkpoint-*",
+    "ref_cache/*",
+]  # run.json quotes the data
 
 
 def write_model_card(
