@@ -57,7 +57,7 @@ def curve_plot(name: str, curves: list[Curve], series: dict[str, Series]) -> str
         if warmup:
             axis.axvspan(0, warmup, color=GRID, alpha=0.45, linewidth=0)
             axis.text(
-                0, 1.01, "value warm-up", transform=axis.get_xaxis_transform(), color=MUTED, fontsize=9, va="bottom"
+                0, 1.01, "value warm-up", transform=axis.get_xaxis_transform(), color=MUTED, fontsize=10.5, va="bottom"
             )
         for method, members in by_method.items():
             look = series.get(method, Series(0))

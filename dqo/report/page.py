@@ -85,7 +85,7 @@ def _warnings(report: Report) -> list[str]:
         if end < NEARLY_NOTHING:
             mean = f", the mean of {len(ends)} seeds" if len(ends) > 1 else ""
             warnings.append(
-                f"The value model of {owner} ends with an explained variance of {end:.2f}{mean}: it knows "
+                f"The value model of {owner} ends with an explained variance of {measured(end)}{mean}: it knows "
                 "hardly more than the average return, and advantages computed from it are mostly noise."
             )
     return warnings

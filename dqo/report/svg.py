@@ -29,7 +29,7 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
     "font.size": 11,
     "text.color": INK,
-    "axes.labelsize": 10.5,
+    "axes.labelsize": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -40,7 +40,7 @@ STYLE: dict[Any, Any] = {
 }
 STYLE |= dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), GRID)
 STYLE |= dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), MUTED)
-STYLE |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 10)
+STYLE |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 11)
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,8 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        device = f"{_processor()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        device = f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
     versions = {
         "dqo": dqo.__version__,
         "torch": torch.__version__,
