@@ -20,6 +20,7 @@ import transformers
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
+from dqo.comparison.run import compare as compare
 from dqo.config.launcher import obey
 from dqo.config.options import Options, check_values, options_of
 from dqo.config.sampling import SampleConfig
@@ -32,6 +33,7 @@ from dqo.evaluation.tasks import check_tasks, read_tasks
 from dqo.files import writing
 from dqo.objectives.base import Objective
 from dqo.objectives.registry import DEFAULT_METHOD, method_of, methods_table
+from dqo.report.command import report as report
 from dqo.report.run import report_run
 from dqo.sampling.run import Sampled, sample_rows
 from dqo.train import checkpoint, hub
@@ -245,7 +247,7 @@ class DQOTrainer:
         trainer.finish()
         run = run_of(trainer, held_out)
         if trainer.processes.main:
-            print(report_run(self.options, run, answers_of(self.options, run, tasks, base)))
+            print(report_run(run, tasks, answers_of(self.options, run, tasks, base)))
         losses = [row["loss"] for row in self.log_history if "loss" in row]
         return TrainOutput(trainer.counters["step"], losses[-1] if losses else 0.0, held_out)
 

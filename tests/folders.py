@@ -21,7 +21,7 @@ ORDER = [
     ("train",),
     ("evaluation",),
     ("report",),
-    ("api", "demo"),
+    ("api", "comparison", "demo"),
     ("commands",),
 ]
 GROUP = {folder: group for group, folders in enumerate(ORDER) for folder in folders}

@@ -22,9 +22,9 @@ from dqo.demo.recipe import Recipe
 from dqo.demo.report import evaluate_model
 from dqo.demo.rollouts import distinct_problems, rng_of
 from dqo.grading.arith import ArithTask
-from dqo.report import findings
 from dqo.stats import accuracy_interval
 from dqo.train.metrics import read_metrics
+from dqo.train.record import machine
 
 RESULTS = Path(__file__).parents[1] / "results"
 RECIPE = Recipe()
@@ -110,7 +110,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "seed": seed,
-        **findings.machine(),
+        **machine(),
     }
     facts |= {"options": {name: COMMON | OPTIONS[name] for name in OPTIONS}, "rows": rows}
     RESULTS.mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ torch and transformers are imported.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -333,5 +334,9 @@ def dump_options(options: Options) -> str:
 
 
 def command_line() -> str:
-    """The command as typed, for the report."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command that runs, as a shell takes it, for the report."""
+    program = Path(sys.argv[0])
+    name = [program.name]
+    if name == ["__main__.py"]:  # python -m dqo, or python -m dqo.train
+        name = ["python", "-m", "dqo.train" if program.parent.name == "train" else program.parent.name]
+    return shlex.join([*name, *sys.argv[1:]])

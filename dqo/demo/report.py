@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from dqo.evaluation.accuracy import Accuracy, Problem, evaluate
 from dqo.grading.arith import arith_grade
 from dqo.grading.grade import Grade
 from dqo.models.policy import load_policy, load_tokenizer
-from dqo.report import findings
+from dqo.report.build import report_of
 from dqo.report.page import console_table, write_report
-from dqo.report.schema import Flip, Flips, Method, Report
+from dqo.report.runs import read_run
+from dqo.report.store import store_results
 from dqo.train.run import Run
 
 
@@ -56,52 +56,28 @@ def write_demo_report(
     output: Path, config: DemoConfig, recipe: Recipe, results: list[EvaluatedModel], command: str, seconds: float
 ) -> Path:
     """report.html, report.md and report.json in `output`; prints the table."""
-    methods = [_method(result) for result in results]
-    dqo = next(result for result in results if result.name == "dqo")
-    assert dqo.run is not None  # only the base has none
-    curves = [c for r in results if r.run for c in findings.curves(r.name, r.run.output_dir / "metrics.jsonl")]
-    report: Report = {
-        "title": "Direct Q-function Optimization: the demonstration",
-        "command": command,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "seed": config.seed,
-        "wall_seconds": seconds,
-        "options": dataclasses.asdict(recipe),
-        "baseline": "base",
-        "headline": "dqo",
-        "methods": methods,
-        "curves": curves,
-        "flips": _flips(results[0], dqo),
-        "data": findings.data_findings(dqo.run.prepared.episodes()),
-        "notes": NOTES,
-        **findings.machine(),
-        **findings.value_findings(dqo.run),
-    }
+    base, *trained = results
+    names, runs = [], []
+    for result in trained:
+        assert result.run is not None  # only the base has none
+        prompts = [problem.row["prompt"] for problem in result.problems]
+        store_results(result.run, prompts, {"base": base.accuracy, result.name: result.accuracy})
+        names.append(result.name)
+        runs.append(read_run(result.run.output_dir))
+    report = report_of(
+        runs,
+        names=names,
+        title="Direct Q-function Optimization: the demonstration",
+        command=command,
+        seed=config.seed,
+        wall_seconds=seconds,
+        options=dataclasses.asdict(recipe),
+        options_of={},
+        notes=NOTES,
+    )
     path = write_report(output, report)
-    print(console_table(methods, "base"))
+    print(console_table(report["methods"], "base"))
     return path
-
-
-def _method(result: EvaluatedModel) -> Method:
-    row: Method = {"name": result.name, **result.accuracy.scores()}  # type: ignore[typeddict-item]  # of known keys
-    if result.run is not None:
-        row |= {
-            "seconds": result.run.seconds,
-            "tokens_per_second": result.run.tokens_per_second,
-            "updates": result.run.steps,
-        }
-    return row
-
-
-def _flips(before: EvaluatedModel, after: EvaluatedModel, each: int = 5) -> Flips:
-    fixed: list[Flip] = []
-    broken: list[Flip] = []
-    for i, problem in enumerate(before.problems):
-        was, now = before.accuracy.greedy[i], after.accuracy.greedy[i]
-        if was.right != now.right:
-            flip: Flip = {"prompt": problem.row["prompt"], "before": was.text, "after": now.text}
-            (fixed if now.right else broken).append(flip)
-    return {"fixed": fixed[:each], "broken": broken[:each]}
 
 
 NOTES = [

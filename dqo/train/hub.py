@@ -14,7 +14,13 @@ from dqo.files import write_whole
 from dqo.train.saved import Saved, command_of, metrics_of
 
 UPLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "critic/*"]
-NOT_UPLOADED = ["trainer_state.json", "checkpoint-*", "ref_cache/*"]
+NOT_UPLOADED = [
+    "trainer_state.json",
+    "run.json",
+    "report.json",
+    "checkpoint-*",
+    "ref_cache/*",
+]  # run.json quotes the data
 
 
 def write_model_card(

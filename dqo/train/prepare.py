@@ -131,24 +131,10 @@ def prepare(
     ref_config = reference_config(config, given, vocab_size)
     template_time = _template_time(config, tokenizer, processes)
 
+    stops = stop_ids(given.model or config.model_path)
+
     def tokenized(rows: list[Row]) -> list[Episode]:
-        made = make_episodes(
-            rows,
-            tokenizer,
-            vocab_size=vocab_size,
-            max_length=config.max_length,
-            stop_ids=stop_ids(given.model or config.model_path),
-            template_time=template_time,
-            skip_bad_rows=config.skip_bad_rows,
-            process_reward=config.process_reward or "none",
-            process_coef=config.process_coef,
-            gamma=objective.discount_factor,
-            discount=objective.discount_at,
-            truncation=config.truncation,
-            allow_truncation=config.allow_truncation,
-            reward_scale=config.reward_scale,
-            reward_shift=config.reward_shift,
-        )
+        made = on_tokens(rows, options, tokenizer, vocab_size, stops, template_time)
         for its_config in filter(None, (model_config, ref_config)):
             check_positions(its_config, made)
         return made
@@ -183,7 +169,7 @@ def prepare(
     identity |= dict(zip(OF_OBJECTIVE, answers, strict=True))
     if given.peft_config is not None:
         identity["options"] |= described(given.peft_config)
-    its_ends = ends_of(tokenizer, stop_ids(given.model or config.model_path), not isinstance(train_rows[0].prompt, str))
+    its_ends = ends_of(tokenizer, stops, not isinstance(train_rows[0].prompt, str))
     identity |= {TRAINED_END: its_ends.trained, "configuration": architecture(policy.config)}
     if reference is not None:
         identity["reference configuration"] = architecture(reference.config)
@@ -219,6 +205,36 @@ def prepare(
         tokenized,
         reference,
         save_dtype,
+    )
+
+
+def on_tokens(
+    rows: list[Row],
+    options: Options,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    stops: list[int],
+    template_time: datetime.datetime | None,
+) -> list[Episode]:
+    """Rows as the options say. `stops`: end tokens of the model's generation_config. `template_time`: what chat templates take
+    for now; None: the clock."""
+    config = options.train
+    return make_episodes(
+        rows,
+        tokenizer,
+        vocab_size=vocab_size,
+        max_length=config.max_length,
+        stop_ids=stops,
+        template_time=template_time,
+        skip_bad_rows=config.skip_bad_rows,
+        process_reward=config.process_reward or "none",
+        process_coef=config.process_coef,
+        gamma=options.objective.discount_factor,
+        discount=options.objective.discount_at,
+        truncation=config.truncation,
+        allow_truncation=config.allow_truncation,
+        reward_scale=config.reward_scale,
+        reward_shift=config.reward_shift,
     )
 
 

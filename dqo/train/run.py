@@ -20,6 +20,7 @@ from dqo.train.inputs import Given, check_options, load_rows
 from dqo.train.learner import Learner
 from dqo.train.loop import Answers, Trainer
 from dqo.train.prepare import Prepared, prepare
+from dqo.train.record import begin_record, data_record, machine, parameters, penalised_steps
 from dqo.train.resume import as_stored
 
 
@@ -62,7 +63,24 @@ def begin(
     if announce:
         split = given.eval_dataset is None and options.train.eval_dataset_name is None
         processes.say(trainer.prepared.counts(options.train.eval_fraction if split else None))
+    if processes.main:
+        begin_record(trainer.output_dir, _begun(options, trainer, train_rows, held_rows))
     return trainer
+
+
+def _begun(options: Options, trainer: Trainer, rows: list[Row], held_out: list[Row]) -> dict:
+    """What run.json says of a run before its first step."""
+    prepared, learner, config = trainer.prepared, trainer.learner, options.train
+    episodes = prepared.episodes()
+    return {
+        "steps": trainer.steps,
+        "phases": [{"begin": s.begin, "name": s.phase.name, "trains": s.phase.trains} for s in trainer.stretches],
+        "data": data_record(config, episodes, rows, held_out),
+        "model": {"name": config.model_name_or_path or "given model", "sha256": prepared.identity["model"]},
+        "parameters": parameters(learner.policy, learner.value_model),
+        "penalised_steps": penalised_steps(prepared.tokenizer, episodes, config.process_reward),
+        **machine(),
+    }
 
 
 def train(

@@ -148,6 +148,8 @@ HELP = """usage: dqo <command> [options]; `dqo <command> --help` for its options
   check     Check rollout files and show what training will see of them.
   init      Make a small random model with a tokenizer trained on a rollout file.
   export    Write a run's policy, its adapter merged, as transformers and vLLM load it.
+  report    Write one page of one run or several, side by side.
+  compare   Train several methods on one file with one budget, and write a page over all of them.
 """
 
 
