@@ -124,8 +124,7 @@ def _rounded(lines):
 @pytest.mark.slow
 def test_a_sigkill_loses_and_doubles_nothing(there, whole):
     code = (
-        "import os, signal\nfrom dqo.data.appending import Appended\nfrom dqo import api
-from dqo.commands.eval import eval_command\n"
+        "import os, signal\nfrom dqo.data.appending import Appended\nfrom dqo.commands.eval import eval_command\n"
         "append, calls = Appended.append, []\n"
         "def killed(self, rows):\n    append(self, rows)\n    calls.append(rows)\n"
         "    if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -241,7 +240,9 @@ def test_options_that_do_not_fit_are_named(there, changes, message):
 
 def test_python_has_the_command_as_a_function(there, whole):
     found = api.evaluate(quiet=True, **vars(config(there, there / "whole")))
-    assert found["measures"]["pass@1"] == json.loads((whole.directory / "summary.json").read_text())["measures"]["pass@1"]
+    assert (
+        found["measures"]["pass@1"] == json.loads((whole.directory / "summary.json").read_text())["measures"]["pass@1"]
+    )
     with pytest.raises(UserError, match="several evaluations have the name 'whole'"):
         api.evaluate(compare=(str(there / "whole"), str(there / "whole")))
     with pytest.raises(UserError, match="unknown option 'num_generation'. Did you mean 'num_generations'"):
