@@ -22,6 +22,8 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from dqo.config.launcher import obey
 from dqo.config.options import Options, check_values, options_of
+from dqo.config.sampling import SampleConfig
+from dqo.config.values import checked_config
 from dqo.errors import UserError, did_you_mean
 from dqo.evaluation.run import answers_of, base_answers
 from dqo.evaluation.tasks import check_tasks, read_tasks
@@ -29,6 +31,7 @@ from dqo.files import writing
 from dqo.objectives.base import Objective
 from dqo.objectives.registry import DEFAULT_METHOD, method_of, methods_table
 from dqo.report.run import report_run
+from dqo.sampling.run import Sampled, sample_rows
 from dqo.train import checkpoint, hub
 from dqo.train.callbacks import check_callbacks, made
 from dqo.train.held_out import predictions
@@ -111,6 +114,20 @@ def _refuse_twice(options: Options, given: dict[str, Any]) -> None:
             continue
         if an_object or str(value) != told:
             raise UserError(f"{argument[name]} and {name}={told!r} (from DQOConfig) are both given; remove one")
+
+
+def sample(quiet: bool = False, **options: Any) -> Sampled:
+    """Samples responses of a model to prompts into a file of rollout rows, as `dqo sample` does: sample(model_name_or_path="DIR",
+    prompts="prompts.jsonl", output_file="rollouts.jsonl", num_generations=8). A call that was killed goes on where it was.
+
+    Args:
+        quiet: without a progress bar.
+        options: those of `dqo.config.sampling.SampleConfig`.
+
+    Raises:
+        UserError: for options, prompts or a model that do not fit, before any work.
+    """
+    return sample_rows(checked_config(SampleConfig, options), quiet)
 
 
 class DQOTrainer:

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,10 @@ class Appended:
     path: Path
     descriptor: int
     found: list[Any]
+    synced: float = 0.0  # when
 
     def append(self, rows: Iterable[dict]) -> None:
-        """Writes rows to the disk.
+        """Writes rows. A killed process loses none of them, a machine without power those of the last second.
 
         Raises:
             UserError: when they cannot be written, as on a full disk; none of them is in the file then.
@@ -40,11 +42,26 @@ class Appended:
         with writing(self.path):
             try:
                 _write(self.descriptor, lines.encode())
-                os.fsync(self.descriptor)
+                if time.monotonic() - self.synced > 1.0:
+                    os.fsync(self.descriptor)
+                    self.synced = time.monotonic()
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self.descriptor, size)
                 raise
+
+
+def begun_under(path: str | Path) -> dict[str, Any]:
+    """The options that a file which has rows was begun under; {} where there is none, or it does not tell."""
+    path = Path(path)
+    try:
+        return json.loads(_told(path).read_bytes()) if path.stat().st_size else {}
+    except (OSError, ValueError):  # named when the file is opened
+        return {}
+
+
+def _told(path: Path) -> Path:
+    return path.with_name(f"{path.name}.options.json")
 
 
 def _write(descriptor: int, content: bytes) -> None:
@@ -82,13 +99,15 @@ def appending(
                 f"{path}: another process is writing to it; wait for its end, or choose another {flag}"
             ) from None
         yield Appended(path, descriptor, _claim(path, descriptor, options, keep, flag))
+        with writing(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def _claim(path: Path, descriptor: int, options: dict, keep: Callable[[dict], Any], flag: str) -> list[Any]:
     """What the file has; one that is empty becomes this command's."""
-    told = path.with_name(f"{path.name}.options.json")
+    told = _told(path)
     text = json.dumps(options, indent=1)
     if os.fstat(descriptor).st_size == 0:
         write_whole(told, text.encode())

@@ -81,7 +81,7 @@ def checked(record: Record, common: Common, reward_threshold: float, scored: boo
     unscored = not scored and values.get("reward") is None and values.get("label") is None
     reward, label = (None, None) if unscored else _outcome(record, common, reward_threshold)
     steps, step_rewards = _steps(record, text)
-    prompt_ids, completion_ids = (_ids(record, name) for name in ("prompt_ids", "completion_ids"))
+    prompt_ids, completion_ids = (ids_of(record, name) for name in ("prompt_ids", "completion_ids"))
     if prompt_ids is not None and completion_ids is None:
         raise UserError("prompt_ids without completion_ids; give both, or neither")
     return {
@@ -262,7 +262,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _ids(record: Record, name: str) -> list[int] | None:
+def ids_of(record: Record, name: str) -> list[int] | None:
     ids, name = record.values.get(name), record.name(name)
     if ids is None:
         return None

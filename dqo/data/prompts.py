@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dqo.data.chat import prompt_text
-from dqo.data.checks import conversation, of_templates, word
-from dqo.data.forms import Record
+from dqo.data.checks import conversation, ids_of, of_templates, word
+from dqo.data.forms import Record, shown
 from dqo.data.hints import prompt_hint
 from dqo.data.rows import report
 from dqo.data.sources import BadRow, read_records
@@ -32,7 +33,21 @@ class Prompt:
     source: str = ""  # "prompts.jsonl:12"
 
 
+@dataclass(frozen=True)
+class Prefix(Prompt):
+    """A prompt with the beginning of a response to it: its text, its ids, or both; the ids are then what goes on."""
+
+    prefix: str | None = None
+    prefix_ids: list[int] | None = None
+
+
+P = TypeVar("P", bound=Prompt)
 FIELDS = ("prompt", "answer", "prompt_id", "tools", "chat_template_kwargs")
+
+
+def read_prefixes(path: str | Path) -> list[Prefix]:
+    """As `read_prompts`, of rows that have `prefix`, a string, or `prefix_ids`, or both."""
+    return _read(path, _prefix, (*FIELDS, "prefix", "prefix_ids"))
 
 
 def read_prompts(path: str | Path, *, answers: bool = False) -> list[Prompt]:
@@ -44,18 +59,34 @@ def read_prompts(path: str | Path, *, answers: bool = False) -> list[Prompt]:
     Raises:
         UserError: naming the first ten rows that do not fit, each with its file and line.
     """
+    return _read(path, lambda record: _prompt(record, answers), FIELDS)
+
+
+def _read(path: str | Path, made: Callable[[Record], P], fields: tuple[str, ...]) -> list[P]:
     name, records, problems = read_records(path)
-    found = []
+    found: list[P] = []
     for record in records:
         try:
-            found.append(_prompt(record, answers))
+            found.append(made(record))
         except UserError as error:
             problems.append(BadRow(record.index, record.source, str(error)))
     if problems:
         raise UserError(report(name, problems, len(found) + len(problems)))
     _check_one_kind(found)
-    _name_unused(name, records)
+    _name_unused(name, records, fields)
     return found
+
+
+def _prefix(record: Record) -> Prefix:
+    values = {key: value for key, value in record.values.items() if value is not None}
+    if "prefix" not in values and "prefix_ids" not in values:
+        found = ", ".join(map(str, values)) or "nothing"
+        raise UserError(f"has no prefix and no prefix_ids, the beginning of a response; found {found}")
+    text = values.get("prefix")
+    if text is not None and (not isinstance(text, str) or not text):
+        raise UserError(f"prefix is {shown(text)}; expected the text that a response begins with")
+    prompt = _prompt(record, answers=False)
+    return Prefix(**vars(prompt), prefix=text, prefix_ids=ids_of(record, "prefix_ids"))
 
 
 def _prompt(record: Record, answers: bool) -> Prompt:
@@ -77,7 +108,7 @@ def _prompt(record: Record, answers: bool) -> Prompt:
     return Prompt(prompt, answer, word(values.get("prompt_id"), "prompt_id"), **templates, source=record.source)
 
 
-def _check_one_kind(prompts: list[Prompt]) -> None:
+def _check_one_kind(prompts: Sequence[Prompt]) -> None:
     first = prompts[0]
     for other in prompts:
         if isinstance(other.prompt, str) != isinstance(first.prompt, str):
@@ -87,14 +118,14 @@ def _check_one_kind(prompts: list[Prompt]) -> None:
             )
 
 
-def _name_unused(name: str, records: list[Record]) -> None:
-    counts = Counter(str(key) for record in records for key in record.values if key not in FIELDS)
+def _name_unused(name: str, records: list[Record], fields: tuple[str, ...]) -> None:
+    counts = Counter(str(key) for record in records for key in record.values if key not in fields)
     if counts:
         columns = ", ".join(f"{key!r} (in {count:,} rows)" for key, count in counts.items())
         logger.warning("%s: columns that prompts do not have, and are not used: %s", name, printable(columns))
 
 
-def prompt_token_ids(tokenizer, prompts: list[Prompt]) -> list[list[int]]:
+def prompt_token_ids(tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
     """The state before each response, as training has it: messages through the chat template, strings as the tokenizer writes
     them.
 

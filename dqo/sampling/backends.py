@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +10,9 @@ import torch
 from dqo.data.ends import Ends, ends_of
 from dqo.errors import UserError, did_you_mean
 from dqo.models.generate import Request, Response, Sampling, generate
-from dqo.models.policy import load_policy, load_tokenizer, stop_ids
+from dqo.models.policy import load_config, load_policy, load_tokenizer, stop_ids
+
+BATCH_SIZES = {"transformers": 64, "vllm": 4096}  # by the name of the backend
 
 
 class Backend(Protocol):
@@ -30,7 +32,7 @@ class Backend(Protocol):
 class TransformersBackend:
     """transformers' generate with its KV cache."""
 
-    def __init__(self, model_path: str, *, dtype: torch.dtype, batch_size: int, device: str):
+    def __init__(self, model_path: str, dtype: torch.dtype, batch_size: int, device: str):
         import transformers
 
         self.tokenizer = load_tokenizer(model_path)
@@ -42,19 +44,27 @@ class TransformersBackend:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, description: str = "sample", quiet: bool = False
     ) -> Iterator[tuple[int, Response]]:
-        return generate(
-            self.policy,
-            requests,
-            sampling,
-            stop_ids=self.ends.stops,
-            pad_id=self.tokenizer.pad_token_id,
-            batch_size=self.batch_size,
-            description=description,
-            quiet=quiet,
-        )
+        try:
+            yield from generate(
+                self.policy,
+                requests,
+                sampling,
+                stop_ids=self.ends.stops,
+                pad_id=self.tokenizer.pad_token_id,
+                batch_size=self.batch_size,
+                description=description,
+                quiet=quiet,
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the GPU has too little memory for {self.batch_size} responses at once: take a smaller --batch_size"
+            ) from error
 
 
-BACKENDS: dict[str, Callable[..., Backend]] = {"transformers": TransformersBackend}
+def dtype_of(name: str, model_path: str) -> torch.dtype:
+    """The dtype that torch calls so; "auto": the one in which the weights are stored, float32 where that is not told."""
+    stored = load_config(model_path).dtype if name == "auto" else name
+    return stored if isinstance(stored, torch.dtype) else getattr(torch, stored or "float32")
 
 
 def load_backend(
@@ -62,19 +72,26 @@ def load_backend(
     model_path: str,
     *,
     dtype: str = "float32",
-    batch_size: int = 64,
+    batch_size: int | None = None,
     device: str | None = None,
+    **engine: Any,
 ) -> Backend:
     """Loads a model into a backend.
 
     Args:
-        name: one of BACKENDS.
+        name: "transformers" or "vllm".
         model_path: a model's or an adapter's directory or hub name.
-        dtype: of the weights, as torch names it.
-        batch_size: responses that are generated at once; a backend that batches by itself takes no heed of it.
-        device: as torch names it; None: a GPU where there is one.
+        dtype: of the weights, as torch names it, or "auto".
+        batch_size: responses that are generated at once; None: that of BATCH_SIZES.
+        device: as torch names it, for transformers; None: a GPU where there is one.
+        engine: arguments of vLLM's `LLM`.
     """
-    if name not in BACKENDS:
-        raise UserError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}.{did_you_mean(name, BACKENDS)}")
+    if name not in BATCH_SIZES:
+        raise UserError(f"unknown backend {name!r}; known: {', '.join(BATCH_SIZES)}.{did_you_mean(name, BATCH_SIZES)}")
+    batch_size = batch_size or BATCH_SIZES[name]
+    if name == "vllm":
+        from dqo.sampling.vllm_backend import VllmBackend
+
+        return VllmBackend(model_path, dtype_of(dtype, model_path), batch_size, **engine)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return BACKENDS[name](model_path, dtype=getattr(torch, dtype), batch_size=batch_size, device=device)
+    return TransformersBackend(model_path, dtype_of(dtype, model_path), batch_size, device)
