@@ -6,7 +6,7 @@ from dqo.config.flags import parse_flags
 from dqo.scoring.options import ScoreConfig
 from dqo.scoring.run import score_rows
 
-PLACE = 2.5
+PLACE = 7
 
 
 def score_command(arguments: list[str], prog: str = "dqo score") -> None:

@@ -17,8 +17,8 @@ from dqo.scoring.steps import SPLITTERS
 class _Graded:
     data: Positional[str]
     """The responses are in this rollout file (.jsonl or .parquet), saved data set, or data set on the Hugging Face hub."""
-    verifier: Annotated[str, tyro.conf.arg(help=f"The verifier grades the responses. {verifiers_help()}")]
-    output_file: str
+    verifier: Annotated[str | None, tyro.conf.arg(help=f"The verifier grades the responses. {verifiers_help()}")] = None
+    output_file: str | None = None
     """The scored rows are written to this file (.jsonl). A run that was killed goes on there."""
     answers: str | None = None
     """The answers are in this file, for rows that have none. Its rows have answer, and prompt_id or prompt."""
@@ -47,12 +47,12 @@ class _Measured:
     """The pass rates are kept in this file (.jsonl), from which later runs take them. None takes output_file.prefixes.jsonl."""
     model_name_or_path: str | None = None
     """The model that continues prefixes is in this directory, or has this name on the hub."""
-    backend: str = "transformers"
-    """The continuations are sampled by this backend, as in `dqo sample`."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """The model that continues prefixes computes in this type."""
-    batch_size: int = 64
-    """This many continuations are generated at once."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """This package generates the continuations. vllm needs the extra of its name."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The weights of the model that continues prefixes have this type. auto takes the one in which they are stored."""
+    batch_size: int | None = None
+    """This many continuations are generated at once. None takes 64, and 4096 for vllm."""
     temperature: float = 1.0
     """The logits of continuations are divided by this. Pass rates are those of the policy that is trained at 1."""
     top_k: int = 0
@@ -78,7 +78,14 @@ class ScoreConfig(_Measured, _Graded):
             if not ok:
                 found.append((name, f"must be {expected}, got {getattr(self, name)}"))
 
-        need(expected_name(self.verifier) is None, "verifier", expected_name(self.verifier) or "")
+        for name, what in (
+            ("verifier", "what grades the responses"),
+            ("output_file", "the file of rows to write, .jsonl"),
+        ):
+            if getattr(self, name) is None:
+                found.append((name, f"is missing: {what}"))
+        expected = expected_name(self.verifier) if self.verifier is not None else None
+        need(expected is None, "verifier", expected or "")
         need(self.processes is None or self.processes >= 1, "processes", "at least 1")
         need(self.timeout > 0, "timeout", "positive")
         own = self.steps is None or self.steps in SPLITTERS or self.steps.startswith("python:")
@@ -87,7 +94,8 @@ class ScoreConfig(_Measured, _Graded):
         need(0 < self.share <= 1, "share", "in (0, 1]")
         need(self.temperature > 0, "temperature", "positive: pass rates are those of a distribution")
         need(0 < self.top_p <= 1, "top_p", "in (0, 1]")
-        for name, least in (("batch_size", 1), ("max_completion_length", 1), ("top_k", 0), ("seed", 0)):
+        need(self.batch_size is None or self.batch_size >= 1, "batch_size", "at least 1")
+        for name, least in (("max_completion_length", 1), ("top_k", 0), ("seed", 0)):
             need(getattr(self, name) >= least, name, f"at least {least}")
         if self.prefix_values is None:
             for name in _Measured.__dataclass_fields__:
