@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,11 +19,13 @@ from dqo.scoring.rows import Scored, add_answers, check_existing, fingerprint, r
 from dqo.scoring.steps import step_splitter
 from dqo.scoring.summary import CUT, KEPT, Seen, Summary, seen
 
+logger = logging.getLogger(__name__)
+
 _WRITTEN = 1.0  # seconds after which grades go to the disk
 _AHEAD = 1024  # responses that are handed to the pool at once
 
 
-def score_rows(config: ScoreConfig, say: Callable[[str], object]) -> Summary:
+def score_rows(config: ScoreConfig, say: Callable[[str], object] = logger.info) -> Summary:
     """Grades responses and writes them, with their rewards, to output_file.
 
     Args:
