@@ -46,6 +46,9 @@ class Row:
     label: bool = None  # type: ignore[assignment]
     steps: list[tuple[int, int]] | None = None  # character spans that cover the completion
     step_rewards: list[float] | None = None  # one for each step
+    prompt_value: float | None = (
+        None  # the pass rate of the prompt: where step rewards are potentials, that of the first state
+    )
     prompt_ids: list[int] | None = None
     completion_ids: list[int] | None = None
     logprobs: list[float] | None = None  # the sampler's, one for each of completion_ids
@@ -57,7 +60,8 @@ class Row:
     finish_reason: str | None = None  # "stop" or "length"
     answer: str | None = None
     prompt_id: str | None = None
-    sampling: dict | None = None
+    sampling: dict | None = None  # what sampled it
+    grading: dict | None = None  # what graded it, and how that ended
     tools: list[dict] | None = None  # what the chat template is told of, beside the messages
     chat_template_kwargs: dict | None = None
     source: str = ""  # "rollouts.jsonl:12"; not written to files
@@ -194,8 +198,12 @@ def check_contrast(rows: list[Row]) -> str:
 
 
 def check_process_reward(rows: list[Row], name: str, process_reward: str | None) -> None:
-    """Refuses rewards of steps or turns without a choice of what they do, and a choice without any."""
+    """Refuses rewards of steps or turns without a choice of what they do, a choice without any, and potentials that differ where
+    they belong to one state."""
     found = next((row for row in rows if row.process_rewards is not None), None)
+    if process_reward == "potential":
+        _check_prompt_values(rows, name)
+        found = found or next((row for row in rows if row.prompt_value is not None), None)
     if found is not None and process_reward is None:
         what = "step" if found.turn_rewards is None else "turn"
         raise UserError(
@@ -208,6 +216,18 @@ def check_process_reward(rows: list[Row], name: str, process_reward: str | None)
             f"{name} has no step_rewards, so --process_reward {process_reward} would do nothing; drop the option, or add "
             "steps and step_rewards, or turn_rewards"
         )
+
+
+def _check_prompt_values(rows: list[Row], name: str) -> None:
+    """A potential of the prompt that all its rows share moves no optimum; different ones are rewards."""
+    values: dict[str, Row] = {}
+    for row in rows:
+        first = values.setdefault(prompt_key(row), row)
+        if row.prompt_value != first.prompt_value:
+            raise UserError(
+                f"{row.source or name}: prompt_value is {row.prompt_value}, and {first.source or 'a row'} of the same prompt has "
+                f"{first.prompt_value}; as potentials they must be equal: give every row of a prompt one value, or none"
+            )
 
 
 def duplicate_count(rows: list[Row]) -> int:
