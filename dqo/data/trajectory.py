@@ -91,7 +91,8 @@ def pieces_of(tokenizer, row: Row, prompt: str, end: str, cuts: Counter) -> Piec
         last = found.pieces[-1].text
         if row.finish_reason == "length" and not found.answered and last.endswith(end):
             found.pieces[-1] = Piece(last.removesuffix(end), True)  # the template's; the response did not end
-    cuts[ANSWERED] += found.answered
+    if found.answered:
+        cuts[ANSWERED] += 1
     for number, piece in enumerate((piece for piece in found.pieces if piece.of_model), 1):
         if not piece.text:
             raise UserError(f"turn {number} of the model has no text, as it is written; drop the row, or {_CURE}")
@@ -202,7 +203,8 @@ def of_stored_ids(row: Row, ends: Ends, specials: Specials, cuts: Counter) -> tu
     begin, stop = turns[-1]
     tail = set(ids[stop:])
     answered = bool(tail - ends.stops - {specials.pad})
-    cuts[ANSWERED if answered else "what follows the end of completion_ids"] += bool(tail)
+    if tail:
+        cuts[ANSWERED if answered else "what follows the end of completion_ids"] += 1
     logprobs = None if row.logprobs is None else row.logprobs[begin:stop]
     own = dataclasses.replace(specials, adds_bos=False)
     turn, logprobs = clean_completion(ids[begin:stop], logprobs, row.finish_reason == "length", ends, own, cuts, begin)

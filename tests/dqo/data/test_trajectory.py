@@ -77,12 +77,13 @@ def test_what_follows_the_last_turn_is_cut_with_a_count_and_no_end_is_missing(ca
     assert e.env_mask.tolist() == [False, True, False, True] and e.terminated
 
 
-def test_spans_of_a_string_are_tokenised_apart_and_the_last_turn_ends():
+def test_spans_of_a_string_are_tokenised_apart_and_the_last_turn_ends(caplog):
     text = "two plus two is four"
     (e,) = made([{"prompt": "so ", "completion": text, "turn_spans": [[0, 6], [8, len(text)]]}], BYTES)
     pieces = [BYTES(part, add_special_tokens=False)["input_ids"] for part in (text[:6], text[6:8], text[8:])]
     assert e.completion_ids == [*pieces[0], *pieces[1], *pieces[2], EOS]
     assert turns_text(e, BYTES) == [text[:6], text[8:] + BYTES.decode([EOS])]
+    assert "cut off" not in caplog.text
     cut = {"prompt": "so ", "completion": text, "turn_spans": [[0, 6], [8, len(text)]], "finish_reason": "length"}
     (e,) = made([cut], BYTES)
     assert e.completion_ids[-1] != EOS and e.truncated
