@@ -27,8 +27,9 @@ def report_run(options: Options, run: Run, accuracies: dict[str, Accuracy]) -> s
         {"name": name, "greedy": found.greedy, "sampling": found.sampling} for name, found in accuracies.items()
     ]
     lines = [console_table(methods, "base")] if methods else []
+    control = " with shuffled rewards, a control" if config.shuffle_rewards else ""
     report: Report = {
-        "title": f"{config.method.upper()} on {config.dataset_name or 'given rows'}",
+        "title": f"{config.method.upper()} on {config.dataset_name or 'given rows'}{control}",
         "command": command_line(),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "seed": config.seed,
