@@ -25,6 +25,7 @@ from dqo.config.launcher import obey
 from dqo.config.options import Options, check_values, options_of
 from dqo.config.sampling import SampleConfig
 from dqo.config.values import checked_config
+from dqo.data.overlap import check_unseen, trained_problems
 from dqo.errors import UserError, did_you_mean
 from dqo.evaluation.during import answering
 from dqo.evaluation.evaluate import evaluate as evaluate
@@ -43,12 +44,12 @@ from dqo.train import checkpoint, hub
 from dqo.train.callbacks import check_callbacks, made
 from dqo.train.export import export as export
 from dqo.train.held_out import predictions
-from dqo.train.inputs import Given, check_options, shared_prompts
+from dqo.train.inputs import Given, check_options, load_rows, shared_prompts
 from dqo.train.loop import Trainer
 from dqo.train.metrics import read_metrics
 from dqo.train.prepare import evaluation_episodes
 from dqo.train.resume import as_stored
-from dqo.train.run import begin, run_of
+from dqo.train.run import Rows, begin, run_of
 
 # What users of transformers' and TRL's trainers may look for, and why it is not here.
 ABSENT = {
@@ -216,11 +217,12 @@ class DQOTrainer:
             raise AttributeError(f"DQOTrainer has no {name}, which transformers.Trainer has: its loop is dqo.train's")
         raise AttributeError(f"DQOTrainer has no {name!r}.{did_you_mean(name, dir(type(self)))}")
 
-    def _begin(self) -> Trainer:
+    def _begin(self, rows: Rows | None = None) -> Trainer:
         if self._trainer is None:
             self.options = as_stored(self.options)
             tasks = read_tasks(self.options.train.eval_tasks, self.options.train.verifier)
-            self._trainer = begin(self.options, self.given, announce=True, answers=answering(self.options, tasks))
+            answers = answering(self.options, tasks)
+            self._trainer = begin(self.options, self.given, rows, announce=True, answers=answers)
             self._trainer.compute_metrics = self.compute_metrics
         return self._trainer
 
@@ -245,14 +247,21 @@ class DQOTrainer:
         self.options = as_stored(self.options)
         check_callbacks(self.given.callbacks, self.options.train)
         tasks = read_tasks(self.options.train.eval_tasks, self.options.train.verifier)
-        base = None
+        base = rows = None
         if self._trainer is None:
             check_options(self.options, self.given)
+            rows = load_rows(self.options, self.given) if tasks else None
         if tasks:
+            trained = trained_problems(rows[0]) if rows else self._begin().train_problems
+            names = (
+                str(self.options.train.eval_tasks),
+                self.options.train.dataset_name or "the rows that are trained on",
+            )
+            check_unseen(tasks, trained, *names)
             check_tasks(self.options, self.given.model, self.given.tokenizer, tasks)
         if tasks and self.given.model is not None:  # it is trained in place: its answers are wanted before
             base = base_answers(self.options, self.given.model, self.given.tokenizer, tasks)
-        trainer = self._begin()
+        trainer = self._begin(rows)
         if trainer.recorder.closed and trainer.position < trainer.steps:  # an earlier call was interrupted, or stopped
             if self.options.train.load_best_model_at_end and trainer.callbacks.control.should_training_stop:
                 raise UserError(

@@ -153,6 +153,9 @@ class TrainConfig(RowOptions, _RunOptions):
     """The tracker shows the run under this name. None takes output_dir."""
     project: str | None = None
     """The tracker (wandb, trackio) puts the run into this project. None takes WANDB_PROJECT, or dqo without it."""
+    shuffle_rewards: bool = False
+    """The rows that are trained on get each other's rewards, by the seed. Such a run is a control: whatever it gains is not
+    gained by the rewards. Held-out rows keep their own."""
     use_cpu: bool = False
     """The training runs on the CPU although there is an accelerator."""
     fsdp: bool = False

@@ -68,7 +68,9 @@ def _title(groups: Groups) -> str:
     first = next(iter(groups.values()))[0]
     methods = list(dict.fromkeys(run.method.upper() for members in groups.values() for run in members))
     named = f"{', '.join(methods[:-1])} and {methods[-1]}" if len(methods) > 1 else methods[0]
-    return f"{named} on {Path(str(first.options.get('dataset_name') or 'given rows')).name}"
+    controls = [run.options.get("shuffle_rewards") for members in groups.values() for run in members]
+    control = " with shuffled rewards, a control" if all(controls) else ""
+    return f"{named} on {Path(str(first.options.get('dataset_name') or 'given rows')).name}{control}"
 
 
 def _options(groups: Groups) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -95,6 +97,9 @@ def _warnings(runs: list[StoredRun]) -> list[str]:
             for digest, members in by_hash.items()
         ]
         found.append(f"These runs were trained on different data: {'; '.join(of)}.")
+    controls = [run.directory.name for run in runs if run.options.get("shuffle_rewards")]
+    if controls and len(controls) < len(runs):
+        found.append(f"These runs are controls, trained on shuffled rewards: {', '.join(controls)}.")
     models = {str(run.record["model"]["sha256"]): run for run in runs if "model" in run.record}
     if len(models) > 1:
         named = "; ".join(f"{run.directory.name}: {run.record['model']['name']}" for run in models.values())

@@ -56,6 +56,7 @@ class Trainer:
             "metrics_position": 0,
         }
         self.train_prompts: set[str] = set()
+        self.train_problems: set[bytes] = set()
         self.window: dict[str, torch.Tensor] = {}  # this process's metric sums since the last logged row
         self.evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation's step and metrics
         self.compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None

@@ -36,6 +36,8 @@ class Recorder:
     def record(self, row: dict, evaluation: bool = False) -> None:
         """A row to the callbacks, which may add to it, then to metrics.jsonl and the tracker."""
         step = row["step"]
+        if self.options.train.shuffle_rewards:
+            row["control/shuffle_rewards"] = 1.0  # whoever reads the row alone must know
         self.callbacks.log(row)
         if evaluation:
             self.callbacks.evaluated(row)

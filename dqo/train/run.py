@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dqo.config.launcher import obey
 from dqo.config.options import Options
+from dqo.data.overlap import trained_problems
 from dqo.data.rows import Row, prompt_key
 from dqo.models.critic import load_critic
 from dqo.models.policy import load_policy
@@ -60,6 +61,7 @@ def begin(
     processes = start(options.train.use_cpu, options.train.fsdp)
     trainer = Trainer(options, prepare(options, given, train_rows, held_rows, processes), given.callbacks, answers)
     trainer.train_prompts = {prompt_key(row) for row in train_rows}
+    trainer.train_problems = trained_problems(train_rows)
     if announce:
         split = given.eval_dataset is None and options.train.eval_dataset_name is None
         processes.say(trainer.prepared.counts(options.train.eval_fraction if split else None))

@@ -10,9 +10,9 @@ from dqo.commands.train import train_command
 from dqo.data.prompts import Prompt
 from dqo.errors import UserError
 from dqo.evaluation.tasks import check_tasks
-from tests.dqo.helpers import arguments, rollout_rows, tokenizer
+from tests.dqo.helpers import arguments, tokenizer
 
-PROMPT = rollout_rows()[0]["prompt"]
+PROMPT = "4-4-4-4="  # of the form of the rows that are trained on, and none of them
 
 
 def short_model():
