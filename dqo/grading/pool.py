@@ -272,17 +272,21 @@ def _descendants(pid: int) -> Iterator[int]:
 
 
 def check_answers(tasks: Sequence[dict], verifier: str) -> None:
-    """Refuses, before anything is sampled or trained, problems that the verifier cannot grade by, and a verifier that cannot be
-    loaded.
+    """Refuses, before anything is sampled or trained, a verifier that cannot be loaded, and problems that it cannot grade by.
 
     Args:
         tasks: each with prompt and answer, and its source.
 
     Raises:
-        UserError: naming the problems, or what the verifier needs and has not got.
+        UserError: naming what the verifier needs and has not got, or the problems.
     """
     with VerifierPool(verifier, processes=1):
         pass
+    check_problems(tasks, verifier)
+
+
+def check_problems(tasks: Sequence[dict], verifier: str) -> None:
+    """The second half of `check_answers`; those of a user's verifier are not looked at."""
     if verifier not in VERIFIERS:
         return
     wrong = []
