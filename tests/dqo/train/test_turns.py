@@ -1,11 +1,13 @@
 """Trajectories of several turns in training: what the environment wrote is read, and is neither trained nor counted."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
 
+from dqo.config.options import load_options
 from dqo.data.batches import Batching, collate, distinct, groups_of, unit_count
 from dqo.data.selection import selected
 from dqo.models import attention
@@ -17,9 +19,10 @@ from dqo.reference.columns import add_reference, check_agreement
 from dqo.train.engine import Engine
 from dqo.train.held_out import held_out_metrics, traces_of
 from dqo.train.learner import Learner, objective_sums
+from dqo.train.run import train
 from dqo.train.step import accumulate
 from dqo_kernels import TokenStats, soft_bellman_loss
-from tests.dqo.helpers import episodes, gradients, policy
+from tests.dqo.helpers import arguments, episodes, gradients, policy, tokenizer
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}  # float32 against float64
 
@@ -261,3 +264,32 @@ def test_companions_keep_their_turns_and_are_cut_after_an_action():
         assert c.env_mask[-1] and len(c.rewards) == c.action_count == len(positions(c)) > 0
         assert c.length <= max(longest, len(c.prompt_ids) + int(c.actions[0]) + 1)
         assert all(end < c.action_count for end in c.turn_ends)
+
+
+def test_a_run_on_conversations_counts_its_actions(files):
+    """Text, and ids that were sampled, in one file; what the environment says decides the reward."""
+    rng, tok, rows = np.random.default_rng(0), tokenizer(), []
+    for i in range(24):
+        asked, told, answer = (str(rng.integers(1, 9)) for _ in range(3))
+        row = {"prompt": f"{i % 6}+", "reward": float(answer == told), "turn_rewards": [0.0, float(answer == told)]}
+        if i % 2:
+            row |= {"completion": f"{asked}={told}+{answer}", "turn_spans": [[0, 1], [4, 5]]}
+        else:
+            ids = tok(f"{asked}={told}+{answer}", add_special_tokens=False)["input_ids"]
+            row |= {"completion": "1", "completion_ids": [*ids, tok.eos_token_id], "env_mask": [1, 0, 0, 0, 1, 1]}
+        rows.append(row)
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {
+        "max_steps": 4,
+        "gamma": 0.9,
+        "discount": "turns",
+        "process_reward": "additive",
+        "logging_steps": 1,
+        "lam": 0.9,
+    }
+    finished = train(load_options(arguments(files, **options)))
+    logged = [json.loads(line) for line in (files / "out" / "metrics.jsonl").read_text().splitlines()]
+    lengths = {row["completions/mean_length"] for row in logged if "completions/mean_length" in row}
+    assert finished.steps == 4 and lengths == {3.0}  # two turns of one token, and the end token
+    assert finished.held_out.get("eval_completions/mean_length", 3.0) == 3.0
+    assert train(load_options(arguments(files, **options))).steps == 4  # the same data come again
