@@ -15,6 +15,7 @@ from dqo import signals
 from dqo.data.batches import Batch, Batching
 from dqo.data.episodes import Episode, first_tokens
 from dqo.errors import UserError
+from dqo.files import in_units
 from dqo.models.memory import in_memory
 from dqo.processes import Processes
 from dqo.reference.cache import Entry, ReferenceCache, response_key
@@ -26,6 +27,7 @@ StatsOf = Callable[[Batch], TokenStats]  # the reference's forward pass
 
 FLUSH_SECONDS = 20.0  # a killed pass loses at most these, or
 FLUSH_TOKENS = 2**22  # 32 MiB of float32 pairs
+PACE_SECONDS = 5.0  # after so many the pace is known
 
 # How far two computations of one model may be apart, relative to 1 + |logprob|, in batches of different shapes: matrix kernels
 # add up in another order. 99 random Llama and Qwen2 models on a CPU (width 64-512, 2-48 layers, standard deviation of the
@@ -49,6 +51,34 @@ def _with_companions(episodes: list[Episode]) -> Iterator[Episode]:
         yield e
         if e.companion is not None:
             yield e.companion
+
+
+class Pace:
+    """Says once, after the first batches, how long a pass will take.
+
+    Args:
+        lengths: tokens of the responses, in the order in which they are computed.
+    """
+
+    def __init__(self, processes: Processes, lengths: list[int]):
+        self.processes, self.ends = processes, np.cumsum([0, *lengths])
+        self.begun, self.said = time.monotonic(), False
+
+    def note(self, done: int) -> None:
+        """After `done` responses."""
+        seconds = time.monotonic() - self.begun
+        if self.said or seconds < PACE_SECONDS or done == len(self.ends) - 1:
+            return
+        self.said = True
+        rate = self.ends[done] / seconds
+        left = (self.ends[-1] - self.ends[done]) / rate
+        self.processes.say(f"reference pass: {rate:,.0f} tokens/s, about {_in_minutes(left)} left")
+
+
+def _in_minutes(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def _compute(members: list[Episode], keys: list[bytes], stats_of: StatsOf, batching: Batching) -> dict[bytes, Entry]:
@@ -108,6 +138,14 @@ def add_reference(
         pending.clear()
 
     done, tokens, flushed, batch = 0, 0, time.monotonic(), []
+    pace = Pace(processes, [members[key].length for key in missing])
+    if cache is not None:
+        cache.check_room([lengths[key] for key in members if key not in entries])
+    if processes.main and missing:
+        todo = sum(members[key].length for key in missing)
+        of = f" for each of {processes.world} processes" if processes.world > 1 else ""
+        needs = "" if cache is None else f", {in_units(cache.size([lengths[key] for key in missing]))} of cache"
+        processes.say(f"reference pass: {len(missing):,} responses, {todo:,} tokens{needs}{of}")
 
     def rest_of_the_pass(max_tokens: int) -> None:
         nonlocal done, tokens, flushed, batch
@@ -116,6 +154,7 @@ def add_reference(
             pending.update(_compute(batch, keys, stats_of, batching))
             done, tokens = done + len(batch), tokens + sum(lengths[key] for key in keys)
             bar.update(len(batch))
+            pace.note(done)
             if tokens >= FLUSH_TOKENS or time.monotonic() - flushed >= FLUSH_SECONDS:
                 flush()
                 tokens, flushed = 0, time.monotonic()

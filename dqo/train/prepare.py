@@ -42,6 +42,7 @@ from dqo.train.checkpoint import claim_output, save_base
 from dqo.train.inputs import Given, read
 from dqo.train.learner import Learner
 from dqo.train.resume import OF_OBJECTIVE, TRAINED_END, found_state
+from dqo.train.room import warn_of_little_room
 from dqo.train.run_models import (
     base_of,
     explicit_reference,
@@ -187,6 +188,8 @@ def prepare(
     max_tokens = config.batch_tokens(processes.device.type)
     batching = Batching(tokenizer.pad_token_id, max_tokens, processes.device, attention.packs(policy))
     resumed = claim_output(options, identity, processes)
+    if processes.main:
+        warn_of_little_room(Path(config.output_dir), learner, config.save_total_limit)
     if has_adapter(policy) and not policy.name_or_path and processes.main:
         save_base(policy, Path(base_of(policy, config)), again=resumed is None)
     if objective.needs_reference:

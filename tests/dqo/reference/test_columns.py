@@ -410,3 +410,51 @@ def test_the_check_of_the_reference_goes_on_in_smaller_batches(caplog):
     assert len(forward.responses) == 20 and "check of the reference: out of memory on cpu" in caplog.text
     with pytest.raises(UserError, match="although each holds one response"):
         check_agreement(members, Limited(2), Batching(0, 10**6))
+
+
+def test_tokens_and_cache_are_said_before_a_pass_and_its_size_is_true(cache, capsys):
+    members = fresh()
+    add(members, Counting(), cache)
+    tokens, responses = sum(e.length for e in members), [len(e.completion_ids) for e in members]
+    size = ReferenceCache.size(responses)
+    assert (
+        f"reference pass: 20 responses, {tokens:,} tokens, {size / 1000:.3g} KB of cache\n" in capsys.readouterr().out
+    )
+    stored = [path.stat().st_size for path in cache.directory.glob("segment-*")]
+    assert size <= sum(stored) <= size + 400 * len(stored)
+    add(fresh(), Counting(), cache)
+    assert capsys.readouterr().out == ""  # nothing is left to compute
+
+
+def test_the_time_of_a_pass_is_said_once_after_its_first_batches(monkeypatch, capsys):
+    now = [0.0]
+
+    class Slow(Counting):
+        def __call__(self, batch):
+            now[0] += 4.0 * batch.tokens  # seconds: a quarter of a token in each
+            return super().__call__(batch)
+
+    monkeypatch.setattr(reference.time, "monotonic", lambda: now[0])
+    members = fresh()
+    forward = Slow()
+    add(members, forward)
+    first = sum(e.length for e in members if e.source in forward.batches[0])
+    left = 4.0 * (sum(e.length for e in members) - first)
+    said = [line for line in capsys.readouterr().out.splitlines() if "left" in line]
+    assert said == [f"reference pass: 0 tokens/s, about {left / 60:.0f} minutes left"]
+
+
+def test_a_disk_without_room_for_the_cache_is_refused_before_the_pass(cache, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(cache.directory)._replace(free=900)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    forward = Counting()
+    with pytest.raises(UserError) as caught:
+        add(fresh(), forward, cache)
+    size = ReferenceCache.size([len(e.completion_ids) for e in fresh()])
+    assert str(caught.value) == (
+        f"{cache.directory}: the reference's log-probabilities need {size / 1000:.3g} KB, and the disk has 900 bytes left; free "
+        "some, or choose another --ref_cache_dir"
+    )
+    assert not forward.batches
