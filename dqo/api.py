@@ -23,7 +23,11 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from dqo.comparison.run import compare as compare
 from dqo.config.launcher import obey
 from dqo.config.options import Options, check_values, options_of
+from dqo.config.sampling import SampleConfig
+from dqo.config.values import checked_config
 from dqo.errors import UserError, did_you_mean
+from dqo.evaluation.during import answering
+from dqo.evaluation.evaluate import evaluate as evaluate
 from dqo.evaluation.run import answers_of, base_answers
 from dqo.evaluation.tasks import check_tasks, read_tasks
 from dqo.files import writing
@@ -31,6 +35,7 @@ from dqo.objectives.base import Objective
 from dqo.objectives.registry import DEFAULT_METHOD, method_of, methods_table
 from dqo.report.command import report as report
 from dqo.report.run import report_run
+from dqo.sampling.run import Sampled, sample_rows
 from dqo.train import checkpoint, hub
 from dqo.train.callbacks import check_callbacks, made
 from dqo.train.held_out import predictions
@@ -115,6 +120,20 @@ def _refuse_twice(options: Options, given: dict[str, Any]) -> None:
             raise UserError(f"{argument[name]} and {name}={told!r} (from DQOConfig) are both given; remove one")
 
 
+def sample(quiet: bool = False, **options: Any) -> Sampled:
+    """Samples responses of a model to prompts into a file of rollout rows, as `dqo sample` does: sample(model_name_or_path="DIR",
+    prompts="prompts.jsonl", output_file="rollouts.jsonl", num_generations=8). A call that was killed goes on where it was.
+
+    Args:
+        quiet: without a progress bar.
+        options: those of `dqo.config.sampling.SampleConfig`.
+
+    Raises:
+        UserError: for options, prompts or a model that do not fit, before any work.
+    """
+    return sample_rows(checked_config(SampleConfig, options), quiet)
+
+
 class DQOTrainer:
     """Trains a policy, and its value model, on stored responses.
 
@@ -183,7 +202,8 @@ class DQOTrainer:
     def _begin(self) -> Trainer:
         if self._trainer is None:
             self.options = as_stored(self.options)
-            self._trainer = begin(self.options, self.given, announce=True)
+            tasks = read_tasks(self.options.train.eval_tasks, self.options.train.verifier)
+            self._trainer = begin(self.options, self.given, announce=True, answers=answering(self.options, tasks))
             self._trainer.compute_metrics = self.compute_metrics
         return self._trainer
 
@@ -226,7 +246,7 @@ class DQOTrainer:
         trainer.finish()
         run = run_of(trainer, held_out)
         if trainer.processes.main:
-            print(report_run(run, tasks, answers_of(self.options, run, tasks, base)))
+            print(report_run(self.options, run, answers_of(self.options, run, tasks, base)))
         losses = [row["loss"] for row in self.log_history if "loss" in row]
         return TrainOutput(trainer.counters["step"], losses[-1] if losses else 0.0, held_out)
 

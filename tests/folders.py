@@ -17,6 +17,7 @@ ORDER = [
     ("errors", "files", "modules", "stats", "signals", "requirements", "processes", "grading"),
     ("data", "objectives"),
     ("config", "convert", "models", "reference"),
+    ("sampling",),
     ("train",),
     ("evaluation",),
     ("report",),

@@ -61,10 +61,9 @@ def train(name: str, demonstration: Path, output: Path) -> None:
 
 
 def measured(name: str, model: Path, problems: list[str]) -> dict:
-    task = ArithTask(RECIPE.min_steps, RECIPE.max_steps)
-    found = evaluate_model(name, model, task, problems, RECIPE, seed=0).accuracy
+    found = evaluate_model(name, model, problems, RECIPE, seed=0).accuracy
     row = {"method": name}
-    for decoding, scores in (("greedy", found.greedy), ("sampling", found.sampling)):
+    for decoding, scores in found.scores().items():
         interval = accuracy_interval(per_problem(scores))
         row[decoding] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
     if (model / "metrics.jsonl").exists() and name != "base":

@@ -41,15 +41,16 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
             f"dqo-train: {options.train.method} on {options.train.dataset_name} -> {options.train.output_dir}",
             flush=True,
         )
-    from dqo.evaluation.run import answers_of  # torch from here on
+    from dqo.evaluation.during import answering  # torch from here on
+    from dqo.evaluation.run import answers_of
     from dqo.report.run import report_run
     from dqo.train.run import train
 
     if tasks:
         check_tasks(options, None, None, tasks)
-    run = train(options, rows=rows)
+    run = train(options, rows=rows, answers=answering(options, tasks))
     processes = run.prepared.processes
     processes.leave()
     if processes.main:
-        print(report_run(run, tasks, answers_of(options, run, tasks)))
+        print(report_run(options, run, answers_of(options, run, tasks)))
     processes.end()

@@ -163,3 +163,24 @@ def refuse(problems: list[tuple[str, str]], sources: Mapping[str, str]) -> None:
     """Raises a UserError with a line for each problem, and where its value came from."""
     if problems:
         raise UserError("\n".join(f"{name} {what} (from {sources.get(name, 'default')})" for name, what in problems))
+
+
+def checked_config(cls: type, given: Mapping[str, Any]) -> Any:
+    """A command's dataclass from what a Python caller gave, each value checked as flags are.
+
+    Raises:
+        UserError: for an unknown option, and for values that do not fit.
+    """
+    hints = get_type_hints(cls)
+    names = {field.name for field in dataclasses.fields(cls)}
+    values = {}
+    for name, value in given.items():
+        if name not in names:
+            raise UserError(f"unknown option {brief(name)}.{suggestion(name, names)}")
+        try:
+            values[name] = typed(hints[name], value)
+        except TypeError as error:
+            raise UserError(f"{name} {error}") from error
+    config = cls(**values)
+    refuse(value_problems(config) or config.problems(), dict.fromkeys(given, "the call"))
+    return config

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dqo.data.rows import Row
+from dqo.data.rows import Prompted, Row
 from dqo.errors import UserError
 
 _PLAIN = {"role", "content"}
@@ -81,7 +81,7 @@ def _read(key: str, source: str) -> bool:
     return re.search(rf"(?<!\w)(?:{names})(?!\w)", source) is not None
 
 
-def prompt_text(tokenizer, row: Row) -> str:
+def prompt_text(tokenizer, row: Prompted) -> str:
     """The prompt as the policy reads it: messages with the head of the answer, or with their last one open when it is the
     assistant's own.
 
@@ -143,7 +143,7 @@ def _opened_once(prompt: str, completion: Completion) -> Completion:
     return Completion(text, completion.shift - (len(completion.text) - len(text)))
 
 
-def _render(tokenizer, row: Row, messages: list[dict], **options) -> str:
+def _render(tokenizer, row: Prompted, messages: list[dict], **options) -> str:
     try:
         more = row.chat_template_kwargs or {}
         return tokenizer.apply_chat_template(messages, tools=row.tools, tokenize=False, **options, **more)

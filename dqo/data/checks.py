@@ -57,19 +57,20 @@ def _kind(value: Any) -> str:
     return "list of messages" if isinstance(value, (list, tuple)) else "string"
 
 
-def checked(record: Record, common: Common, reward_threshold: float) -> dict[str, Any]:
-    """The fields of a row, each of its type.
+def checked(record: Record, common: Common, reward_threshold: float, scored: bool = True) -> dict[str, Any]:
+    """The fields of a row, each of its type. `scored`: it must have a reward or a label.
 
     Raises:
         UserError: for the first field that does not fit; the message begins with the field's name.
     """
     values = record.values
-    prompt = _conversation(values["prompt"], "prompt")
+    prompt = conversation(values["prompt"], "prompt")
     if _kind(prompt) != common.prompts:
         raise UserError(f"prompt is a {_kind(prompt)} but most rows have a {common.prompts}; one file holds one kind")
     if not prompt:
         raise UserError("prompt is empty; the first token of a response needs something before it")
-    completion, text = _completion(values["completion"], record.name("completion"))
+    sampled = values.get("completion_ids") is not None  # a model may answer with nothing but its end
+    completion, text = _completion(values["completion"], record.name("completion"), sampled)
     if _kind(prompt) != _kind(completion):
         raise UserError(
             f"prompt is a {_kind(prompt)} but {record.name('completion')} is a {_kind(completion)}; "
@@ -77,9 +78,10 @@ def checked(record: Record, common: Common, reward_threshold: float) -> dict[str
         )
     if not all(_each(values.get("env_mask", ()), "env_mask", lambda flag, _: flag)):
         raise UserError("env_mask has zeros; tokens of tools are not supported, drop the row")
-    reward, label = _outcome(record, common, reward_threshold)
+    unscored = not scored and values.get("reward") is None and values.get("label") is None
+    reward, label = (None, None) if unscored else _outcome(record, common, reward_threshold)
     steps, step_rewards = _steps(record, text)
-    prompt_ids, completion_ids = (_ids(record, name) for name in ("prompt_ids", "completion_ids"))
+    prompt_ids, completion_ids = (ids_of(record, name) for name in ("prompt_ids", "completion_ids"))
     if prompt_ids is not None and completion_ids is None:
         raise UserError("prompt_ids without completion_ids; give both, or neither")
     return {
@@ -93,10 +95,10 @@ def checked(record: Record, common: Common, reward_threshold: float) -> dict[str
         "completion_ids": completion_ids,
         "logprobs": _logprobs(record, completion_ids, common),
         "finish_reason": _finish_reason(values.get("finish_reason")),
-        "answer": _word(values.get("answer"), "answer"),
-        "prompt_id": _word(values.get("prompt_id"), "prompt_id"),
+        "answer": word(values.get("answer"), "answer"),
+        "prompt_id": word(values.get("prompt_id"), "prompt_id"),
         "sampling": _sampling(values.get("sampling")),
-        **({} if isinstance(prompt, str) else _of_templates(values)),
+        **({} if isinstance(prompt, str) else of_templates(values)),
     }
 
 
@@ -111,7 +113,7 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _conversation(value: Any, name: str) -> str | list[dict]:
+def conversation(value: Any, name: str) -> str | list[dict]:
     if not isinstance(value, (list, tuple)):
         return _text(value, name)
     messages = []
@@ -128,8 +130,8 @@ def _conversation(value: Any, name: str) -> str | list[dict]:
     return messages
 
 
-def _completion(value: Any, name: str) -> tuple[str | list[dict], str]:
-    completion = _conversation(value, name)
+def _completion(value: Any, name: str, may_be_empty: bool) -> tuple[str | list[dict], str]:
+    completion = conversation(value, name)
     if isinstance(completion, str):
         text = completion
     elif len(completion) != 1 or completion[0]["role"] != "assistant":
@@ -141,7 +143,7 @@ def _completion(value: Any, name: str) -> tuple[str | list[dict], str]:
         text = completion[0].get("content", "")
         if completion[0].get("tool_calls"):  # a response without content
             return completion, text
-    if not text.strip():
+    if not text.strip() and not may_be_empty:
         raise UserError(f"{name} is empty or only whitespace ({shown(text)}); expected a response, drop the row")
     return completion, text
 
@@ -258,7 +260,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _ids(record: Record, name: str) -> list[int] | None:
+def ids_of(record: Record, name: str) -> list[int] | None:
     ids, name = record.values.get(name), record.name(name)
     if ids is None:
         return None
@@ -307,7 +309,7 @@ def _finish_reason(value: Any) -> str | None:
     return value
 
 
-def _word(value: Any, name: str) -> str | None:
+def word(value: Any, name: str) -> str | None:
     if _is_int(value):
         return str(value)
     if value is not None and not isinstance(value, str):
@@ -315,7 +317,7 @@ def _word(value: Any, name: str) -> str | None:
     return value if value is None else _text(value, name)
 
 
-def _of_templates(values: dict[str, Any]) -> dict[str, Any]:
+def of_templates(values: dict[str, Any]) -> dict[str, Any]:
     """What chat templates get beside the messages: tools (a list, or its JSON text, as in TRL) and further names."""
     tools, more = values.get("tools"), values.get("chat_template_kwargs")
     if isinstance(tools, str):

@@ -102,8 +102,9 @@ def form_of(values: dict[str, Any]) -> str:
     return "oreo" if "response" in values else "flat"
 
 
-def check_columns(name: str, records: list[Record]) -> str:
-    """The form of most rows. Drops null values, which stand for columns that a row does not have.
+def check_columns(name: str, records: list[Record], scored: bool = True) -> str:
+    """The form of most rows. Drops null values, which stand for columns that a row does not have. `scored`: flat rows need a
+    reward or a label.
 
     Raises:
         UserError: for a column that looks like a misspelling, and for a needed column that no row has.
@@ -134,7 +135,7 @@ def check_columns(name: str, records: list[Record]) -> str:
                 misspelt[key] += 1
                 first.setdefault(key, record.source)
     missing = [column for column in _NEEDED[form] if column not in found]
-    if form == "flat" and "reward" not in found and "label" not in found:
+    if form == "flat" and scored and "reward" not in found and "label" not in found:
         missing.append("reward (or label)")
     names = set(map(str, found))
     structure = structure_hint(names) if missing else ""

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dqo.data.checks import Common, checked
 from dqo.data.forms import Record, check_columns, to_flat
@@ -23,9 +23,20 @@ _LISTED = 10  # problems in one message
 _NAMED = 9  # further rows that are named with a problem
 
 
+class Prompted(Protocol):
+    """What is read of a row, or of a prompt, before its response."""
+
+    @property
+    def prompt(self) -> str | list[dict]: ...
+    @property
+    def tools(self) -> list[dict] | None: ...
+    @property
+    def chat_template_kwargs(self) -> dict | None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One response. What `read_rows` returns always has reward and label."""
+    """One response. What `read_rows` returns always has reward and label, unless unscored rows were asked for."""
 
     prompt: str | list[dict]
     completion: str | list[dict]  # of the prompt's kind; messages: one, of the assistant
@@ -46,7 +57,9 @@ class Row:
     source: str = ""  # "rollouts.jsonl:12"; not written to files
 
 
-def read_rows(source: Any, *, skip_bad_rows: bool = False, reward_threshold: float = 0.5) -> list[Row]:
+def read_rows(
+    source: Any, *, skip_bad_rows: bool = False, reward_threshold: float = 0.5, scored: bool = True
+) -> list[Row]:
     """Reads and checks rows.
 
     Args:
@@ -55,12 +68,15 @@ def read_rows(source: Any, *, skip_bad_rows: bool = False, reward_threshold: flo
             datasets.Dataset) or of Rows; in any one of the forms of `dqo.data.forms`.
         skip_bad_rows: drop rows that do not fit and log how many, instead of raising.
         reward_threshold: a row without a label is right when its reward is above this.
+        scored: False: flat rows may lack both reward and label, which are None then, as `dqo sample` writes them.
 
     Raises:
         UserError: naming the first ten rows that do not fit, each with its file and line.
     """
     name, records, problems = read_records(source)
-    return rows_of(name, records, problems, skip_bad_rows=skip_bad_rows, reward_threshold=reward_threshold)
+    return rows_of(
+        name, records, problems, skip_bad_rows=skip_bad_rows, reward_threshold=reward_threshold, scored=scored
+    )
 
 
 def rows_of(
@@ -70,11 +86,12 @@ def rows_of(
     *,
     skip_bad_rows: bool = False,
     reward_threshold: float = 0.5,
+    scored: bool = True,
 ) -> list[Row]:
     """The rows of records as `read_records` returns them; see `read_rows`."""
     flat, rows, problems = [], [], list(problems)
     if records:
-        form = check_columns(name, records)
+        form = check_columns(name, records, scored)
         if form != "flat":
             logger.info("%s: read as %s rows", name, form)
         for record in records:
@@ -85,7 +102,7 @@ def rows_of(
     common = Common.of(flat)
     for record in progress(flat, f"check {name}"):
         try:
-            rows.append(Row(**checked(record, common, reward_threshold), source=record.source))
+            rows.append(Row(**checked(record, common, reward_threshold, scored), source=record.source))
         except UserError as error:
             problems.append(BadRow(record.index, record.source, str(error)))
     if problems:
@@ -131,7 +148,7 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
             file.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def prompt_key(row: Row) -> str:
+def prompt_key(row: Prompted) -> str:
     """A key that rows of the same prompt share, and no others."""
     more = [row.tools, row.chat_template_kwargs] if row.tools or row.chat_template_kwargs else []
     return json.dumps([row.prompt, *more] if more else row.prompt, sort_keys=True)

@@ -76,11 +76,16 @@ def prompt_ids(tokenizer, texts: list[str], of_template: list[bool]) -> list[lis
     return [found[templated, text] for text, templated in zip(texts, of_template)]
 
 
+def state_ids(tokenizer, texts: list[str], of_template: list[bool]) -> list[list[int]]:
+    """Ids of the texts of prompts, the same as in training."""
+    specials = Specials.of(tokenizer)
+    found = prompt_ids(tokenizer, texts, of_template)
+    return [clean_prompt(ids, False, own, specials, Counter()) for ids, own in zip(found, of_template)]
+
+
 def string_prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids of prompts that are strings, the same as in training."""
-    specials = Specials.of(tokenizer)
-    found = prompt_ids(tokenizer, texts, [False] * len(texts))
-    return [clean_prompt(ids, False, False, specials, Counter()) for ids in found]
+    return state_ids(tokenizer, texts, [False] * len(texts))
 
 
 def _encoded(rows: list[Row], tokenizer, ends: Ends, specials: Specials, cuts: Counter, problems: list[BadRow]):

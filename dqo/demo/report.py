@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dqo.demo.recipe import DemoConfig, Recipe
 from dqo.evaluation.accuracy import Accuracy, Problem, evaluate
-from dqo.grading.arith import ArithTask
+from dqo.grading.arith import arith_grade
+from dqo.grading.grade import Grade
 from dqo.models.policy import load_policy, load_tokenizer
 from dqo.report.build import report_of
 from dqo.report.page import console_table, write_report
@@ -29,26 +29,27 @@ class EvaluatedModel:
 
 
 def evaluate_model(
-    name: str, model: Path, task: ArithTask, problems: list[str], recipe: Recipe, seed: int, run: Run | None = None
+    name: str, model: Path, problems: list[str], recipe: Recipe, seed: int, run: Run | None = None
 ) -> EvaluatedModel:
     """Greedy and sampling accuracy of the model in a directory, on the same problems for every model."""
     tokenizer = load_tokenizer(str(model))
     ids = tokenizer(problems)["input_ids"]
+    asked = [Problem(prompt_ids, {"prompt": prompt}) for prompt, prompt_ids in zip(problems, ids)]
 
-    def grader(prompt: str) -> Callable[[str], bool]:
-        return lambda text: task.grade(prompt, text).correct
+    def grade(completions: list[str], rows: list[dict]) -> list[Grade]:
+        return [arith_grade(completion, row) for completion, row in zip(completions, rows)]
 
-    graded = [Problem(prompt, prompt_ids, grader(prompt)) for prompt, prompt_ids in zip(problems, ids)]
     accuracy = evaluate(
         load_policy(str(model)),
         tokenizer,
-        graded,
+        asked,
+        grade,
         num_generations=recipe.eval_samples,
         max_new_tokens=recipe.max_new_tokens,
         seed=seed + 1,
         description=name,
     )
-    return EvaluatedModel(name, graded, tokenizer, accuracy, run)
+    return EvaluatedModel(name, asked, tokenizer, accuracy, run)
 
 
 def write_demo_report(
@@ -59,8 +60,7 @@ def write_demo_report(
     names, runs = [], []
     for result in trained:
         assert result.run is not None  # only the base has none
-        prompts = [problem.prompt for problem in result.problems]
-        store_results(result.run, prompts, {"base": base.accuracy, result.name: result.accuracy})
+        store_results(result.run, {"base": base.accuracy, result.name: result.accuracy})
         names.append(result.name)
         runs.append(read_run(result.run.output_dir))
     report = report_of(

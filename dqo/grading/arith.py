@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 
+from dqo.grading.grade import Grade
+
 DIGITS = "0123456789"
 OPERATORS = "+-*"
 VOCABULARY = DIGITS + OPERATORS + "=\n#"
@@ -28,7 +30,7 @@ Entry = tuple[int, str, int]
 
 
 @dataclass(frozen=True)
-class Grade:
+class LineGrades:
     """What a completion got right. `steps` are character spans: its lines, each with its newline."""
 
     correct: bool
@@ -43,6 +45,19 @@ def apply(value: int, operator: str, operand: int) -> int:
     if operator == "-":
         return (value - operand) % 10
     return value * operand % 10
+
+
+def arith_grade(completion: str, problem: dict) -> Grade:
+    """The verifier `arith`: whether a completion is a chain of readable lines that ends in the true answer to the prompt."""
+    correct = ArithTask(1, 1).grade(problem["prompt"], completion).correct
+    written = _ANSWER.fullmatch(completion.rpartition("\n")[2])
+    return Grade(float(correct), written is not None, written and written[1])
+
+
+def check_problem(problem: dict) -> None:
+    """Raises ValueError for a prompt that is no chain of arithmetic."""
+    if not isinstance(problem["prompt"], str) or not _PROMPT.fullmatch(problem["prompt"]):
+        raise ValueError(f"the prompt {problem['prompt']!r:.60} is no chain such as 7+8*3-9=")
 
 
 @dataclass(frozen=True)
@@ -96,7 +111,7 @@ class ArithTask:
             value = apply(value, operator, operand)
         return str(value)
 
-    def grade(self, prompt: str, completion: str) -> Grade:
+    def grade(self, prompt: str, completion: str) -> LineGrades:
         """Judge the answer by the prompt and each line by the line before it.
 
         A line is right when it is the true next step from the result that the previous line wrote, be that
@@ -123,7 +138,7 @@ class ArithTask:
             steps.append((start, start + len(line)))
             step_correct.append(line == expected)
             start += len(line)
-        return Grade(well_formed and str(value) == self.answer(prompt), steps, step_correct)
+        return LineGrades(well_formed and str(value) == self.answer(prompt), steps, step_correct)
 
 
 def _parse(prompt: str) -> tuple[int, list[tuple[str, int]]]:

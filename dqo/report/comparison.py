@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dqo.report.formats import p_relation, points, rate_text
+from dqo.report.formats import p_relation, percent, points, rate_text
 from dqo.report.schema import Decoding, Method, Report, ValueAUC
 from dqo.stats import Interval, Paired, accuracy_interval, mean_interval, paired_test
 
@@ -20,6 +20,8 @@ class MethodResult(NamedTuple):
     problems: int
     accuracy: dict[Decoding, Interval]
     against: dict[Decoding, Paired]
+    unread: dict[str, float] = {}  # by decoding, the share of answers that the verifier could not read
+    unreadable: list[Decoding] = []  # where neither a method nor the baseline had any readable answer: nothing is known
     seeds: dict[Decoding, Seeds] = {}
 
 
@@ -46,12 +48,16 @@ def compare(methods: list[Method], baseline: str | None = None) -> list[MethodRe
         raise ValueError(f"baseline {baseline!r} is not among the methods {names}")
     by_name = {method["name"]: method for method in methods}
     scores = {name: scores_of(method) for name, method in by_name.items()}
+    unread = {method["name"]: method.get("unread", {}) for method in methods}
     results = []
     for name, ours in scores.items():
         against = {} if baseline in (None, name) else paired_tests(name, ours, baseline, scores[baseline])
+        unreadable = [kind for kind in against if unread[name].get(kind) == unread[str(baseline)].get(kind) == 1]
+        against = {kind: test for kind, test in against.items() if kind not in unreadable}
         accuracy = {kind: accuracy_interval(values) for kind, values in ours.items()}
         seeds = {kind: spread for kind in accuracy if (spread := over_seeds(by_name[name], kind))}
-        results.append(MethodResult(name, len(next(iter(ours.values()), ())), accuracy, against, seeds))
+        problems = len(next(iter(ours.values()), ()))
+        results.append(MethodResult(name, problems, accuracy, against, unread[name], unreadable, seeds))
     return results
 
 
@@ -118,6 +124,8 @@ def verdict_of(
     for kind, rate in ours.accuracy.items():
         how = DECODINGS[kind].capitalize()
         text = f"{how} {headline} solves {rate_text(rate)} of {ours.problems:,} problems"
+        if kind in ours.unread:
+            text += f" ({percent(ours.unread[kind])}% of the answers could not be read)"
         if baseline is not None and kind in ours.against:
             text += f" and {baseline} {rate_text(by_name[baseline].accuracy[kind])}: {_gain(ours.against[kind])}"
             text += _seeds_text(over_seeds(given[headline], kind, given[baseline]))
@@ -130,6 +138,12 @@ def verdict_of(
                 for kind, test in tests.items()
             ]
             details += [f"{headline} over {name}: {'; '.join(gains)}."] if gains else []
+    if ours.unreadable and not ours.against:
+        return Verdict(
+            f"No answer of {headline} or of {baseline} could be read by the verifier, so nothing is known of their difference: "
+            "look at the answers, and choose a verifier that reads their form.",
+            details,
+        )
     if baseline is None or not ours.against:
         return Verdict(f"{headline} was measured, and there is no baseline to compare it with.", details)
     return Verdict(_verdict_sentence(headline, baseline, ours.against), details)

@@ -207,12 +207,14 @@ def _table(results: list[MethodResult], baseline: str | None) -> str:
     """Aligned plain text, a line a method."""
     kinds = [kind for kind in DECODINGS if any(kind in result.accuracy for result in results)]
     tested = [kind for kind in kinds if any(kind in result.against for result in results)]
-    rows = [["method", *(f"{kind} %" for kind in kinds)]]
+    lost = [kind for kind in kinds if any(kind in result.unread for result in results)]
+    rows = [["method", *(f"{kind} %" for kind in kinds), *(f"{kind} unread %" for kind in lost)]]
     for kind in tested:
         rows[0] += [f"{kind} vs {baseline}", "p"]
     for result in results:
         rates = [result.accuracy.get(kind) for kind in kinds]
         rows.append([result.name, *(plus_minus(rate) if rate else "-" for rate in rates)])
+        rows[-1] += [percent(result.unread[kind]) if kind in result.unread else "-" for kind in lost]
         for test in (result.against.get(kind) for kind in tested):
             rows[-1] += [points_between(test), p_text(test.p_value)] if test else ["-", "-"]
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dqo.config.options import Options
 from dqo.evaluation.accuracy import Accuracy
+from dqo.evaluation.unread import unread_lines
 from dqo.report.build import report_of
 from dqo.report.page import console_table, write_report
 from dqo.report.runs import read_run
@@ -11,16 +13,16 @@ from dqo.train.metrics import peak_memory_gb
 from dqo.train.run import Run
 
 
-def report_run(run: Run, tasks: list[dict], accuracies: dict[str, Accuracy]) -> str:
-    """Writes the report, and returns the text for the terminal.
-
-    Args:
-        tasks: the problems of eval_tasks. accuracies: of the base and of the trained model, by name; {} without tasks.
-    """
-    store_results(run, [task["prompt"] for task in tasks], accuracies)
+def report_run(options: Options, run: Run, accuracies: dict[str, Accuracy]) -> str:
+    """Writes the report, and returns the text for the terminal. `accuracies`: of the base and of the trained model, by name; {}
+    without eval_tasks."""
+    store_results(run, accuracies)
     report = report_of([read_run(run.output_dir)])
     path = write_report(run.output_dir, report)
     lines = [console_table(report["methods"], report["baseline"])] if report["methods"] else []
+    for name, found in accuracies.items():
+        for kind, lost in found.unread().items():
+            lines += unread_lines(name, str(options.train.verifier), kind, lost)
     peak = peak_memory_gb()
     lines.append(f"{run.steps} steps, {run.tokens_per_second:,.0f} tokens/s, peak memory {peak:.2f} GB")
     shown = {n: v if isinstance(v, (str, type(None))) else f"{v:.4f}" for n, v in run.held_out.items()}

@@ -77,6 +77,7 @@ FREE_OPTIONS = {
     "greater_is_better",
     "load_best_model_at_end",
     "eval_tasks",
+    "eval_task_problems",
     "verifier",
     "num_generations",
     "max_completion_length",

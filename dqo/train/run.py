@@ -18,7 +18,7 @@ from dqo.processes import start
 from dqo.train.callbacks import check_callbacks
 from dqo.train.inputs import Given, check_options, load_rows
 from dqo.train.learner import Learner
-from dqo.train.loop import Trainer
+from dqo.train.loop import Answers, Trainer
 from dqo.train.prepare import Prepared, prepare
 from dqo.train.record import begin_record, data_record, machine, parameters, penalised_steps
 from dqo.train.resume import as_stored
@@ -39,9 +39,15 @@ class Run:
 Rows = tuple[list[Row], list[Row]]  # to train on, held out
 
 
-def begin(options: Options, given: Given | None = None, rows: Rows | None = None, announce: bool = False) -> Trainer:
+def begin(
+    options: Options,
+    given: Given | None = None,
+    rows: Rows | None = None,
+    announce: bool = False,
+    answers: Answers | None = None,
+) -> Trainer:
     """Everything up to the first step. `given` are objects in the place of options; `rows`: what `load_rows` found; `announce`
-    prints how many rows are trained on and held out.
+    prints how many rows are trained on and held out; `answers` adds metrics to every evaluation.
 
     Raises:
         UserError: for options, rows or a model that do not fit, before any work is lost.
@@ -52,7 +58,7 @@ def begin(options: Options, given: Given | None = None, rows: Rows | None = None
     check_callbacks(given.callbacks, options.train)
     train_rows, held_rows = rows or load_rows(options, given)
     processes = start(options.train.use_cpu, options.train.fsdp)
-    trainer = Trainer(options, prepare(options, given, train_rows, held_rows, processes), given.callbacks)
+    trainer = Trainer(options, prepare(options, given, train_rows, held_rows, processes), given.callbacks, answers)
     trainer.train_prompts = {prompt_key(row) for row in train_rows}
     if announce:
         split = given.eval_dataset is None and options.train.eval_dataset_name is None
@@ -77,9 +83,12 @@ def _begun(options: Options, trainer: Trainer, rows: list[Row], held_out: list[R
     }
 
 
-def train(options: Options, description: str | None = None, rows: Rows | None = None) -> Run:
-    """Trains, or goes on with a run that was killed in the same output_dir. `description` labels the progress bar."""
-    trainer = begin(options, rows=rows, announce=description is None)
+def train(
+    options: Options, description: str | None = None, rows: Rows | None = None, answers: Answers | None = None
+) -> Run:
+    """Trains, or goes on with a run that was killed in the same output_dir. `description` labels the progress bar; `answers` adds
+    metrics to every evaluation."""
+    trainer = begin(options, rows=rows, announce=description is None, answers=answers)
     held_out = trainer.run(description or options.train.method)
     trainer.finish()
     return run_of(trainer, held_out)
