@@ -236,7 +236,7 @@ class DQOTrainer:
         trainer.finish()
         run = run_of(trainer, held_out)
         if trainer.processes.main:
-            print(report_run(run, tasks, answers_of(self.options, run, tasks, base)))
+            print(report_run(self.options, run, answers_of(self.options, run, tasks, base)))
         losses = [row["loss"] for row in self.log_history if "loss" in row]
         return TrainOutput(trainer.counters["step"], losses[-1] if losses else 0.0, held_out)
 

@@ -56,5 +56,5 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
     processes = run.prepared.processes
     processes.leave()
     if processes.main:
-        print(report_run(run, tasks, answers_of(options, run, tasks)))
+        print(report_run(options, run, answers_of(options, run, tasks)))
     processes.end()

@@ -60,8 +60,7 @@ def write_demo_report(
     names, runs = [], []
     for result in trained:
         assert result.run is not None  # only the base has none
-        prompts = [problem.row["prompt"] for problem in result.problems]
-        store_results(result.run, prompts, {"base": base.accuracy, result.name: result.accuracy})
+        store_results(result.run, {"base": base.accuracy, result.name: result.accuracy})
         names.append(result.name)
         runs.append(read_run(result.run.output_dir))
     report = report_of(

@@ -11,7 +11,7 @@ from dqo.errors import UserError
 from dqo.report.groups import BASE, Groups, grouped
 from dqo.report.runs import StoredRun
 from dqo.report.schema import Method, Report
-from dqo.report.sections import accuracy_of, changes_of, curves_of, flips_of, held_out_of
+from dqo.report.sections import accuracy_of, changes_of, curves_of, flips_of, held_out_of, unread_of
 
 
 def report_of(runs: list[StoredRun], *, names: list[str] | None = None, **given: Any) -> Report:
@@ -56,6 +56,7 @@ def report_of(runs: list[StoredRun], *, names: list[str] | None = None, **given:
     report["methods"] = _methods(groups, answered)
     if report["methods"]:
         report |= {"baseline": BASE, "headline": headline}
+    report["unread"] = unread_of(answered)
     if answered[headline]:
         report["flips"] = flips_of(answered[headline][0].answers)
     report |= held_out_of(groups, headline)  # type: ignore[typeddict-item]
@@ -163,9 +164,9 @@ def _scored(name: str, when: str, runs: list[StoredRun]) -> Method:
     samples = [np.array([row[when]["sampling"] for row in run.answers], float) for run in runs]
     if samples[0].size:
         method["sampling"] = np.concatenate(samples, axis=1).tolist()
-    said = [row[when] for run in runs for row in run.answers]
-    read = {"greedy": [one["read"] for one in said], "sampling": [one for row in said for one in row["sampling_read"]]}
-    method["unread"] = {kind: 1 - float(np.mean(found)) for kind, found in read.items() if found}
+    lost = [run.record["unread"][when] for run in runs if "unread" in run.record]
+    if len(lost) == len(runs):
+        method["unread"] = {kind: float(np.mean([found[kind]["share"] for found in lost])) for kind in lost[0]}
     if len(runs) > 1:
         method["seeds"] = [{"seed": run.seed, "accuracy": accuracy_of(run, when)} for run in runs]
     return method

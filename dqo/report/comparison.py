@@ -20,8 +20,8 @@ class MethodResult(NamedTuple):
     problems: int
     accuracy: dict[Decoding, Interval]
     against: dict[Decoding, Paired]
-    unread: dict[str, float]  # by decoding, the share of answers that the verifier could not read
-    unreadable: list[Decoding]  # where neither a method nor the baseline had any readable answer: nothing is known
+    unread: dict[str, float] = {}  # by decoding, the share of answers that the verifier could not read
+    unreadable: list[Decoding] = []  # where neither a method nor the baseline had any readable answer: nothing is known
     seeds: dict[Decoding, Seeds] = {}
 
 
@@ -130,12 +130,6 @@ def verdict_of(
             text += f" and {baseline} {rate_text(by_name[baseline].accuracy[kind])}: {_gain(ours.against[kind])}"
             text += _seeds_text(over_seeds(given[headline], kind, given[baseline]))
         details.append(text + ".")
-    if ours.unreadable and not ours.against:
-        return Verdict(
-            f"No answer of {headline} or of {baseline} could be read by the verifier, so nothing is known of their difference: "
-            "look at the answers, and choose a verifier that reads their form.",
-            details,
-        )
     for name in by_name:
         if name not in (headline, baseline):
             tests = paired_tests(headline, scores_of(given[headline]), name, scores_of(given[name]))
@@ -144,6 +138,12 @@ def verdict_of(
                 for kind, test in tests.items()
             ]
             details += [f"{headline} over {name}: {'; '.join(gains)}."] if gains else []
+    if ours.unreadable and not ours.against:
+        return Verdict(
+            f"No answer of {headline} or of {baseline} could be read by the verifier, so nothing is known of their difference: "
+            "look at the answers, and choose a verifier that reads their form.",
+            details,
+        )
     if baseline is None or not ours.against:
         return Verdict(f"{headline} was measured, and there is no baseline to compare it with.", details)
     return Verdict(_verdict_sentence(headline, baseline, ours.against), details)

@@ -132,7 +132,7 @@ def _is_metrics(row: dict) -> bool:
 def _is_answer(row: dict) -> bool:
     said = [row.get("before"), row.get("after")]
     return isinstance(row.get("prompt"), str) and all(
-        isinstance(one, dict) and {"greedy", "text", "read", "sampling", "sampling_read"} <= one.keys() for one in said
+        isinstance(one, dict) and {"greedy", "text", "sampling"} <= one.keys() for one in said
     )
 
 

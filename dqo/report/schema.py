@@ -120,6 +120,16 @@ class Penalised(TypedDict):
     examples: list[PenalisedStep]
 
 
+class Unread(TypedDict):
+    """Answers of a model that the verifier could not read."""
+
+    method: str
+    decoding: str
+    share: float
+    cure: str
+    examples: list[dict[str, Any]]  # source, answer, response (its end)
+
+
 class RunView(TypedDict, total=False):
     directory: str
     method: str
@@ -174,6 +184,7 @@ class Report(_Run, Machine, ValueFindings, total=False):
     warnings: list[str]  # what a reader must know before he believes the page
     changes: list[Change]
     curves: list[Curve]
+    unread: list[Unread]  # where they are many
     flips: Flips  # at most 6 of each kind are shown
     predictors: list[Predictor]
     penalised: Penalised

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from dqo.report.groups import Groups
+from dqo.evaluation.unread import SMALL, cure
+from dqo.report.groups import BASE, Groups
 from dqo.report.runs import StoredRun
-from dqo.report.schema import Change, Curve, Decoding, Flip, Flips, Predictor
+from dqo.report.schema import Change, Curve, Decoding, Flip, Flips, Predictor, Unread
 from dqo.stats import auc_interval
 
 CURVES = (
@@ -108,6 +109,19 @@ def flips_of(answers: list[dict]) -> Flips:
             flip: Flip = {"prompt": row["prompt"], "before": was["text"], "after": now["text"]}
             (fixed if now["greedy"] > was["greedy"] else broken).append(flip)
     return {"fixed": fixed, "broken": broken}
+
+
+def unread_of(answered: Groups) -> list[Unread]:
+    """Where many answers could not be read: of the base, and of each method's first run."""
+    firsts = {name: members[0] for name, members in answered.items() if members}
+    of_base = [(BASE, "before", run) for run in list(firsts.values())[:1]]
+    found: list[Unread] = []
+    for name, when, run in [*of_base, *((name, "after", run) for name, run in firsts.items())]:
+        for decoding, lost in run.record.get("unread", {}).get(when, {}).items():
+            if lost["share"] > SMALL:
+                told = {"share": lost["share"], "cure": cure(str(run.options.get("verifier")), lost)}
+                found.append({"method": name, "decoding": decoding, "examples": lost["examples"], **told})  # type: ignore[typeddict-item]
+    return found
 
 
 def held_out_of(groups: Groups, headline: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dqo.data.batches import distinct
 from dqo.data.episodes import Episode
-from dqo.evaluation.accuracy import Accuracy
+from dqo.evaluation.accuracy import Accuracy, Answered
 from dqo.models import attention
 from dqo.processes import Processes
 from dqo.report.schema import ValueTrace
@@ -18,17 +18,14 @@ from dqo.train.record import ANSWERS_FILE, HELD_OUT_FILE, end_record, write_line
 from dqo.train.run import Run
 
 
-def store_results(run: Run, prompts: list[str], accuracies: dict[str, Accuracy]) -> None:
-    """Writes what only the models can tell.
-
-    Args:
-        prompts: of eval_tasks, in their order. accuracies: of the base and of the trained model; {} without tasks.
-    """
+def store_results(run: Run, accuracies: dict[str, Accuracy]) -> None:
+    """Writes what only the models can tell. `accuracies`: of the base and of the trained model; {} without eval_tasks."""
     found: dict[str, Any] = {"seconds": run.seconds, "tokens_per_second": run.tokens_per_second, "made": run.steps}
     found |= {"held_out": run.held_out, "value_traces": [], "files": []}
     if accuracies:
         before, after = accuracies.values()
-        write_lines(run.output_dir / ANSWERS_FILE, answer_rows(prompts, before, after))
+        write_lines(run.output_dir / ANSWERS_FILE, answer_rows(before, after))
+        found["unread"] = {"before": before.unread(), "after": after.unread()}
         found["files"] += [ANSWERS_FILE]
     episodes = distinct(run.prepared.held_out)
     if episodes:
@@ -41,20 +38,27 @@ def store_results(run: Run, prompts: list[str], accuracies: dict[str, Accuracy])
     end_record(run.output_dir, found)
 
 
-def answer_rows(prompts: list[str], before: Accuracy, after: Accuracy) -> list[dict]:
+def answer_rows(before: Accuracy, after: Accuracy) -> list[dict]:
     """One row a problem."""
 
-    def said(accuracy: Accuracy, i: int) -> dict:
-        greedy, sampled = accuracy.greedy[i], accuracy.sampling[i]
-        return {
-            "greedy": greedy.right,
-            "text": greedy.text,
-            "read": greedy.grade.parsed,
-            "sampling": [answered.right for answered in sampled],
-            "sampling_read": [answered.grade.parsed for answered in sampled],
-        }
+    def said(greedy: Answered, sampled: list[Answered]) -> dict:
+        return {"greedy": greedy.right, "text": greedy.text, "sampling": [answered.right for answered in sampled]}
 
-    return [{"prompt": prompt, "before": said(before, i), "after": said(after, i)} for i, prompt in enumerate(prompts)]
+    return [
+        {
+            "prompt": _shown_prompt(was.problem.row["prompt"]),
+            "before": said(was, was_sampled),
+            "after": said(now, now_sampled),
+        }
+        for was, was_sampled, now, now_sampled in zip(before.greedy, before.sampling, after.greedy, after.sampling)
+    ]
+
+
+def _shown_prompt(prompt: str | list[dict]) -> str:
+    """Messages one below the other, each under its role."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)
 
 
 def _held_out(run: Run, episodes: list[Episode]) -> tuple[list[dict], list[list[float]]]:

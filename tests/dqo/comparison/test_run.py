@@ -127,14 +127,14 @@ def test_a_comparison_that_was_ended_goes_on_without_repeating_what_is_finished(
     (files / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
     more = ("--eval_tasks", str(files / "tasks.jsonl"), "--verifier", "gsm8k", "--max_completion_length", "4")
     more += ("--num_generations", "2", "--dqo.beta", "0.3")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command(files, *more), env=ENVIRONMENT, **pipes)
+    with (files / "log").open("w") as log:
+        process = subprocess.Popen(command(files, *more), env=ENVIRONMENT, stdout=log, stderr=log)
     first, second = files / "out" / "dqo-seed42", files / "out" / "dqo-seed43"
     deadline = time.monotonic() + 240
     while not (second / "run.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    process.communicate()
+    process.wait()
     assert process.returncode == (-9 if number == signal.SIGKILL else 143)
     assert is_finished(first)
     kept = {path: path.stat().st_mtime_ns for path in first.rglob("*")}

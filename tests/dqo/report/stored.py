@@ -12,8 +12,7 @@ PROMPTS = ["1+1=", "2+2=", "3+3=", "4+4="]
 
 def answer(prompt: str, before: int, after: int, samples: int = 2) -> dict:
     def said(right: int) -> dict:
-        said = {"greedy": right, "text": "right" if right else "wrong", "read": True}
-        return said | {"sampling": [right, 0][:samples], "sampling_read": [True, True][:samples]}
+        return {"greedy": right, "text": "right" if right else "wrong", "sampling": [right, 0][:samples]}
 
     return {"prompt": prompt, "before": said(before), "after": said(after)}
 
@@ -37,6 +36,7 @@ def stored_run(
     model: str = "m" * 64,
     steps: int = 8,
     rows: int = 4,
+    unread_share: float = 0.0,
     record: bool = True,
     prompts: list[str] = PROMPTS,
     **options,
@@ -75,6 +75,8 @@ def stored_run(
         "finished": finished,
     }
     if finished:
+        examples = [{"source": "t.jsonl:1", "answer": "4", "response": "four <b>"}]
+        unread = {"share": unread_share, "of": 4, "cut": 0.0, "errors": {}, "examples": examples}
         lines = [answer(p, int(p == PROMPTS[-1]), right) for p, right in zip(prompts, after)]
         (directory / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         held = [held_out_row(i) for i in range(20)]
@@ -85,6 +87,7 @@ def stored_run(
             "made": steps,
             "held_out": {"eval_loss": 0.25 + 0.001 * seed},
         }
+        found["unread"] = {when: {"greedy": unread, "sampling": unread} for when in ("before", "after")}
         found |= {"value_traces": [], "files": ["answers.jsonl", "held_out.jsonl"]}
         (directory / "report.html").write_text("a page")
     if record:

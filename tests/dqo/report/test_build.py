@@ -12,6 +12,8 @@ from dqo.report.page import rendered
 from dqo.report.runs import read_run
 from tests.dqo.report.stored import PROMPTS, stored_run
 
+TASKS = {"verifier": "gsm8k", "eval_tasks": "t.jsonl"}
+
 
 def built(tmp_path, *runs, **given):
     return report_of([read_run(stored_run(tmp_path / f"run{i}", **run)) for i, run in enumerate(runs)], **given)
@@ -100,6 +102,18 @@ def test_accuracies_on_other_problems_are_left_out_and_the_rest_is_compared(tmp_
     report = built(tmp_path, {}, {"method": "kto", "prompts": ["9+9=", *PROMPTS[1:]]})
     assert "greedy" not in by_name(report)["kto"] and "greedy" in by_name(report)["dqo"]
     assert "kto" in {curve["method"] for curve in report["curves"]}
+
+
+def test_answers_that_could_not_be_read_stand_beside_accuracies_and_examples_are_shown(tmp_path):
+    report = built(tmp_path, {"seed": 1, "unread_share": 0.25, **TASKS}, {"seed": 2, **TASKS})
+    assert by_name(report)["base"]["unread"] == {"greedy": 0.125, "sampling": 0.125}
+    assert [(lost["method"], lost["decoding"]) for lost in report["unread"]] == [
+        (method, kind) for method in ("base", report["headline"]) for kind in ("greedy", "sampling")
+    ]
+    page = rendered(report)["report.html"]
+    assert "25.0% of the answers of base, greedy, could not be read" in page and "four &lt;b&gt;" in page
+    assert "12.5 unread" in page and "--verifier math" in page
+    assert built(tmp_path / "read", {})["unread"] == []
 
 
 def test_held_out_rows_that_differ_between_seeds_are_a_limit(tmp_path):

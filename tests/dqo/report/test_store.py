@@ -7,7 +7,9 @@ import sys
 import pytest
 
 from dqo.commands.train import train_command
-from dqo.evaluation.accuracy import Accuracy
+from dqo.evaluation.accuracy import Accuracy, Answered, Problem
+from dqo.grading.grade import Grade
+from dqo.models.generate import Response
 from dqo.report.command import report
 from dqo.report.runs import read_run
 from dqo.report.store import answer_rows
@@ -63,13 +65,25 @@ def without_commands(page: str) -> str:
     return page[:begin] + page[page.index("</pre>", begin) :]
 
 
+def answered(prompt, text, right):
+    problem = Problem([1], {"prompt": prompt, "source": "a.jsonl:1"})
+    return Answered(problem, Response([1, 2], [0.0, 0.0], True), text, Grade(float(right), parsed=True))
+
+
+def accuracy(*rows):
+    """rows: (prompt, greedy text, right, right of each sample)"""
+    greedy = [answered(prompt, text, right) for prompt, text, right, _ in rows]
+    return Accuracy(greedy, [[answered(prompt, "s", one) for one in samples] for prompt, _, _, samples in rows])
+
+
 def test_answers_are_a_row_a_problem():
-    before = Accuracy([0, 1], [[0, 1], [1, 1]], ["a", "b"], [])
-    after = Accuracy([1, 1], [[1, 1], [1, 0]], ["c", "d"], [])
-    rows = answer_rows(["p", "q"], before, after)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    before = accuracy(("p", "a", 0, [0, 1]), (messages, "b", 1, [1, 1]))
+    after = accuracy(("p", "c", 1, [1, 1]), (messages, "d", 1, [1, 0]))
+    rows = answer_rows(before, after)
     assert rows[0] == {
         "prompt": "p",
         "before": {"greedy": 0, "text": "a", "sampling": [0, 1]},
         "after": {"greedy": 1, "text": "c", "sampling": [1, 1]},
     }
-    assert [row["prompt"] for row in rows] == ["p", "q"]
+    assert rows[1]["prompt"] == "system: Be brief.\nuser: 1+1?"
