@@ -14,6 +14,10 @@ try:
 except UserError as error:
     pytest.exit(f"{error} (all that the tests need: pip install -e '.[test]')", returncode=2)
 
+# Each worker of pytest-xdist, and what it starts, has one core; more threads wait for each other, and sums round otherwise.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # Names that are nowhere are not looked for in the network, whether there is one or not.
@@ -27,6 +31,15 @@ if not torch.cuda.is_available():
 
     if cuda_emulated.missing() is None:
         cuda_emulated.install()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """For `-n`: neighbours stay in one worker, which makes the fixtures of their module once; who is done takes of the others."""
+    if config.getoption("dist") == "load":
+        from xdist.scheduler import WorkStealingScheduling
+
+        return WorkStealingScheduling(config, log)
 
 
 def pytest_collection_modifyitems(items):

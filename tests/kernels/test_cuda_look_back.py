@@ -70,30 +70,38 @@ DEFECTS = {  # what is replaced by what, and what the harness says then
 }
 
 
-def run(folder, source: str) -> subprocess.CompletedProcess:
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory):
+    """What no defect changes, compiled once."""
+    target = tmp_path_factory.mktemp("emulation") / "cuda_emulation.o"
+    subprocess.run([compiler(), *FLAGS, "-c", EMULATION / "cuda_emulation.cpp", "-o", target], check=True, timeout=300)
+    return target
+
+
+def run(folder, source: str, emulation) -> subprocess.CompletedProcess:
     (folder / "cuda").mkdir()
     (folder / "cuda" / "look_back.cuh").write_text(source)
-    units = [EMULATION / "look_back_harness.cpp", EMULATION / "cuda_emulation.cpp"]
+    units = [EMULATION / "look_back_harness.cpp", emulation]
     command = [compiler(), f"-I{folder}", *FLAGS, *map(str, units), "-o", str(folder / "harness")]
-    subprocess.run(command, check=True, timeout=120)
-    return subprocess.run([folder / "harness", "1", BATCHES], capture_output=True, text=True, timeout=120)
+    subprocess.run(command, check=True, timeout=300)
+    return subprocess.run([folder / "harness", "1", BATCHES], capture_output=True, text=True, timeout=300)
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 
-def test_every_row_receives_its_state(tmp_path):
-    done = run(tmp_path, SOURCE.read_text())
+def test_every_row_receives_its_state(tmp_path, emulation):
+    done = run(tmp_path, SOURCE.read_text(), emulation)
     assert done.returncode == 0, done.stdout
     assert f"{BATCHES} batches passed" in done.stdout
 
 
 @pytest.mark.parametrize("defect", list(DEFECTS))
-def test_a_planted_defect_is_found(tmp_path, defect):
+def test_a_planted_defect_is_found(tmp_path, emulation, defect):
     replacements, said = DEFECTS[defect]
     source = SOURCE.read_text()
     for old, new in replacements.items():
         assert source.count(old) == 1, old
         source = source.replace(old, new)
-    done = run(tmp_path, source)
+    done = run(tmp_path, source, emulation)
     assert done.returncode == 1 and said in done.stdout, done.stdout + done.stderr

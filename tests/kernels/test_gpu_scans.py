@@ -131,9 +131,12 @@ OPTIONS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_level", ["none", "token", "suffix", "trajectory", "prefix"])
 @pytest.mark.parametrize(
-    "policy_target, lam, target", [("return", 0.8, "detach"), ("td", 0.0, "residual"), ("one_step", 1.0, "detach")]
+    "is_level, policy_target, lam, target",
+    [(level, "return", 0.8, "detach") for level in ("none", "token", "suffix", "trajectory", "prefix")]
+    # without behaviour log-probabilities, so without levels
+    + [("suffix", "td", 0.0, "residual")]
+    + [(level, "one_step", 1.0, "detach") for level in ("none", "trajectory")],
 )
 def test_soft_bellman_rows(is_level, policy_target, lam, target):
     lengths = [3, 0, BLOCK + 2, 1]

@@ -14,7 +14,7 @@ from dqo_kernels import token_stats
 from dqo_kernels.core import dispatch
 from dqo_kernels.core.row_stats import Coefficients
 from dqo_kernels.core.vocab_parallel import VocabSlices
-from tests.kernels.core.vocab_parallel_cases import BACKENDS, CASES
+from tests.kernels.core.vocab_parallel_cases import CASES, backends_of
 
 ROOT = Path(__file__).parents[3]
 pytestmark = [
@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module")
 def outcomes(request, tmp_path_factory):
     """{case: what each process said}; all cases run in one start of the processes."""
     place = tmp_path_factory.mktemp("group")
@@ -46,8 +46,11 @@ def outcomes(request, tmp_path_factory):
     return {name: [outcome[name] for outcome in found] for name in found[0]}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "outcomes, name, backend",
+    [(processes, name, backend) for processes in (2, 3) for backend in backends_of(processes) for name in CASES],
+    indirect=["outcomes"],
+)
 def test_the_processes_agree_with_one_process(outcomes, name, backend):
     if reason := dispatch.unavailable(backend):
         pytest.skip(reason)
