@@ -44,7 +44,7 @@ def cases(device_type: str, size: str) -> list[Case]:
     return [
         Case(f"{model} {responses}x({prompt}+{response})", (model, responses, prompt, response), variant=variant)
         for model, responses, prompt, response in shapes
-        for variant in VARIANTS
+        for variant in (["whole"] if size == "smoke" else VARIANTS)
     ]
 
 

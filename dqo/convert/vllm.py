@@ -96,7 +96,7 @@ def _logprobs(output: dict, ids: list, where: str) -> list[float] | None:
         raise UserError(f"{where}: logprobs has {count}, and token_ids has {len(ids)} tokens; expected one for each")
     found = []
     for i, (token, step) in enumerate(zip(ids, steps)):
-        value = step.get(str(token), step.get(token)) if isinstance(step, dict) else None
+        value = step.get(str(token)) if isinstance(step, dict) else None
         value = value.get("logprob") if isinstance(value, dict) else value
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise UserError(f"{where}: logprobs[{i}] has no number for token {token}; found {shown(step)}")
