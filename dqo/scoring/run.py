@@ -61,7 +61,7 @@ def score_rows(config: ScoreConfig, say: Callable[[str], object] = logger.info) 
         split = step_splitter(config.steps)
         for scored in progress(rows, "split into steps"):
             scored.cut(split(scored.text))
-    with VerifierPool(config.verifier, config.processes, config.timeout) as pool:
+    with VerifierPool(config.verifier, config.processes, config.timeout, int(config.memory_gb * 2**30)) as pool:
         asked = rows if config.prefix_values is not None else [scored for scored in rows if not _kept(scored, config)]
         check_problems([scored.problem for scored in asked], config.verifier)
         with appending(config.output_file, _identity(config, read), seen) as file:
