@@ -34,9 +34,7 @@ from dqo.objectives.base import Objective
 from dqo.objectives.registry import DEFAULT_METHOD, method_of, methods_table
 from dqo.report.run import report_run
 from dqo.sampling.run import Sampled, sample_rows
-from dqo.scoring.options import ScoreConfig
-from dqo.scoring.run import score_rows
-from dqo.scoring.summary import Summary
+from dqo.scoring.run import score  # noqa: F401
 from dqo.train import checkpoint, hub
 from dqo.train.absent import ABSENT
 from dqo.train.callbacks import check_callbacks, made
@@ -112,19 +110,6 @@ def sample(quiet: bool = False, **options: Any) -> Sampled:
         UserError: for options, prompts or a model that do not fit, before any work.
     """
     return sample_rows(checked_config(SampleConfig, options), quiet)
-
-
-def score(**options: Any) -> Summary:
-    """Grades the responses of a rollout file, as `dqo score` does: score(data="rollouts.jsonl", verifier="gsm8k",
-    output_file="scored.jsonl"). A call that was killed goes on where it was.
-
-    Args:
-        options: those of `dqo.scoring.options.ScoreConfig`.
-
-    Raises:
-        UserError: for options, rows or answers that do not fit, before anything is graded.
-    """
-    return score_rows(checked_config(ScoreConfig, options))
 
 
 class DQOTrainer:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from dqo.grading.pool import TIMEOUT
+from dqo.grading.pool import MEMORY, TIMEOUT
 from dqo.grading.verifiers import expected_name, verifiers_help
 from dqo.scoring.steps import SPLITTERS
 
@@ -26,6 +26,8 @@ class _Graded:
     """The responses are graded by this many processes. None takes one for each core."""
     timeout: float = TIMEOUT
     """A response whose grading takes more than this many seconds counts as wrong."""
+    memory_gb: float = MEMORY / 2**30
+    """Grading may take this much memory in each process, beside what the verifier has when it is loaded."""
     existing_rewards: Literal["refuse", "keep", "replace"] = "refuse"
     """What becomes of rewards that the rows have already: refuse ends with an error, keep grades only rows without one, replace
     grades all."""
@@ -88,6 +90,7 @@ class ScoreConfig(_Measured, _Graded):
         need(expected is None, "verifier", expected or "")
         need(self.processes is None or self.processes >= 1, "processes", "at least 1")
         need(self.timeout > 0, "timeout", "positive")
+        need(self.memory_gb > 0, "memory_gb", "positive")
         own = self.steps is None or self.steps in SPLITTERS or self.steps.startswith("python:")
         need(own, "steps", f"one of {', '.join(SPLITTERS)}, or python:module:function")
         need(self.prefix_values is None or self.prefix_values >= 1, "prefix_values", "at least 1")

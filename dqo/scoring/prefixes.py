@@ -88,7 +88,7 @@ class Measurement:
         self, rows: list[Scored], tokens: list[Tokens], load: Callable[[], Backend], say: Callable[[str], object]
     ) -> list[Measured]:
         """Those of rows, whose `tokens` are given. `load` loads the model, where something is left to measure."""
-        states = [list(_prefixes(scored, found)) for scored, found in zip(rows, tokens)]
+        states = [list(prefixes_of(scored, found)) for scored, found in zip(rows, tokens)]
         wanted: dict[str, Prefix] = {}
         for scored, prefixes in zip(rows, states):
             for prefix in prefixes if self._chosen(scored) else prefixes[:1]:
@@ -163,7 +163,7 @@ def _row_values(found: list[float | None], steps: int) -> Measured:
     return Measured(values[0], [*values[1:], values[-1]][:steps])
 
 
-def _prefixes(scored: Scored, tokens: Tokens) -> Iterator[Prefix]:
+def prefixes_of(scored: Scored, tokens: Tokens) -> Iterator[Prefix]:
     """The prompt, and the end of each step that is not the last."""
     problem = {key: value for key, value in scored.problem.items() if key not in _OF_THE_RESPONSE}
     for end in [-1, *tokens.step_ends[:-1]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dqo.config.values import checked_config
 from dqo.data.appending import Appended, appending
 from dqo.data.sources import progress
 from dqo.errors import UserError
@@ -23,6 +24,19 @@ logger = logging.getLogger(__name__)
 
 _WRITTEN = 1.0  # seconds after which grades go to the disk
 _AHEAD = 1024  # responses that are handed to the pool at once
+
+
+def score(**options: Any) -> Summary:
+    """Grades the responses of a rollout file, as `dqo score` does: score(data="rollouts.jsonl", verifier="gsm8k",
+    output_file="scored.jsonl"). A call that was killed goes on where it was.
+
+    Args:
+        options: those of `dqo.scoring.options.ScoreConfig`.
+
+    Raises:
+        UserError: for options, rows or answers that do not fit, before anything is graded.
+    """
+    return score_rows(checked_config(ScoreConfig, options))
 
 
 def score_rows(config: ScoreConfig, say: Callable[[str], object] = logger.info) -> Summary:
@@ -47,7 +61,7 @@ def score_rows(config: ScoreConfig, say: Callable[[str], object] = logger.info) 
         split = step_splitter(config.steps)
         for scored in progress(rows, "split into steps"):
             scored.cut(split(scored.text))
-    with VerifierPool(config.verifier, config.processes, config.timeout) as pool:
+    with VerifierPool(config.verifier, config.processes, config.timeout, int(config.memory_gb * 2**30)) as pool:
         asked = rows if config.prefix_values is not None else [scored for scored in rows if not _kept(scored, config)]
         check_problems([scored.problem for scored in asked], config.verifier)
         with appending(config.output_file, _identity(config, read), seen) as file:

@@ -19,7 +19,7 @@ from dqo.grading.arith import ArithTask
 from dqo.grading.pool import VerifierPool
 from dqo.models.new import save
 from dqo.scoring.options import ScoreConfig
-from dqo.scoring.prefixes import Measurement, _prefixes
+from dqo.scoring.prefixes import Measurement, prefixes_of
 from dqo.scoring.rows import read_scored
 from dqo.scoring.steps import line_steps
 from tests.dqo.helpers import gpt2, policy, rollout_rows, tokenizer
@@ -137,7 +137,7 @@ def test_of_a_share_the_values_are_those_of_states_in_all_rows(pool, share):
     for row, value, tokens in zip(scored, values, on_tokens(rows)[1]):
         for begun, rate in zip(texts(row), [value.prompt, *value.steps]):
             assert states.setdefault((row.row.prompt, begun), rate) == rate
-        own = [prefix.key in keys for prefix in _prefixes(row, tokens)]
+        own = [prefix.key in keys for prefix in prefixes_of(row, tokens)]
         assert own[0]  # every prompt is measured
         chosen += all(own)
         known = [value.prompt]
