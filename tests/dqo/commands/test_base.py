@@ -46,6 +46,10 @@ def test_training_on_a_file_ends_with_a_report_and_its_numbers(files):
     report = json.loads((files / "out" / "report.json").read_text())
     assert report["options"]["max_steps"] == 3
     assert [m["name"] for m in report["methods"]] == ["base", "dqo"]
+    # random models: no answer has the verifier's form, which is no finding about their difference
+    assert all(m["unread"] == {"greedy": 1.0, "sampling": 1.0} for m in report["methods"])
+    assert "base, greedy: no answer could be read by the verifier gsm8k, such as these:" in finished.stdout
+    assert "no significant difference" not in (files / "out" / "report.md").read_text()
     assert (files / "out" / "report.html").stat().st_size > 1000
     again = training(files, "--eval_fraction", 0.3, *evaluated)
     assert again.returncode == 0 and "is finished, 3 steps" in again.stdout + again.stderr
