@@ -220,7 +220,9 @@ def test_spans_of_turns_are_kept_and_cannot_become_messages(tmp_path):
     source, out = written(tmp_path, turns), tmp_path / "rows.jsonl"
     convert("trl-kto", source, out)
     assert json.loads(out.read_text())["turn_spans"] == [[0, 2], [6, 7]]
-    with pytest.raises(UserError, match="has turn_spans, which do not tell the roles of messages; leave out --messages"):
+    with pytest.raises(
+        UserError, match="has turn_spans, which do not tell the roles of messages; leave out --messages"
+    ):
         convert("trl-kto", source, out, messages=True)
     with pytest.raises(UserError, match="has turn_spans, which would no longer fit without the annotations; keep them"):
         convert("trl-kto", source, out, keep_annotations=False)
