@@ -209,9 +209,11 @@ def test_the_two_commands_are_what_ci_runs():
 
 
 @pytest.mark.parametrize("page", [README, ROOT / "docs" / "data.md"], ids=lambda page: page.name)
-def test_the_row_of_the_data_format_is_one(page, tmp_path, monkeypatch, capsys):
-    (row,) = blocks(page, "json")
-    (tmp_path / "rows.jsonl").write_text(row)
-    call(monkeypatch, "dqo", ["check", str(tmp_path / "rows.jsonl")])
-    shown = capsys.readouterr().out
-    assert "1 of 1 prompts" in shown and "correct  100.0% (1)" in shown
+def test_each_row_of_the_data_format_is_one(page, tmp_path, monkeypatch, capsys):
+    rows = blocks(page, "json")
+    assert rows
+    for row in rows:
+        (tmp_path / "rows.jsonl").write_text(json.dumps(json.loads(row)))  # on one line
+        call(monkeypatch, "dqo", ["check", str(tmp_path / "rows.jsonl")])
+        shown = capsys.readouterr().out
+        assert "1 of 1 prompts" in shown and "correct  100.0% (1)" in shown

@@ -58,8 +58,15 @@ def convert(
     if not keep_annotations:
         if any(row.completion_ids for row in rows):
             raise UserError(f"{source}: has completion_ids, which annotations cannot be taken out of; keep them")
+        if any(row.turn_spans for row in rows):
+            raise UserError(f"{source}: has turn_spans, which would no longer fit without the annotations; keep them")
         rows = [without_annotations(row) if isinstance(row.completion, str) else row for row in rows]
     if messages:
+        spans = next((row for row in rows if row.turn_spans is not None), None)
+        if spans is not None:
+            raise UserError(
+                f"{spans.source}: has turn_spans, which do not tell the roles of messages; leave out --messages"
+            )
         rows = [as_messages(row) for row in rows]
     write_rows(destination, rows)
     return summary(rows) | counts

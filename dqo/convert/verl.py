@@ -20,7 +20,8 @@ _SCORES = ("scores", "rewards", "score", "reward")  # names that people give the
 
 
 def convert_verl(source: str | Path) -> Converted:
-    r"""data_source, prompt (messages), reward_model.ground_truth, extra_info, with the columns responses and scores.
+    r"""data_source, prompt (messages), reward_model.ground_truth, extra_info, with the columns responses and scores. A response
+    is a string, or the list of messages of several turns.
 
     verl's own data sets are prompts: its main_generation adds responses. Without scores (or rewards) a response is graded here:
     its last \boxed{} or "#### answer" is compared with the ground truth.
@@ -49,12 +50,14 @@ def convert_verl(source: str | Path) -> Converted:
                 "one number for each response"
             )
         for i, response in enumerate(responses):
-            if not isinstance(response, str) or not response.strip():
+            text = _text(response)
+            if not text.strip():
                 raise UserError(
-                    f"{record.source}: responses[{i}] is {shown(response)}; expected a string, drop the row"
+                    f"{record.source}: responses[{i}] is {shown(response)}; expected a string, or the messages of several "
+                    "turns; drop the row"
                 )
             if scores is None:
-                answer = _final_answer(response)
+                answer = _final_answer(text)
                 graded, readable = graded + 1, readable + (answer is not None)
                 reward = float(answer is not None and same_answer(answer, str(truth)))
             else:
@@ -78,6 +81,14 @@ def _inside(record: Record, name: str, key: str) -> Any:
     return value.get(key) if isinstance(value, dict) else None
 
 
+def _text(response: Any) -> str:
+    """A response, or the content of its last message of assistant; "" of anything else."""
+    if isinstance(response, list):
+        own = [m for m in response if isinstance(m, dict) and m.get("role") == "assistant"]
+        response = own[-1].get("content") if own else None
+    return response if isinstance(response, str) else ""
+
+
 def _final_answer(response: str) -> str | None:
     box = boxed(response)
     if box:
@@ -86,13 +97,17 @@ def _final_answer(response: str) -> str | None:
     return None if value is None else str(value)
 
 
-def _row(record: Record, prompt: Any, response: str, reward: float, index: int) -> Row:
+def _answer(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def _row(record: Record, prompt: Any, response: str | list, reward: float, index: int) -> Row:
     truth = _inside(record, "reward_model", "ground_truth")
     extra = [_inside(record, "extra_info", name) for name in ("split", "index")]
     where = [part for part in (record.values.get("data_source"), *extra) if isinstance(part, (str, int))]
     return Row(
         prompt=prompt,
-        completion=response if isinstance(prompt, str) else [{"role": "assistant", "content": response}],
+        completion=response if isinstance(prompt, str) or isinstance(response, list) else [_answer(response)],
         reward=reward,
         label=reward > 0.5,
         answer=truth if isinstance(truth, str) else None,

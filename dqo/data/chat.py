@@ -27,8 +27,10 @@ class Completion:
 
 
 def completion_text(row: Row) -> str:
-    """The completion's content, without tags or tool calls."""
-    return row.completion if isinstance(row.completion, str) else row.completion[-1].get("content", "")
+    """The completion's content, of all its messages, without tags or tool calls."""
+    if isinstance(row.completion, str):
+        return row.completion
+    return "\n".join(message.get("content", "") for message in row.completion)
 
 
 def template_text(tokenizer) -> str:

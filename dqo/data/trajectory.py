@@ -144,7 +144,12 @@ def _turns_of_messages(tokenizer, row: Row, prompt: str, end: str) -> tuple[str,
                 f"turn {i // 2 + 1} of the assistant: what the chat template writes up to it is not the beginning of what it "
                 f"writes for the whole conversation, so its tokens are not those that the sampler saw; {_CURE}"
             )
-    return text, [_with_end(text, begin, stop, end) for begin, stop in spans]
+    spans = [_with_end(text, begin, stop, end) for begin, stop in spans]
+    own = (message for message in messages[first:] if message["role"] == "assistant")
+    for turn, (message, (begin, stop)) in enumerate(zip(own, spans), 1):
+        if message.get("content", "").strip() not in text[begin:stop]:
+            raise UserError(f"the chat template changes the content of turn {turn} of the assistant; {_CURE}")
+    return text, spans
 
 
 def _with_end(text: str, begin: int, stop: int, end: str) -> tuple[int, int]:

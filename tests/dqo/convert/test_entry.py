@@ -219,3 +219,22 @@ def test_published_rows_become_rows_that_pass_every_check(format, rows, correct,
     assert sum(row.label for row in read) == correct
     assert summary["not_ended"] == not_ended
     assert all(row.step_rewards is not None for row in read)
+
+
+def test_spans_of_turns_are_kept_and_cannot_become_messages(tmp_path):
+    turns = KTO | {"completion": "2 yes 2", "turn_spans": [[0, 2], [6, 7]]}
+    source, out = written(tmp_path, turns), tmp_path / "rows.jsonl"
+    convert("trl-kto", source, out)
+    assert json.loads(out.read_text())["turn_spans"] == [[0, 2], [6, 7]]
+    with pytest.raises(
+        UserError, match="has turn_spans, which do not tell the roles of messages; leave out --messages"
+    ):
+        convert("trl-kto", source, out, messages=True)
+    with pytest.raises(UserError, match="has turn_spans, which would no longer fit without the annotations; keep them"):
+        convert("trl-kto", source, out, keep_annotations=False)
+
+
+def test_the_mask_of_a_source_is_carried(tmp_path):
+    ids = {"prompt_ids": [5], "completion_ids": [3, 4, 2], "response_mask": [1, 0, 1]}
+    convert("trl-kto", written(tmp_path, KTO | ids), tmp_path / "rows.jsonl")
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["env_mask"] == [1, 0, 1]

@@ -52,3 +52,12 @@ def test_responses_without_scores_are_graded_by_their_answer(tmp_path, caplog):
 def test_rows_without_what_training_needs_are_refused_with_the_cure(tmp_path, change, part):
     with pytest.raises(UserError, match=part):
         convert_verl(write(tmp_path, VERL | change))
+
+
+def test_a_response_of_several_turns_keeps_its_messages_and_is_graded_by_its_last(tmp_path):
+    turns = [assistant("#### 7"), {"role": "tool", "content": "2"}, assistant("so #### 2")]
+    rows, counts = convert_verl(write(tmp_path, VERL | {"responses": [turns, "#### 7"]}))
+    assert [(row.reward, row.completion) for row in rows] == [(1.0, turns), (0.0, [assistant("#### 7")])]
+    assert counts["graded_here"] == 2
+    with pytest.raises(UserError, match=r"responses\[0\] is .*; expected a string, or the messages of several turns"):
+        convert_verl(write(tmp_path, VERL | {"responses": [[user("2")]]}))

@@ -167,6 +167,18 @@ def test_a_template_that_writes_earlier_turns_otherwise_is_refused_with_the_cure
     assert e.action_ids == [3, 4, IM_END]
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED["inside"]], ids=["rendered", "marked"])
+def test_a_template_that_leaves_out_a_part_of_a_turn_is_refused(template):
+    tok = with_template(
+        template.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+    )  # as DeepSeek-R1's
+    row = {"prompt": user("two"), "completion": conversation("plus", "so", "<think>is</think>four")}
+    with pytest.raises(
+        UserError, match="^row 1: the chat template changes the content of turn 2 of the assistant; store the ids"
+    ):
+        made([row], tok)
+
+
 def test_marks_that_do_not_fit_the_turns_are_refused():
     row = {"prompt": user("two"), "completion": conversation("plus", "so", "is")}
     twice = MARKED["inside"].replace(
