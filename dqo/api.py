@@ -23,6 +23,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from dqo.config.launcher import obey
 from dqo.config.options import Options, check_values, options_of
 from dqo.data.overlap import check_unseen, trained_problems
+from dqo.environment import env as env
 from dqo.errors import UserError, did_you_mean
 from dqo.evaluation.run import answers_of, base_answers
 from dqo.evaluation.tasks import check_tasks, read_tasks

@@ -148,6 +148,7 @@ HELP = """usage: dqo <command> [options]; `dqo <command> --help` for its options
   check     Check rollout files and show what training will see of them.
   init      Make a small random model with a tokenizer trained on a rollout file.
   export    Write a run's policy, its adapter merged, as transformers and vLLM load it.
+  env       Print versions, devices and kernels that work here, to copy into a report of a bug.
 """
 
 
