@@ -26,6 +26,7 @@ from dqo.config.options import Options, check_values, options_of
 from dqo.config.sampling import SampleConfig
 from dqo.config.values import checked_config
 from dqo.data.overlap import check_unseen, trained_problems
+from dqo.environment import env as env
 from dqo.errors import UserError, did_you_mean
 from dqo.evaluation.during import answering
 from dqo.evaluation.evaluate import evaluate as evaluate

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 
 from dqo import signals
+from dqo.environment import version_line
 from dqo.errors import UserError, did_you_mean, is_out_of_memory, printable
 from dqo.modules import modules_in
 
@@ -50,6 +51,9 @@ def dqo_command(arguments: list[str]) -> None:
             print(f"  {name:<10}{command.__doc__}")
         return
     name = arguments[0]
+    if name == "--version":
+        print(version_line())
+        return
     if name not in table:
         raise UserError(f"unknown command {name!r}; commands are {', '.join(table)}.{did_you_mean(name, table)}")
     table[name](arguments[1:], f"dqo {name}")
