@@ -8,7 +8,7 @@ from tyro.conf import Positional
 
 from dqo.config.flags import parse_flags
 
-PLACE = 8
+PLACE = 10
 
 
 @dataclass(frozen=True)
