@@ -19,7 +19,7 @@ ORDER = [
     ("config", "convert", "models", "reference"),
     ("sampling",),
     ("train",),
-    ("evaluation",),
+    ("scoring", "evaluation"),
     ("report",),
     ("api", "comparison", "demo"),
     ("commands",),

@@ -108,7 +108,8 @@ def typed(expected: Any, value: Any) -> Any:
         value = os.fspath(value)
     if getattr(value, "shape", None) == ():
         value = value.item()
-    options = (expected,) if get_origin(expected) is Literal or not get_args(expected) else get_args(expected)
+    whole = get_origin(expected) in (Literal, tuple) or not get_args(expected)
+    options = (expected,) if whole else get_args(expected)
     for option in options:
         origin = get_origin(option)
         if origin is tuple and isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):

@@ -72,6 +72,7 @@ def _step_rewards(rows: list[Row], process_reward: str | None) -> list[str]:
     paid = [reward for row in rows for reward in row.step_rewards or ()]
     if process_reward == "additive" and paid and not any(paid):
         return ["every step reward is 0: --process_reward additive pays nothing for steps"]
+    paid += [row.prompt_value for row in rows if row.prompt_value is not None]
     outside = sum(not 0 <= reward <= 1 for reward in paid)
     if process_reward == "potential" and outside:
         return [

@@ -91,13 +91,15 @@ def checked(record: Record, common: Common, reward_threshold: float, scored: boo
         "label": label,
         "steps": steps,
         "step_rewards": step_rewards,
+        "prompt_value": finite_number(values["prompt_value"], "prompt_value") if "prompt_value" in values else None,
         "prompt_ids": prompt_ids,
         "completion_ids": completion_ids,
         "logprobs": _logprobs(record, completion_ids, common),
         "finish_reason": _finish_reason(values.get("finish_reason")),
         "answer": word(values.get("answer"), "answer"),
         "prompt_id": word(values.get("prompt_id"), "prompt_id"),
-        "sampling": _sampling(values.get("sampling")),
+        "sampling": _object(values.get("sampling"), "sampling", '{"model": "sft", "temperature": 1.0}'),
+        "grading": _object(values.get("grading"), "grading", '{"verifier": "gsm8k", "outcome": "right"}'),
         **({} if isinstance(prompt, str) else of_templates(values)),
     }
 
@@ -340,9 +342,7 @@ def of_templates(values: dict[str, Any]) -> dict[str, Any]:
     return {"tools": list(tools) if tools else None, "chat_template_kwargs": more or None}
 
 
-def _sampling(value: Any) -> dict | None:
+def _object(value: Any, name: str, example: str) -> dict | None:
     if value is not None and not isinstance(value, dict):
-        raise UserError(
-            f'sampling is {shown(value)}; expected an object such as {{"model": "sft", "temperature": 1.0}}'
-        )
+        raise UserError(f"{name} is {shown(value)}; expected an object such as {example}")
     return value

@@ -71,19 +71,22 @@ class _Payment:
     shift: float
 
 
-def shaping(step_ends: list[int], potentials: list[float], length: int, gamma: float, terminated: bool) -> np.ndarray:
+def shaping(
+    step_ends: list[int], potentials: list[float], length: int, gamma: float, terminated: bool, initial: float = 0.0
+) -> np.ndarray:
     """(length,) gamma * Phi(s_{t+1}) - Phi(s_t) of every token (Ng, Harada and Russell 1999), which moves no optimum.
 
     Phi(s_{t+1}), of the prefix that ends with token t, is the potential of the last step that has ended by then: it stays
-    between the ends of steps, so that with gamma < 1 every token is paid. It is 0 for the prompt, and for a terminal state:
-    another value there would reward the way of ending. `terminated` False: the last state goes on, and keeps its potential.
+    between the ends of steps, so that with gamma < 1 every token is paid. `initial` is that of the prompt, which all its
+    responses share. It is 0 for a terminal state, whatever its step has: another value there would reward the way of ending.
+    `terminated` False: the last state goes on, and keeps its potential.
     """
-    after = np.zeros(length)
+    after = np.full(length, initial)
     for end, potential in zip(step_ends, potentials):
         after[end:] = potential
     if terminated:
         after[-1] = 0.0
-    before = np.concatenate([[0.0], after[:-1]])
+    before = np.concatenate([[initial], after[:-1]])
     return gamma * after - before
 
 
@@ -99,7 +102,9 @@ def _episode(tokens: Tokens, prompt_index: int, pay: _Payment) -> Episode:
     if pay.process_reward == "additive":
         np.add.at(rewards, ends, pay.process_coef * np.asarray(step_rewards))
     elif pay.process_reward == "potential":
-        rewards += pay.process_coef * shaping(ends, step_rewards, length, pay.gamma, not bootstrapped)
+        rewards += pay.process_coef * shaping(
+            ends, step_rewards, length, pay.gamma, not bootstrapped, row.prompt_value or 0.0
+        )
     beyond = np.flatnonzero(~(np.abs(rewards) <= FLOAT32_MAX))
     if len(beyond):
         raise UserError(
@@ -149,7 +154,8 @@ def make_episodes(
         skip_bad_rows: leave out rows that cannot be placed on tokens, and log how many, instead of raising.
         process_reward: "none"; "additive", step rewards are added on the last token of their step; or "potential", a step's
             reward is Phi of the prefix that ends with it, such as the share of its completions that are right, and the
-            tokens are paid gamma * Phi(s_{t+1}) - Phi(s_t) on top: see `shaping`.
+            tokens are paid gamma * Phi(s_{t+1}) - Phi(s_t) on top: see `shaping`. Phi of the prompt is the row's prompt_value,
+            or 0.
         process_coef: factor of the step rewards, or of Phi. gamma: the objective's discount.
         truncation: of responses that did not end, "terminal" (paid as they are), "bootstrap" (no outcome reward, V of the
             last state instead) or "drop".

@@ -35,6 +35,7 @@ FIELDS = (
     "label",
     "steps",
     "step_rewards",
+    "prompt_value",
     "prompt_ids",
     "completion_ids",
     "logprobs",
@@ -42,6 +43,7 @@ FIELDS = (
     "answer",
     "prompt_id",
     "sampling",
+    "grading",
     "tools",
     "chat_template_kwargs",
 )
@@ -49,12 +51,13 @@ _HARMLESS = {
     "answer",
     "prompt_id",
     "sampling",
+    "grading",
     "env_mask",
     "tools",
     "chat_template_kwargs",
 }  # nothing is lost when a column like these is ignored
 _OF_TEMPLATES = ("tools", "chat_template_kwargs")  # of messages
-_OF_THE_PROMPT = ("prompt", "prompt_ids", "prompt_id", "answer", "sampling", *_OF_TEMPLATES)
+_OF_THE_PROMPT = ("prompt", "prompt_ids", "prompt_id", "answer", "sampling", "prompt_value", *_OF_TEMPLATES)
 _EACH = {  # columns of a grouped row with one value for each completion -> the field they become
     "rewards": "reward",
     "labels": "label",

@@ -45,13 +45,17 @@ class Row:
     label: bool = None  # type: ignore[assignment]
     steps: list[tuple[int, int]] | None = None  # character spans that cover the completion
     step_rewards: list[float] | None = None  # one for each step
+    prompt_value: float | None = (
+        None  # the pass rate of the prompt: where step rewards are potentials, that of the first state
+    )
     prompt_ids: list[int] | None = None
     completion_ids: list[int] | None = None
     logprobs: list[float] | None = None  # the sampler's, one for each of completion_ids
     finish_reason: str | None = None  # "stop" or "length"
     answer: str | None = None
     prompt_id: str | None = None
-    sampling: dict | None = None
+    sampling: dict | None = None  # what sampled it
+    grading: dict | None = None  # what graded it, and how that ended
     tools: list[dict] | None = None  # what the chat template is told of, beside the messages
     chat_template_kwargs: dict | None = None
     source: str = ""  # "rollouts.jsonl:12"; not written to files
@@ -178,8 +182,12 @@ def check_contrast(rows: list[Row]) -> str:
 
 
 def check_process_reward(rows: list[Row], name: str, process_reward: str | None) -> None:
-    """Refuses step rewards without a choice of what they do, and a choice without step rewards."""
+    """Refuses step rewards without a choice of what they do, a choice without step rewards, and potentials that differ where
+    they belong to one state."""
     has_steps = any(row.step_rewards is not None for row in rows)
+    if process_reward == "potential":
+        _check_prompt_values(rows, name)
+        has_steps = has_steps or any(row.prompt_value is not None for row in rows)
     if has_steps and process_reward is None:
         raise UserError(
             f"{name} has step_rewards; choose what they do: --process_reward additive (added on the last token of their "
@@ -191,6 +199,18 @@ def check_process_reward(rows: list[Row], name: str, process_reward: str | None)
             f"{name} has no step_rewards, so --process_reward {process_reward} would do nothing; drop the option, or add "
             "steps and step_rewards"
         )
+
+
+def _check_prompt_values(rows: list[Row], name: str) -> None:
+    """A potential of the prompt that all its rows share moves no optimum; different ones are rewards."""
+    values: dict[str, Row] = {}
+    for row in rows:
+        first = values.setdefault(prompt_key(row), row)
+        if row.prompt_value != first.prompt_value:
+            raise UserError(
+                f"{row.source or name}: prompt_value is {row.prompt_value}, and {first.source or 'a row'} of the same prompt has "
+                f"{first.prompt_value}; as potentials they must be equal: give every row of a prompt one value, or none"
+            )
 
 
 def duplicate_count(rows: list[Row]) -> int:

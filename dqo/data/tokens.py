@@ -145,10 +145,14 @@ def _tokens(
         stored, logprobs = clean_completion(row.completion_ids, logprobs, truncated, ends, specials, cuts)
         stored, logprobs = _opened_once(prompt, stored, logprobs, tokenizer, cuts)
         if row.steps is not None and (stored[: len(ids)] != ids or len(stored) > len(ids) + 1):
-            raise UserError(
-                "steps are character spans, but completion_ids are not the tokenizer's own ids of the text, "
-                "so steps cannot be placed on tokens; drop steps and step_rewards, or drop completion_ids"
-            )
+            assert completion is not None  # it was written for the sake of the steps
+            written = stored[:-1] if stored[-1] in ends.stops else stored
+            if tokenizer.decode(written) != completion.text:
+                raise UserError(
+                    "steps are character spans, but completion_ids are the ids of another text, so steps cannot be placed on "
+                    "tokens; drop steps and step_rewards, or drop completion_ids"
+                )
+            step_ends = _step_ends(row.steps, completion.shift, decoded_spans(tokenizer, written))
         ids = stored
     elif completion is not None and completion.shift < 0:
         cuts["a tag that opens the reasoning and ends the prompt already"] += 1
@@ -180,6 +184,26 @@ def _step_ends(steps: list[tuple[int, int]], shift: int, spans: list[tuple[int, 
             token += 1
         ends.append(max(token - 1, 0))
     return ends
+
+
+def decoded_spans(tokenizer, ids: list[int]) -> list[tuple[int, int]]:
+    """Character spans of ids in the text that they decode to, whether or not a tokenizer would write it so: a model samples
+    other splits too. Tokens that are parts of one character have its span."""
+    spans: list[tuple[int, int]] = []
+    first, since, position = (
+        0,
+        0,
+        0,
+    )  # a window before the tokens whose text is not known yet: texts of ids depend on it
+    for end in range(1, len(ids) + 1):
+        known = tokenizer.decode(ids[first:since])
+        text = tokenizer.decode(ids[first:end])
+        if text.endswith("\ufffd") and end < len(ids):  # a part of a character
+            continue
+        after = position + len(text) - len(known)
+        spans += [(position, after)] * (end - since)
+        first, since, position = since, end, after
+    return spans
 
 
 def _opened_once(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ from dqo.grading.pool import VerifierPool
 from dqo.models.generate import Request, Response, Sampling, text_of
 from dqo.models.identity import check_holds_model, model_identity
 from dqo.models.policy import load_config, load_policy, load_tokenizer
-from dqo.sampling.backends import dtype_of, load_backend
+from dqo.sampling.backends import Backend, dtype_of, load_backend
 
 _TIME = "time that the chat template was told"
 Wanted = tuple[int, int]  # problem, sample
-Answered = tuple[Wanted, Response]
+Answered = tuple[Wanted, Response, float | None]  # with its log-probability
 
 
 def evaluate(quiet: bool = False, **options: Any) -> dict[str, Any]:
@@ -67,10 +68,12 @@ def evaluated(config: EvalConfig, quiet: bool = False) -> tuple[Evaluation, dict
     problems = read_tasks(config.tasks, config.verifier)
     work = _Work(config, problems, quiet)
     directory = Path(config.output_dir)
-    name = config.name or directory.resolve().name
-    with opened(directory, name, config.verifier, work.binding, problems) as (evaluation, results, scored):
+    header = {"name": config.name or directory.resolve().name, "verifier": config.verifier}
+    header["model"] = config.model_name_or_path
+    with opened(directory, header, work.binding, problems) as (evaluation, results, scored):
+        work.begin(evaluation)
         with VerifierPool(config.verifier, timeout=config.verifier_timeout) as pool:
-            work.keep(evaluation, results, pool)
+            work.keep(results, pool)
             work.regrade()
             work.answer()
         work.score(scored)
@@ -80,48 +83,78 @@ def evaluated(config: EvalConfig, quiet: bool = False) -> tuple[Evaluation, dict
 
 
 class _Work:
-    """The model and what it has been asked."""
+    """What has been asked, what is missing of it, and the models that answer."""
 
     evaluation: Evaluation
     results: Appended
     pool: VerifierPool
+    backend: Backend
+    models: Models | None = None
 
     def __init__(self, config: EvalConfig, problems: list[Prompt], quiet: bool):
         self.config, self.problems, self.quiet = config, problems, quiet
-        path = str(config.model_name_or_path)
+        path = self.path = str(config.model_name_or_path)
         check_holds_model(path)
-        model_config, tokenizer = load_config(path), load_tokenizer(path)
-        dtype = dtype_of(config.dtype, path)
+        model_config, self.tokenizer = load_config(path), load_tokenizer(path)
+        self.dtype = dtype_of(config.dtype, path)
         self.binding = config.binding() | {
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": str(self.dtype).removeprefix("torch."),
             PROBLEMS_HASH: problems_hash(problems),
             "hash of the model": model_identity(path, model_config),
         }
         now = datetime.datetime.now().isoformat()
-        if reads_clock(tokenizer):  # its prompts must come again when the evaluation goes on
+        if reads_clock(self.tokenizer):  # its prompts must come again when the evaluation goes on
             now = begun_under(Path(str(config.output_dir)) / RESULTS).get(_TIME) or now
             self.binding[_TIME] = now
-        with clock_at(datetime.datetime.fromisoformat(now) if reads_clock(tokenizer) else None):
-            self.prompts = task_ids(problems, tokenizer, model_config, config.max_completion_length)
+        with clock_at(datetime.datetime.fromisoformat(now) if reads_clock(self.tokenizer) else None):
+            self.prompts = task_ids(problems, self.tokenizer, model_config, config.max_completion_length)
+
+    def begin(self, evaluation: Evaluation) -> None:
+        """Finds what is missing. Only then the model is loaded, with what the scorers need, before anything is answered."""
+        self.evaluation, config = evaluation, self.config
+        there = evaluation.answers.keys() | evaluation.of_others.keys()
+        self.wanted = {
+            decoding: [
+                (problem, sample)
+                for problem in range(len(self.problems))
+                for sample in range(samples)
+                if (decoding, problem, sample) not in there
+            ]
+            for decoding, samples in self._decodings().items()
+        }
+        samples = len(self.problems) * config.num_generations
+        unscored = any(len(evaluation.scores.get(scorer, ())) < samples for scorer in config.scorers)
+        if not any(self.wanted.values()) and not unscored:
+            return
         device = "cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda"
         self.backend = load_backend(
-            config.backend, path, dtype=config.dtype, batch_size=config.batch_size, device=device
+            config.backend, self.path, dtype=config.dtype, batch_size=config.batch_size, device=device
         )
         policy = getattr(self.backend, "policy", None)
-        self.models: Models | None = None
         if policy is None and (config.scorers or config.num_beams):
-            policy = load_policy(path, device, dtype)
+            policy = load_policy(self.path, device, self.dtype)
         if policy is not None:
-            self.models = load_models(config, policy, tokenizer.pad_token_id)
+            self.models = load_models(config, policy, self.tokenizer.pad_token_id)
+
+    def _decodings(self) -> dict[str, int]:
+        """{decoding: answers a problem} of what the options ask for."""
+        config = self.config
+        found = {"greedy": 1} if config.greedy else {}
+        found |= {"sampling": config.num_generations} if config.num_generations else {}
+        found |= {f"beam-{config.num_beams}": 1} if config.num_beams else {}
+        return found | {self._step_search(scorer): 1 for scorer in config.scorers if config.step_beams}
+
+    def _step_search(self, scorer: str) -> str:
+        return f"step-{self.config.step_beams}x{self.config.step_samples} {scorer}"
 
     @property
     def policy(self) -> PreTrainedModel:
         assert self.models is not None  # what searches or scores has loaded it
         return self.models.policy
 
-    def keep(self, evaluation: Evaluation, results: Appended, pool: VerifierPool) -> None:
+    def keep(self, results: Appended, pool: VerifierPool) -> None:
         """Where answers go from now on."""
-        self.evaluation, self.results, self.pool = evaluation, results, pool
+        self.results, self.pool = results, pool
 
     def regrade(self) -> None:
         """Grades again what another verifier has graded; nothing is sampled for that."""
@@ -130,41 +163,27 @@ class _Work:
             self._store([(a.decoding, (a.problem, a.sample), _response(a), a.logprob) for a in part])
 
     def answer(self) -> None:
-        """Every answer that is missing, decoding by decoding."""
-        config = self.config
-        if config.greedy:
-            self._collect(
-                "greedy", 1, self._drawn("greedy", Sampling(0.0, max_new_tokens=config.max_completion_length))
-            )
-        if config.num_generations:
-            self._collect("sampling", config.num_generations, self._drawn("sampling", self._sampling))
-        if config.num_beams:
-            self._collect(f"beam-{config.num_beams}", 1, self._beams)
-        if config.step_beams:
-            for scorer in config.scorers:
-                name = f"step-{config.step_beams}x{config.step_samples} {scorer}"
-                self._collect(name, 1, lambda wanted, scorer=scorer: self._steps(wanted, scorer))
+        """Every answer that is missing, decoding by decoding, graded and stored in pieces of a batch."""
+        ways: dict[str, Callable[[list[Wanted]], Iterator[Answered]]] = {
+            self._step_search(scorer): partial(self._steps, scorer=scorer) for scorer in self.config.scorers
+        }
+        greedy = Sampling(0.0, max_new_tokens=self.config.max_completion_length)
+        ways |= {"greedy": partial(self._drawn, sampling=greedy, description="greedy")}
+        ways |= {"sampling": partial(self._drawn, sampling=self._sampling, description="sampling")}
+        ways |= {f"beam-{self.config.num_beams}": self._beams}
+        for decoding, wanted in self.wanted.items():
+            held: list[tuple[str, Wanted, Response, float | None]] = []
+            for which, response, logprob in ways[decoding](wanted) if wanted else ():
+                held.append((decoding, which, response, logprob))
+                if len(held) >= self.config.batch_size:
+                    self._store(held)
+                    held = []
+            self._store(held)
 
     @property
     def _sampling(self) -> Sampling:
         config = self.config
         return Sampling(config.temperature, config.top_k, config.top_p, config.max_completion_length, config.seed)
-
-    def _collect(self, decoding: str, samples: int, answers: Any) -> None:
-        """`answers` of those wanted that are not there, graded and stored in pieces of a batch."""
-        wanted = [
-            (problem, sample)
-            for problem in range(len(self.problems))
-            for sample in range(samples)
-            if (decoding, problem, sample) not in self.evaluation.answers
-        ]
-        held: list[tuple[str, Wanted, Response, float | None]] = []
-        for which, response, logprob in answers(wanted) if wanted else ():
-            held.append((decoding, which, response, logprob))
-            if len(held) >= self.config.batch_size:
-                self._store(held)
-                held = []
-        self._store(held)
 
     def _store(self, found: list[tuple[str, Wanted, Response, float | None]]) -> None:
         if found:
@@ -174,7 +193,7 @@ class _Work:
 
     def _graded(self, found: list[tuple[str, Wanted, Response, float | None]]) -> list[Answer]:
         """An answer that never ended is wrong, and is not read."""
-        texts = [text_of(self.backend.tokenizer, response) for _, _, response, _ in found]
+        texts = [text_of(self.tokenizer, response) for _, _, response, _ in found]
         ended = [at for at, (_, _, response, _) in enumerate(found) if response.ended]
         told = [asdict(self.problems[found[at][1][0]]) for at in ended]
         grades = dict(zip(ended, self.pool.grade([texts[at] for at in ended], told)))
@@ -199,33 +218,29 @@ class _Work:
             )
         return answers
 
-    def _drawn(self, decoding: str, sampling: Sampling) -> Any:
-        def answers(wanted: list[Wanted]) -> Iterator[tuple[Wanted, Response, float]]:
-            requests = [Request(self.prompts[problem], ("eval", problem, sample)) for problem, sample in wanted]
-            made = self.backend.generate(requests, sampling, description=decoding, quiet=self.quiet)
-            for at, response in made:
-                yield wanted[at], response, sum(response.logprobs)
+    def _drawn(self, wanted: list[Wanted], sampling: Sampling, description: str) -> Iterator[Answered]:
+        requests = [Request(self.prompts[problem], ("eval", problem, sample)) for problem, sample in wanted]
+        for at, response in self.backend.generate(requests, sampling, description=description, quiet=self.quiet):
+            yield wanted[at], response, sum(response.logprobs)
 
-        return answers
-
-    def _beams(self, wanted: list[Wanted]) -> Iterator[tuple[Wanted, Response, float]]:
+    def _beams(self, wanted: list[Wanted]) -> Iterator[Answered]:
         found = beam_search(
             self.policy,
             [self.prompts[problem] for problem, _ in wanted],
             width=self.config.num_beams,
             max_new_tokens=self.config.max_completion_length,
             stop_ids=self.backend.ends.stops,
-            pad_id=self.backend.tokenizer.pad_token_id,
+            pad_id=self.tokenizer.pad_token_id,
             batch_size=self.config.batch_size,
             quiet=self.quiet,
         )
         for at, best in found:
             yield wanted[at], Response(best.ids, [], best.ended), best.score
 
-    def _steps(self, wanted: list[Wanted], scorer: str) -> Iterator[tuple[Wanted, Response, None]]:
+    def _steps(self, wanted: list[Wanted], scorer: str) -> Iterator[Answered]:
         config, models = self.config, self.models
         assert models is not None
-        separators = separating_ids(self.backend.tokenizer, config.step_separator or "\n")
+        separators = separating_ids(self.tokenizer, config.step_separator or "\n")
         together = max(1, config.batch_size // (config.step_beams * config.step_samples))
         for begin in range(0, len(wanted), together):
             part = wanted[begin : begin + together]
@@ -246,9 +261,8 @@ class _Work:
 
     def score(self, stored: Appended) -> None:
         """Every score of a sample that is missing."""
-        if not self.config.scorers or not self.config.num_generations:
+        if self.models is None or not self.config.num_generations:  # nothing is missing
             return
-        assert self.models is not None
         samples = [answer for key, answer in sorted(self.evaluation.answers.items()) if key[0] == "sampling"]
         for scorer in self.config.scorers:
             there = self.evaluation.scores.setdefault(scorer, {})

@@ -13,8 +13,19 @@ from dqo.grading.verifiers import expected_name, verifiers_help
 
 _SCORERS = Path(__file__).parent / "scorers"
 SCORER_NAMES = tuple(sorted(found.name for found in pkgutil.iter_modules([str(_SCORERS)])))
-# What may differ when an evaluation goes on: it changes no stored answer.
-FREE = {"output_dir", "name", "batch_size", "greedy", "num_generations", "verifier", "verifier_timeout", "compare"}
+# What may differ when an evaluation goes on: it changes no stored answer. Problems and model are bound by their hashes.
+FREE = {
+    "output_dir",
+    "tasks",
+    "model_name_or_path",
+    "name",
+    "batch_size",
+    "greedy",
+    "num_generations",
+    "verifier",
+    "verifier_timeout",
+    "compare",
+}
 FREE |= {"num_beams", "step_beams", "step_samples", "scorers", "use_cpu"}
 
 

@@ -1,6 +1,6 @@
 """An evaluation on the disk: what was asked, every graded answer as it came, every score. Imports no torch.
 
-eval.json       name, verifier, and the options that the answers depend on, with hashes of problems and model
+eval.json       name, verifier, model, and the options that the answers depend on, with hashes of problems and model
 problems.jsonl  prompt and answer, a line a problem
 results.jsonl   one graded answer a line, in the order in which they came; graded again by another verifier it has a further line
 scores.jsonl    one score of a sampled answer a line
@@ -104,11 +104,12 @@ def problems_hash(problems: Iterable[Prompt]) -> str:
 
 @contextmanager
 def opened(
-    directory: Path, name: str, verifier: str, options: dict[str, Any], problems: list[Prompt]
+    directory: Path, header: dict[str, str], options: dict[str, Any], problems: list[Prompt]
 ) -> Iterator[tuple[Evaluation, Appended, Appended]]:
     """The evaluation in a directory, new or to go on with, and its files of answers and of scores.
 
     Args:
+        header: name, verifier, and model, its directory or hub name.
         options: all that the answers depend on, with the hashes of problems and of the model.
 
     Raises:
@@ -120,9 +121,9 @@ def opened(
     with appending(results, options, _answer, _FLAG) as answered, appending(scores, options, dict, _FLAG) as scored:
         told = [asdict(problem) for problem in problems]
         _write_lines(directory / "problems.jsonl", told)
-        header = {"name": name, "verifier": verifier, "options": options}
-        write_whole(directory / HEADER, json.dumps(header, indent=1).encode())
-        yield Evaluation(directory, header, told, answered.found, scored.found), answered, scored
+        told_of = header | {"options": options}
+        write_whole(directory / HEADER, json.dumps(told_of, indent=1).encode())
+        yield Evaluation(directory, told_of, told, answered.found, scored.found), answered, scored
 
 
 def _answer(row: dict) -> Answer:
@@ -144,7 +145,7 @@ def read_evaluation(directory: str | Path) -> Evaluation:
         header = json.loads((directory / HEADER).read_bytes())
         found = Evaluation(
             directory,
-            {name: header[name] for name in ("name", "verifier", "options")},
+            {name: header[name] for name in ("name", "verifier", "model", "options")},
             read_lines(directory / "problems.jsonl"),
             [_answer(row) for row in read_lines(directory / RESULTS)],
             read_lines(directory / "scores.jsonl"),

@@ -62,7 +62,7 @@ def summary_of(evaluation: Evaluation, samples: int | None = None) -> dict[str, 
         }
     return {
         "name": evaluation.name,
-        "model": evaluation.header["options"]["model_name_or_path"],
+        "model": evaluation.header["model"],
         "verifier": evaluation.verifier,
         "problems": len(evaluation.problems),
         "problems_hash": evaluation.header["options"][PROBLEMS_HASH],

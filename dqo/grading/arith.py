@@ -101,6 +101,28 @@ class ArithTask:
 
         return _write(prompt, step)
 
+    def pass_rate(self, prompt: str, begun: str = "") -> float:
+        """The probability that a demonstration which begins with whole lines is correct, exactly."""
+        value, chain = _parse(prompt)
+        lines = begun.splitlines()
+        for (operator, operand), line in zip(chain, lines):
+            written = re.fullmatch(rf"{value}{re.escape(operator)}{operand}=([0-9])", line)
+            if written is None:
+                return 0.0
+            value = int(written[1])
+        if len(lines) > len(chain):
+            return float(lines[len(chain) :] == [f"#{value}"] and f"{value}" == self.answer(prompt))
+        chances = {value: 1.0}  # of each value that may be written next
+        for operator, operand in chain[len(lines) :]:
+            after = dict.fromkeys(range(10), 0.0)
+            for before, chance in chances.items():
+                right, wrong = apply(before, operator, operand), self.mistakes.get((before, operator, operand))
+                share = 1.0 if wrong is None else self.right_share
+                after[right] += chance * share
+                after[right if wrong is None else wrong] += chance * (1.0 - share)
+            chances = after
+        return chances.get(int(self.answer(prompt)), 0.0)
+
     def solution(self, prompt: str) -> str:
         """The completion without a mistake."""
         return _write(prompt, apply)

@@ -28,7 +28,7 @@ from dqo.grading.verifiers import VERIFIERS, check_name
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 10.0  # seconds
-_MEMORY = 2**31
+MEMORY = 2**31  # bytes
 _START_SECONDS = 120  # importing sympy on a busy machine
 _CHILD = (
     "import sys; sys.path[:] = sys.argv[4:]; "
@@ -52,12 +52,13 @@ class VerifierPool:
     """
 
     def __init__(
-        self, verifier: str, processes: int | None = None, timeout: float = TIMEOUT, memory: int = _MEMORY
+        self, verifier: str, processes: int | None = None, timeout: float = TIMEOUT, memory: int = MEMORY
     ) -> None:
         check_name(verifier)
         self.verifier = verifier
         self.counts: Counter[str] = Counter()  # of OUTCOMES
-        count = processes or len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        count = processes or cores or 1
         self._workers = [_Worker(verifier, timeout, memory) for _ in range(count)]
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()  # so that no more are started than have work
         for idle in self._workers:
@@ -272,17 +273,21 @@ def _descendants(pid: int) -> Iterator[int]:
 
 
 def check_answers(tasks: Sequence[dict], verifier: str) -> None:
-    """Refuses, before anything is sampled or trained, problems that the verifier cannot grade by, and a verifier that cannot be
-    loaded.
+    """Refuses, before anything is sampled or trained, a verifier that cannot be loaded, and problems that it cannot grade by.
 
     Args:
         tasks: each with prompt and answer, and its source.
 
     Raises:
-        UserError: naming the problems, or what the verifier needs and has not got.
+        UserError: naming what the verifier needs and has not got, or the problems.
     """
     with VerifierPool(verifier, processes=1):
         pass
+    check_problems(tasks, verifier)
+
+
+def check_problems(tasks: Sequence[dict], verifier: str) -> None:
+    """The second half of `check_answers`; those of a user's verifier are not looked at."""
     if verifier not in VERIFIERS:
         return
     wrong = []

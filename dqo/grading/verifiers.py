@@ -37,7 +37,7 @@ def _of_answer(read: Callable[[str], Any]) -> Callable[[dict], Any]:
 
     def check(problem: dict) -> None:
         if not isinstance(problem.get("answer"), str):
-            raise ValueError("there is no answer (a string)")
+            raise ValueError("there is no answer (a string); dqo score takes it from --answers FILE")
         read(problem["answer"])
 
     return check

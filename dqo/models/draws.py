@@ -16,6 +16,7 @@ from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWar
 from dqo.errors import UserError
 
 _CHUNK = 512  # tokens of the vocabulary whose weights are summed at once
+_SMALL = 2048  # a vocabulary of at most this many tokens is summed in one go
 _BELOW = 1 - 2**-50  # times a total: a number that is certainly smaller
 
 
@@ -47,24 +48,31 @@ def _first_above(sums: Tensor, target: Tensor) -> Tensor:
 
 def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens of (B, V) logits by (B,) uniform numbers in [0, 1): token i where the cumulative distribution first exceeds them.
-
-    Sums of chunks of the vocabulary are taken first: one running sum over 150,000 float32 numbers would be neither exact nor
-    quick. A token of probability 0 is never drawn.
+    One of probability 0 is never drawn.
 
     Returns:
         (B,) tokens and (B,) float32 log-probabilities.
     """
     top = logits.max(dim=-1, keepdim=True).values
     weights = (logits - top).exp_()
+    if weights.shape[-1] <= _SMALL:
+        sums = weights.cumsum(-1, dtype=torch.float64)
+        token = _first_above(sums, uniform[:, None] * sums[:, -1:])
+    else:
+        token, sums = _by_chunks(weights, uniform)
+    logprob = (logits.gather(1, token) - top).double() - sums[:, -1:].log()
+    return token[:, 0], logprob[:, 0].clamp_max_(0.0).float()
+
+
+def _by_chunks(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1) tokens of (B, V) weights, and the running sums of their chunks: one running sum over 150,000 tokens takes longer."""
     chunks = pad(weights, (0, -weights.shape[-1] % _CHUNK)).view(len(weights), -1, _CHUNK)
     sums = chunks.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, chunks)
-    target = uniform[:, None].to(sums) * sums[:, -1:]
+    target = uniform[:, None] * sums[:, -1:]
     chunk = _first_above(sums, target)
     before = torch.where(chunk > 0, sums.gather(1, (chunk - 1).clamp_min(0)), 0.0)
     inside = chunks.gather(1, chunk[..., None].expand(-1, 1, _CHUNK))[:, 0].double().cumsum(-1)
-    token = (chunk * _CHUNK + _first_above(inside, target - before)).clamp_max_(logits.shape[-1] - 1)
-    logprob = (logits.gather(1, token) - top).double() - sums[:, -1:].log()
-    return token[:, 0], logprob[:, 0].float()
+    return (chunk * _CHUNK + _first_above(inside, target - before)).clamp_max_(weights.shape[-1] - 1), sums
 
 
 class Draws(LogitsProcessor):

@@ -45,6 +45,10 @@ def test_training_on_a_file_ends_with_a_report_and_its_numbers(files):
     report = json.loads((files / "out" / "report.json").read_text())
     assert report["options"]["max_steps"] == 3
     assert [m["name"] for m in report["methods"]] == ["base", "dqo"]
+    # random models: no answer has the verifier's form, which is no finding about their difference
+    assert all(m["unread"] == {"greedy": 1.0, "sampling": 1.0} for m in report["methods"])
+    assert "base, greedy: no answer could be read by the verifier gsm8k, such as these:" in finished.stdout
+    assert "no significant difference" not in (files / "out" / "report.md").read_text()
     assert (files / "out" / "report.html").stat().st_size > 1000
     again = training(files, "--eval_fraction", 0.3, *evaluated)
     assert again.returncode == 0 and "is finished, 3 steps" in again.stdout + again.stderr
@@ -147,6 +151,7 @@ HELP = """usage: dqo <command> [options]; `dqo <command> --help` for its options
   check     Check rollout files and show what training will see of them.
   init      Make a small random model with a tokenizer trained on a rollout file.
   sample    Sample responses of a model to prompts, as rollout rows.
+  score     Grade stored responses by a verifier.
   eval      Answer problems with a model, grade the answers, and test evaluations against each other.
   report    Write one page of one run or several, side by side.
   compare   Train several methods on one file with one budget, and write a page over all of them.

@@ -25,10 +25,12 @@ def test_the_example_of_the_format_is_read_whole(tmp_path):
         "reward": 1.0,
         "steps": [[0, 7], [7, 15], [15, 22]],
         "step_rewards": [0.5, 0.5, 0.0],
+        "prompt_value": 0.25,
         **IDS,
         "finish_reason": "stop",
         "answer": "14",
         "sampling": {"model": "sft@3f2a", "temperature": 1.0},
+        "grading": {"verifier": "gsm8k", "outcome": "right"},
         "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],
         "chat_template_kwargs": {"enable_thinking": False},
     }

@@ -14,6 +14,7 @@ from dqo import api
 from dqo.commands.eval import eval_command
 from dqo.data.appending import Appended
 from dqo.errors import UserError
+from dqo.evaluation import evaluate as module
 from dqo.evaluation.evaluate import evaluated as evaluate
 from dqo.evaluation.options import EvalConfig
 from dqo.evaluation.results import read_evaluation, read_lines
@@ -124,8 +125,7 @@ def _rounded(lines):
 @pytest.mark.slow
 def test_a_sigkill_loses_and_doubles_nothing(there, whole):
     code = (
-        "import os, signal\nfrom dqo.data.appending import Appended\nfrom dqo import api
-from dqo.commands.eval import eval_command\n"
+        "import os, signal\nfrom dqo.data.appending import Appended\nfrom dqo.commands.eval import eval_command\n"
         "append, calls = Appended.append, []\n"
         "def killed(self, rows):\n    append(self, rows)\n    calls.append(rows)\n"
         "    if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -140,24 +140,23 @@ from dqo.commands.eval import eval_command\n"
 
 
 def test_more_samples_are_added_and_nothing_is_sampled_again(there, whole, monkeypatch):
-    import dqo.evaluation.evaluate as module
-
     output = there / "more"
     evaluate(config(there, output, num_generations=2), quiet=True)
     few = content(output)
     evaluate(config(there, output), quiet=True)
     assert set(few) < set(content(output))
     assert _rounded(content(output)) == _rounded(content(there / "whole"))
-    monkeypatch.setattr(module._Work, "_drawn", lambda self, decoding, sampling: pytest.fail)
+    monkeypatch.setattr(module, "load_backend", lambda *_, **__: pytest.fail("nothing is missing"))
     before = content(output)
     _, summary = evaluate(config(there, output), quiet=True)
     assert content(output) == before and summary["measures"]["pass@1"]["mean"] > 0
 
 
-def test_another_verifier_grades_again_what_is_stored(there, whole):
+def test_another_verifier_grades_again_what_is_stored(there, whole, monkeypatch):
     output = there / "again"
     evaluate(config(there, output), quiet=True)
     responses = {a.key: a.response for a in read_evaluation(output).answers.values()}
+    monkeypatch.setattr(module, "load_backend", lambda *_, **__: pytest.fail("nothing is missing"))
     _, summary = evaluate(config(there, output, verifier="gsm8k"), quiet=True)
     found = read_evaluation(output)
     assert {a.key: a.response for a in found.answers.values()} == responses
@@ -241,7 +240,9 @@ def test_options_that_do_not_fit_are_named(there, changes, message):
 
 def test_python_has_the_command_as_a_function(there, whole):
     found = api.evaluate(quiet=True, **vars(config(there, there / "whole")))
-    assert found["measures"]["pass@1"] == json.loads((whole.directory / "summary.json").read_text())["measures"]["pass@1"]
+    assert (
+        found["measures"]["pass@1"] == json.loads((whole.directory / "summary.json").read_text())["measures"]["pass@1"]
+    )
     with pytest.raises(UserError, match="several evaluations have the name 'whole'"):
         api.evaluate(compare=(str(there / "whole"), str(there / "whole")))
     with pytest.raises(UserError, match="unknown option 'num_generation'. Did you mean 'num_generations'"):

@@ -9,7 +9,8 @@ from dqo.errors import UserError
 from dqo.evaluation.results import PROBLEMS_HASH, Answer, opened, problems_hash, read_evaluation
 
 PROBLEMS = [Prompt(f"{i}+1=", str(i + 1), source=f"tasks.jsonl:{i + 1}") for i in range(3)]
-OPTIONS = {PROBLEMS_HASH: problems_hash(PROBLEMS), "seed": 0, "model_name_or_path": "m"}
+OPTIONS = {PROBLEMS_HASH: problems_hash(PROBLEMS), "seed": 0}
+HEADER = {"name": "mine", "verifier": "gsm8k", "model": "m"}
 
 
 def answer(problem=0, decoding="greedy", sample=0, **changes):
@@ -19,7 +20,7 @@ def answer(problem=0, decoding="greedy", sample=0, **changes):
 
 
 def test_what_was_stored_is_there_again(tmp_path):
-    with opened(tmp_path / "e", "mine", "gsm8k", OPTIONS, PROBLEMS) as (evaluation, results, scored):
+    with opened(tmp_path / "e", HEADER, OPTIONS, PROBLEMS) as (evaluation, results, scored):
         assert not evaluation.answers
         results.append([asdict(answer(i)) for i in (2, 0, 1)])
         results.append([asdict(answer(0, "sampling", k)) for k in (1, 0)])
@@ -30,30 +31,30 @@ def test_what_was_stored_is_there_again(tmp_path):
     assert [a.sample for a in found.of("sampling")[0]] == [0, 1]
     assert found.scores == {"value": {("sampling", 0, 1): 0.5}}
     assert found.problems[1]["prompt"] == "1+1="
-    with opened(tmp_path / "e", "mine", "gsm8k", OPTIONS, PROBLEMS) as (evaluation, _, _):
+    with opened(tmp_path / "e", HEADER, OPTIONS, PROBLEMS) as (evaluation, _, _):
         assert evaluation.answers == found.answers
 
 
 def test_grades_of_another_verifier_are_further_rows(tmp_path):
-    with opened(tmp_path / "e", "mine", "gsm8k", OPTIONS, PROBLEMS) as (_, results, _):
+    with opened(tmp_path / "e", HEADER, OPTIONS, PROBLEMS) as (_, results, _):
         results.append([asdict(answer(i)) for i in range(2)])
-    with opened(tmp_path / "e", "mine", "number", OPTIONS, PROBLEMS) as (evaluation, results, _):
+    with opened(tmp_path / "e", HEADER | {"verifier": "number"}, OPTIONS, PROBLEMS) as (evaluation, results, _):
         assert evaluation.answers == {} and len(evaluation.of_others) == 2
         results.append([asdict(answer(0, verifier="number", score=0.0))])
     found = read_evaluation(tmp_path / "e")
     assert found.verifier == "number" and [a.score for a in found.answers.values()] == [0.0]
     assert list(found.of_others) == [("greedy", 1, 0)]
-    with opened(tmp_path / "e", "mine", "gsm8k", OPTIONS, PROBLEMS) as (evaluation, _, _):
+    with opened(tmp_path / "e", HEADER, OPTIONS, PROBLEMS) as (evaluation, _, _):
         assert [a.score for a in evaluation.answers.values()] == [1.0, 1.0] and not evaluation.of_others
 
 
 def begin(directory, **changes):
-    with opened(directory, "mine", "gsm8k", OPTIONS | changes, PROBLEMS):
+    with opened(directory, HEADER, OPTIONS | changes, PROBLEMS):
         pass
 
 
 def test_another_evaluation_in_the_directory_is_refused_and_left_alone(tmp_path):
-    with opened(tmp_path / "e", "mine", "gsm8k", OPTIONS, PROBLEMS) as (_, results, _):
+    with opened(tmp_path / "e", HEADER, OPTIONS, PROBLEMS) as (_, results, _):
         results.append([asdict(answer())])
         with pytest.raises(UserError, match="another process is writing to it.*another --output_dir"):
             begin(tmp_path / "e")

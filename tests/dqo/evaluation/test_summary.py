@@ -12,8 +12,7 @@ from tests.dqo.evaluation.test_results import PROBLEMS, answer
 
 def evaluation(answers, name="mine", scores=None, problems=3):
     told = [{"prompt": p.prompt, "answer": p.answer, "source": p.source} for p in PROBLEMS[:problems]]
-    options = {"model_name_or_path": "m", PROBLEMS_HASH: "hash"}
-    header = {"name": name, "verifier": answers[0].verifier, "options": options}
+    header = {"name": name, "verifier": answers[0].verifier, "model": "m", "options": {PROBLEMS_HASH: "hash"}}
     found = Evaluation(Path(name), header, told, answers, [])
     found.scores = scores or {}
     return found

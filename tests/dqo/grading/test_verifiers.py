@@ -58,7 +58,9 @@ def test_the_demonstration_grades_by_its_prompt():
 
 
 def test_a_problem_without_an_answer_is_named():
-    with pytest.raises(UserError, match=r"rows.jsonl:2: there is no answer \(a string\)"):
+    with pytest.raises(
+        UserError, match=r"rows.jsonl:2: there is no answer \(a string\); dqo score takes it from --answers"
+    ):
         check_answers([{"prompt": "p", "source": "rows.jsonl:2"}], "number")
 
 

@@ -27,7 +27,7 @@ def test_numbers_are_uniform_over_keys():
 
 
 @given(
-    st.integers(1, 1300),
+    st.sampled_from([1, 2, 19, 513, 2048, 2049, 3000]),
     st.integers(0, 2**32 - 1),
     st.sampled_from([0.0, 1e-12, 0.3, 0.5, 0.999999, 1 - 2**-53]),
     st.data(),
