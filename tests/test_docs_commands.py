@@ -79,6 +79,9 @@ def test_commands_of_the_trainer_run_in_their_order_up_to_training(page, place, 
         if script == "dqo-train" and arguments:
             call(monkeypatch, script, [*dict.fromkeys([*arguments, "--dry_run"])])
             assert "nothing was loaded or written" in capsys.readouterr().out, command
+        elif arguments[:1] == ["compare"]:
+            call(monkeypatch, script, [*arguments, "--dry_run"])
+            assert "nothing was trained or written" in capsys.readouterr().out, command
         elif script == "dqo-train" or arguments[0] == "demo":  # minutes: tests/dqo has smaller ones
             with pytest.raises(SystemExit) as left:
                 call(monkeypatch, "dqo", ["demo", *arguments[1:], "--help"])
@@ -104,13 +107,8 @@ def options() -> set[str]:
     """Of all commands, with those of every method of the README's table."""
     methods = re.findall(r"^\| `(\w+)`", README.read_text(), re.M)
     shown = io.StringIO()
-    asked = [["train", "--method", method] for method in methods] + [
-        ["check"],
-        ["convert"],
-        ["init"],
-        ["demo"],
-        ["eval"],
-    ]
+    asked = [["train", "--method", method] for method in methods]
+    asked += [[name] for name in ("check", "convert", "init", "demo", "eval", "report", "compare")]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
         for arguments in asked:
             with pytest.raises(SystemExit):

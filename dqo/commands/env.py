@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dqo.config.flags import parse_flags
 from dqo.environment import env
 
-PLACE = 10
+PLACE = 12
 
 
 @dataclass(frozen=True)

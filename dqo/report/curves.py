@@ -8,7 +8,7 @@ from dqo.report.schema import Curve
 from dqo.report.svg import GRID, MUTED, Series, inline_svg
 
 MOST_POINTS = 80  # of a curve; beyond it neighbours are averaged
-ALONE = {"loss", "loss/policy"}  # the levels of different methods do not compare: a plot a method
+ALONE = {"loss", "loss/policy", "grad_norm"}  # the levels of different methods do not compare: a plot a method
 # The least that an axis shows: a change that is small beside it looks small. All other axes show 0.
 LEAST = {
     "kl": (0.0, 0.01),
@@ -71,6 +71,7 @@ def curve_plot(name: str, curves: list[Curve], series: dict[str, Series]) -> str
             drawn.extend(values for _, values in lines)
         axis.set_ylim(*axis_limits(name, np.concatenate(drawn)))
         axis.margins(x=0.02)
+        axis.set_xlim(left=min(0, axis.get_xlim()[0]))
         axis.locator_params(axis="y", nbins=5)
         axis.locator_params(axis="x", nbins=6, integer=True)
         axis.set_xlabel(curves[0].get("x_label", "update"))

@@ -36,7 +36,9 @@ def measured(value: float | None, is_share: bool = False) -> str:
         return "–"
     if is_share:
         return f"{percent(value)}%"
-    text = f"{value:.3f}" if 0.0005 <= abs(value) < 100 or value == 0 else f"{value:.3g}"
+    small = 5e-6 <= abs(value) < 0.0005  # below that it is rounding
+    text = f"{value:.3g}" if small or abs(value) >= 100 else f"{value + 0.0:.3f}"
+    text = "0.000" if text == "-0.000" else text
     return text.replace("-", "−")
 
 
@@ -44,6 +46,8 @@ def option_text(value: Any) -> str:
     """An option's value."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:g}"
     return "none" if value is None else str(value)
 
 

@@ -139,7 +139,9 @@ def _html(report: Report, results: list[MethodResult], verdict: Verdict | None) 
         seeded=any(seeds.values()),
         results=results,
         kinds=[kind for kind, accuracy in accuracies.items() if accuracy],
-        costs=[(key, title) for key, title in COSTS.items() if any(key in m for m in methods.values())],
+        costs=[]
+        if any(seeds.values())
+        else [(k, title) for k, title in COSTS.items() if any(k in m for m in methods.values())],
         extras=list(dict.fromkeys(title for method in methods.values() for title in method.get("extra", {}))),
         headline=headline,
         others={name: tests for name, tests in others.items() if tests},

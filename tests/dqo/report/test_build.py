@@ -49,7 +49,7 @@ def test_every_run_has_its_curves_with_seed_and_warmup(tmp_path):
     losses = [(c["method"], c["seed"], c["warmup"]) for c in report["curves"] if c["name"] == "loss"]
     assert losses == [("dqo", 1, 2), ("dqo", 2, 2), ("kto", 42, 2)]
     page = rendered(report)["report.html"]
-    assert page.count(">value warm-up<") == 3  # loss of each method, and the gradient norm of both
+    assert page.count(">value warm-up<") == 4  # loss and gradient norm, of each method
 
 
 def test_before_and_after_come_from_the_metrics_and_the_answers(tmp_path):

@@ -61,8 +61,8 @@ def test_the_page_of_a_run_is_that_of_its_directory(trained):
 
 
 def without_commands(page: str) -> str:
-    begin = page.index("<pre>", page.index("Reproduction"))
-    return page[:begin] + page[page.index("</pre>", begin) :]
+    begin = page.index('<div class="commands">')
+    return page[:begin] + page[page.index("</div>", begin) :]
 
 
 def answered(prompt, text, right):

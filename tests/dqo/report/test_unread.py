@@ -12,7 +12,7 @@ ALL, NONE = {"greedy": 1.0, "sampling": 1.0}, {"greedy": 0.0, "sampling": 0.0}
 
 
 def verdict(*methods):
-    return verdict_of(compare(list(methods), "base"), "dqo", "base", None)
+    return verdict_of(list(methods), compare(list(methods), "base"), "dqo", "base", report={})
 
 
 def test_where_nothing_was_read_nothing_is_known():
@@ -31,7 +31,7 @@ def test_one_decoding_that_was_read_is_tested_alone():
 def test_answers_that_were_read_are_compared_as_before():
     found = verdict(method("base", [0] * 20, ALL), method("dqo", [1] * 20, NONE))
     assert found.sentence.startswith("dqo is better than base")
-    plain = verdict_of(compare([{"name": n, "greedy": [1, 0]} for n in ("base", "dqo")], "base"), "dqo", "base", None)
+    plain = verdict(*({"name": name, "greedy": [1, 0]} for name in ("base", "dqo")))
     assert plain.sentence == "There is no significant difference between dqo and base."
 
 
