@@ -20,46 +20,35 @@ import transformers
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
+from dqo.comparison.run import compare as compare
 from dqo.config.launcher import obey
 from dqo.config.options import Options, check_values, options_of
+from dqo.config.sampling import SampleConfig
+from dqo.config.values import checked_config
+from dqo.data.overlap import check_unseen, trained_problems
 from dqo.errors import UserError, did_you_mean
+from dqo.evaluation.during import answering
+from dqo.evaluation.evaluate import evaluate as evaluate
 from dqo.evaluation.run import answers_of, base_answers
 from dqo.evaluation.tasks import check_tasks, read_tasks
 from dqo.files import writing
 from dqo.objectives.base import Objective
 from dqo.objectives.registry import DEFAULT_METHOD, method_of, methods_table
+from dqo.report.command import report as report
 from dqo.report.run import report_run
+from dqo.sampling.run import Sampled, sample_rows
+from dqo.scoring.run import score  # noqa: F401
 from dqo.train import checkpoint, hub
+from dqo.train.absent import ABSENT
 from dqo.train.callbacks import check_callbacks, made
+from dqo.train.export import export as export
 from dqo.train.held_out import predictions
-from dqo.train.inputs import Given, check_options, shared_prompts
+from dqo.train.inputs import Given, check_options, load_rows, shared_prompts
 from dqo.train.loop import Trainer
 from dqo.train.metrics import read_metrics
 from dqo.train.prepare import evaluation_episodes
 from dqo.train.resume import as_stored
-from dqo.train.run import begin, run_of
-
-# What users of transformers' and TRL's trainers may look for, and why it is not here.
-ABSENT = {
-    "hyperparameter_search": "run DQOTrainer once for each set of options",
-    "compute_loss": "the loss is the objective's: DQOConfig(method=YourObjective), or use dqo_kernels in a loop of your own",
-    "training_step": "a step is made of micro-batches whose loss is divided once; use callbacks, or a loop of your own",
-    "prediction_step": "use predict, or compute_metrics",
-    "get_train_dataloader": "a step's responses come from an index of the rows, not from a DataLoader",
-    "get_eval_dataloader": "a step's responses come from an index of the rows, not from a DataLoader",
-    "get_test_dataloader": "a step's responses come from an index of the rows, not from a DataLoader",
-    "create_optimizer": "both optimizers are AdamW with the options adam_*, weight_decay and the learning rates",
-    "create_scheduler": "the schedule is lr_scheduler_type with warmup_steps",
-    "create_optimizer_and_scheduler": "both optimizers are AdamW, and the schedule is lr_scheduler_type",
-    "optimizer": "there are two, of policy and value model; callbacks get the policy's",
-    "lr_scheduler": "the schedule is a function of the step: lr_scheduler_type and warmup_steps",
-    "data_collator": "rows are tokenised and batched as their columns say",
-    "tokenizer": "it is processing_class",
-    "log_metrics": "train and evaluate return their metrics, and metrics.jsonl has them",
-    "save_metrics": "train and evaluate return their metrics, and metrics.jsonl has them",
-    "metrics_format": "train and evaluate return their metrics as numbers",
-    "init_hf_repo": "push_to_hub makes the repository",
-}
+from dqo.train.run import Rows, begin, run_of
 
 
 class DQOConfig:
@@ -111,6 +100,20 @@ def _refuse_twice(options: Options, given: dict[str, Any]) -> None:
             continue
         if an_object or str(value) != told:
             raise UserError(f"{argument[name]} and {name}={told!r} (from DQOConfig) are both given; remove one")
+
+
+def sample(quiet: bool = False, **options: Any) -> Sampled:
+    """Samples responses of a model to prompts into a file of rollout rows, as `dqo sample` does: sample(model_name_or_path="DIR",
+    prompts="prompts.jsonl", output_file="rollouts.jsonl", num_generations=8). A call that was killed goes on where it was.
+
+    Args:
+        quiet: without a progress bar.
+        options: those of `dqo.config.sampling.SampleConfig`.
+
+    Raises:
+        UserError: for options, prompts or a model that do not fit, before any work.
+    """
+    return sample_rows(checked_config(SampleConfig, options), quiet)
 
 
 class DQOTrainer:
@@ -178,10 +181,12 @@ class DQOTrainer:
             raise AttributeError(f"DQOTrainer has no {name}, which transformers.Trainer has: its loop is dqo.train's")
         raise AttributeError(f"DQOTrainer has no {name!r}.{did_you_mean(name, dir(type(self)))}")
 
-    def _begin(self) -> Trainer:
+    def _begin(self, rows: Rows | None = None) -> Trainer:
         if self._trainer is None:
             self.options = as_stored(self.options)
-            self._trainer = begin(self.options, self.given, announce=True)
+            tasks = read_tasks(self.options.train.eval_tasks, self.options.train.verifier)
+            answers = answering(self.options, tasks)
+            self._trainer = begin(self.options, self.given, rows, announce=True, answers=answers)
             self._trainer.compute_metrics = self.compute_metrics
         return self._trainer
 
@@ -206,14 +211,21 @@ class DQOTrainer:
         self.options = as_stored(self.options)
         check_callbacks(self.given.callbacks, self.options.train)
         tasks = read_tasks(self.options.train.eval_tasks, self.options.train.verifier)
-        base = None
+        base = rows = None
         if self._trainer is None:
             check_options(self.options, self.given)
+            rows = load_rows(self.options, self.given) if tasks else None
         if tasks:
+            trained = trained_problems(rows[0]) if rows else self._begin().train_problems
+            names = (
+                str(self.options.train.eval_tasks),
+                self.options.train.dataset_name or "the rows that are trained on",
+            )
+            check_unseen(tasks, trained, *names)
             check_tasks(self.options, self.given.model, self.given.tokenizer, tasks)
         if tasks and self.given.model is not None:  # it is trained in place: its answers are wanted before
             base = base_answers(self.options, self.given.model, self.given.tokenizer, tasks)
-        trainer = self._begin()
+        trainer = self._begin(rows)
         if trainer.recorder.closed and trainer.position < trainer.steps:  # an earlier call was interrupted, or stopped
             if self.options.train.load_best_model_at_end and trainer.callbacks.control.should_training_stop:
                 raise UserError(

@@ -21,6 +21,17 @@ class UserError(ValueError):
         super().__init__(printable(message))
 
 
+# How torch, its libraries and C++ say that memory has run out where no type of exception does.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a device or of the machine. torch is not imported for it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _NO_MEMORY)
+
+
 def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known word most like `word`, or None when none is near."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)

@@ -68,9 +68,12 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def remove_asides(directory: Path, older_than: float = 0.0) -> None:
-    """Deletes what killed processes left half-written; in a shared directory `older_than` seconds spare the living."""
+def remove_asides(directory: Path, older_than: float = 0.0, of: str | None = None) -> None:
+    """Deletes what killed processes left half-written. In a shared directory `older_than` seconds spare the living, and `of`
+    names the one file or directory whose halves are deleted."""
     for path in directory.glob(".*.partial"):
+        if of is not None and not re.fullmatch(rf"\.{re.escape(of)}\.[0-9a-f]+\.partial", path.name):
+            continue
         with contextlib.suppress(FileNotFoundError):  # its writer renamed it, or a neighbour deleted it, at this moment
             if not older_than or time.time() - path.stat().st_mtime >= older_than:
                 _remove(path)
@@ -117,6 +120,27 @@ def replacing(path: Path) -> Iterator[Path]:
             path.rename(old)
         beside.rename(path)
         sync(path.parent)
+
+
+def check_room(path: Path, size: float, what: str, cure: str) -> None:
+    """Refuses to begin what the disk of `path` has no room for.
+
+    Args:
+        size: bytes that will be written. what, cure: for the message, "the checkpoints need" and what to do.
+    """
+    there = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise UserError(f"{path}: {what} {in_units(size)}, and the disk has {in_units(free)} left; {cure}")
+
+
+def in_units(size: float) -> str:
+    """Bytes as people read them: "3.2 MB", "14 GB"."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} TB"
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -90,6 +90,18 @@ def accuracy_interval(per_problem_scores: ArrayLike) -> Interval:
     return _wilson(mean, _effective_trials(mean, squared_error, least=problems, most=most))
 
 
+def mean_interval(values: ArrayLike) -> Interval | None:
+    """The mean of independent runs, values (R,), with Student's interval; None for fewer than two."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return None
+    from scipy import stats
+
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / sqrt(len(values))
+    mean = float(values.mean())
+    return Interval(mean, mean - float(half), mean + float(half))
+
+
 def paired_test(a: ArrayLike, b: ArrayLike) -> Paired:
     """Is a better than b on the same problems? a, b (P,) in [0, 1], the difference is a - b.
 

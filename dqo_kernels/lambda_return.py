@@ -20,7 +20,7 @@ def lambda_return_reference(
     values: Tensor,  # (N,)
     bootstrap: Tensor,  # (B,)
     sequence: Tensor,  # (N,)
-    gamma: float,
+    gamma: float | Tensor,  # (N,) of each row, or one number
     lam: float,
 ) -> Tensor:
     """The definition, in differentiable torch."""

@@ -7,8 +7,11 @@
     Ghat    = G ("return"), (1-lam)V + lam*G ("td"), V ("one_step")
     w_t     = exp(clamp(x_t, is_floor, is_cap)), x_t from rho = logprobs - behavior_logprobs, never a gradient
 
+With `discounts` gamma_t stands in the place of gamma, one a row: G_t = k_t + gamma_t*(...), and gamma_t*Ghat_{t+1} likewise.
+
 target="residual" detaches nothing but w, r and the reference: the trained term is 1/2 w_t e_t^2,
-e_t = V_t + beta*delta_t - r_t - gamma*Ghat_{t+1}; value_loss is then a metric.  Backends: reference, cpp, triton, cuda.
+e_t = V_t + beta*delta_t - r_t - gamma*Ghat_{t+1}; value_loss is then a metric.  Backends: reference, cpp, triton, cuda;
+with `discounts` the reference alone.
 """
 
 from __future__ import annotations
@@ -78,6 +81,7 @@ def soft_bellman_reference(
     bootstrap: Tensor,  # (B,)
     target_values: Tensor | None,  # (N,), detached
     options: BellmanOptions,
+    discounts: Tensor | None = None,  # (N,), detached, in the place of gamma; without a mask
 ) -> SoftBellmanTerms:
     """The definition, in differentiable torch; every term (N,)."""
     if mask is not None:
@@ -95,7 +99,7 @@ def soft_bellman_reference(
             options,
         )
         return SoftBellmanTerms(*map(counted.back, terms))
-    gamma, lam = options.gamma, options.lam
+    gamma, lam = options.gamma if discounts is None else discounts, options.lam
     sequence = sequence_index(cu_seqlens, logprobs.shape[0])
     log_ratio = logprobs.detach() - behavior_logprobs
     weights = importance_weights(log_ratio, sequence, cu_seqlens, options.is_level, options.is_cap, options.is_floor)
@@ -210,9 +214,13 @@ def bellman_rows(
     target_values: Tensor | None,
     options: BellmanOptions,
     backend: str | None,
+    discounts: Tensor | None = None,
 ) -> SoftBellmanTerms:
     """The terms of every row, (N,), from arguments that have been checked."""
     dtype = compute_dtype(logprobs, ref_logprobs, rewards, values, lse)
+    if discounts is not None and backend not in (None, "reference"):
+        checks.fail("backend", "None or 'reference' with discounts, which no other backend has", repr(backend))
+    backend = backend if discounts is None else "reference"
     chosen = dispatch.choose("soft_bellman", logprobs.device.type, backend, dtype)
 
     def row(x: Tensor) -> Tensor:
@@ -234,7 +242,7 @@ def bellman_rows(
         return SoftBellmanTerms(policy_loss, value_loss, *constants)
     behavior = inputs[1] if behavior is None else behavior
     ends = inputs[0].new_zeros(cu_seqlens.numel() - 1) if ends is None else ends
-    return soft_bellman_reference(*inputs, behavior, ends, targets, options)
+    return soft_bellman_reference(*inputs, behavior, ends, targets, options, constant(discounts))
 
 
 def soft_bellman(
@@ -249,6 +257,7 @@ def soft_bellman(
     ref_lse: Tensor | None = None,
     bootstrap: Tensor | None = None,
     target_values: Tensor | None = None,
+    discounts: Tensor | None = None,
     beta: float = 0.1,
     gamma: float = 1.0,
     lam: float = 1.0,
@@ -270,6 +279,8 @@ def soft_bellman(
         lse, ref_lse: (N,) logsumexps, used only when `values` is None.
         bootstrap: (B,) V(s_{T+1}) of responses that did not end; 0 when None. It gets a gradient with target="residual" only.
         target_values: (N,) values of a slow copy of the value model. They replace `values` wherever a value is a constant.
+        discounts: (N,) in [0, 1], in the place of gamma: what follows action t counts by discounts[t]. A constant; the reference
+            computes it.
         beta: KL temperature, positive. gamma, lam: in [0, 1].
         policy_target: "return" (the paper), "td", "one_step". target: "detach" or "residual".
         is_level: "trajectory" (the paper), "suffix", "prefix", "token", "none". is_cap, is_floor: in log space, or None.
@@ -289,6 +300,7 @@ def soft_bellman(
     checks.cu_seqlens(cu_seqlens, n, logprobs)
     required: dict[str, Tensor | None] = {"ref_logprobs": ref_logprobs, "rewards": rewards}
     optional = {"values": values, "behavior_logprobs": behavior_logprobs, "target_values": target_values}
+    optional["discounts"] = discounts
     if values is None:
         for name, given in (("lse", lse), ("ref_lse", ref_lse)):
             if given is None:
@@ -316,6 +328,7 @@ def soft_bellman(
         target_values=target_values,
         options=options,
         backend=backend,
+        discounts=discounts,
     )
     if reduction == "none":
         return terms

@@ -17,10 +17,11 @@ ORDER = [
     ("errors", "files", "modules", "stats", "signals", "requirements", "processes", "grading"),
     ("data", "objectives"),
     ("config", "convert", "models", "reference"),
+    ("sampling",),
     ("train",),
-    ("evaluation",),
+    ("scoring", "evaluation"),
     ("report",),
-    ("api", "demo"),
+    ("api", "comparison", "demo"),
     ("commands",),
 ]
 GROUP = {folder: group for group, folders in enumerate(ORDER) for folder in folders}

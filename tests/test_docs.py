@@ -161,12 +161,23 @@ def its_test(written: str, files: Path, capsys) -> None:  # noqa: F811
     names["test_the_loss_of_one_pair_by_hand"]()
 
 
+def sample_from_python(written: str, files: Path, capsys) -> None:  # noqa: F811
+    (files / "problems.jsonl").write_text('{"prompt": "1+2="}\n')
+    exec(
+        written.replace("DIR_OR_HUB_NAME", "model").replace("generations=4", "generations=4, max_completion_length=4"),
+        {},
+    )
+    assert len((files / "sampled.jsonl").read_text().splitlines()) == 4
+    assert capsys.readouterr().out.startswith("4 ")
+
+
 RUNS = {
     "DQOTrainer(": train_from_python,
     "= soft_bellman_loss(": loss_of_logits,
     "linear_row_loss(": loss_of_ones_own,
     "class REBEL(": objective_of_the_recipe,
     "def test_the_loss": its_test,
+    "import sample\n": sample_from_python,
 }
 PYTHON = [(page, text) for page in PAGES for text in blocks(page, "python")]
 COPIES = {text.splitlines()[0][2:]: text for _, text in PYTHON if text.startswith("# ")}  # {file: what is shown of it}

@@ -39,6 +39,7 @@ def place(files, monkeypatch):  # noqa: F811
     solutions = [json.dumps({"question": f"How much is {i}?", **SOLUTIONS}) for i in range(20)]
     Path("example_model_solutions.jsonl").write_text("\n".join(solutions))
     Path("problems.jsonl").write_text(json.dumps({"prompt": "1+2=", "answer": "#### 3"}))
+    Path("samples.jsonl").write_text(json.dumps({"prompt": "1+2=", "completion": "1+2=3\n#### 3", "answer": "3"}))
     Path("public.jsonl").write_text(json.dumps(APS))
     Path("out").mkdir()
     Path("out/config.yaml").write_text("dataset_name: rollouts.jsonl\nmodel_name_or_path: model\nbeta: 0.03\n")
@@ -103,7 +104,13 @@ def options() -> set[str]:
     """Of all commands, with those of every method of the README's table."""
     methods = re.findall(r"^\| `(\w+)`", README.read_text(), re.M)
     shown = io.StringIO()
-    asked = [["train", "--method", method] for method in methods] + [["check"], ["convert"], ["init"], ["demo"]]
+    asked = [["train", "--method", method] for method in methods] + [
+        ["check"],
+        ["convert"],
+        ["init"],
+        ["demo"],
+        ["eval"],
+    ]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
         for arguments in asked:
             with pytest.raises(SystemExit):

@@ -22,9 +22,9 @@ from dqo.demo.recipe import Recipe
 from dqo.demo.report import evaluate_model
 from dqo.demo.rollouts import distinct_problems, rng_of
 from dqo.grading.arith import ArithTask
-from dqo.report import findings
 from dqo.stats import accuracy_interval
 from dqo.train.metrics import read_metrics
+from dqo.train.record import machine
 
 RESULTS = Path(__file__).parents[1] / "results"
 RECIPE = Recipe()
@@ -61,10 +61,9 @@ def train(name: str, demonstration: Path, output: Path) -> None:
 
 
 def measured(name: str, model: Path, problems: list[str]) -> dict:
-    task = ArithTask(RECIPE.min_steps, RECIPE.max_steps)
-    found = evaluate_model(name, model, task, problems, RECIPE, seed=0).accuracy
+    found = evaluate_model(name, model, problems, RECIPE, seed=0).accuracy
     row = {"method": name}
-    for decoding, scores in (("greedy", found.greedy), ("sampling", found.sampling)):
+    for decoding, scores in found.scores().items():
         interval = accuracy_interval(per_problem(scores))
         row[decoding] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
     if (model / "metrics.jsonl").exists() and name != "base":
@@ -111,7 +110,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "seed": seed,
-        **findings.machine(),
+        **machine(),
     }
     facts |= {"options": {name: COMMON | OPTIONS[name] for name in OPTIONS}, "rows": rows}
     RESULTS.mkdir(exist_ok=True)

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 
 from dqo import signals
-from dqo.errors import UserError, did_you_mean, printable
+from dqo.errors import UserError, did_you_mean, is_out_of_memory, printable
 from dqo.modules import modules_in
 
 # What a machine does to any command, and no traceback explains.
@@ -88,6 +88,15 @@ def run(command: Callable[[], None]) -> None:
         if error.errno not in _ENVIRONMENT:
             raise
         print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:  # where no smaller batch helps: while models are loaded, say
+        if not is_out_of_memory(error):
+            raise
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        print(
+            f"error: out of memory: {printable(what)}. A smaller model, --use_peft or --bf16 needs less",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 

@@ -9,7 +9,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tyro.conf import Positional
@@ -46,6 +46,8 @@ class CheckConfig(RowOptions, _Checked):
 
     gamma: float = 1.0
     """The discount of the method, which the differences of potentials depend on."""
+    discount: Literal["tokens", "turns"] = "tokens"
+    """Where gamma acts: at each token that the model wrote, or at the last of each turn alone."""
     method: str | None = None
     """The warnings are of what this method makes of the rows. None warns of what any method may."""
     beta: float | None = None
@@ -82,10 +84,11 @@ def check(config: CheckConfig) -> None:
         rows = read_rows(path, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold)
         _table(path, summary(rows))
         _warn(row_warnings(rows, config, objective))
-        if config.process_reward is None and any(row.step_rewards is not None for row in rows):
+        if config.process_reward is None and any(row.process_rewards is not None for row in rows):
             _warn(
                 [
-                    "there are step_rewards: training wants to know what they do, --process_reward additive, potential or none"
+                    "there are step_rewards or turn_rewards: training wants to know what they do, --process_reward additive, "
+                    "potential or none"
                 ]
             )
         else:
@@ -132,6 +135,12 @@ def summary(rows: list[Row]) -> dict[str, str]:
         "finish_reason": ", ".join(f"{name} {count:,}" for name, count in ends.most_common()),
         "duplicates": f"{duplicate_count(rows):,}",
     }
+    turns = [row.turns for row in rows]
+    if max(turns) > 1:
+        found["turns"] = f"{_range(turns)} a row, in {sum(count > 1 for count in turns):,} rows several"
+    paid = [reward for row in rows for reward in row.turn_rewards or ()]
+    if paid:
+        found["turn rewards"] = f"{_mix(Counter(paid))}; mean {statistics.fmean(paid):.3g}"
     stepped = [row for row in rows if row.steps is not None]
     counts = [len(row.steps) for row in rows if row.steps is not None]
     if stepped:
@@ -166,6 +175,7 @@ def _on_tokens(rows: list[Row], config: CheckConfig, model: str) -> None:
             process_reward=config.process_reward or "none",
             process_coef=config.process_coef,
             gamma=config.gamma,
+            discount=config.discount,
             truncation=config.truncation,
             allow_truncation=config.allow_truncation,
             reward_scale=config.reward_scale,
@@ -174,12 +184,16 @@ def _on_tokens(rows: list[Row], config: CheckConfig, model: str) -> None:
 
     episodes = made(sys.maxsize)
     lengths = [episode.length for episode in episodes]
+    written = sum(len(episode.completion_ids) for episode in episodes)
+    masked = written - sum(episode.action_count for episode in episodes)
+    environment = {"environment": f"{masked:,} of {written:,} tokens of responses are no actions"} if masked else {}
     over = sum(length > config.max_length for length in lengths)
     _table(
         f"tokens of {model}",
         {
             "prompts": _range(len(episode.prompt_ids) for episode in episodes),
             "responses": _range(len(episode.completion_ids) for episode in episodes),
+            **environment,
             "together": f"{_range(lengths)}; {sum(lengths):,} in all",
             "end": _ends_text(tokenizer, ends),
             "over max_length": f"{over / len(lengths):.1%} ({over:,}) have more than {config.max_length:,}",

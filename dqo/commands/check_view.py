@@ -1,11 +1,15 @@
 """A response on its tokens, as training sees it: for a terminal with colours, or as plain text.
 
 The prompt is dim, tokens of the response alternate in colour (plain: "│" between them), "║" ends a step, "{+0.5}" is what the
-token before it is paid, a line break is shown as \\n too, control characters as \\x1b. Long prompts and responses are cut in the
-middle.
+token before it is paid, "⟦ ⟧" hold what the environment wrote, which is read and is no action, a line break is shown as \\n too,
+control characters as \\x1b. Long prompts and responses are cut in the middle.
 """
 
 from __future__ import annotations
+
+from itertools import groupby
+
+import numpy as np
 
 from dqo.data.episodes import Episode
 from dqo.errors import printable
@@ -22,17 +26,24 @@ def view(episode: Episode, tokenizer, colour: bool) -> str:
     ids, count = episode.completion_ids, len(episode.completion_ids)
     texts = [printable(text) for text in token_texts(tokenizer, ids)]
     ended = not episode.truncated
-    ends = set(episode.step_ends)
+    of_model = [True] * count if episode.env_mask is None else episode.env_mask.tolist()
+    ends = set(episode.actions[episode.step_ends].tolist())
+    paid = np.zeros(count)
+    paid[episode.actions] = episode.rewards
     parts = []
     for i, text in enumerate(texts):
         if count > _HEAD + _TAIL and _HEAD <= i < count - _TAIL:
             if i == _HEAD:
-                hidden = episode.rewards[_HEAD : count - _TAIL].sum()
+                hidden = paid[_HEAD : count - _TAIL].sum()
                 parts.append(f"\n... {count - _HEAD - _TAIL:,} tokens, paid {hidden:+.4g} ...\n")
             continue
         style = _EOS if ended and i == count - 1 else _TOKENS[i % 2]
-        separator = "│" if not colour and i + 1 < count and i not in ends else ""
-        reward = episode.rewards[i]
+        separator = "│" if not colour and i + 1 < count and i not in ends and of_model[i + 1] else ""
+        if not of_model[i]:  # one pair of brackets around all that lies between two turns
+            style, separator = _DIM, ""
+            first, last = i == 0 or of_model[i - 1], of_model[i + 1]  # the last token of all is the model's
+            text = f"{'⟦' * first}{text}{'⟧' * last}"
+        reward = paid[i]
         line_ends = text.endswith("\n")  # what the token is paid stands on its own line
         parts += [
             paint(text.removesuffix("\n").replace("\n", "\\n\n") + "\\n" * line_ends, style),
@@ -47,9 +58,17 @@ def view(episode: Episode, tokenizer, colour: bool) -> str:
     end = f"ends in {last}" if ended else "does not end" + ("" if episode.terminated else ", bootstrapped")
     header = (
         f"{printable(episode.source)}: {'right' if episode.label else 'wrong'}, reward {episode.reward:g}, "
-        f"{len(episode.prompt_ids):,} + {count:,} tokens, {end}; tokens are paid {episode.rewards.sum():+.4g} together"
+        f"{len(episode.prompt_ids):,} + {count:,} tokens{_turns(of_model)}, {end}; "
+        f"tokens are paid {episode.rewards.sum():+.4g} together"
     )
     return f"{header}\n[prompt] {prompt}\n[response] {''.join(parts)}"
+
+
+def _turns(of_model: list[bool]) -> str:
+    if all(of_model):
+        return ""
+    turns = sum(own for own, _ in groupby(of_model))
+    return f" in {turns} turn{'s' * (turns > 1)}, {of_model.count(False):,} of them the environment's"
 
 
 def token_texts(tokenizer, ids: list[int]) -> list[str]:

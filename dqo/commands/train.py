@@ -9,6 +9,7 @@ from dqo.commands.base import FIRST_PROCESS, run
 from dqo.commands.demo import demo_command
 from dqo.config.launcher import obey
 from dqo.config.options import dump_options, load_options
+from dqo.data.overlap import check_unseen, trained_problems
 from dqo.demo.recipe import DemoConfig
 from dqo.evaluation.tasks import check_tasks, read_tasks
 from dqo.train.inputs import check_options, load_rows
@@ -31,6 +32,9 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
     check_options(options)
     tasks = read_tasks(options.train.eval_tasks, options.train.verifier)
     rows = load_rows(options)
+    if tasks:
+        data = str(options.train.dataset_name)
+        check_unseen(tasks, trained_problems(rows[0]), str(options.train.eval_tasks), data)
     if options.train.dry_run:
         train_rows, held_out = rows
         print(dump_options(options), end="")
@@ -41,13 +45,14 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
             f"dqo-train: {options.train.method} on {options.train.dataset_name} -> {options.train.output_dir}",
             flush=True,
         )
-    from dqo.evaluation.run import answers_of  # torch from here on
+    from dqo.evaluation.during import answering  # torch from here on
+    from dqo.evaluation.run import answers_of
     from dqo.report.run import report_run
     from dqo.train.run import train
 
     if tasks:
         check_tasks(options, None, None, tasks)
-    run = train(options, rows=rows)
+    run = train(options, rows=rows, answers=answering(options, tasks))
     processes = run.prepared.processes
     processes.leave()
     if processes.main:

@@ -23,6 +23,10 @@ def without_effect(options: Options, adapters: bool, held_out_given: bool) -> st
             config.eval_tasks is not None,
             ["verifier", "num_generations", "max_completion_length"],
         ),
+        "eval_tasks and eval_steps are not both given": (
+            config.eval_tasks is not None and config.eval_steps > 0,
+            ["eval_task_problems"],
+        ),
         "step rewards are not used": (config.process_reward not in (None, "none"), ["process_coef"]),
         "report_to is none": (config.report_to != "none", ["run_name", "project"]),
     }

@@ -7,6 +7,7 @@ torch and transformers are imported.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,11 @@ from dqo.config.flags import check_flags, flag_sources, options_of_methods, take
 from dqo.config.rows import RowOptions
 from dqo.config.values import brief, refuse, suggestion, typed, value_problems
 from dqo.errors import UserError
-from dqo.grading.verifiers import VERIFIERS, VerifierName
+from dqo.grading.verifiers import expected_name, verifiers_help
 from dqo.objectives.base import Objective
 from dqo.objectives.registry import DEFAULT_METHOD, OBJECTIVES, methods_help, objective_class
 
 CPU_BATCH_TOKENS = 4096  # more leave the caches: 8,192 cost a quarter of the speed with a model of 1 M parameters
-
-
-def _verifier_help() -> str:
-    each = "; ".join(f"{name} {verifier.what}" for name, verifier in VERIFIERS.items())
-    return f"The verifier grades answers to eval_tasks: {each}."
 
 
 @dataclass(frozen=True)
@@ -79,8 +75,14 @@ class _RunOptions:
     eval_fraction: float = 0.1
     """This share of the prompts of dataset_name is held out for evaluation."""
     eval_tasks: str | None = None
-    """The file of problems (.jsonl with prompt and answer) that the model answers before and after training."""
-    verifier: Annotated[VerifierName | None, tyro.conf.arg(help=_verifier_help())] = None
+    """The file of problems (.jsonl with prompt and answer) that the model answers before and after training. The prompts are
+    strings, or messages for the chat template."""
+    eval_task_problems: int = 100
+    """With eval_steps the model answers this many of the problems of eval_tasks greedily at every evaluation, and eval_accuracy
+    and eval_unparsed are logged. 0 answers none of them during training."""
+    verifier: Annotated[
+        str | None, tyro.conf.arg(help=f"The verifier grades answers to eval_tasks. {verifiers_help()}")
+    ] = None
     num_generations: int = 4
     """The model samples this many answers to each problem of eval_tasks, beside the greedy one."""
     max_completion_length: int = 256
@@ -151,6 +153,9 @@ class TrainConfig(RowOptions, _RunOptions):
     """The tracker shows the run under this name. None takes output_dir."""
     project: str | None = None
     """The tracker (wandb, trackio) puts the run into this project. None takes WANDB_PROJECT, or dqo without it."""
+    shuffle_rewards: bool = False
+    """The rows that are trained on get each other's rewards, by the seed. Such a run is a control: whatever it gains is not
+    gained by the rewards. Held-out rows keep their own."""
     use_cpu: bool = False
     """The training runs on the CPU although there is an accelerator."""
     fsdp: bool = False
@@ -194,7 +199,7 @@ class TrainConfig(RowOptions, _RunOptions):
             need(getattr(self, name) >= 1, name, "at least 1")
         for name in ("gradient_accumulation_steps", "logging_steps", "save_steps", "save_total_limit", "lora_r"):
             need(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("value_warmup_steps", "warmup_steps", "weight_decay", "eval_steps"):
+        for name in ("value_warmup_steps", "warmup_steps", "weight_decay", "eval_steps", "eval_task_problems"):
             need(getattr(self, name) >= 0, name, "at least 0")
         for name in ("value_warmup_steps", "warmup_steps"):
             value = getattr(self, name)
@@ -224,6 +229,8 @@ class TrainConfig(RowOptions, _RunOptions):
             "None without metric_for_best_model",
         )
         need(self.eval_tasks is None or self.verifier is not None, "verifier", "set when eval_tasks is given")
+        expected = expected_name(self.verifier) if self.verifier is not None else None
+        need(expected is None, "verifier", expected or "")
         return found
 
 
@@ -330,5 +337,9 @@ def dump_options(options: Options) -> str:
 
 
 def command_line() -> str:
-    """The command as typed, for the report."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command that runs, as a shell takes it, for the report."""
+    program = Path(sys.argv[0])
+    name = [program.name]
+    if name == ["__main__.py"]:  # python -m dqo, or python -m dqo.train
+        name = ["python", "-m", "dqo.train" if program.parent.name == "train" else program.parent.name]
+    return shlex.join([*name, *sys.argv[1:]])

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from dqo.data.checks import FLOAT32_MAX
+from dqo.data.fields import FLOAT32_MAX
 from dqo.errors import UserError, closest
 from dqo.files import name_problem
 
@@ -63,7 +63,7 @@ SYNONYMS = {
     "seed": "random_seed rng_seed",
     "beta": "init_kl_coef kl kl_beta kl_coef kl_coeff kl_loss_coef kl_penalty tau",
     "lam": "gae_lambda lambda lambda_ lmbda",
-    "gamma": "discount discount_factor",
+    "gamma": "discount_factor",
     "value_coef": "critic_coef value_loss_coef vf_coef vf_loss_coef",
     "target_ema": "ema ema_decay target_tau",
     "is_cap": "clip_is is_clip importance_sampling_cap",
@@ -108,7 +108,8 @@ def typed(expected: Any, value: Any) -> Any:
         value = os.fspath(value)
     if getattr(value, "shape", None) == ():
         value = value.item()
-    options = (expected,) if get_origin(expected) is Literal or not get_args(expected) else get_args(expected)
+    whole = get_origin(expected) in (Literal, tuple) or not get_args(expected)
+    options = (expected,) if whole else get_args(expected)
     for option in options:
         origin = get_origin(option)
         if origin is tuple and isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
@@ -163,3 +164,24 @@ def refuse(problems: list[tuple[str, str]], sources: Mapping[str, str]) -> None:
     """Raises a UserError with a line for each problem, and where its value came from."""
     if problems:
         raise UserError("\n".join(f"{name} {what} (from {sources.get(name, 'default')})" for name, what in problems))
+
+
+def checked_config(cls: type, given: Mapping[str, Any]) -> Any:
+    """A command's dataclass from what a Python caller gave, each value checked as flags are.
+
+    Raises:
+        UserError: for an unknown option, and for values that do not fit.
+    """
+    hints = get_type_hints(cls)
+    names = {field.name for field in dataclasses.fields(cls)}
+    values = {}
+    for name, value in given.items():
+        if name not in names:
+            raise UserError(f"unknown option {brief(name)}.{suggestion(name, names)}")
+        try:
+            values[name] = typed(hints[name], value)
+        except TypeError as error:
+            raise UserError(f"{name} {error}") from error
+    config = cls(**values)
+    refuse(value_problems(config) or config.problems(), dict.fromkeys(given, "the call"))
+    return config

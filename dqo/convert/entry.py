@@ -53,7 +53,8 @@ def convert(
     rows, counts = FORMATS[format](source, **options)
     if not rows:
         raise UserError(f"{source}: no response is left to write")
-    rows = read_rows(rows)  # the checks of training, which name the source's line
+    scored = any(row.reward is not None or row.label is not None for row in rows)
+    rows = read_rows(rows, scored=scored)  # the checks of training, which name the source's line
     if not keep_annotations:
         if any(row.completion_ids for row in rows):
             raise UserError(f"{source}: has completion_ids, which annotations cannot be taken out of; keep them")
@@ -81,9 +82,11 @@ def summary(rows: list[Row]) -> dict[str, Any]:
         "rows": len(rows),
         "problems": len(rewards),
         "problems_with_mixed_rewards": sum(len(found) > 1 for found in rewards.values()),
-        "correct": sum(row.label for row in rows) / len(rows),
+        "correct": sum(bool(row.label) for row in rows) / len(rows),
         "not_ended": sum(row.finish_reason == "length" for row in rows),
     }
+    if all(row.reward is None for row in rows):
+        found |= {"problems_with_mixed_rewards": "not scored yet", "correct": "not scored yet"}
     paid = [reward for row in rows for reward in row.step_rewards or ()]
     if paid:
         found |= {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dqo.convert.source import Converted, each, list_of, source_records
-from dqo.data.checks import finite_number
+from dqo.data.fields import finite_number
 from dqo.data.forms import Record, shown
 from dqo.data.rows import Row
 from dqo.errors import UserError

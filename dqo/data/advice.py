@@ -69,9 +69,10 @@ def _unended(rows: list[Row], truncation: str) -> list[str]:
 
 
 def _step_rewards(rows: list[Row], process_reward: str | None) -> list[str]:
-    paid = [reward for row in rows for reward in row.step_rewards or ()]
+    paid = [reward for row in rows for reward in row.process_rewards or ()]
     if process_reward == "additive" and paid and not any(paid):
         return ["every step reward is 0: --process_reward additive pays nothing for steps"]
+    paid += [row.prompt_value for row in rows if row.prompt_value is not None]
     outside = sum(not 0 <= reward <= 1 for reward in paid)
     if process_reward == "potential" and outside:
         return [
@@ -86,7 +87,7 @@ def _magnitude(rows: list[Row], settings: Any, beta: float) -> list[str]:
     raise it to -log ref at most, one nat a token or less for a response that the reference may write: some hundred nats."""
 
     def paid(row: Row) -> float:
-        steps = sum(row.step_rewards or ()) if settings.process_reward == "additive" else 0.0
+        steps = sum(row.process_rewards or ()) if settings.process_reward == "additive" else 0.0
         return abs(settings.reward_scale * row.reward + settings.reward_shift + settings.process_coef * steps)
 
     largest = max(map(paid, rows))

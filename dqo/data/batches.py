@@ -20,13 +20,13 @@ from dqo.data.episodes import Episode
 
 Group = list[Episode]  # episodes that stay together: one, a pair, or a list
 # Columns (N,) of a batch that are not the objective's; those in the second line come from the models.
-COLUMNS = {"rewards", "label", "group", "behavior_logprobs", "ref_logprobs", "ref_lse"}
+COLUMNS = {"rewards", "label", "group", "turn_end", "behavior_logprobs", "ref_logprobs", "ref_lse"}
 COLUMNS |= {"values", "target_values", "bootstrap", "companion_mean"}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B episodes, N response rows. Row t is the state before action t."""
+    """B episodes, N response rows, one for each action. Row t is the state before action t."""
 
     input_ids: Tensor  # (B, L) right-padded, or (1, total) packed
     model_inputs: dict  # what a model's forward takes beside input_ids: nothing, or where the packed sequences are
@@ -97,16 +97,17 @@ def collate(
         ids, offsets = [row + [pad_id] * (longest - len(row)) for row in ids], longest * np.arange(len(episodes))
     states = []
     for e, offset in zip(episodes, offsets):
-        first = offset + len(e.prompt_ids) - 1  # the last prompt token is the state before the first action
-        states.append(np.arange(first, first + len(e.completion_ids)))
-    counts = np.array([len(e.completion_ids) for e in episodes])
-    columns = {name: _column(episodes, name) for name in ("rewards", "ref_logprobs", "ref_lse", "behavior_logprobs")}
+        # the token before an action is its state: of the first the last prompt token, after the environment its last one
+        states.append(offset + len(e.prompt_ids) - 1 + e.actions)
+    counts = np.array([e.action_count for e in episodes])
+    names = ("rewards", "turn_end", "ref_logprobs", "ref_lse", "behavior_logprobs")
+    columns = {name: _column(episodes, name) for name in names}
     columns["label"] = torch.from_numpy(np.repeat(np.array([e.label for e in episodes], np.float32), counts))
     columns["group"] = torch.from_numpy(np.repeat(np.repeat(np.arange(len(sizes)), sizes), counts))
     for name in episodes[0].columns:
         if all(name in e.columns for e in episodes):  # companions, which the reference sees too, have none
             columns[name] = torch.from_numpy(np.concatenate([e.columns[name] for e in episodes]))
-    actions = np.concatenate([e.completion_ids for e in episodes])
+    actions = np.concatenate([e.action_ids for e in episodes])
 
     def put(array):
         return torch.as_tensor(array).to(device)
@@ -161,7 +162,7 @@ def _longest(group: Group) -> int:
     return max(e.length for e in group)
 
 
-def _positions(groups: list[Group], packed: bool) -> int:
+def positions_of(groups: list[Group], packed: bool) -> int:
     """What a micro-batch of these groups computes."""
     if packed:
         return sum(_tokens(group) for group in groups)
@@ -220,11 +221,11 @@ def micro_batch_plan(
     for plan in plans:
         while len(plan) < count and any(len(batch) > 1 for batch in plan):
             # the largest with two groups or more
-            at = max(range(len(plan)), key=lambda i: (len(plan[i]) > 1) * _positions(plan[i], packed))
+            at = max(range(len(plan)), key=lambda i: (len(plan[i]) > 1) * positions_of(plan[i], packed))
             largest = plan.pop(at)
             half = len(largest) // 2
             plan += [largest[:half], largest[half:]]
-        plan.sort(key=lambda batch: _positions(batch, packed), reverse=True)
+        plan.sort(key=lambda batch: positions_of(batch, packed), reverse=True)
         result.append([*plan, *[None] * (count - len(plan))])
     return result
 
@@ -232,5 +233,5 @@ def micro_batch_plan(
 def unit_count(groups: list[Group], unit: str) -> int:
     """What the loss of one optimizer step is divided by: response tokens, responses, or groups."""
     if unit == "token":
-        return sum(len(e.completion_ids) for group in groups for e in group)
+        return sum(e.action_count for group in groups for e in group)
     return len(groups) if unit == "group" else sum(map(len, groups))

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dqo.data.rows import Row
+from dqo.data.rows import Prompted, Row
 from dqo.errors import UserError
 
 _PLAIN = {"role", "content"}
@@ -81,7 +81,7 @@ def _read(key: str, source: str) -> bool:
     return re.search(rf"(?<!\w)(?:{names})(?!\w)", source) is not None
 
 
-def prompt_text(tokenizer, row: Row) -> str:
+def prompt_text(tokenizer, row: Prompted) -> str:
     """The prompt as the policy reads it: messages with the head of the answer, or with their last one open when it is the
     assistant's own.
 
@@ -96,7 +96,7 @@ def prompt_text(tokenizer, row: Row) -> str:
             "use string prompts or a tokenizer with a template"
         )
     goes_on = row.prompt[-1]["role"] == "assistant"
-    return _render(tokenizer, row, row.prompt, continue_final_message=goes_on, add_generation_prompt=not goes_on)
+    return rendered(tokenizer, row, row.prompt, continue_final_message=goes_on, add_generation_prompt=not goes_on)
 
 
 def completion_after(tokenizer, row: Row, prompt: str, end: str) -> Completion:
@@ -110,13 +110,13 @@ def completion_after(tokenizer, row: Row, prompt: str, end: str) -> Completion:
     """
     content = completion_text(row)
     if isinstance(row.prompt, str) or isinstance(row.completion, str):
-        return _opened_once(prompt, Completion(content))
+        return opened_once(prompt, Completion(content))
     message = row.completion[-1]
     source = template_text(tokenizer)
     more = sorted(key for key, value in message.items() if value and key not in _PLAIN and _read(key, source))
     if not more:
-        return _opened_once(prompt, Completion(content))
-    whole = _render(tokenizer, row, [*row.prompt, message])
+        return opened_once(prompt, Completion(content))
+    whole = rendered(tokenizer, row, [*row.prompt, message])
     if row.prompt[-1]["role"] == "assistant" or not whole.startswith(prompt):
         raise UserError(
             f"the completion has {', '.join(more)}, and the chat template does not write it as a continuation of the prompt; "
@@ -126,7 +126,7 @@ def completion_after(tokenizer, row: Row, prompt: str, end: str) -> Completion:
     text = text[: text.rindex(end)] if end in text else text
     if row.steps and content not in text:
         raise UserError("the chat template changes the completion's content, so steps cannot be placed; drop steps")
-    return _opened_once(prompt, Completion(text, max(text.rfind(content), 0)))
+    return opened_once(prompt, Completion(text, max(text.rfind(content), 0)))
 
 
 def opening(prompt: str) -> str | None:
@@ -135,7 +135,8 @@ def opening(prompt: str) -> str | None:
     return found[0].rstrip() if found else None
 
 
-def _opened_once(prompt: str, completion: Completion) -> Completion:
+def opened_once(prompt: str, completion: Completion) -> Completion:
+    """The completion without a tag that opens the reasoning and ends the prompt already."""
     tag, text = opening(prompt), completion.text.lstrip()
     if tag is None or not text.startswith(tag):
         return completion
@@ -143,7 +144,12 @@ def _opened_once(prompt: str, completion: Completion) -> Completion:
     return Completion(text, completion.shift - (len(completion.text) - len(text)))
 
 
-def _render(tokenizer, row: Row, messages: list[dict], **options) -> str:
+def rendered(tokenizer, row: Prompted, messages: list[dict], **options) -> str:
+    """What the chat template writes for these messages of the row.
+
+    Raises:
+        UserError: when the template refuses them.
+    """
     try:
         more = row.chat_template_kwargs or {}
         return tokenizer.apply_chat_template(messages, tools=row.tools, tokenize=False, **options, **more)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
+from dqo.data.fields import each, finite_number, is_int, numbers, truth_of
 from dqo.data.forms import Record, shown
 from dqo.data.json_text import DoubledKey, decode
+from dqo.data.turns import turn_fields
 from dqo.errors import UserError
 from dqo.grading.text import line_spans
 
@@ -27,11 +26,6 @@ _OURS = {  # what apply_chat_template is called with
     *("padding", "truncation", "max_length", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs"),
     "sanitize_control_tokens",
 }
-_TRUE, _FALSE = (
-    {"1", "true", "yes", "y", "+", "correct", "right", "good"},
-    {"0", "false", "no", "n", "-", "incorrect", "wrong", "bad"},
-)
-FLOAT32_MAX = 3.4028234663852886e38  # rewards, log-probabilities and options become float32 tensors
 _ROUNDING = 1e-5  # a log-probability this little above 0 is 0 up to a sampler's rounding
 
 
@@ -57,31 +51,32 @@ def _kind(value: Any) -> str:
     return "list of messages" if isinstance(value, (list, tuple)) else "string"
 
 
-def checked(record: Record, common: Common, reward_threshold: float) -> dict[str, Any]:
-    """The fields of a row, each of its type.
+def checked(record: Record, common: Common, reward_threshold: float, scored: bool = True) -> dict[str, Any]:
+    """The fields of a row, each of its type. `scored`: it must have a reward or a label.
 
     Raises:
         UserError: for the first field that does not fit; the message begins with the field's name.
     """
     values = record.values
-    prompt = _conversation(values["prompt"], "prompt")
+    prompt = conversation(values["prompt"], "prompt")
     if _kind(prompt) != common.prompts:
         raise UserError(f"prompt is a {_kind(prompt)} but most rows have a {common.prompts}; one file holds one kind")
     if not prompt:
         raise UserError("prompt is empty; the first token of a response needs something before it")
-    completion, text = _completion(values["completion"], record.name("completion"))
+    sampled = values.get("completion_ids") is not None  # a model may answer with nothing but its end
+    completion, text = _completion(values["completion"], record.name("completion"), sampled)
     if _kind(prompt) != _kind(completion):
         raise UserError(
             f"prompt is a {_kind(prompt)} but {record.name('completion')} is a {_kind(completion)}; "
             "expected two strings, or two lists of messages"
         )
-    if not all(_each(values.get("env_mask", ()), "env_mask", lambda flag, _: flag)):
-        raise UserError("env_mask has zeros; tokens of tools are not supported, drop the row")
-    reward, label = _outcome(record, common, reward_threshold)
+    unscored = not scored and values.get("reward") is None and values.get("label") is None
+    reward, label = (None, None) if unscored else _outcome(record, common, reward_threshold)
     steps, step_rewards = _steps(record, text)
-    prompt_ids, completion_ids = (_ids(record, name) for name in ("prompt_ids", "completion_ids"))
-    if prompt_ids is not None and completion_ids is None:
+    ids = {name: ids_of(record, name) for name in ("prompt_ids", "completion_ids")}
+    if ids["prompt_ids"] is not None and ids["completion_ids"] is None:
         raise UserError("prompt_ids without completion_ids; give both, or neither")
+    turns = turn_fields(record, completion, ids)
     return {
         "prompt": prompt,
         "completion": completion,
@@ -89,14 +84,16 @@ def checked(record: Record, common: Common, reward_threshold: float) -> dict[str
         "label": label,
         "steps": steps,
         "step_rewards": step_rewards,
-        "prompt_ids": prompt_ids,
-        "completion_ids": completion_ids,
-        "logprobs": _logprobs(record, completion_ids, common),
+        "prompt_value": finite_number(values["prompt_value"], "prompt_value") if "prompt_value" in values else None,
+        **ids,
+        **turns,
+        "logprobs": _logprobs(record, ids["completion_ids"], turns["env_mask"], common),
         "finish_reason": _finish_reason(values.get("finish_reason")),
-        "answer": _word(values.get("answer"), "answer"),
-        "prompt_id": _word(values.get("prompt_id"), "prompt_id"),
-        "sampling": _sampling(values.get("sampling")),
-        **({} if isinstance(prompt, str) else _of_templates(values)),
+        "answer": word(values.get("answer"), "answer"),
+        "prompt_id": word(values.get("prompt_id"), "prompt_id"),
+        "sampling": _object(values.get("sampling"), "sampling", '{"model": "sft", "temperature": 1.0}'),
+        "grading": _object(values.get("grading"), "grading", '{"verifier": "gsm8k", "outcome": "right"}'),
+        **({} if isinstance(prompt, str) else of_templates(values)),
     }
 
 
@@ -111,7 +108,7 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _conversation(value: Any, name: str) -> str | list[dict]:
+def conversation(value: Any, name: str) -> str | list[dict]:
     if not isinstance(value, (list, tuple)):
         return _text(value, name)
     messages = []
@@ -128,56 +125,25 @@ def _conversation(value: Any, name: str) -> str | list[dict]:
     return messages
 
 
-def _completion(value: Any, name: str) -> tuple[str | list[dict], str]:
-    completion = _conversation(value, name)
+def _completion(value: Any, name: str, may_be_empty: bool) -> tuple[str | list[dict], str]:
+    completion = conversation(value, name)
     if isinstance(completion, str):
         text = completion
-    elif len(completion) != 1 or completion[0]["role"] != "assistant":
+    elif not completion or completion[0]["role"] != "assistant":
         raise UserError(
-            f"{name} has messages of {shown([m['role'] for m in completion])}; expected one, of assistant, "
-            "with content. What comes before it belongs to prompt"
+            f"{name} has messages of {shown([m['role'] for m in completion])}; expected the first of assistant. What comes "
+            "before it belongs to prompt"
         )
     else:
+        for i, message in enumerate(completion[1:], 1):
+            if message["role"] == "assistant" and not (message.get("content", "").strip() or message.get("tool_calls")):
+                raise UserError(f"{name}[{i}] is a message of assistant without content; expected a turn, drop the row")
         text = completion[0].get("content", "")
         if completion[0].get("tool_calls"):  # a response without content
             return completion, text
-    if not text.strip():
+    if not text.strip() and not may_be_empty:
         raise UserError(f"{name} is empty or only whitespace ({shown(text)}); expected a response, drop the row")
     return completion, text
-
-
-def finite_number(value: Any, name: str) -> float:
-    """A finite number. Ints are accepted, bools and strings are not."""
-    if isinstance(value, bool):
-        raise UserError(f"{name} is {shown(value)}, a bool; expected a number: {float(value)}, or use the label column")
-    if isinstance(value, str):
-        cure = ": cast it with float()"
-        try:
-            float(value)
-        except ValueError:
-            truth = _truth(value)
-            known = f": {float(truth or 0)}, or use the label column with {str(truth).lower()}"
-            cure = ", or drop the row" if truth is None else known
-        raise UserError(f"{name} is {shown(value)}, a string; expected a number{cure}")
-    if not isinstance(value, Real):
-        raise UserError(f"{name} is {shown(value)}; expected a number, or drop the row")
-    try:
-        result = float(value)
-    except OverflowError:
-        result = math.inf
-    if not math.isfinite(result):
-        raise UserError(
-            f"{name} is {shown(result)}; expected a finite number: score the response again, or drop the row"
-        )
-    if abs(result) > FLOAT32_MAX:
-        raise UserError(f"{name} is {result}; float32 holds at most {FLOAT32_MAX:.2g}: rescale it, or drop the row")
-    return result
-
-
-def _truth(value: Any) -> bool | None:
-    """The boolean that a word or number stands for; None where that is not known."""
-    word = str(value).strip().lower().removesuffix(".0")
-    return True if word in _TRUE else False if word in _FALSE else None
 
 
 def _outcome(record: Record, common: Common, reward_threshold: float) -> tuple[float, bool]:
@@ -185,7 +151,7 @@ def _outcome(record: Record, common: Common, reward_threshold: float) -> tuple[f
     values = record.values
     name, label = record.name("reward"), values.get("label")
     if label is not None and not isinstance(label, bool):
-        truth = _truth(label)
+        truth = truth_of(label)
         meant = "" if truth is None else f": write {str(truth).lower()}"
         raise UserError(
             f"{record.name('label')} is {shown(label)}; labels are true or false{meant}. "
@@ -204,22 +170,9 @@ def _outcome(record: Record, common: Common, reward_threshold: float) -> tuple[f
     return reward, reward > reward_threshold if label is None else label
 
 
-def _each(value: Any, name: str, check: Callable[[Any, str], Any]) -> list:
-    if not isinstance(value, (list, tuple)):
-        raise UserError(f"{name} is {shown(value)}; expected a list")
-    return [check(item, f"{name}[{i}]") for i, item in enumerate(value)]
-
-
-def _numbers(value: Any, name: str) -> list[float]:
-    usual = isinstance(value, (list, tuple)) and set(map(type, value)) == {float}  # and fast
-    if usual and all(map(math.isfinite, value)) and max(map(abs, value)) <= FLOAT32_MAX:
-        return list(value)
-    return _each(value, name, finite_number)
-
-
 def _steps(record: Record, text: str) -> tuple[list[tuple[int, int]] | None, list[float] | None]:
     values, name = record.values, record.name("step_rewards")
-    rewards = _numbers(values["step_rewards"], name) if "step_rewards" in values else None
+    rewards = numbers(values["step_rewards"], name) if "step_rewards" in values else None
     if "steps" in values:
         steps = _spans(values["steps"], len(text))
     elif rewards is None:
@@ -239,7 +192,7 @@ def _spans(value: Any, length: int) -> list[tuple[int, int]]:
     position = 0
     spans = []
     for i, span in enumerate(value if isinstance(value, (list, tuple)) else [value]):
-        if not isinstance(span, (list, tuple)) or len(span) != 2 or not all(_is_int(x) for x in span):
+        if not isinstance(span, (list, tuple)) or len(span) != 2 or not all(is_int(x) for x in span):
             raise UserError(f"steps[{i}] is {shown(span)}; {cure}")
         start, end = map(int, span)
         if start != position:
@@ -254,11 +207,7 @@ def _spans(value: Any, length: int) -> list[tuple[int, int]]:
     return spans
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _ids(record: Record, name: str) -> list[int] | None:
+def ids_of(record: Record, name: str) -> list[int] | None:
     ids, name = record.values.get(name), record.name(name)
     if ids is None:
         return None
@@ -267,16 +216,18 @@ def _ids(record: Record, name: str) -> list[int] | None:
         return list(ids)
 
     def token(value: Any, name: str) -> int:
-        if not _is_int(value) or value < 0:
+        if not is_int(value) or value < 0:
             raise UserError(f"{name} is {shown(value)}; expected token ids, integers from 0 up")
         return int(value)
 
-    if not _each(ids, name, token):
+    if not each(ids, name, token):
         raise UserError(f"{name} is an empty list; expected at least one token id, or no column {name}")
     return [int(value) for value in ids]
 
 
-def _logprobs(record: Record, completion_ids: list[int] | None, common: Common) -> list[float] | None:
+def _logprobs(
+    record: Record, completion_ids: list[int] | None, env_mask: list[int] | None, common: Common
+) -> list[float] | None:
     name, logprobs = record.name("logprobs"), record.values.get("logprobs")
     if logprobs is None:
         if common.logprobs:
@@ -285,7 +236,11 @@ def _logprobs(record: Record, completion_ids: list[int] | None, common: Common) 
     if completion_ids is None:
         raise UserError(f"{name} without completion_ids; expected the token ids that the log-probabilities belong to")
 
-    logprobs = _numbers(logprobs, name)
+    if env_mask is not None and isinstance(logprobs, (list, tuple)) and len(logprobs) == len(env_mask):
+        logprobs = [
+            value if of_model else 0.0 for value, of_model in zip(logprobs, env_mask)
+        ]  # the others may be anything
+    logprobs = numbers(logprobs, name)
     worst = max(logprobs, default=0.0)
     if worst > _ROUNDING:
         raise UserError(
@@ -307,15 +262,15 @@ def _finish_reason(value: Any) -> str | None:
     return value
 
 
-def _word(value: Any, name: str) -> str | None:
-    if _is_int(value):
+def word(value: Any, name: str) -> str | None:
+    if is_int(value):
         return str(value)
     if value is not None and not isinstance(value, str):
         raise UserError(f"{name} is {shown(value)}; expected a string")
     return value if value is None else _text(value, name)
 
 
-def _of_templates(values: dict[str, Any]) -> dict[str, Any]:
+def of_templates(values: dict[str, Any]) -> dict[str, Any]:
     """What chat templates get beside the messages: tools (a list, or its JSON text, as in TRL) and further names."""
     tools, more = values.get("tools"), values.get("chat_template_kwargs")
     if isinstance(tools, str):
@@ -338,9 +293,7 @@ def _of_templates(values: dict[str, Any]) -> dict[str, Any]:
     return {"tools": list(tools) if tools else None, "chat_template_kwargs": more or None}
 
 
-def _sampling(value: Any) -> dict | None:
+def _object(value: Any, name: str, example: str) -> dict | None:
     if value is not None and not isinstance(value, dict):
-        raise UserError(
-            f'sampling is {shown(value)}; expected an object such as {{"model": "sft", "temperature": 1.0}}'
-        )
+        raise UserError(f"{name} is {shown(value)}; expected an object such as {example}")
     return value

@@ -35,13 +35,18 @@ FIELDS = (
     "label",
     "steps",
     "step_rewards",
+    "prompt_value",
     "prompt_ids",
     "completion_ids",
     "logprobs",
+    "env_mask",
+    "turn_spans",
+    "turn_rewards",
     "finish_reason",
     "answer",
     "prompt_id",
     "sampling",
+    "grading",
     "tools",
     "chat_template_kwargs",
 )
@@ -49,12 +54,12 @@ _HARMLESS = {
     "answer",
     "prompt_id",
     "sampling",
-    "env_mask",
+    "grading",
     "tools",
     "chat_template_kwargs",
 }  # nothing is lost when a column like these is ignored
 _OF_TEMPLATES = ("tools", "chat_template_kwargs")  # of messages
-_OF_THE_PROMPT = ("prompt", "prompt_ids", "prompt_id", "answer", "sampling", *_OF_TEMPLATES)
+_OF_THE_PROMPT = ("prompt", "prompt_ids", "prompt_id", "answer", "sampling", "prompt_value", *_OF_TEMPLATES)
 _EACH = {  # columns of a grouped row with one value for each completion -> the field they become
     "rewards": "reward",
     "labels": "label",
@@ -62,8 +67,12 @@ _EACH = {  # columns of a grouped row with one value for each completion -> the 
     "step_rewards": "step_rewards",
     "completion_ids": "completion_ids",
     "logprobs": "logprobs",
+    "env_mask": "env_mask",
+    "turn_spans": "turn_spans",
+    "turn_rewards": "turn_rewards",
     "finish_reasons": "finish_reason",
 }
+MASKS = ("response_mask", "completion_mask", "assistant_masks", "tool_mask")  # what others call env_mask
 _NEEDED = {
     "flat": ("prompt", "completion"),
     "grouped": ("prompt", "completions", "rewards"),
@@ -71,6 +80,14 @@ _NEEDED = {
     "stepwise": ("prompt", "completions", "labels"),
     "oreo": ("prompt", "response", "reward"),
 }
+_OF_STEPS = (
+    "completion",
+    "steps",
+    "step_rewards",
+    "env_mask",
+    "turn_spans",
+    "turn_rewards",
+)  # that a stepwise row has not
 _USED = {  # columns that are read besides; in the other forms all of FIELDS
     "grouped": (*_OF_THE_PROMPT, *_EACH),
     "preference": _OF_THE_PROMPT,
@@ -102,8 +119,9 @@ def form_of(values: dict[str, Any]) -> str:
     return "oreo" if "response" in values else "flat"
 
 
-def check_columns(name: str, records: list[Record]) -> str:
-    """The form of most rows. Drops null values, which stand for columns that a row does not have.
+def check_columns(name: str, records: list[Record], scored: bool = True) -> str:
+    """The form of most rows. Drops null values, which stand for columns that a row does not have. `scored`: flat rows need a
+    reward or a label.
 
     Raises:
         UserError: for a column that looks like a misspelling, and for a needed column that no row has.
@@ -111,12 +129,13 @@ def check_columns(name: str, records: list[Record]) -> str:
     for record in records:
         # a reward that could not be computed must be heard, not replaced by the label
         record.values = {key: v for key, v in record.values.items() if v is not None or key == "reward"}
+        _name_mask(record)
     rewarded = any(record.values.get("reward") is not None for record in records)
     if not rewarded and any("label" in record.values for record in records):
         for record in records:
             record.values.pop("reward", None)
     form = Counter(form_of(record.values) for record in records).most_common(1)[0][0]
-    known = {*_NEEDED[form], *((*_OF_THE_PROMPT, *_EACH) if form == "grouped" else FIELDS), "env_mask"}
+    known = {*_NEEDED[form], *((*_OF_THE_PROMPT, *_EACH) if form == "grouped" else FIELDS)}
     meant: dict[str, str | None] = {}
     misspelt: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -134,7 +153,7 @@ def check_columns(name: str, records: list[Record]) -> str:
                 misspelt[key] += 1
                 first.setdefault(key, record.source)
     missing = [column for column in _NEEDED[form] if column not in found]
-    if form == "flat" and "reward" not in found and "label" not in found:
+    if form == "flat" and scored and "reward" not in found and "label" not in found:
         missing.append("reward (or label)")
     names = set(map(str, found))
     structure = structure_hint(names) if missing else ""
@@ -157,9 +176,17 @@ def check_columns(name: str, records: list[Record]) -> str:
     return form
 
 
+def _name_mask(record: Record) -> None:
+    """Calls the mask of stored ids env_mask, whatever its column is called."""
+    mask = next((name for name in MASKS if name in record.values), None)
+    if mask is not None and "completion_ids" in record.values and "env_mask" not in record.values:
+        record.values["env_mask"] = record.values.pop(mask)
+        record.names["env_mask"] = mask
+
+
 def _name_unused(name: str, records: list[Record], form: str) -> None:
     """One line for the columns that nothing reads."""
-    used = {*_NEEDED[form], *(_USED.get(form) or (*FIELDS, "env_mask"))}
+    used = {*_NEEDED[form], *(_USED.get(form) or FIELDS)}
     if not any(isinstance(record.values.get("prompt"), (list, tuple)) for record in records):
         used -= set(_OF_TEMPLATES)
     counts = Counter(key for record in records for key in record.values if key not in used)

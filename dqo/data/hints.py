@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 _GROUPED = "one row a prompt, with the lists completions (strings) and rewards (numbers)"
 _CHOICE = "This looks like pairs with a choice: write prompt, chosen and rejected (the response that was chosen, and the other)"
 _UNSAMPLED = "These look like problems without responses: sample responses and grade them first"
 
 _STRUCTURES: tuple[tuple[set[str], str], ...] = (  # columns found -> what the file is; the first that fits
+    ({"prompt", "completion", "sampling"}, "These are samples that nobody has graded: score them with `dqo score`"),
     ({"question", "ground_truth"}, "This looks like GSM8K's graded solutions: run `dqo convert gsm8k-solutions` on it"),
     ({"question", "label", "labeler"}, "This looks like PRM800K: run `dqo convert prm800k` on it"),
     ({"input", "label"}, "This looks like Math-Shepherd: run `dqo convert math-shepherd` on it"),
@@ -133,3 +136,11 @@ def renaming_hint(found: set[str]) -> str:
         )
     kind = "demonstrations" if not graded else "graded responses"
     return f"This looks like {kind}: {', '.join(parts)}"
+
+
+def prompt_hint(found: Iterable[str]) -> str:
+    """Which column of a file without `prompt` holds the prompts, by the names that people give it; "" when none is known."""
+    named = [name for name in _PROMPTS if name in found]
+    if named:
+        return f"; rename {named[0]} to prompt"
+    return "; take the last assistant's message off messages, and rename it to prompt" if "messages" in found else ""

@@ -57,9 +57,16 @@ def clean_prompt(ids: list[int], stored: bool, of_template: bool, specials: Spec
 
 
 def clean_completion(
-    ids: list[int], logprobs: list[float] | None, cut: bool, ends: Ends, specials: Specials, cuts: Counter
+    ids: list[int],
+    logprobs: list[float] | None,
+    cut: bool,
+    ends: Ends,
+    specials: Specials,
+    cuts: Counter,
+    before: int = 0,
 ) -> tuple[list[int], list[float] | None]:
-    """Stored ids of a completion, and their log-probabilities, up to the first end. `cut`: the response did not end.
+    """Stored ids of a completion, or of its last turn, and their log-probabilities, up to the first end. `cut`: the response did
+    not end. `before`: ids of the completion before these.
 
     Raises:
         UserError: when the response goes on after an end.
@@ -74,8 +81,8 @@ def clean_completion(
     first = next((i for i in range(begin, end) if ids[i] in ends.stops), None)
     if first is not None:
         raise UserError(
-            f"completion_ids has the end token {ids[first]} at position {first}, and goes on after it; cut it there, or drop "
-            "the row"
+            f"completion_ids has the end token {ids[first]} at position {before + first}, and goes on after it; cut it there, or "
+            "drop the row"
         )
     tail = ids[end:]
     if cut:  # one end token is what a sampler wrote; more are padding

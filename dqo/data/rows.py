@@ -9,11 +9,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dqo.data.checks import Common, checked
 from dqo.data.forms import Record, check_columns, to_flat
 from dqo.data.sources import BadRow, progress, read_records
+from dqo.data.turns import turn_count
 from dqo.errors import UserError
 from dqo.files import replacing
 
@@ -23,30 +24,62 @@ _LISTED = 10  # problems in one message
 _NAMED = 9  # further rows that are named with a problem
 
 
+class Prompted(Protocol):
+    """What is read of a row, or of a prompt, before its response."""
+
+    @property
+    def prompt(self) -> str | list[dict]: ...
+    @property
+    def tools(self) -> list[dict] | None: ...
+    @property
+    def chat_template_kwargs(self) -> dict | None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One response. What `read_rows` returns always has reward and label."""
+    """One response. What `read_rows` returns always has reward and label, unless unscored rows were asked for."""
 
     prompt: str | list[dict]
-    completion: str | list[dict]  # of the prompt's kind; messages: one, of the assistant
+    completion: str | list[dict]  # of the prompt's kind; messages: the first of assistant
     # None only before `read_rows` has read a row that a caller made: typed as what all other code sees
     reward: float = None  # type: ignore[assignment]  # of the outcome alone
     label: bool = None  # type: ignore[assignment]
     steps: list[tuple[int, int]] | None = None  # character spans that cover the completion
     step_rewards: list[float] | None = None  # one for each step
+    prompt_value: float | None = (
+        None  # the pass rate of the prompt: where step rewards are potentials, that of the first state
+    )
     prompt_ids: list[int] | None = None
     completion_ids: list[int] | None = None
     logprobs: list[float] | None = None  # the sampler's, one for each of completion_ids
+    env_mask: list[int] | None = None  # of completion_ids, 1 where the model wrote the token; None: everywhere
+    turn_spans: list[tuple[int, int]] | None = (
+        None  # character spans of the model's turns; None: all of it is one, or messages
+    )
+    turn_rewards: list[float] | None = None  # one for each turn of the model
     finish_reason: str | None = None  # "stop" or "length"
     answer: str | None = None
     prompt_id: str | None = None
-    sampling: dict | None = None
+    sampling: dict | None = None  # what sampled it
+    grading: dict | None = None  # what graded it, and how that ended
     tools: list[dict] | None = None  # what the chat template is told of, beside the messages
     chat_template_kwargs: dict | None = None
     source: str = ""  # "rollouts.jsonl:12"; not written to files
 
+    @property
+    def turns(self) -> int:
+        """How many times the model had its turn."""
+        return turn_count(self.completion, self.env_mask, self.turn_spans)
 
-def read_rows(source: Any, *, skip_bad_rows: bool = False, reward_threshold: float = 0.5) -> list[Row]:
+    @property
+    def process_rewards(self) -> list[float] | None:
+        """Rewards on the way: of steps, or of turns."""
+        return self.turn_rewards if self.step_rewards is None else self.step_rewards
+
+
+def read_rows(
+    source: Any, *, skip_bad_rows: bool = False, reward_threshold: float = 0.5, scored: bool = True
+) -> list[Row]:
     """Reads and checks rows.
 
     Args:
@@ -55,12 +88,15 @@ def read_rows(source: Any, *, skip_bad_rows: bool = False, reward_threshold: flo
             datasets.Dataset) or of Rows; in any one of the forms of `dqo.data.forms`.
         skip_bad_rows: drop rows that do not fit and log how many, instead of raising.
         reward_threshold: a row without a label is right when its reward is above this.
+        scored: False: flat rows may lack both reward and label, which are None then, as `dqo sample` writes them.
 
     Raises:
         UserError: naming the first ten rows that do not fit, each with its file and line.
     """
     name, records, problems = read_records(source)
-    return rows_of(name, records, problems, skip_bad_rows=skip_bad_rows, reward_threshold=reward_threshold)
+    return rows_of(
+        name, records, problems, skip_bad_rows=skip_bad_rows, reward_threshold=reward_threshold, scored=scored
+    )
 
 
 def rows_of(
@@ -70,11 +106,12 @@ def rows_of(
     *,
     skip_bad_rows: bool = False,
     reward_threshold: float = 0.5,
+    scored: bool = True,
 ) -> list[Row]:
     """The rows of records as `read_records` returns them; see `read_rows`."""
     flat, rows, problems = [], [], list(problems)
     if records:
-        form = check_columns(name, records)
+        form = check_columns(name, records, scored)
         if form != "flat":
             logger.info("%s: read as %s rows", name, form)
         for record in records:
@@ -85,7 +122,7 @@ def rows_of(
     common = Common.of(flat)
     for record in progress(flat, f"check {name}"):
         try:
-            rows.append(Row(**checked(record, common, reward_threshold), source=record.source))
+            rows.append(Row(**checked(record, common, reward_threshold, scored), source=record.source))
         except UserError as error:
             problems.append(BadRow(record.index, record.source, str(error)))
     if problems:
@@ -131,7 +168,7 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
             file.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def prompt_key(row: Row) -> str:
+def prompt_key(row: Prompted) -> str:
     """A key that rows of the same prompt share, and no others."""
     more = [row.tools, row.chat_template_kwargs] if row.tools or row.chat_template_kwargs else []
     return json.dumps([row.prompt, *more] if more else row.prompt, sort_keys=True)
@@ -144,7 +181,7 @@ def check_contrast(rows: list[Row]) -> str:
         UserError: when all rewards are equal and no step has a reward, so that there is nothing to learn.
     """
     rewards = {row.reward for row in rows}
-    if len(rewards) == 1 and not any(any(row.step_rewards or ()) for row in rows):
+    if len(rewards) == 1 and not any(any(row.process_rewards or ()) for row in rows):
         raise UserError(
             f"every reward is {rewards.pop()}: nothing to learn. Check the grader, or add responses that it "
             "rewards differently"
@@ -161,19 +198,36 @@ def check_contrast(rows: list[Row]) -> str:
 
 
 def check_process_reward(rows: list[Row], name: str, process_reward: str | None) -> None:
-    """Refuses step rewards without a choice of what they do, and a choice without step rewards."""
-    has_steps = any(row.step_rewards is not None for row in rows)
-    if has_steps and process_reward is None:
+    """Refuses rewards of steps or turns without a choice of what they do, a choice without any, and potentials that differ where
+    they belong to one state."""
+    found = next((row for row in rows if row.process_rewards is not None), None)
+    if process_reward == "potential":
+        _check_prompt_values(rows, name)
+        found = found or next((row for row in rows if row.prompt_value is not None), None)
+    if found is not None and process_reward is None:
+        what = "step" if found.turn_rewards is None else "turn"
         raise UserError(
-            f"{name} has step_rewards; choose what they do: --process_reward additive (added on the last token of their "
-            "step), --process_reward potential (they are pass rates of the prefixes, whose differences are paid and move no "
+            f"{name} has {what}_rewards; choose what they do: --process_reward additive (added on the last token of their "
+            f"{what}), --process_reward potential (they are pass rates of the prefixes, whose differences are paid and move no "
             "optimum) or --process_reward none"
         )
-    if not has_steps and process_reward not in (None, "none"):
+    if found is None and process_reward not in (None, "none"):
         raise UserError(
             f"{name} has no step_rewards, so --process_reward {process_reward} would do nothing; drop the option, or add "
-            "steps and step_rewards"
+            "steps and step_rewards, or turn_rewards"
         )
+
+
+def _check_prompt_values(rows: list[Row], name: str) -> None:
+    """A potential of the prompt that all its rows share moves no optimum; different ones are rewards."""
+    values: dict[str, Row] = {}
+    for row in rows:
+        first = values.setdefault(prompt_key(row), row)
+        if row.prompt_value != first.prompt_value:
+            raise UserError(
+                f"{row.source or name}: prompt_value is {row.prompt_value}, and {first.source or 'a row'} of the same prompt has "
+                f"{first.prompt_value}; as potentials they must be equal: give every row of a prompt one value, or none"
+            )
 
 
 def duplicate_count(rows: list[Row]) -> int:

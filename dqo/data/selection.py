@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dqo.data.batches import COLUMNS, Group
-from dqo.data.episodes import Episode
+from dqo.data.episodes import Episode, first_tokens
 from dqo.errors import UserError
 from dqo.objectives.base import Columns, Objective, Selection
 
@@ -47,12 +47,12 @@ class EpisodeColumns:
 
     @cached_property
     def length(self) -> np.ndarray:
-        return np.array([len(e.completion_ids) for e in self._episodes], dtype=np.int64)
+        return np.array([e.action_count for e in self._episodes], dtype=np.int64)
 
     @cached_property
     def same_as(self) -> np.ndarray:
         first: dict[tuple, int] = {}
-        keys = ((e.prompt_index, tuple(e.completion_ids)) for e in self._episodes)
+        keys = ((e.prompt_index, tuple(e.completion_ids), _holes(e)) for e in self._episodes)
         return np.array([first.setdefault(key, i) for i, key in enumerate(keys)], dtype=np.int64)
 
     @property
@@ -76,6 +76,11 @@ def selected(objective: Objective, episodes: list[Episode]) -> list[Group]:
         for e, companion in zip(episodes, np.asarray(selection.companions).tolist()):
             e.companion = None if companion < 0 else mismatched(e, episodes[companion], longest)
     return [[episodes[row] for row in np.asarray(group).tolist()] for group in selection.groups]
+
+
+def _holes(episode: Episode) -> bytes:
+    """Which tokens of the completion are the environment's; equal ids may differ in it."""
+    return b"" if episode.env_mask is None else episode.env_mask.tobytes()
 
 
 def _array(values: Any, kinds: str) -> np.ndarray | str:
@@ -161,17 +166,19 @@ def selection_fingerprint(groups: list[Group]) -> str:
             for name, values in sorted(e.columns.items()):
                 digest.update(name.encode() + values.tobytes())
             if e.companion is not None:
-                digest.update(np.asarray(e.companion.completion_ids, np.int64).tobytes())
+                digest.update(np.asarray(e.companion.completion_ids, np.int64).tobytes() + _holes(e.companion))
     return digest.hexdigest()
 
 
 def mismatched(episode: Episode, other: Episode, longest: int) -> Episode:
-    """The prompt of one with the completion of the other, cut where both would have more than `longest` tokens."""
-    completion = other.completion_ids[: longest - len(episode.prompt_ids)]
+    """The prompt of one with the completion of the other, cut where both would have more than `longest` tokens, and after its
+    first action at the earliest."""
+    room = max(longest - len(episode.prompt_ids), int(other.actions[0]) + 1)
+    completion, env_mask, actions = first_tokens(other.completion_ids, other.env_mask, room)
     return replace(
         episode,
         completion_ids=completion,
-        rewards=np.zeros(len(completion), dtype=np.float32),
+        rewards=np.zeros(actions, dtype=np.float32),
         reward=0.0,
         label=False,
         terminated=True,
@@ -183,4 +190,6 @@ def mismatched(episode: Episode, other: Episode, longest: int) -> Episode:
         ref_lse=None,
         columns={},
         companion=None,
+        env_mask=env_mask,
+        turn_ends=[end for end in other.turn_ends if end < actions],
     )

@@ -1,7 +1,7 @@
-"""Turns rows into token ids, and finds the tokens that end their steps.
+"""Turns rows into token ids, and finds the tokens that end their steps and turns.
 
 Prompt and completion are tokenised apart and joined as ids, so that no token straddles the boundary; stored ids are used as
-they are, without padding. A response that ended has exactly one end token.
+they are, without padding. A response that ended has exactly one end token. Completions of several turns: dqo.data.trajectory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dqo.data.ends import Ends
 from dqo.data.ids import Continuation, Specials, clean_completion, clean_prompt
 from dqo.data.rows import Row, prompt_key, report
 from dqo.data.sources import BadRow
+from dqo.data.trajectory import TAG, Pieces, Trajectory, encoded, is_trajectory, of_stored_ids, pieces_of
 from dqo.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -27,9 +28,12 @@ class Tokens:
     row: Row
     prompt: list[int]
     completion: list[int]
-    step_ends: list[int]
-    logprobs: list[float] | None
+    step_ends: list[int]  # among the tokens of the model, as turn_ends
+    logprobs: list[float] | None  # one for each of completion
     truncated: bool
+    turn_ends: list[int]  # the last token of each turn
+    open_end: bool = False  # the last turn was cut before its end
+    env_mask: list[int] | None = None  # 1 where the model wrote the token; None: everywhere
 
     @property
     def length(self) -> int:
@@ -48,8 +52,7 @@ def tokenize_rows(
     cuts: Counter[str] = Counter()
     specials = Specials.of(tokenizer)
     found = []
-    encoded = _encoded(rows, tokenizer, ends, specials, cuts, problems)
-    for index, row, prompt, completion, encoding in encoded:
+    for index, row, prompt, completion, encoding in _encoded(rows, tokenizer, ends, specials, cuts, problems):
         try:
             found.append(
                 _tokens(row, prompt, completion, encoding, tokenizer, ends, specials, cuts, vocab_size, max_length)
@@ -76,18 +79,24 @@ def prompt_ids(tokenizer, texts: list[str], of_template: list[bool]) -> list[lis
     return [found[templated, text] for text, templated in zip(texts, of_template)]
 
 
+def state_ids(tokenizer, texts: list[str], of_template: list[bool]) -> list[list[int]]:
+    """Ids of the texts of prompts, the same as in training."""
+    specials = Specials.of(tokenizer)
+    found = prompt_ids(tokenizer, texts, of_template)
+    return [clean_prompt(ids, False, own, specials, Counter()) for ids, own in zip(found, of_template)]
+
+
 def string_prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids of prompts that are strings, the same as in training."""
-    specials = Specials.of(tokenizer)
-    found = prompt_ids(tokenizer, texts, [False] * len(texts))
-    return [clean_prompt(ids, False, False, specials, Counter()) for ids in found]
+    return state_ids(tokenizer, texts, [False] * len(texts))
 
 
 def _encoded(rows: list[Row], tokenizer, ends: Ends, specials: Specials, cuts: Counter, problems: list[BadRow]):
-    """(index, row, ids of the prompt, its completion's text, that text's ids and spans) of every row that can be written."""
+    """(index, row, ids of the prompt, its completion's text, that text's ids and spans) of every row that can be written. Of
+    several turns the text is None, and a Trajectory stands in the place of ids and spans."""
     end = tokenizer.convert_ids_to_tokens(ends.trained)
     prompts: dict[str, str] = {}  # the template writes each once
-    kept: list[tuple[int, Row, str | None, Completion | None]] = []
+    kept: list[tuple[int, Row, str | None, Completion | Pieces | None]] = []
     for i, row in enumerate(rows):
         needs_text = row.completion_ids is None or row.steps is not None
         prompt: str | None
@@ -99,7 +108,14 @@ def _encoded(rows: list[Row], tokenizer, ends: Ends, specials: Specials, cuts: C
                 if key not in prompts:
                     prompts[key] = prompt_text(tokenizer, row)
                 prompt = prompts[key]
-            text = completion_after(tokenizer, row, prompt, end) if needs_text and prompt is not None else None
+            text: Completion | Pieces | None = None
+            if needs_text and prompt is not None:
+                several = is_trajectory(row)
+                text = (
+                    pieces_of(tokenizer, row, prompt, end, cuts)
+                    if several
+                    else completion_after(tokenizer, row, prompt, end)
+                )
             kept.append((i, row, prompt, text))
         except UserError as error:
             problems.append(BadRow(i, row.source, str(error)))
@@ -109,23 +125,25 @@ def _encoded(rows: list[Row], tokenizer, ends: Ends, specials: Specials, cuts: C
     for _, row, _, _ in kept:
         found = list(next(made) if row.prompt_ids is None else row.prompt_ids)
         ids.append(clean_prompt(found, row.prompt_ids is not None, not isinstance(row.prompt, str), specials, cuts))
-    completions = {i: completion for i, (*_, completion) in enumerate(kept) if completion is not None}
-    with_text = list(completions)
-    encoded = Continuation(tokenizer)(
-        [completion.text for completion in completions.values()],
-        [ids[i][-1] if ids[i] else None for i in with_text],
-        offsets=any(kept[i][1].steps for i in with_text),
-    )
-    encodings = dict(zip(with_text, encoded))
-    for i, (index, row, _, completion) in enumerate(kept):
-        yield index, row, ids[i], completion, encodings.get(i)
+    texts = {i: text for i, (*_, text) in enumerate(kept) if isinstance(text, Completion)}
+    pieces = {i: text for i, (*_, text) in enumerate(kept) if isinstance(text, Pieces)}
+    continuation = Continuation(tokenizer)
+
+    def last(members) -> list[int | None]:
+        return [ids[i][-1] if ids[i] else None for i in members]
+
+    spans = any(kept[i][1].steps for i in texts)
+    encodings: dict = dict(zip(texts, continuation([text.text for text in texts.values()], last(texts), offsets=spans)))
+    encodings |= dict(zip(pieces, encoded(continuation, list(pieces.values()), last(pieces))))
+    for i, (index, row, *_) in enumerate(kept):
+        yield index, row, ids[i], texts.get(i), encodings.get(i)
 
 
 def _tokens(
     row: Row,
     prompt: list[int],
     completion: Completion | None,
-    encoding: tuple | None,
+    encoding: tuple | Trajectory | None,
     tokenizer,
     ends: Ends,
     specials: Specials,
@@ -134,26 +152,43 @@ def _tokens(
     max_length: int,
 ) -> Tokens:
     logprobs, truncated = row.logprobs, row.finish_reason == "length"
-    ids, spans = encoding or ([], [])
+    trajectory, (ids, spans) = (
+        (encoding, (encoding.ids, [])) if isinstance(encoding, Trajectory) else (None, encoding or ([], []))
+    )
     step_ends = [] if row.steps is None or completion is None else _step_ends(row.steps, completion.shift, spans)
     if row.completion_ids is not None:
-        stored, logprobs = clean_completion(row.completion_ids, logprobs, truncated, ends, specials, cuts)
-        stored, logprobs = _opened_once(prompt, stored, logprobs, tokenizer, cuts)
+        if row.env_mask is None:
+            stored, logprobs = clean_completion(row.completion_ids, logprobs, truncated, ends, specials, cuts)
+        else:
+            trajectory, logprobs = of_stored_ids(row, ends, specials, cuts)
+            stored = trajectory.ids
+        if trajectory is None or trajectory.env_mask[0]:
+            whole = len(stored)
+            stored, logprobs = _opened_once(prompt, stored, logprobs, tokenizer, cuts)
+            if trajectory is not None:
+                trajectory.begin_at(whole - len(stored))
         if row.steps is not None and (stored[: len(ids)] != ids or len(stored) > len(ids) + 1):
-            raise UserError(
-                "steps are character spans, but completion_ids are not the tokenizer's own ids of the text, "
-                "so steps cannot be placed on tokens; drop steps and step_rewards, or drop completion_ids"
-            )
+            assert completion is not None  # it was written for the sake of the steps
+            written = stored[:-1] if stored[-1] in ends.stops else stored
+            if tokenizer.decode(written) != completion.text:
+                raise UserError(
+                    "steps are character spans, but completion_ids are the ids of another text, so steps cannot be placed on "
+                    "tokens; drop steps and step_rewards, or drop completion_ids"
+                )
+            step_ends = _step_ends(row.steps, completion.shift, decoded_spans(tokenizer, written))
         ids = stored
     elif completion is not None and completion.shift < 0:
-        cuts["a tag that opens the reasoning and ends the prompt already"] += 1
-    if not truncated and (not ids or ids[-1] not in ends.stops):
+        cuts[TAG] += 1
+    answered = trajectory is not None and trajectory.answered
+    if not truncated and not answered and (not ids or ids[-1] not in ends.stops):
         if logprobs is not None:
             raise UserError(
                 f"completion_ids do not end in EOS ({ends.trained}) although finish_reason is not 'length', and "
                 "logprobs has no value for it; store the EOS and its log-probability, or set finish_reason"
             )
-        ids = [*ids, ends.trained]
+        if trajectory is not None:
+            trajectory.end_with(ends.trained)
+        ids = [*ids, ends.trained] if trajectory is None else trajectory.ids
     if not prompt:
         raise UserError("prompt has no tokens; the first action needs a state before it")
     if not ids:
@@ -164,7 +199,27 @@ def _tokens(
         raise UserError(
             f"prompt has {len(prompt)} tokens, max_length is {max_length}; raise --max_length or drop the row"
         )
-    return Tokens(row, prompt, ids, step_ends, logprobs, truncated)
+    turn_ends = [len(ids) - 1] if trajectory is None else trajectory.turn_ends
+    if trajectory is not None:
+        if (empty := trajectory.empty_turn()) is not None:
+            raise UserError(f"turn {empty} of the model has no tokens; drop the row")
+        first = len(prompt) + trajectory.env_mask.index(1)
+        if first >= max_length:
+            raise UserError(
+                f"the model's first token comes after {first} others, max_length is {max_length}; raise --max_length or drop "
+                "the row"
+            )
+    return Tokens(
+        row,
+        prompt,
+        ids,
+        step_ends if row.turn_rewards is None else turn_ends,
+        logprobs,
+        truncated,
+        turn_ends,
+        open_end=truncated and not answered and ids[-1] not in ends.stops,
+        env_mask=None if trajectory is None else trajectory.env_mask,
+    )
 
 
 def _step_ends(steps: list[tuple[int, int]], shift: int, spans: list[tuple[int, int]]) -> list[int]:
@@ -175,6 +230,26 @@ def _step_ends(steps: list[tuple[int, int]], shift: int, spans: list[tuple[int, 
             token += 1
         ends.append(max(token - 1, 0))
     return ends
+
+
+def decoded_spans(tokenizer, ids: list[int]) -> list[tuple[int, int]]:
+    """Character spans of ids in the text that they decode to, whether or not a tokenizer would write it so: a model samples
+    other splits too. Tokens that are parts of one character have its span."""
+    spans: list[tuple[int, int]] = []
+    first, since, position = (
+        0,
+        0,
+        0,
+    )  # a window before the tokens whose text is not known yet: texts of ids depend on it
+    for end in range(1, len(ids) + 1):
+        known = tokenizer.decode(ids[first:since])
+        text = tokenizer.decode(ids[first:end])
+        if text.endswith("\ufffd") and end < len(ids):  # a part of a character
+            continue
+        after = position + len(text) - len(known)
+        spans += [(position, after)] * (end - since)
+        first, since, position = since, end, after
+    return spans
 
 
 def _opened_once(
@@ -188,7 +263,7 @@ def _opened_once(
     own = tokenizer(tag, add_special_tokens=False)["input_ids"]
     if ids[: len(own)] != own:
         return ids, logprobs
-    cuts["a tag that opens the reasoning and ends the prompt already"] += 1
+    cuts[TAG] += 1
     begin = len(own)
     gap = tokenizer(before[len(before.rstrip()) :], add_special_tokens=False)["input_ids"]
     if gap and ids[begin : begin + len(gap)] == gap:

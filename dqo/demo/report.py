@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dqo.demo.recipe import DemoConfig, Recipe
 from dqo.evaluation.accuracy import Accuracy, Problem, evaluate
-from dqo.grading.arith import ArithTask
+from dqo.grading.arith import arith_grade
+from dqo.grading.grade import Grade
 from dqo.models.policy import load_policy, load_tokenizer
-from dqo.report import findings
+from dqo.report.build import report_of
 from dqo.report.page import console_table, write_report
-from dqo.report.schema import Flip, Flips, Method, Report
+from dqo.report.runs import read_run
+from dqo.report.store import store_results
 from dqo.train.run import Run
 
 
@@ -29,78 +29,54 @@ class EvaluatedModel:
 
 
 def evaluate_model(
-    name: str, model: Path, task: ArithTask, problems: list[str], recipe: Recipe, seed: int, run: Run | None = None
+    name: str, model: Path, problems: list[str], recipe: Recipe, seed: int, run: Run | None = None
 ) -> EvaluatedModel:
     """Greedy and sampling accuracy of the model in a directory, on the same problems for every model."""
     tokenizer = load_tokenizer(str(model))
     ids = tokenizer(problems)["input_ids"]
+    asked = [Problem(prompt_ids, {"prompt": prompt}) for prompt, prompt_ids in zip(problems, ids)]
 
-    def grader(prompt: str) -> Callable[[str], bool]:
-        return lambda text: task.grade(prompt, text).correct
+    def grade(completions: list[str], rows: list[dict]) -> list[Grade]:
+        return [arith_grade(completion, row) for completion, row in zip(completions, rows)]
 
-    graded = [Problem(prompt, prompt_ids, grader(prompt)) for prompt, prompt_ids in zip(problems, ids)]
     accuracy = evaluate(
         load_policy(str(model)),
         tokenizer,
-        graded,
+        asked,
+        grade,
         num_generations=recipe.eval_samples,
         max_new_tokens=recipe.max_new_tokens,
         seed=seed + 1,
         description=name,
     )
-    return EvaluatedModel(name, graded, tokenizer, accuracy, run)
+    return EvaluatedModel(name, asked, tokenizer, accuracy, run)
 
 
 def write_demo_report(
     output: Path, config: DemoConfig, recipe: Recipe, results: list[EvaluatedModel], command: str, seconds: float
 ) -> Path:
     """report.html, report.md and report.json in `output`; prints the table."""
-    methods = [_method(result) for result in results]
-    dqo = next(result for result in results if result.name == "dqo")
-    assert dqo.run is not None  # only the base has none
-    curves = [c for r in results if r.run for c in findings.curves(r.name, r.run.output_dir / "metrics.jsonl")]
-    report: Report = {
-        "title": "Direct Q-function Optimization: the demonstration",
-        "command": command,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "seed": config.seed,
-        "wall_seconds": seconds,
-        "options": dataclasses.asdict(recipe),
-        "baseline": "base",
-        "headline": "dqo",
-        "methods": methods,
-        "curves": curves,
-        "flips": _flips(results[0], dqo),
-        "data": findings.data_findings(dqo.run.prepared.episodes()),
-        "notes": NOTES,
-        **findings.machine(),
-        **findings.value_findings(dqo.run),
-    }
+    base, *trained = results
+    names, runs = [], []
+    for result in trained:
+        assert result.run is not None  # only the base has none
+        store_results(result.run, {"base": base.accuracy, result.name: result.accuracy})
+        names.append(result.name)
+        runs.append(read_run(result.run.output_dir))
+    report = report_of(
+        runs,
+        names=names,
+        title="Direct Q-function Optimization: the demonstration",
+        command=command,
+        seed=config.seed,
+        wall_seconds=seconds,
+        options=dataclasses.asdict(recipe),
+        options_of={},
+        notes=NOTES,
+    )
     path = write_report(output, report)
-    print(console_table(methods, "base"))
+    print(console_table(report["methods"], "base"))
     return path
-
-
-def _method(result: EvaluatedModel) -> Method:
-    row: Method = {"name": result.name, "greedy": result.accuracy.greedy, "sampling": result.accuracy.sampling}
-    if result.run is not None:
-        row |= {
-            "seconds": result.run.seconds,
-            "tokens_per_second": result.run.tokens_per_second,
-            "updates": result.run.steps,
-        }
-    return row
-
-
-def _flips(before: EvaluatedModel, after: EvaluatedModel, each: int = 5) -> Flips:
-    fixed: list[Flip] = []
-    broken: list[Flip] = []
-    for i, problem in enumerate(before.problems):
-        was, now = before.accuracy.greedy[i], after.accuracy.greedy[i]
-        if was != now:
-            was_text, now_text = before.accuracy.greedy_texts[i], after.accuracy.greedy_texts[i]
-            (fixed if now else broken).append({"prompt": problem.prompt, "before": was_text, "after": now_text})
-    return {"fixed": fixed[:each], "broken": broken[:each]}
 
 
 NOTES = [

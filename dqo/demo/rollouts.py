@@ -56,25 +56,27 @@ def graded_rows(task: ArithTask, problem: str, texts: list[tuple[str, bool]]) ->
 
 def write_rollouts(task: ArithTask, recipe: Recipe, base: Path, path: Path, seed: int, problems: list[str]) -> None:
     """The base model's own samples, graded: the offline data set."""
-    from dqo.models.generate import generate
+    from dqo.models.generate import Request, Sampling, generate, in_order
     from dqo.models.policy import load_policy, load_tokenizer
 
     policy, tokenizer = load_policy(str(base)), load_tokenizer(str(base))
-    answers = generate(
-        policy,
-        tokenizer(problems)["input_ids"],
-        stop_ids=[tokenizer.eos_token_id],
-        pad_id=tokenizer.pad_token_id,
-        num_generations=recipe.samples,
-        max_new_tokens=recipe.max_new_tokens,
-        seed=seed,
+    prompts, samples = tokenizer(problems)["input_ids"], recipe.samples
+    responses = in_order(
+        generate(
+            policy,
+            [Request(ids, (problem, k)) for problem, ids in zip(problems, prompts) for k in range(samples)],
+            Sampling(max_new_tokens=recipe.max_new_tokens, seed=seed),
+            stop_ids=[tokenizer.eos_token_id],
+            pad_id=tokenizer.pad_token_id,
+        )
     )
+    answers = [responses[i : i + samples] for i in range(0, len(responses), samples)]
     write_graded(task, problems, tokenizer, answers, path)
 
 
 def write_graded(task: ArithTask, problems: list[str], tokenizer, answers: list[list], path: Path) -> None:
     """Rows of the responses that a model gave to each problem."""
-    from dqo.evaluation.accuracy import text_of  # imports torch
+    from dqo.models.generate import text_of  # imports torch
 
     rows = []
     for problem, responses in zip(problems, answers):

@@ -112,9 +112,9 @@ def run_demo(config: DemoConfig, recipe: Recipe | None = None) -> Path:
         write_rollouts(task, recipe, base, rollouts, config.seed, problems)
 
     stage.begin(f"every method from the same base model, {recipe.updates} updates each")
-    results = [evaluate_model("base", base, task, evaluation, recipe, config.seed)]
+    results = [evaluate_model("base", base, evaluation, recipe, config.seed)]
     held_out = data / "held_out.jsonl"
-    tokenizer, samples = results[0].tokenizer, results[0].accuracy.sampled
+    tokenizer, samples = results[0].tokenizer, [[a.response for a in row] for row in results[0].accuracy.sampling]
     write_graded(
         task, evaluation[: recipe.held_out_problems], tokenizer, samples, held_out
     )  # no method trains on these
@@ -130,7 +130,7 @@ def run_demo(config: DemoConfig, recipe: Recipe | None = None) -> Path:
         source = data / "more_demonstrations.jsonl" if method == "sft" else rollouts
         options = _train_options(recipe, method, source, base, output / name, config.seed, **changes)
         run = train(options, name)
-        results.append(evaluate_model(name, run.output_dir, task, evaluation, recipe, config.seed, run))
+        results.append(evaluate_model(name, run.output_dir, evaluation, recipe, config.seed, run))
 
     stage.begin("report")
     seconds = time.perf_counter() - stage.started

@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
 
 from dqo.config.options import Options
-from dqo.data.tokens import string_prompt_ids
+from dqo.data.prompts import Prompt, prompt_token_ids
 from dqo.evaluation.accuracy import Accuracy, Problem, evaluate
-from dqo.grading.verifiers import graded_by
+from dqo.grading.pool import VerifierPool
 from dqo.models.policy import load_policy, ready, tokenizer_of
 from dqo.train.run import Run
 
 
-def problems_of(rows: list[dict], tokenizer, verifier: str) -> list[Problem]:
-    """Tasks on tokens, each with its grader."""
-    ids = string_prompt_ids(tokenizer, [row["prompt"] for row in rows])
-    return [Problem(row["prompt"], prompt, graded_by(verifier, row)) for row, prompt in zip(rows, ids)]
+def problems_of(tasks: list[Prompt], tokenizer) -> list[Problem]:
+    """Tasks on tokens."""
+    return [Problem(ids, asdict(task)) for task, ids in zip(tasks, prompt_token_ids(tokenizer, tasks))]
 
 
-def answers(options: Options, model, tokenizer, tasks: list[dict], name: str) -> Accuracy:
+def answers(options: Options, model, tokenizer, tasks: list[Prompt], name: str) -> Accuracy:
     """Answers of `model` to eval_tasks, graded; greedy and sampled."""
     config = options.train
-    settings: dict[str, Any] = {
-        "num_generations": config.num_generations,
-        "max_new_tokens": config.max_completion_length,
-    }
     assert config.verifier is not None  # options with eval_tasks and no verifier are refused
-    problems = problems_of(tasks, tokenizer, config.verifier)
-    return evaluate(model, tokenizer, problems, seed=config.seed, description=name, batch_size=64, **settings)
+    with VerifierPool(config.verifier) as pool:
+        return evaluate(
+            model,
+            tokenizer,
+            problems_of(tasks, tokenizer),
+            pool.grade,
+            num_generations=config.num_generations,
+            max_new_tokens=config.max_completion_length,
+            seed=config.seed,
+            batch_size=64,
+            description=name,
+        )
 
 
-def base_answers(options: Options, model, tokenizer, tasks: list[dict]) -> Accuracy:
+def base_answers(options: Options, model, tokenizer, tasks: list[Prompt]) -> Accuracy:
     """Those of a model object before it is trained in place."""
     tokenizer = tokenizer_of(options.train.model_name_or_path, tokenizer)
     return answers(options, ready(model, model.device), tokenizer, tasks, "base")
 
 
-def answers_of(options: Options, run: Run, tasks: list[dict], base: Accuracy | None = None) -> dict[str, Accuracy]:
+def answers_of(options: Options, run: Run, tasks: list[Prompt], base: Accuracy | None = None) -> dict[str, Accuracy]:
     """The answers of the model before training, by the name "base", and of the trained one, by that of its method; {} without
     tasks. `base`: the first, where they were taken before a model object was trained; None: it is loaded again."""
     if not tasks:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import accumulate
 
 from dqo.grading.terms import TOKEN, constant_of, read_sum
@@ -92,6 +93,55 @@ def verdict(given: str, expected: str) -> bool | None:
         return _compared(_read(_rewritten(given)), _read(_rewritten(expected)))
     except RecursionError:  # a tower of powers, a function of a function of ...
         return given == expected
+
+
+def canonical(answer: str) -> str:
+    """One text for all answers that `same_answer` calls the same; names and units are left out, so that 50% is 50."""
+    read = _structure(answer.strip())
+    return answer.strip() if read is None else _text(read)
+
+
+def constant(answer: str) -> Fraction | None:
+    """The number that an answer is, whatever its name and unit; None for other answers."""
+    read = _structure(answer.strip())
+    return constant_of(read.form) if read is not None and read.kind == "leaf" else None
+
+
+def _structure(answer: str) -> _Answer | None:
+    if len(answer) > LONGEST or _too_deep(answer):
+        return None
+    try:
+        return _read(_rewritten(answer))
+    except RecursionError:
+        return None
+
+
+def _text(read: _Answer) -> str:
+    if read.kind == "leaf":
+        return read.form if isinstance(read.form, str) else _sum_text(read.form)
+    if read.kind == "set":
+        parts = sorted(map(_text, read.parts[1:]))
+        return ("\\cup" if read.parts[0].kind == "union" else ",").join(parts)
+    inside = ",".join(map(_text, read.parts))
+    return f"{read.kind[0]}{inside}{read.kind[-1]}" if len(read.kind) == 2 else f"{read.kind}({inside})"
+
+
+def _sum_text(form: tuple) -> str:
+    """Of a sum of `dqo.grading.terms`."""
+    number, terms = form
+    parts = [str(number)] if number or not terms else []
+    for coefficient, factors in terms:
+        product = "*".join(map(_factor_text, factors))
+        parts.append(product if coefficient == 1 else f"{coefficient}*{product}")
+    return "+".join(parts)
+
+
+def _factor_text(factor: tuple) -> str:
+    def inner(part: str | tuple) -> str:
+        return part if isinstance(part, str) else _sum_text(part) if part else ""
+
+    kind, *parts = factor
+    return parts[0] if kind == "symbol" else f"{kind}({','.join(filter(None, map(inner, parts)))})"
 
 
 @dataclass(frozen=True)

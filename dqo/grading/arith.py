@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 
+from dqo.grading.grade import Grade
+
 DIGITS = "0123456789"
 OPERATORS = "+-*"
 VOCABULARY = DIGITS + OPERATORS + "=\n#"
@@ -28,7 +30,7 @@ Entry = tuple[int, str, int]
 
 
 @dataclass(frozen=True)
-class Grade:
+class LineGrades:
     """What a completion got right. `steps` are character spans: its lines, each with its newline."""
 
     correct: bool
@@ -43,6 +45,19 @@ def apply(value: int, operator: str, operand: int) -> int:
     if operator == "-":
         return (value - operand) % 10
     return value * operand % 10
+
+
+def arith_grade(completion: str, problem: dict) -> Grade:
+    """The verifier `arith`: whether a completion is a chain of readable lines that ends in the true answer to the prompt."""
+    correct = ArithTask(1, 1).grade(problem["prompt"], completion).correct
+    written = _ANSWER.fullmatch(completion.rpartition("\n")[2])
+    return Grade(float(correct), written is not None, written and written[1])
+
+
+def check_problem(problem: dict) -> None:
+    """Raises ValueError for a prompt that is no chain of arithmetic."""
+    if not isinstance(problem["prompt"], str) or not _PROMPT.fullmatch(problem["prompt"]):
+        raise ValueError(f"the prompt {problem['prompt']!r:.60} is no chain such as 7+8*3-9=")
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,28 @@ class ArithTask:
 
         return _write(prompt, step)
 
+    def pass_rate(self, prompt: str, begun: str = "") -> float:
+        """The probability that a demonstration which begins with whole lines is correct, exactly."""
+        value, chain = _parse(prompt)
+        lines = begun.splitlines()
+        for (operator, operand), line in zip(chain, lines):
+            written = re.fullmatch(rf"{value}{re.escape(operator)}{operand}=([0-9])", line)
+            if written is None:
+                return 0.0
+            value = int(written[1])
+        if len(lines) > len(chain):
+            return float(lines[len(chain) :] == [f"#{value}"] and f"{value}" == self.answer(prompt))
+        chances = {value: 1.0}  # of each value that may be written next
+        for operator, operand in chain[len(lines) :]:
+            after = dict.fromkeys(range(10), 0.0)
+            for before, chance in chances.items():
+                right, wrong = apply(before, operator, operand), self.mistakes.get((before, operator, operand))
+                share = 1.0 if wrong is None else self.right_share
+                after[right] += chance * share
+                after[right if wrong is None else wrong] += chance * (1.0 - share)
+            chances = after
+        return chances.get(int(self.answer(prompt)), 0.0)
+
     def solution(self, prompt: str) -> str:
         """The completion without a mistake."""
         return _write(prompt, apply)
@@ -96,7 +133,7 @@ class ArithTask:
             value = apply(value, operator, operand)
         return str(value)
 
-    def grade(self, prompt: str, completion: str) -> Grade:
+    def grade(self, prompt: str, completion: str) -> LineGrades:
         """Judge the answer by the prompt and each line by the line before it.
 
         A line is right when it is the true next step from the result that the previous line wrote, be that
@@ -123,7 +160,7 @@ class ArithTask:
             steps.append((start, start + len(line)))
             step_correct.append(line == expected)
             start += len(line)
-        return Grade(well_formed and str(value) == self.answer(prompt), steps, step_correct)
+        return LineGrades(well_formed and str(value) == self.answer(prompt), steps, step_correct)
 
 
 def _parse(prompt: str) -> tuple[int, list[tuple[str, int]]]:

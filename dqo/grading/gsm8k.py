@@ -9,12 +9,13 @@ from collections import deque
 from dataclasses import dataclass
 from fractions import Fraction
 
+from dqo.grading.grade import Grade
 from dqo.grading.text import line_spans
 
-_NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
-_TOKEN = re.compile(rf"\s*(?:(?P<number>{_NUMBER})|(?P<symbol>[-+*/()%xX×·÷−]))")
+NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+_TOKEN = re.compile(rf"\s*(?:(?P<number>{NUMBER})|(?P<symbol>[-+*/()%xX×·÷−]))")
 _SYMBOLS = {"x": "*", "X": "*", "×": "*", "·": "*", "÷": "/", "−": "-"}
-_SIGNED = re.compile(rf"(?P<sign>[-−]?)\$?(?P<minus>[-−]?)(?P<number>{_NUMBER})%?\.?")
+_SIGNED = re.compile(rf"(?P<sign>[-−]?)\$?(?P<minus>[-−]?)(?P<number>{NUMBER})%?\.?")
 _ANSWER = re.compile(r"(?:####|^[ \t]*A:)(.*)", re.MULTILINE)
 _LONGEST = (
     500  # characters of a number or an expression: time grows as their square, and longer ones are runaway digits
@@ -184,15 +185,31 @@ def gsm8k_answer(text: str) -> Fraction | None:
     return number(found[0][1]) if found else None
 
 
-def gsm8k_correct(completion: str, answer: str) -> bool:
-    """Whether the completion's final answer equals `answer`, a number or a solution that ends in one.
+def reference_number(answer: str) -> Fraction:
+    """The number of a reference answer: a number, or a solution that ends in one.
 
     Raises:
-        ValueError: when `answer` holds no number.
+        ValueError: when it holds no number.
     """
-    expected = number(answer)
-    if expected is None:
-        expected = gsm8k_answer(answer)
-    if expected is None:
+    found = number(answer)
+    if found is None:
+        found = gsm8k_answer(answer)
+    if found is None:
         raise ValueError(f"the reference answer {answer!r} is no number")
-    return gsm8k_answer(completion) == expected
+    return found
+
+
+def gsm8k_correct(completion: str, answer: str) -> bool:
+    """Whether the completion's final answer equals `answer`; see `reference_number`."""
+    return gsm8k_answer(completion) == reference_number(answer)
+
+
+def gsm8k_grade(completion: str, problem: dict) -> Grade:
+    """The verifier `gsm8k`: the number after ####, as published results do."""
+    return number_grade(gsm8k_answer(completion), problem)
+
+
+def number_grade(given: Fraction | None, problem: dict) -> Grade:
+    """The grade of a number that was found in a completion, or was not."""
+    expected = reference_number(problem["answer"])
+    return Grade(0.0, parsed=False) if given is None else Grade(float(given == expected), answer=str(given))

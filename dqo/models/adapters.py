@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
@@ -37,19 +40,35 @@ def adapter_base(path: str) -> str | None:
     return base
 
 
-def merge(model: PreTrainedModel, path: str, base: str) -> PreTrainedModel:
-    """`model`, which was loaded from `base`, with the adapter at `path` added to its weights."""
+def attach(model: PreTrainedModel, path: str, base: str) -> Any:
+    """`model`, which was loaded from `base`, with the adapter at `path` switched on: a peft.PeftModel around it."""
     try:
         from peft import PeftModel
     except ImportError as error:
         raise UserError(f"{path} is an adapter, which needs the package peft: pip install 'dqo[peft]'") from error
+    with _mergeable(path, base), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys")  # those would be random
+        return PeftModel.from_pretrained(model, path).eval()
+
+
+def merged(attached: Any, path: str, base: str) -> PreTrainedModel:
+    """The model of `attach` with the adapter added to its weights, in place."""
+    with _mergeable(path, base):
+        found = attached.merge_and_unload()
+    if hasattr(found, "peft_config"):  # peft 0.18 leaves it
+        del found.peft_config
+    found.name_or_path = ""  # these weights lie in no directory
+    return found.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _mergeable(path: str, base: str) -> Iterator[None]:
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*missing adapter keys")  # those would be random
-            merged = PeftModel.from_pretrained(model, path).merge_and_unload()
+        yield
     except Exception as error:
         raise UserError(f"the adapter {path} cannot be merged into its base {base}: {error}") from error
-    if hasattr(merged, "peft_config"):  # peft 0.18 leaves it
-        del merged.peft_config
-    merged.name_or_path = ""  # these weights lie in no directory
-    return merged.requires_grad_(True)
+
+
+def merge(model: PreTrainedModel, path: str, base: str) -> PreTrainedModel:
+    """`model`, which was loaded from `base`, with the adapter at `path` added to its weights."""
+    return merged(attach(model, path, base), path, base)

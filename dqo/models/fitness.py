@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dqo.data.episodes import Episode
 from dqo.data.rows import Row
-from dqo.errors import UserError
+from dqo.errors import UserError, is_out_of_memory
 from dqo.models.policy import head_stats
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,44 @@ def check_positions(config: PreTrainedConfig, episodes: list[Episode]) -> None:
         f"{len(longer):,}",
         f"{len(episodes):,}",
     )
+
+
+def check_room(
+    config: PreTrainedConfig, sources: list[str], lengths: list[int], max_completion_length: int, hard: bool = False
+) -> None:
+    """Refuses prompts whose responses would need more positions than the model has; warns of more than it was trained on.
+
+    Args:
+        sources: where each prompt stands, for messages.
+        lengths: tokens of each prompt.
+        hard: whatever generates ends at the limit, also where the model could go on.
+    """
+    limit, ends = position_limit(config)
+    if limit is None:
+        return
+    hard = hard or ends
+    whole = [(s, n) for s, n in zip(sources, lengths) if n + max_completion_length > limit]
+    refused = whole if hard else [(s, n) for s, n in whole if n >= limit]
+    several = f" (the same of {len(refused) - 1:,} more)" if len(refused) > 1 else ""
+    if refused:
+        source, length = refused[0]
+        left = limit - max(lengths)
+        cure = f"--max_completion_length {left}" if left > 0 else "drop the prompts that are as long as that"
+        raise UserError(
+            f"{source}: {length:,} tokens of prompt and {max_completion_length:,} of the response (max_completion_length), and "
+            f"the model has {limit:,} positions{several}; {cure}"
+        )
+    if whole:
+        logger.warning(
+            "%s: %s tokens of prompt and %s of the response (max_completion_length) are more than the %s positions that the "
+            "model was made for (so are %s of %s prompts): what it writes beyond them may be poor",
+            whole[0][0],
+            f"{whole[0][1]:,}",
+            f"{max_completion_length:,}",
+            f"{limit:,}",
+            f"{len(whole):,}",
+            f"{len(lengths):,}",
+        )
 
 
 @torch.no_grad()
@@ -175,9 +213,11 @@ _FAILURES = (
 def _readable_failure(name: str, cure: str = "; it is not supported") -> Iterator[None]:
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except UserError:
         raise
     except _FAILURES as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name} cannot be run on token ids alone ({reason}){cure}") from error
 

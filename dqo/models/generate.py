@@ -1,24 +1,47 @@
-"""Responses of a policy by transformers' generate: prompts sorted by length, so that equal ones need no padding."""
+"""Responses of a policy by transformers' generate, each from a random stream of its own; prompts sorted by length."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from dqo.models.attention import unpacked
+from dqo.models.draws import Draws, Sampling
+
+__all__ = ["Request", "Response", "Sampling", "generate", "in_order", "text_of", "without_generation_config"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response that is wanted. `key`, strings and integers, names its random stream: equal keys get equal draws."""
+
+    prompt_ids: list[int]
+    key: tuple
 
 
 @dataclass(frozen=True)
 class Response:
     ids: list[int]  # with its end token when it ended
+    logprobs: list[float]  # of each id, in the distribution that it was drawn from; greedy: in the model's own
     ended: bool
+
+
+def in_order(found: Iterator[tuple[int, Response]]) -> list[Response]:
+    """All responses, in the order of their requests."""
+    return [response for _, response in sorted(found, key=lambda pair: pair[0])]
+
+
+def text_of(tokenizer, response: Response) -> str:
+    """The text of a response, without its end token."""
+    return tokenizer.decode(response.ids[:-1] if response.ended else response.ids)
 
 
 @contextmanager
@@ -34,9 +57,17 @@ def without_generation_config(model: PreTrainedModel) -> Iterator[None]:
         inner.generation_config = own
 
 
-def _generated(policy: PreTrainedModel, **inputs: Any) -> Any:
+@torch.inference_mode()
+def _generated(policy: PreTrainedModel, prompts: Sequence[list[int]], length: int, pad_id: int, **options: Any) -> Any:
+    """What transformers' generate returns for prompts with padding on their left up to `length`."""
+    ids = torch.full((len(prompts), length), pad_id, device="cpu")
+    attention = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt, device="cpu")
+        attention[row, length - len(prompt) :] = 1
+    inputs = {"input_ids": ids.to(policy.device), "attention_mask": attention.to(policy.device)}
     with unpacked(policy), without_generation_config(policy):
-        return policy.generate(**inputs)  # type: ignore[operator]  # a model for generation has it, not its base class
+        return policy.generate(**inputs, **options)  # type: ignore[operator]  # a model for generation has it, not its base class
 
 
 def _reads_padding(policy: PreTrainedModel, prompt: list[int], length: int, pad_id: int) -> bool:
@@ -46,67 +77,68 @@ def _reads_padding(policy: PreTrainedModel, prompt: list[int], length: int, pad_
     first = GenerationConfig(
         max_new_tokens=1, do_sample=False, pad_token_id=pad_id, output_logits=True, return_dict_in_generate=True
     )
-    logits = []
-    for padding in (0, length - len(prompt)):
-        ids = torch.tensor([[pad_id] * padding + prompt], device=policy.device)
-        attention = torch.ones_like(ids)
-        attention[:, :padding] = 0
-        output = _generated(policy, input_ids=ids, attention_mask=attention, generation_config=first)
-        logits.append(output.logits[0].float())
-    scale = logits[0].abs().max().clamp_min(1e-12)
-    return bool((logits[1] - logits[0]).abs().max() / scale > (1e-3 if policy.dtype == torch.float32 else 0.1))
+    alone, padded = (
+        _generated(policy, [prompt], size, pad_id, generation_config=first).logits[0].float()
+        for size in (len(prompt), length)
+    )
+    scale = alone.abs().max().clamp_min(1e-12)
+    return bool((padded - alone).abs().max() / scale > (1e-3 if policy.dtype == torch.float32 else 0.1))
 
 
-@torch.inference_mode()
+def _batches(policy: PreTrainedModel, prompts: list[list[int]], batch_size: int, pad_id: int) -> list[list[int]]:
+    """Indices of prompts, sorted by length: equal ones need no padding. A model that reads padding gets none."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    groups = [order]
+    if order and _reads_padding(policy, prompts[order[0]], len(prompts[order[-1]]), pad_id):
+        groups = [list(found) for _, found in groupby(order, key=lambda i: len(prompts[i]))]
+    return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+
+
 def generate(
     policy: PreTrainedModel,
-    prompts: list[list[int]],
+    requests: Sequence[Request],
+    sampling: Sampling,
     *,
-    stop_ids: Iterable[int],
+    stop_ids: Collection[int],
     pad_id: int,
-    num_generations: int = 1,
-    temperature: float = 1.0,
-    max_new_tokens: int = 256,
     batch_size: int = 1024,
-    seed: int = 0,
     description: str = "sample",
     quiet: bool = False,
-) -> list[list[Response]]:
-    """`num_generations` responses of every prompt; temperature 0 is greedy. Samples the whole distribution, whatever the model's
-    generation_config says. A response has ended when it has one of `stop_ids`.
+) -> Iterator[tuple[int, Response]]:
+    """(index of the request, response) of every request, as batches end. A response has ended when it has one of `stop_ids`.
 
-    Deterministic given the seed on one machine; the batch composition is part of what the seed fixes.
+    The distribution is the policy's under `sampling` alone, whatever the model's generation_config says. Token t of a response
+    is a function of that distribution and of number t of the stream that (sampling.seed, request.key) names. So a response
+    depends on the other requests and on `batch_size` by the rounding of the logits only.
     """
-    greedy = temperature == 0.0
-    settings = (
-        {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    )
     stops = frozenset(stop_ids)
-    generation = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=pad_id, **settings
+    settings = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, eos_token_id=sorted(stops), pad_token_id=pad_id, do_sample=False
     )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    order = [i for i in order for _ in range(num_generations)]
-    responses: list[list[Response]] = [[] for _ in prompts]
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    if order and _reads_padding(policy, prompts[order[0]], max(len(prompt) for prompt in prompts), pad_id):
-        by_length = [list(found) for _, found in groupby(order, key=lambda i: len(prompts[i]))]
-        batches = [same[i : i + batch_size] for same in by_length for i in range(0, len(same), batch_size)]
-    torch.manual_seed(seed)
-    for indices in tqdm(batches, desc=description, unit="batch", disable=quiet, leave=False):
-        longest = max(len(prompts[i]) for i in indices)
-        ids = torch.full((len(indices), longest), pad_id, device="cpu")
-        attention = torch.zeros_like(ids)
-        for row, i in enumerate(indices):
-            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i], device="cpu")
-            attention[row, longest - len(prompts[i]) :] = 1
-        output = _generated(
-            policy,
-            input_ids=ids.to(policy.device),
-            attention_mask=attention.to(policy.device),
-            generation_config=generation,
-        )
-        for i, row in zip(indices, output[:, longest:].tolist()):
-            end = next((at for at, token in enumerate(row) if token in stops), None)
-            responses[i].append(Response(row if end is None else row[: end + 1], end is not None))
-    return responses
+    prompts = [request.prompt_ids for request in requests]
+    with tqdm(total=len(prompts), desc=description, unit="response", disable=quiet, leave=False) as bar:
+        tokens = 0
+        for indices in _batches(policy, prompts, batch_size, pad_id):
+            longest = len(prompts[indices[-1]])
+            draws = Draws(sampling, [requests[i].key for i in indices], policy.device)
+            output = _generated(
+                policy,
+                [prompts[i] for i in indices],
+                longest,
+                pad_id,
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([draws]),
+            )
+            for i, response in zip(indices, _responses(output[:, longest:], draws.logprobs(), stops)):
+                tokens += len(response.ids)
+                yield i, response
+            bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s", refresh=False)
+            bar.update(len(indices))
+
+
+def _responses(ids: Tensor, logprobs: Tensor, stops: frozenset[int]) -> Iterator[Response]:
+    """Rows of (B, T) ids and log-probabilities, each up to its first end."""
+    for row, values in zip(ids.tolist(), logprobs.tolist()):
+        end = next((at for at, token in enumerate(row) if token in stops), None)
+        length = len(row) if end is None else end + 1
+        yield Response(row[:length], values[:length], end is not None)

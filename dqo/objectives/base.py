@@ -50,7 +50,7 @@ class Columns(Protocol):
 
     @property
     def length(self) -> np.ndarray:
-        """int64: tokens of the response, its end token included."""
+        """int64: tokens of the response that the model wrote, its end token included."""
 
     @property
     def truncated(self) -> np.ndarray:
@@ -136,9 +136,14 @@ class Objective:
         return False
 
     @property
-    def discount(self) -> float:
+    def discount_factor(self) -> float:
         """Of potentials among the rewards; the option gamma where there is one."""
         return getattr(self, "gamma", 1.0)
+
+    @property
+    def discount_at(self) -> str:
+        """Where it acts: "tokens", each of the model's, or "turns", the last of each turn; of the option discount, if any."""
+        return getattr(self, "discount", "tokens")
 
     @property
     def values_decay(self) -> float | None:
@@ -193,11 +198,12 @@ class Objective:
         """The loss of a batch of whole groups, one response behind the other.
 
         Args:
-            stats: of N response tokens: logprobs, lse, entropy (N,); kl where `needs_kl`.
-            rows: columns (N,): rewards, label (1 on every token of a response that counts as correct), group (0, 1, ...
-                of the response among those of this call), those of `prepare`, and where there are such ref_logprobs, ref_lse,
-                behavior_logprobs, values (differentiable), bootstrap (V of the last state of a response that was cut, on its last
-                row), target_values (of the value model's moving average) and companion_mean.
+            stats: of N response tokens, those of the environment left out: logprobs, lse, entropy (N,); kl where `needs_kl`.
+            rows: columns (N,): rewards, label (1 on every token of a response that counts as correct), turn_end (1 on the last
+                token of each turn, else 0), group (0, 1, ... of the response among those of this call), those of `prepare`, and
+                where there are such ref_logprobs, ref_lse, behavior_logprobs, values (differentiable), bootstrap (V of the last
+                state of a response that was cut, on its last row), target_values (of the value model's moving average) and
+                companion_mean.
             cu_seqlens: (B+1,) boundaries of the responses.
 
         Returns:

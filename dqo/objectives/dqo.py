@@ -9,6 +9,9 @@ eq. 4.7    L_pi = w * 1/2 ( beta * delta_t - [ r_t + gamma * G_{t+1} - V(s_t) ] 
            G_{T+1} = V(s_{T+1}) = 0 where the response ended; both V of its last state where it was cut and is bootstrapped
            w = exp( min( is_cap, sum_t log pi(y_t|s_t) - log mu(y_t|s_t) ) )                      the response's weight; fixed
 
+gamma is 1 but on the last token of a turn with discount turns. Tokens of the environment are no actions: s_{t+1} is the state in
+which the model goes on, after what the environment wrote.
+
 mu is the policy that wrote the responses: their stored log-probabilities, or the reference where there are none. V is a model of
 its own, or beta * log (sum_a exp logit_a of pi) / (the same of ref). policy_target td puts (1 - lam) * V(s_{t+1}) + lam * G_{t+1}
 in the place of G_{t+1} in 4.7, one_step V(s_{t+1}). `dqo_kernels.soft_bellman` computes G and w, and from them both squares.
@@ -27,7 +30,10 @@ class DQO(Objective):
     beta: float = 0.1
     """The KL temperature is the beta of Q = V + beta * log(pi/ref)."""
     gamma: float = 1.0
-    """A reward is discounted by this factor for each token."""
+    """A reward is discounted by this factor where discount says."""
+    discount: Literal["tokens", "turns"] = "tokens"
+    """The places where gamma acts: each token that the model wrote, or the last token of each of its turns alone. Tokens of the
+    environment discount nothing. lam acts at each token of the model either way."""
     lam: float = 1.0
     """The lambda-return has this lambda. The paper's ablation prefers 1."""
     policy_target: Literal["return", "td", "one_step"] = "return"
@@ -94,6 +100,7 @@ class DQO(Objective):
             target_values=None if self.target_ema is None else rows["target_values"],
             beta=self.beta,
             gamma=self.gamma,
+            discounts=self._discounts(rows),
             lam=self.lam,
             policy_target=self.policy_target,
             target=self.target,
@@ -117,6 +124,14 @@ class DQO(Objective):
             loss = loss + self.kl_coef * stats.kl.sum()
             metrics["loss/kl"] = mean_metric(stats.kl)
         return loss, metrics | response_metrics(stats, rows, cu_seqlens, self.beta)
+
+    def _discounts(self, rows):
+        """(N,) gamma of every action; None where it is the same at all of them."""
+        if self.discount == "tokens" or self.gamma == 1.0:
+            return None
+        import torch
+
+        return torch.where(rows["turn_end"] > 0, self.gamma, 1.0)
 
     def _clipped(self, stats, rows, cu_seqlens):
         """(N,) 1.0 where the log importance weight was beyond its cap or floor, by more than rounding."""

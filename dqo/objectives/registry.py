@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 import dqo.objectives
 from dqo.errors import UserError, did_you_mean
 from dqo.files import name_problem
+from dqo.modules import import_named
 from dqo.objectives.base import UNITS, Objective
 
 DEFAULT_METHOD = "dqo"
@@ -82,7 +83,7 @@ def objective_class(method: str, source: str = "", taken: Collection[str] = ()) 
             f"{did_you_mean(method, OBJECTIVES)}"
         )
     named = f"method {method}{where}"
-    module = _imported(module_name, named)
+    module = import_named(module_name, named)
     found: Any = module
     for part in class_name.split("."):
         found = getattr(found, part, None)
@@ -105,18 +106,6 @@ def source_of(cls: type[Objective]) -> str | None:
         return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
     except (OSError, TypeError):
         return None
-
-
-def _imported(name: str, named: str) -> types.ModuleType:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # whatever another's file does when it is imported
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
-            raise UserError(
-                f"{named}: Python finds no module {name}; install its package, or set PYTHONPATH to its folder"
-            ) from error
-        what = " ".join(str(error).split())[:200]
-        raise UserError(f"{named}: importing {name} fails: {type(error).__name__}: {what}") from error
 
 
 def _problems(cls: Any, taken: Collection[str]) -> Iterator[str]:

@@ -23,11 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 from dqo.errors import UserError
-from dqo.files import remove_asides, write_whole
+from dqo.files import check_room, remove_asides, write_whole
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # of a segment and of response_key
+_PER_TOKEN, _PER_RESPONSE = 8, 40  # bytes: two float32; a key of 32 bytes and a length
 _ABANDONED = 3600.0  # seconds; a segment is written within a few of them
 
 
@@ -44,12 +45,12 @@ class ReferenceId:
         return hashlib.sha256(json.dumps([FORMAT, asdict(self)], sort_keys=True).encode()).hexdigest()
 
 
-def response_key(prompt_ids: list[int], completion_ids: list[int]) -> bytes:
-    """sha256 of both lists of ids and of where one ends."""
+def response_key(prompt_ids: list[int], completion_ids: list[int], env_mask: np.ndarray | None = None) -> bytes:
+    """sha256 of both lists of ids and of where one ends; and of the mask, where some ids are the environment's."""
     ids = array("q", [len(prompt_ids)])
     ids.extend(prompt_ids)
     ids.extend(completion_ids)
-    return hashlib.sha256(ids.tobytes()).digest()
+    return hashlib.sha256(ids.tobytes() + (b"" if env_mask is None else env_mask.tobytes())).digest()
 
 
 def _name_of(content: bytes) -> str:
@@ -78,7 +79,7 @@ class ReferenceCache:
         remove_asides(self.directory, older_than=_ABANDONED)
 
     def lookup(self, lengths: dict[bytes, int]) -> dict[bytes, Entry]:
-        """The entries that are there of the responses asked for, {key: number of completion tokens}."""
+        """The entries that are there of the responses asked for, {key: number of actions}."""
         found: dict[bytes, Entry] = {}
         for path in self._segments():
             try:
@@ -109,6 +110,16 @@ class ReferenceCache:
         path = self.directory / _name_of(content)
         write_whole(path, content)
         self.damaged.discard(path)
+
+    @staticmethod
+    def size(lengths: list[int]) -> int:
+        """Bytes of responses with so many completion tokens."""
+        return sum(_PER_TOKEN * length + _PER_RESPONSE for length in lengths)
+
+    def check_room(self, lengths: list[int]) -> None:
+        """Refuses to begin where the disk has no room for responses with so many completion tokens."""
+        cure = "free some, or choose another --ref_cache_dir"
+        check_room(self.directory, self.size(lengths), "the reference's log-probabilities need", cure)
 
     def describe(self) -> None:
         """Rewrites meta.json, for people."""

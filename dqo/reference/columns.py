@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from dqo import signals
 from dqo.data.batches import Batch, Batching
-from dqo.data.episodes import Episode
+from dqo.data.episodes import Episode, first_tokens
 from dqo.errors import UserError
+from dqo.files import in_units
+from dqo.models.memory import in_memory
 from dqo.processes import Processes
 from dqo.reference.cache import Entry, ReferenceCache, response_key
 from dqo_kernels import TokenStats
@@ -25,6 +27,7 @@ StatsOf = Callable[[Batch], TokenStats]  # the reference's forward pass
 
 FLUSH_SECONDS = 20.0  # a killed pass loses at most these, or
 FLUSH_TOKENS = 2**22  # 32 MiB of float32 pairs
+PACE_SECONDS = 5.0  # after so many the pace is known
 
 # How far two computations of one model may be apart, relative to 1 + |logprob|, in batches of different shapes: matrix kernels
 # add up in another order. 99 random Llama and Qwen2 models on a CPU (width 64-512, 2-48 layers, standard deviation of the
@@ -50,12 +53,40 @@ def _with_companions(episodes: list[Episode]) -> Iterator[Episode]:
             yield e.companion
 
 
+class Pace:
+    """Says once, after the first batches, how long a pass will take.
+
+    Args:
+        lengths: tokens of the responses, in the order in which they are computed.
+    """
+
+    def __init__(self, processes: Processes, lengths: list[int]):
+        self.processes, self.ends = processes, np.cumsum([0, *lengths])
+        self.begun, self.said = time.monotonic(), False
+
+    def note(self, done: int) -> None:
+        """After `done` responses."""
+        seconds = time.monotonic() - self.begun
+        if self.said or seconds < PACE_SECONDS or done == len(self.ends) - 1:
+            return
+        self.said = True
+        rate = self.ends[done] / seconds
+        left = (self.ends[-1] - self.ends[done]) / rate
+        self.processes.say(f"reference pass: {rate:,.0f} tokens/s, about {_in_minutes(left)} left")
+
+
+def _in_minutes(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
 def _compute(members: list[Episode], keys: list[bytes], stats_of: StatsOf, batching: Batching) -> dict[bytes, Entry]:
     stats = stats_of(batching.collate(members))
     logprobs, lse = stats.logprobs.float().cpu().numpy(), stats.lse.float().cpu().numpy()
     entries, begin = {}, 0
     for e, key in zip(members, keys):
-        end = begin + len(e.completion_ids)
+        end = begin + e.action_count
         entries[key] = Entry(logprobs[begin:end], lse[begin:end])
         wrong = np.flatnonzero(~np.isfinite(entries[key].logprobs + entries[key].lse))
         if len(wrong):
@@ -86,10 +117,10 @@ def add_reference(
         UserError: for a response to which the reference gives no finite log-probability, or a cache that ranks do not share.
     """
     members: dict[bytes, Episode] = {}
-    everything = [(response_key(e.prompt_ids, e.completion_ids), e) for e in _with_companions(episodes)]
+    everything = [(response_key(e.prompt_ids, e.completion_ids, e.env_mask), e) for e in _with_companions(episodes)]
     for key, e in everything:
         members.setdefault(key, e)
-    lengths = {key: len(e.completion_ids) for key, e in members.items()}
+    lengths = {key: e.action_count for key, e in members.items()}
     entries = {} if cache is None else cache.lookup(lengths)
 
     # By key among equals, and shares of all responses rather than of the missing ones: after a kill every rank goes on as before.
@@ -106,17 +137,34 @@ def add_reference(
         entries.update(pending)
         pending.clear()
 
+    done, tokens, flushed, batch = 0, 0, time.monotonic(), []
+    pace = Pace(processes, [members[key].length for key in missing])
+    if cache is not None:
+        cache.check_room([lengths[key] for key in members if key not in entries])
+    if processes.main and missing:
+        todo = sum(members[key].length for key in missing)
+        of = f" for each of {processes.world} processes" if processes.world > 1 else ""
+        needs = "" if cache is None else f", {in_units(cache.size([lengths[key] for key in missing]))} of cache"
+        processes.say(f"reference pass: {len(missing):,} responses, {todo:,} tokens{needs}{of}")
+
+    def rest_of_the_pass(max_tokens: int) -> None:
+        nonlocal done, tokens, flushed, batch
+        for batch in _batches([members[key] for key in missing[done:]], max_tokens):
+            keys = missing[done : done + len(batch)]
+            pending.update(_compute(batch, keys, stats_of, batching))
+            done, tokens = done + len(batch), tokens + sum(lengths[key] for key in keys)
+            bar.update(len(batch))
+            pace.note(done)
+            if tokens >= FLUSH_TOKENS or time.monotonic() - flushed >= FLUSH_SECONDS:
+                flush()
+                tokens, flushed = 0, time.monotonic()
+
+    def smaller(_: int) -> int | None:
+        return len(batch) * batch[0].length // 2 if len(batch) > 1 else None
+
     with signals.raising():
         try:
-            done, tokens, flushed = 0, 0, time.monotonic()
-            for batch in _batches([members[key] for key in missing], batching.max_tokens):
-                keys = missing[done : done + len(batch)]
-                pending |= _compute(batch, keys, stats_of, batching)
-                done, tokens = done + len(batch), tokens + sum(lengths[key] for key in keys)
-                bar.update(len(batch))
-                if tokens >= FLUSH_TOKENS or time.monotonic() - flushed >= FLUSH_SECONDS:
-                    flush()
-                    tokens, flushed = 0, time.monotonic()
+            in_memory(rest_of_the_pass, batching.max_tokens, smaller, "reference pass", batching.device)
         finally:  # an interrupted pass keeps the batches that it finished
             flush()
             bar.close()
@@ -149,12 +197,14 @@ def warn_about_behavior(episodes: list[Episode], bound: float = 0.1) -> None:
 
 
 def _shortened(e: Episode) -> Episode:
-    """The response without its last token: nothing that a causal policy says about the others changes."""
-    if len(e.completion_ids) == 1:
+    """The response without its last action: nothing that a causal policy says about the others changes."""
+    if e.action_count == 1:
         return e
+    completion, env_mask, _ = first_tokens(e.completion_ids, e.env_mask, len(e.completion_ids) - 1)
     columns = ("rewards", "behavior_logprobs", "ref_logprobs", "ref_lse")
     cut = {name: getattr(e, name)[:-1] for name in columns if getattr(e, name) is not None}
-    return replace(e, completion_ids=e.completion_ids[:-1], columns={}, **cut)
+    turn_ends = [end for end in e.turn_ends if end < e.action_count - 1]
+    return replace(e, completion_ids=completion, env_mask=env_mask, turn_ends=turn_ends, columns={}, **cut)
 
 
 @torch.no_grad()
@@ -169,15 +219,24 @@ def check_agreement(
     token shorter, and long ones beside short ones. `dtype` is that of the forward pass and decides the bound."""
     chosen = episodes[:: max(1, len(episodes) // 64)][:64]
     ordered = sorted((_shortened(e) for e in chosen), key=lambda e: -e.length)
-    count = -(-len(ordered) * ordered[0].length // batching.max_tokens)
-    excess: list[tuple[float, int, Episode]] = []  # largest of each response, and where
-    for members in (ordered[i::count] for i in range(count) if ordered[i::count]):
-        batch = batching.collate(members)
-        expected = batch.columns["ref_logprobs"]
-        found = ((stats_of(batch).logprobs - expected).abs() / (1.0 + expected.abs())).nan_to_num(float("inf"))
-        for e, piece in zip(members, found.split([len(e.completion_ids) for e in members])):
-            worst, position = piece.max(0)
-            excess.append((worst.item(), position.item() + 1, e))
+
+    def compared(max_tokens: int) -> list[tuple[float, int, Episode]]:
+        """The largest excess of each response, and where."""
+        found, count = [], -(-len(ordered) * ordered[0].length // max_tokens)
+        for members in (ordered[i::count] for i in range(count) if ordered[i::count]):
+            batch = batching.collate(members)
+            expected = batch.columns["ref_logprobs"]
+            apart = ((stats_of(batch).logprobs - expected).abs() / (1.0 + expected.abs())).nan_to_num(float("inf"))
+            for e, piece in zip(members, apart.split([e.action_count for e in members])):
+                worst, position = piece.max(0)
+                found.append((worst.item(), int(position.item()) + 1, e))
+        return found
+
+    def smaller(max_tokens: int) -> int | None:
+        whole = len(ordered) * ordered[0].length
+        return min(max_tokens, whole) // 2 if max_tokens > ordered[0].length and len(ordered) > 1 else None
+
+    excess = in_memory(compared, batching.max_tokens, smaller, "check of the reference", batching.device)
     bound = AGREEMENT_BOUNDS[dtype]
     wrong = sorted((x for x in excess if not x[0] <= bound), key=lambda x: -x[0])
     if not wrong:

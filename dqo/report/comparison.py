@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dqo.report.formats import p_relation, points, rate_text
+from dqo.report.formats import p_relation, percent, points, rate_text
 from dqo.report.schema import Decoding, Method, Report, ValueAUC
-from dqo.stats import Interval, Paired, accuracy_interval, paired_test
+from dqo.stats import Interval, Paired, accuracy_interval, mean_interval, paired_test
 
 DECODINGS: dict[Decoding, str] = {"greedy": "with greedy decoding", "sampling": "with sampling"}
 
@@ -20,6 +20,18 @@ class MethodResult(NamedTuple):
     problems: int
     accuracy: dict[Decoding, Interval]
     against: dict[Decoding, Paired]
+    unread: dict[str, float] = {}  # by decoding, the share of answers that the verifier could not read
+    unreadable: list[Decoding] = []  # where neither a method nor the baseline had any readable answer: nothing is known
+    seeds: dict[Decoding, Seeds] = {}
+
+
+class Seeds(NamedTuple):
+    """A mean over training seeds, with its interval, and the runs'."""
+
+    mean: float
+    low: float
+    high: float
+    runs: list[float]
 
 
 class Verdict(NamedTuple):
@@ -34,13 +46,33 @@ def compare(methods: list[Method], baseline: str | None = None) -> list[MethodRe
         raise ValueError(f"method names must differ, got {names}")
     if baseline is not None and baseline not in names:
         raise ValueError(f"baseline {baseline!r} is not among the methods {names}")
-    scores = {method["name"]: scores_of(method) for method in methods}
+    by_name = {method["name"]: method for method in methods}
+    scores = {name: scores_of(method) for name, method in by_name.items()}
+    unread = {method["name"]: method.get("unread", {}) for method in methods}
     results = []
     for name, ours in scores.items():
         against = {} if baseline in (None, name) else paired_tests(name, ours, baseline, scores[baseline])
+        unreadable = [kind for kind in against if unread[name].get(kind) == unread[str(baseline)].get(kind) == 1]
+        against = {kind: test for kind, test in against.items() if kind not in unreadable}
         accuracy = {kind: accuracy_interval(values) for kind, values in ours.items()}
-        results.append(MethodResult(name, len(next(iter(ours.values()), ())), accuracy, against))
+        seeds = {kind: spread for kind in accuracy if (spread := over_seeds(by_name[name], kind))}
+        problems = len(next(iter(ours.values()), ()))
+        results.append(MethodResult(name, problems, accuracy, against, unread[name], unreadable, seeds))
     return results
+
+
+def over_seeds(method: Method, kind: Decoding, other: Method | None = None) -> Seeds | None:
+    """The accuracy over training seeds, less that of another method with the same seeds; None for fewer than two."""
+    ours = {run["seed"]: run["accuracy"][kind] for run in method.get("seeds", []) if kind in run["accuracy"]}
+    if other is not None:
+        theirs = {run["seed"]: run["accuracy"][kind] for run in other.get("seeds", []) if kind in run["accuracy"]}
+        ours = {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+    runs = list(ours.values())
+    interval = mean_interval(runs)
+    if interval is None:
+        return None
+    least = 0.0 if other is None else -1.0
+    return Seeds(interval.mean, max(interval.low, least), min(interval.high, 1.0), runs)
 
 
 def scores_of(method: Method) -> dict[Decoding, np.ndarray]:
@@ -81,28 +113,56 @@ def headline_of(report: Report) -> str | None:
 
 
 def verdict_of(
-    results: list[MethodResult], headline: str | None, baseline: str | None, value_auc: ValueAUC | None
+    methods: list[Method], results: list[MethodResult], headline: str | None, baseline: str | None, report: Report
 ) -> Verdict | None:
-    """What the headline method gained over the baseline, else what the value model knows, else None."""
+    """What the headline method gained over the baseline, and over every other, else what the models know, else None."""
     by_name = {result.name: result for result in results}
     if headline is None or not by_name[headline].accuracy:
-        return _value_verdict(value_auc) if value_auc else None
-    ours = by_name[headline]
+        return _knowledge_verdict(report)
+    ours, given = by_name[headline], {method["name"]: method for method in methods}
     details = []
     for kind, rate in ours.accuracy.items():
         how = DECODINGS[kind].capitalize()
         text = f"{how} {headline} solves {rate_text(rate)} of {ours.problems:,} problems"
+        if kind in ours.unread:
+            text += f" ({percent(ours.unread[kind])}% of the answers could not be read)"
         if baseline is not None and kind in ours.against:
-            test, theirs = ours.against[kind], by_name[baseline].accuracy[kind]
-            text += (
-                f" and {baseline} {rate_text(theirs)}: {points(test.difference)} points "
-                f"(95% interval {points(test.low)} to {points(test.high)}), p {p_relation(test)} by the "
-                f"{test.test} test, {test.wins:,} problems better and {test.losses:,} worse"
-            )
+            text += f" and {baseline} {rate_text(by_name[baseline].accuracy[kind])}: {_gain(ours.against[kind])}"
+            text += _seeds_text(over_seeds(given[headline], kind, given[baseline]))
         details.append(text + ".")
+    for name in by_name:
+        if name not in (headline, baseline):
+            tests = paired_tests(headline, scores_of(given[headline]), name, scores_of(given[name]))
+            gains = [
+                f"{DECODINGS[kind]} {_gain(test)}{_seeds_text(over_seeds(given[headline], kind, given[name]))}"
+                for kind, test in tests.items()
+            ]
+            details += [f"{headline} over {name}: {'; '.join(gains)}."] if gains else []
+    if ours.unreadable and not ours.against:
+        return Verdict(
+            f"No answer of {headline} or of {baseline} could be read by the verifier, so nothing is known of their difference: "
+            "look at the answers, and choose a verifier that reads their form.",
+            details,
+        )
     if baseline is None or not ours.against:
         return Verdict(f"{headline} was measured, and there is no baseline to compare it with.", details)
     return Verdict(_verdict_sentence(headline, baseline, ours.against), details)
+
+
+def _gain(test: Paired) -> str:
+    return (
+        f"{points(test.difference)} points (95% interval {points(test.low)} to {points(test.high)}), p {p_relation(test)} by "
+        f"the {test.test} test, {test.wins:,} problems better and {test.losses:,} worse"
+    )
+
+
+def _seeds_text(seeds: Seeds | None) -> str:
+    """Of a difference."""
+    if seeds is None:
+        return ""
+    better = sum(run > 0 for run in seeds.runs)
+    between = f"95% interval over seeds {points(seeds.low)} to {points(seeds.high)}"
+    return f", better with {better} of {len(seeds.runs)} training seeds ({between})"
 
 
 def _verdict_sentence(headline: str, baseline: str, against: dict[Decoding, Paired]) -> str:
@@ -117,15 +177,24 @@ def _verdict_sentence(headline: str, baseline: str, against: dict[Decoding, Pair
     return f"{headline} {', but '.join(f'{what} ' + ' and '.join(how) for what, how in outcomes.items())}."
 
 
-def _value_verdict(value_auc: ValueAUC) -> Verdict | None:
-    at_end = value_auc.get("at_end")
-    if at_end is None:
+def _knowledge_verdict(report: Report) -> Verdict | None:
+    """Without problems that were answered: whether the value model, or the policy, tells right responses from wrong ones."""
+    if (value_auc := report.get("value_auc")) is not None and value_auc.get("at_end") is not None:
+        return _auc_verdict("The value model", "AUC at the end of a response", value_auc)
+    found = next((p for p in report.get("predictors", []) if p["name"].startswith("Implicit reward")), None)
+    if found is None:
         return None
-    interval = value_auc.get("interval")
+    auc: ValueAUC = {"at_end": found["auc"], "interval": found["interval"]}
+    return _auc_verdict("The policy's implicit reward", "AUC of log(π/ref)", auc)
+
+
+def _auc_verdict(who: str, what: str, value_auc: ValueAUC) -> Verdict:
+    at_end, interval = value_auc["at_end"], value_auc.get("interval")
+    assert at_end is not None
     between = f" (95% interval {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
-    details = [f"AUC at the end of a response: {at_end:.3f}{between}."]
+    details = [f"{what}: {at_end:.3f}{between}."]
     if value_auc.get("at_half") is not None:
         details.append(f"AUC half-way through it: {value_auc['at_half']:.3f}.")
     if (interval[0] if interval else at_end) > 0.5:
-        return Verdict("The value model tells right held-out responses from wrong ones.", details)
-    return Verdict("The value model tells right held-out responses from wrong ones no better than chance.", details)
+        return Verdict(f"{who} tells right held-out responses from wrong ones.", details)
+    return Verdict(f"{who} tells right held-out responses from wrong ones no better than chance.", details)

@@ -30,6 +30,23 @@ def number_text(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def measured(value: float | None, is_share: bool = False) -> str:
+    """A metric, of three digits; shares in percent."""
+    if value is None:
+        return "–"
+    if is_share:
+        return f"{percent(value)}%"
+    text = f"{value:.3f}" if 0.0005 <= abs(value) < 100 or value == 0 else f"{value:.3g}"
+    return text.replace("-", "−")
+
+
+def option_text(value: Any) -> str:
+    """An option's value."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
 def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

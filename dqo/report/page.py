@@ -1,4 +1,4 @@
-"""The report of a run: report.html (self-contained), report.md (short), report.json (the data it was given)."""
+"""The page of one run or several: report.html (self-contained), report.md (short), report.json (the data it was given)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,19 @@ from dqo.report.comparison import (
     scores_of,
     verdict_of,
 )
-from dqo.report.formats import duration, number_text, p_text, percent, plus_minus, points, points_between
+from dqo.report.formats import (
+    duration,
+    measured,
+    number_text,
+    option_text,
+    p_text,
+    percent,
+    plus_minus,
+    points,
+    points_between,
+)
 from dqo.report.plots import draw_all
-from dqo.report.schema import KEYS, REQUIRED, Flip, Method, Report
+from dqo.report.schema import KEYS, REQUIRED, Change, Decoding, Flip, Method, Report
 from dqo.stats import Interval, Proportion, accuracy_interval, calibration_bins, pass_at_k
 
 COSTS = {"updates": "Updates", "seconds": "Seconds", "tokens_per_second": "Tokens/s"}
@@ -38,18 +48,7 @@ def console_table(methods: list[Method], baseline: str | None = None) -> str:
 
 def write_report(directory: str | Path, report: Report) -> Path:
     """Writes report.html, report.md and report.json into `directory`; returns the path of the page."""
-    missing, unknown = sorted(REQUIRED - set(report)), sorted(set(report) - KEYS)
-    if missing or unknown:
-        raise ValueError(f"a report lacks the keys {missing} and has the unknown keys {unknown}")
-    report = _plain(report)
-    results = compare(report.get("methods", []), report.get("baseline"))
-    compared = (headline_of(report), report.get("baseline"))
-    verdict = verdict_of(results, *compared, report.get("value_auc"))
-    texts = {
-        "report.json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        "report.md": _markdown(report, results, verdict),
-        "report.html": _html(report, results, verdict),
-    }
+    texts = rendered(report)
     directory = Path(directory)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -58,14 +57,35 @@ def write_report(directory: str | Path, report: Report) -> Path:
     return directory / "report.html"
 
 
+def rendered(report: Report) -> dict[str, str]:
+    """{name of a file: its text}."""
+    missing, unknown = sorted(REQUIRED - set(report)), sorted(set(report) - KEYS)
+    if missing or unknown:
+        raise ValueError(f"a report lacks the keys {missing} and has the unknown keys {unknown}")
+    report = _plain(report)
+    methods = report.get("methods", [])
+    results = compare(methods, report.get("baseline"))
+    verdict = verdict_of(methods, results, headline_of(report), report.get("baseline"), report)
+    return {
+        "report.json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.md": _markdown(report, results, verdict),
+        "report.html": _html(report, results, verdict),
+    }
+
+
 def _warnings(report: Report) -> list[str]:
-    warnings = []
+    warnings = list(report.get("warnings", []))
+    last: dict[str, list[float]] = {}
     for curve in report.get("curves", []):
         seen = [y for y in curve["y"] if y is not None]
-        if curve["name"] == "value/explained_variance" and seen and seen[-1] < NEARLY_NOTHING:
-            owner = curve.get("method", "this run")
+        if curve["name"] == "value/explained_variance" and seen:
+            last.setdefault(curve.get("method", "this run"), []).append(seen[-1])
+    for owner, ends in last.items():
+        end = sum(ends) / len(ends)
+        if end < NEARLY_NOTHING:
+            mean = f", the mean of {len(ends)} seeds" if len(ends) > 1 else ""
             warnings.append(
-                f"The value model of {owner} ends with an explained variance of {seen[-1]:.2f}: it knows "
+                f"The value model of {owner} ends with an explained variance of {measured(end)}{mean}: it knows "
                 "hardly more than the average return, and advantages computed from it are mostly noise."
             )
     return warnings
@@ -97,20 +117,26 @@ def _html(report: Report, results: list[MethodResult], verdict: Verdict | None) 
         kind: {result.name: result.accuracy[kind] for result in results if kind in result.accuracy}
         for kind in DECODINGS
     }
-    passes = {name: _passes(kinds["sampling"]) for name, kinds in scores.items() if "sampling" in kinds}
+    runs = {name: max(1, len(method.get("seeds", []))) for name, method in methods.items()}
+    passes = {name: _passes(kinds["sampling"], runs[name]) for name, kinds in scores.items() if "sampling" in kinds}
+    seeds: dict[Decoding, dict[str, Any]] = {
+        kind: {result.name: result.seeds[kind].runs for result in results if kind in result.seeds} for kind in DECODINGS
+    }
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for show in (percent, points, p_text, number_text, duration):
+    for show in (percent, points, p_text, number_text, duration, measured, option_text):
         environment.filters[show.__name__] = show
     return environment.get_template("report.html.j2").render(
         report=report,
         methods=methods,
         verdict=verdict,
         warnings=_warnings(report),
+        changes=[{**change, "rows": _change_rows(change)} for change in report.get("changes", [])],
+        seeded=any(seeds.values()),
         results=results,
         kinds=[kind for kind, accuracy in accuracies.items() if accuracy],
         costs=[(key, title) for key, title in COSTS.items() if any(key in m for m in methods.values())],
@@ -122,18 +148,35 @@ def _html(report: Report, results: list[MethodResult], verdict: Verdict | None) 
             report,
             headline=headline,
             accuracies={kind: accuracy for kind, accuracy in accuracies.items() if len(accuracy) > 1},
+            seeds=seeds,
             passes={name: curve for name, curve in passes.items() if len(curve) > 1},
             reliability=_reliability(**report.get("value_calibration", {"predicted": [], "observed": []})),
         ),
     )
 
 
-def _passes(samples: np.ndarray) -> dict[int, Interval]:
-    """pass@k of (problems, samples) at the powers of two."""
-    n = samples.shape[1]
+def _passes(samples: np.ndarray, runs: int) -> dict[int, Interval]:
+    """pass@k of (problems, runs * samples) at the powers of two; k samples are of one run, and its runs are averaged."""
+    samples = samples.reshape(len(samples), runs, -1)
+    n = samples.shape[2]
     ks = [2**i for i in range(n.bit_length())]
-    right = samples.sum(axis=1).astype(int)
-    return {k: accuracy_interval([pass_at_k(n, int(c), k) for c in right]) for k in ks}
+    right = samples.sum(axis=2).astype(int)
+    return {k: accuracy_interval([np.mean([pass_at_k(n, int(c), k) for c in row]) for row in right]) for k in ks}
+
+
+def _change_rows(change: Change) -> list[dict]:
+    """A row a method: the means of its runs before and after, and the least and greatest after where there are several."""
+    rows = []
+    for name, pairs in change["methods"].items():
+        ends = [[x for x in column if x is not None] for column in zip(*pairs)]
+        before, after = (sum(end) / len(end) if end else None for end in ends)
+        row: dict[str, Any] = {"method": name, "before": before, "after": after, "range": None, "verdict": ""}
+        if len(ends[1]) > 1:
+            row["range"] = (min(ends[1]), max(ends[1]))
+        if before is not None and after is not None and measured(before) != measured(after) and change["better"]:
+            row["verdict"] = "right" if (after > before) == (change["better"] == "higher") else "wrong"
+        rows.append(row)
+    return rows
 
 
 def _reliability(predicted: list[float], observed: list[float]) -> list[tuple[float, Interval]]:
@@ -164,12 +207,14 @@ def _table(results: list[MethodResult], baseline: str | None) -> str:
     """Aligned plain text, a line a method."""
     kinds = [kind for kind in DECODINGS if any(kind in result.accuracy for result in results)]
     tested = [kind for kind in kinds if any(kind in result.against for result in results)]
-    rows = [["method", *(f"{kind} %" for kind in kinds)]]
+    lost = [kind for kind in kinds if any(kind in result.unread for result in results)]
+    rows = [["method", *(f"{kind} %" for kind in kinds), *(f"{kind} unread %" for kind in lost)]]
     for kind in tested:
         rows[0] += [f"{kind} vs {baseline}", "p"]
     for result in results:
         rates = [result.accuracy.get(kind) for kind in kinds]
         rows.append([result.name, *(plus_minus(rate) if rate else "-" for rate in rates)])
+        rows[-1] += [percent(result.unread[kind]) if kind in result.unread else "-" for kind in lost]
         for test in (result.against.get(kind) for kind in tested):
             rows[-1] += [points_between(test), p_text(test.p_value)] if test else ["-", "-"]
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -8,6 +8,13 @@ from typing import Any, Literal, TypedDict
 Decoding = Literal["greedy", "sampling"]
 
 
+class SeedScores(TypedDict):
+    """A run's mean accuracies."""
+
+    seed: int
+    accuracy: dict[Decoding, float]
+
+
 class _MethodName(TypedDict):
     name: str
 
@@ -17,9 +24,11 @@ class Method(_MethodName, total=False):
 
     greedy: Sequence[float]  # a score, 0 or 1, for each problem
     sampling: Sequence[Sequence[float]]  # k scores for each problem
+    unread: dict[str, float]  # by decoding, the share of answers that the verifier could not read
     seconds: float
     tokens_per_second: float
     updates: int
+    seeds: list[SeedScores]  # of several runs, whose scores are pooled above: greedy their mean, sampling run by run
     extra: dict[str, Any]  # {title of a further column: text or number}
 
 
@@ -33,6 +42,8 @@ class Curve(_CurvePoints, total=False):
     method: str
     how_to_read: str
     x_label: str
+    seed: int  # curves of one method and several seeds are drawn thin, with their mean
+    warmup: float  # up to this x the value model alone is trained
 
 
 class Calibration(TypedDict):
@@ -65,6 +76,75 @@ class ValueTrace(_TokenValues, total=False):
     first_wrong_step: int | None  # counted from 0
 
 
+class Change(TypedDict):
+    """A quantity before and after training."""
+
+    name: str
+    better: Literal["lower", "higher", ""]
+    how_to_read: str
+    methods: dict[str, list[list[float | None]]]  # {method: [before, after] of each run}
+
+
+class Predictor(TypedDict):
+    """How well something tells right held-out responses from wrong ones."""
+
+    name: str
+    method: str  # "" where it needs no model
+    auc: float
+    interval: list[float] | None
+    n: int
+
+
+class PenalisedStep(TypedDict):
+    """A response's first penalised step, and the text around it."""
+
+    prompt: str
+    before: str
+    text: str
+    after: str
+    step: int  # counted from 1
+    steps: int
+    reward: float
+    source: str
+
+
+class Penalised(TypedDict):
+    """The penalised steps of the responses that were trained on."""
+
+    rows: int
+    of_rows: int
+    steps: int
+    of_steps: int
+    mean_reward: float | None
+    process_reward: str  # what the run did with them
+    examples: list[PenalisedStep]
+
+
+class Unread(TypedDict):
+    """Answers of a model that the verifier could not read."""
+
+    method: str
+    decoding: str
+    share: float
+    cure: str
+    examples: list[dict[str, Any]]  # source, answer, response (its end)
+
+
+class RunView(TypedDict, total=False):
+    directory: str
+    method: str
+    seed: int
+    state: str
+    seconds: float
+    tokens_per_second: float
+
+
+class DataSet(TypedDict):
+    name: str
+    sha256: str
+    of: str  # "file" or "rows"
+
+
 class Flip(TypedDict):
     """A problem whose greedy answer changed from the baseline to the headline method."""
 
@@ -89,20 +169,29 @@ class Machine(TypedDict, total=False):
 
 class _Run(TypedDict):
     title: str
-    command: str  # the exact one that was run
+    command: str  # the exact ones that were run, a line each
 
 
 class Report(_Run, Machine, ValueFindings, total=False):
     created: str
     seed: int
     wall_seconds: float
-    options: dict[str, Any]  # those that are not defaults
+    options: dict[str, Any]  # those that are not defaults, in every run
+    options_of: dict[str, dict[str, Any]]  # {method: the others}
     methods: list[Method]
     baseline: str  # the method that every other is tested against
     headline: str  # the method that the verdict is about; without it the first that is not the baseline
+    warnings: list[str]  # what a reader must know before he believes the page
+    changes: list[Change]
     curves: list[Curve]
+    unread: list[Unread]  # where they are many
     flips: Flips  # at most 6 of each kind are shown
-    data: dict[str, float]  # counts of the rows, by name
+    predictors: list[Predictor]
+    penalised: Penalised
+    data: dict[str, dict[str, float]]  # {method: counts of the responses that it was trained on, by name}
+    data_sets: list[DataSet]
+    parameters: dict[str, dict[str, int]]  # {method: numbers of weights, by name}
+    runs: list[RunView]
     notes: list[str]  # the limits of what is shown
 
 

@@ -122,7 +122,7 @@ def _trained(learner: Learner) -> dict[str, nn.Parameter]:
     }
 
 
-def _in_dtype(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def in_dtype(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """A state dict with its numbers in `dtype`, but for what the model's class keeps in float32; tied tensors stay one."""
     if dtype is None:
         return state
@@ -145,13 +145,13 @@ def save_models(
 ) -> None:
     """Policy (or its adapter) and value model (its adapter merged) as transformers loads them, in `dtype` or as they are. All
     processes must call it."""
-    policy = _in_dtype(learner.policy, whole_state(learner.policy), dtype)
+    policy = in_dtype(learner.policy, whole_state(learner.policy), dtype)
     critic = None
     if learner.value_model is not None and value_model:
         critic = learner.value_model.state_dict()
         if has_adapter(learner.value_model):
             critic = merged_state(learner.value_model)
-        critic = _in_dtype(learner.value_model, {name: whole(tensor) for name, tensor in critic.items()}, dtype)
+        critic = in_dtype(learner.value_model, {name: whole(tensor) for name, tensor in critic.items()}, dtype)
     if processes.main:
         if has_adapter(learner.policy):
             save_adapter(learner.policy, policy, directory)

@@ -22,7 +22,7 @@ from dqo.stats import auc
 from dqo.train import metrics
 from dqo.train.engine import Engine, Planned
 from dqo.train.learner import Learner, objective_sums, values_of
-from dqo.train.step import mean_over_companions
+from dqo.train.step import companions_of, mean_over_companions
 
 BAR_DELAY = 2.0  # seconds: a shorter evaluation shows no bar
 
@@ -43,15 +43,20 @@ def held_out_metrics(
     that the objective chose; every process gets the same numbers. `prediction_step` is called after every micro-batch."""
     if not groups:
         return {}
-    companion_mean = mean_over_companions(engine, objective, groups)
-    sums: dict[str, Tensor] = {}
-    batches = Planned(groups, engine)
-    for batch, counts, _ in shown(batches, engine.processes, "held-out loss"):
-        loss, more = engine.module(objective_sums, objective, batch, companion_mean=companion_mean)
-        units = float(unit_count(batch.groups, objective.unit))
-        more |= {"loss": torch.stack([loss, loss.new_tensor(units)])} | metrics.of_batch(batch)
-        sums = metrics.add(sums, more if counts else metrics.none_of(more))
-        prediction_step(batches)
+
+    def sums_of_all() -> dict[str, Tensor]:
+        companion_mean = mean_over_companions(engine, objective, groups)
+        sums: dict[str, Tensor] = {}
+        batches = Planned(groups, engine)
+        for batch, counts, _ in shown(batches, engine.processes, "held-out loss"):
+            loss, more = engine.module(objective_sums, objective, batch, companion_mean=companion_mean)
+            units = float(unit_count(batch.groups, objective.unit))
+            more |= {"loss": torch.stack([loss, loss.new_tensor(units)])} | metrics.of_batch(batch)
+            sums = metrics.add(sums, more if counts else metrics.none_of(more))
+            prediction_step(batches)
+        return sums
+
+    sums = engine.in_memory(sums_of_all, "held-out loss", groups, companions_of(groups))
     found = metrics.finish(metrics.over_processes(sums, engine.processes))
     result = {f"eval_{name}": value for name, value in found.items()}
     if engine.learner.value_model is not None:
@@ -66,13 +71,17 @@ def held_out_metrics(
 def of_each(engine: Engine, work: Callable[[Learner, Batch], list], episodes: list[Episode], description: str) -> list:
     """What `work` says of each episode, in their order, on every process."""
     index = {id(e): i for i, e in enumerate(episodes)}
-    found: list[tuple[int, Any]] = []
-    batches = Planned([[e] for e in episodes], engine)
-    for batch, counts, _ in shown(batches, engine.processes, description):
-        items = engine.module(work, batch)
-        if counts:
-            found += [(index[id(e)], item) for e, item in zip(batch.episodes, items)]
-    items_of = dict(gather_objects(found, engine.processes))
+    groups = [[e] for e in episodes]
+
+    def items_of_all() -> list[tuple[int, Any]]:
+        found: list[tuple[int, Any]] = []
+        for batch, counts, _ in shown(Planned(groups, engine), engine.processes, description):
+            items = engine.module(work, batch)
+            if counts:
+                found += [(index[id(e)], item) for e, item in zip(batch.episodes, items)]
+        return found
+
+    items_of = dict(gather_objects(engine.in_memory(items_of_all, description, groups), engine.processes))
     return [items_of[i] for i in range(len(episodes))]
 
 
@@ -83,7 +92,7 @@ def value_traces(engine: Engine, episodes: list[Episode]) -> list[list[float]]:
 
 def traces_of(learner: Learner, batch: Batch) -> list[list[float]]:
     """V(s_1), ..., V(s_T) of each episode."""
-    pieces = values_of(learner, batch).cpu().split([len(e.completion_ids) for e in batch.episodes])
+    pieces = values_of(learner, batch).cpu().split([e.action_count for e in batch.episodes])
     return [piece.tolist() for piece in pieces]
 
 
@@ -110,7 +119,7 @@ def predictions(engine: Engine, episodes: list[Episode]) -> tuple[dict[str, np.n
     references = [e.ref_logprobs for e in episodes if e.ref_logprobs is not None]
     if len(references) == len(episodes):
         found["ref_logps"] = np.array([logprobs.sum() for logprobs in references], np.float32)
-    found["length"] = np.array([len(e.completion_ids) for e in episodes])
+    found["length"] = np.array([e.action_count for e in episodes])
     found["label"] = np.array([e.label for e in episodes])
     return found, np.array([e.reward for e in episodes], np.float32)
 

@@ -12,6 +12,7 @@ from dqo.config.effects import without_effect
 from dqo.config.lora import check_lora_config, check_lora_options
 from dqo.config.options import Options, TrainConfig
 from dqo.data.advice import row_warnings
+from dqo.data.control import with_shuffled_rewards
 from dqo.data.rows import Row, check_process_reward, prompt_key, read_rows, split_by_prompt
 from dqo.errors import UserError
 from dqo.files import is_aside
@@ -92,11 +93,16 @@ def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], 
     for warning in row_warnings(rows, config, options.objective):
         logger.warning(warning)
     held_source = config.eval_dataset_name if given.eval_dataset is None else given.eval_dataset
-    if held_source is None:
-        return split_by_prompt(rows, config.eval_fraction, config.seed) if config.eval_fraction else (rows, [])
-    held_out = read(config, held_source)
-    names = config.eval_dataset_name or "eval_dataset", config.dataset_name or "the training rows"
-    shared_prompts({prompt_key(row) for row in rows}, held_out, *names)
+    held_out: list[Row] = []
+    if held_source is not None:
+        held_out = read(config, held_source)
+        names = config.eval_dataset_name or "eval_dataset", config.dataset_name or "the training rows"
+        shared_prompts({prompt_key(row) for row in rows}, held_out, *names)
+    elif config.eval_fraction:
+        rows, held_out = split_by_prompt(rows, config.eval_fraction, config.seed)
+    if config.shuffle_rewards:
+        rows, said = with_shuffled_rewards(rows, config.seed, config.process_reward not in (None, "none"))
+        logger.warning(said)
     return rows, held_out
 
 

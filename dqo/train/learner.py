@@ -99,7 +99,7 @@ def objective_sums(
         batch.cu_seqlens,
         rows=columns,
         cu_groups=torch.tensor([0, *accumulate(batch.sizes)], device="cpu"),
-        seqlens=[len(e.completion_ids) for e in batch.episodes],
+        seqlens=[e.action_count for e in batch.episodes],
         loss_scale=loss_scale,
         **head,
     )

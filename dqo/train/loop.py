@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import EvalPrediction
+from transformers import EvalPrediction, PreTrainedModel
 
 from dqo import signals
 from dqo.config.options import Options
 from dqo.data.batches import Group, distinct, epoch_order
 from dqo.errors import UserError
+from dqo.processes import Processes
 from dqo.train import checkpoint, metrics, optim, phases
 from dqo.train.callbacks import Callbacks
 from dqo.train.damage import fault, loading
@@ -27,14 +28,19 @@ from dqo.train.parallel import wrap
 from dqo.train.prepare import Prepared
 from dqo.train.recorder import Recorder
 from dqo.train.resume import stored_options
-from dqo.train.step import accumulate, out_of_memory
+from dqo.train.step import accumulate, companions_of
+
+# (policy, tokenizer, step, processes) -> metrics of the policy's answers to problems; every process calls it.
+Answers = Callable[[PreTrainedModel, Any, int, Processes], dict[str, float]]
 
 
 class Trainer:
-    """The loop's state: models, optimizers, counters and the open metrics file."""
+    """The loop's state: models, optimizers, counters and the open metrics file. `answers` adds to every evaluation."""
 
-    def __init__(self, options: Options, prepared: Prepared, callbacks: list | None = None):
-        self.options, self.prepared = options, prepared
+    def __init__(
+        self, options: Options, prepared: Prepared, callbacks: list | None = None, answers: Answers | None = None
+    ):
+        self.options, self.prepared, self.answers = options, prepared, answers
         self.config, self.objective = options.train, options.objective
         self.learner, self.processes = prepared.learner, prepared.processes
         self.output_dir = Path(self.config.output_dir)
@@ -50,6 +56,7 @@ class Trainer:
             "metrics_position": 0,
         }
         self.train_prompts: set[str] = set()
+        self.train_problems: set[bytes] = set()
         self.window: dict[str, torch.Tensor] = {}  # this process's metric sums since the last logged row
         self.evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation's step and metrics
         self.compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
@@ -89,7 +96,7 @@ class Trainer:
         if "callbacks" in state:
             history = metrics.rows_until(self.output_dir / "metrics.jsonl", self.counters["metrics_position"])
             self.stays_stopped = self.callbacks.restore(state["callbacks"], self.output_dir, history)
-        if self.config.best_metric is not None and not prepared.held_out:
+        if self.config.best_metric is not None and not prepared.held_out and answers is None:
             raise UserError(
                 "no response is held out, so that no evaluation can be the best: give eval_dataset_name or a greater "
                 "eval_fraction, or remove metric_for_best_model and load_best_model_at_end"
@@ -125,15 +132,17 @@ class Trainer:
 
     def train_step(self, step: int, groups: list[Group]) -> dict[str, float]:
         """Gradients and updates; returns what is not a mean over the data."""
-        trains = phases.trained(self.stretches, step)
-        try:
-            sums, tokens = accumulate(
-                self.engine, self.objective, groups, trains, lambda: self.callbacks.call("on_substep_end")
-            )
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"step {step + 1}: {out_of_memory(self.engine.batching)}") from error
-        except UserError as error:
-            raise UserError(f"step {step + 1}: {error}") from error
+        trains, name_of_step = phases.trained(self.stretches, step), f"step {step + 1}"
+
+        def gradients() -> tuple[dict[str, torch.Tensor], int]:
+            self.learner.zero_grad(set_to_none=True)  # of a try that ran out of memory
+            substep_end = lambda: self.callbacks.call("on_substep_end")  # noqa: E731
+            try:
+                return accumulate(self.engine, self.objective, groups, trains, substep_end)
+            except UserError as error:
+                raise UserError(f"{name_of_step}: {error}") from error
+
+        sums, tokens = self.engine.in_memory(gradients, name_of_step, groups, companions_of(groups))
         self.window = metrics.add(self.window, sums)
         self.counters["num_tokens"] += tokens
         factor = optim.schedule(step, self.steps, self.warmup, self.config.lr_scheduler_type)
@@ -172,6 +181,8 @@ class Trainer:
         """Evaluates and records, once a step; a best evaluation asks for a checkpoint."""
         if self.evaluated is None or self.evaluated[0] != step:
             row = {"step": step, **self.held_out()}
+            if self.answers is not None:
+                row |= self.answers(self.learner.policy, self.prepared.tokenizer, step, self.processes)
             if len(row) > 1:
                 self.recorder.record(row, evaluation=True)
             found = {name: value for name, value in row.items() if name != "step"}

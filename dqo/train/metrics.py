@@ -220,15 +220,6 @@ def rows_until(path: Path, position: int) -> list[dict]:
         return [json.loads(line) for line in file.read(position).splitlines()]
 
 
-def peak_memory_gb() -> float:
-    """Of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
-
-
 def plain(row: dict[str, Any]) -> dict[str, Any]:
     """A row as metrics.jsonl holds it: callbacks may have added tensors or numpy numbers.
 

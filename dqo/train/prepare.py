@@ -42,6 +42,7 @@ from dqo.train.checkpoint import claim_output, save_base
 from dqo.train.inputs import Given, read
 from dqo.train.learner import Learner
 from dqo.train.resume import OF_OBJECTIVE, TRAINED_END, found_state
+from dqo.train.room import warn_of_little_room
 from dqo.train.run_models import (
     base_of,
     explicit_reference,
@@ -77,6 +78,7 @@ FREE_OPTIONS = {
     "greater_is_better",
     "load_best_model_at_end",
     "eval_tasks",
+    "eval_task_problems",
     "verifier",
     "num_generations",
     "max_completion_length",
@@ -130,23 +132,10 @@ def prepare(
     ref_config = reference_config(config, given, vocab_size)
     template_time = _template_time(config, tokenizer, processes)
 
+    stops = stop_ids(given.model or config.model_path)
+
     def tokenized(rows: list[Row]) -> list[Episode]:
-        made = make_episodes(
-            rows,
-            tokenizer,
-            vocab_size=vocab_size,
-            max_length=config.max_length,
-            stop_ids=stop_ids(given.model or config.model_path),
-            template_time=template_time,
-            skip_bad_rows=config.skip_bad_rows,
-            process_reward=config.process_reward or "none",
-            process_coef=config.process_coef,
-            gamma=objective.discount,
-            truncation=config.truncation,
-            allow_truncation=config.allow_truncation,
-            reward_scale=config.reward_scale,
-            reward_shift=config.reward_shift,
-        )
+        made = on_tokens(rows, options, tokenizer, vocab_size, stops, template_time)
         for its_config in filter(None, (model_config, ref_config)):
             check_positions(its_config, made)
         return made
@@ -181,7 +170,7 @@ def prepare(
     identity |= dict(zip(OF_OBJECTIVE, answers, strict=True))
     if given.peft_config is not None:
         identity["options"] |= described(given.peft_config)
-    its_ends = ends_of(tokenizer, stop_ids(given.model or config.model_path), not isinstance(train_rows[0].prompt, str))
+    its_ends = ends_of(tokenizer, stops, not isinstance(train_rows[0].prompt, str))
     identity |= {TRAINED_END: its_ends.trained, "configuration": architecture(policy.config)}
     if reference is not None:
         identity["reference configuration"] = architecture(reference.config)
@@ -199,6 +188,8 @@ def prepare(
     max_tokens = config.batch_tokens(processes.device.type)
     batching = Batching(tokenizer.pad_token_id, max_tokens, processes.device, attention.packs(policy))
     resumed = claim_output(options, identity, processes)
+    if processes.main:
+        warn_of_little_room(Path(config.output_dir), learner, config.save_total_limit)
     if has_adapter(policy) and not policy.name_or_path and processes.main:
         save_base(policy, Path(base_of(policy, config)), again=resumed is None)
     if objective.needs_reference:
@@ -217,6 +208,36 @@ def prepare(
         tokenized,
         reference,
         save_dtype,
+    )
+
+
+def on_tokens(
+    rows: list[Row],
+    options: Options,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    stops: list[int],
+    template_time: datetime.datetime | None,
+) -> list[Episode]:
+    """Rows as the options say. `stops`: end tokens of the model's generation_config. `template_time`: what chat templates take
+    for now; None: the clock."""
+    config = options.train
+    return make_episodes(
+        rows,
+        tokenizer,
+        vocab_size=vocab_size,
+        max_length=config.max_length,
+        stop_ids=stops,
+        template_time=template_time,
+        skip_bad_rows=config.skip_bad_rows,
+        process_reward=config.process_reward or "none",
+        process_coef=config.process_coef,
+        gamma=options.objective.discount_factor,
+        discount=options.objective.discount_at,
+        truncation=config.truncation,
+        allow_truncation=config.allow_truncation,
+        reward_scale=config.reward_scale,
+        reward_shift=config.reward_shift,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dqo.config.options import Options
+from dqo.models import memory
 from dqo.processes import Processes
 from dqo.train import metrics
 from dqo.train.callbacks import Callbacks
@@ -35,6 +36,8 @@ class Recorder:
     def record(self, row: dict, evaluation: bool = False) -> None:
         """A row to the callbacks, which may add to it, then to metrics.jsonl and the tracker."""
         step = row["step"]
+        if self.options.train.shuffle_rewards:
+            row["control/shuffle_rewards"] = 1.0  # whoever reads the row alone must know
         self.callbacks.log(row)
         if evaluation:
             self.callbacks.evaluated(row)
@@ -53,7 +56,7 @@ class Recorder:
         row = {"step": counters["step"], "epoch": epoch, **means, "num_tokens": counters["num_tokens"]}
         row["perf/tokens_per_second"] = (counters["num_tokens"] - self.at_mark["num_tokens"]) / (now - self.mark)
         row["perf/step_time"] = (now - self.mark) / (counters["step"] - self.at_mark["step"])
-        row["perf/peak_memory_gb"] = metrics.peak_memory_gb()
+        row["perf/peak_memory_gb"] = memory.peak_gb()
         self.record(row)
         for warning in self.watch.warnings(row):
             self.processes.say(f"WARNING: {warning}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dqo.config.launcher import obey
 from dqo.config.options import Options
+from dqo.data.overlap import trained_problems
 from dqo.data.rows import Row, prompt_key
 from dqo.models.critic import load_critic
 from dqo.models.policy import load_policy
@@ -18,8 +19,9 @@ from dqo.processes import start
 from dqo.train.callbacks import check_callbacks
 from dqo.train.inputs import Given, check_options, load_rows
 from dqo.train.learner import Learner
-from dqo.train.loop import Trainer
+from dqo.train.loop import Answers, Trainer
 from dqo.train.prepare import Prepared, prepare
+from dqo.train.record import begin_record, data_record, machine, parameters, penalised_steps
 from dqo.train.resume import as_stored
 
 
@@ -38,9 +40,15 @@ class Run:
 Rows = tuple[list[Row], list[Row]]  # to train on, held out
 
 
-def begin(options: Options, given: Given | None = None, rows: Rows | None = None, announce: bool = False) -> Trainer:
+def begin(
+    options: Options,
+    given: Given | None = None,
+    rows: Rows | None = None,
+    announce: bool = False,
+    answers: Answers | None = None,
+) -> Trainer:
     """Everything up to the first step. `given` are objects in the place of options; `rows`: what `load_rows` found; `announce`
-    prints how many rows are trained on and held out.
+    prints how many rows are trained on and held out; `answers` adds metrics to every evaluation.
 
     Raises:
         UserError: for options, rows or a model that do not fit, before any work is lost.
@@ -51,17 +59,38 @@ def begin(options: Options, given: Given | None = None, rows: Rows | None = None
     check_callbacks(given.callbacks, options.train)
     train_rows, held_rows = rows or load_rows(options, given)
     processes = start(options.train.use_cpu, options.train.fsdp)
-    trainer = Trainer(options, prepare(options, given, train_rows, held_rows, processes), given.callbacks)
+    trainer = Trainer(options, prepare(options, given, train_rows, held_rows, processes), given.callbacks, answers)
     trainer.train_prompts = {prompt_key(row) for row in train_rows}
+    trainer.train_problems = trained_problems(train_rows)
     if announce:
         split = given.eval_dataset is None and options.train.eval_dataset_name is None
         processes.say(trainer.prepared.counts(options.train.eval_fraction if split else None))
+    if processes.main:
+        begin_record(trainer.output_dir, _begun(options, trainer, train_rows, held_rows))
     return trainer
 
 
-def train(options: Options, description: str | None = None, rows: Rows | None = None) -> Run:
-    """Trains, or goes on with a run that was killed in the same output_dir. `description` labels the progress bar."""
-    trainer = begin(options, rows=rows, announce=description is None)
+def _begun(options: Options, trainer: Trainer, rows: list[Row], held_out: list[Row]) -> dict:
+    """What run.json says of a run before its first step."""
+    prepared, learner, config = trainer.prepared, trainer.learner, options.train
+    episodes = prepared.episodes()
+    return {
+        "steps": trainer.steps,
+        "phases": [{"begin": s.begin, "name": s.phase.name, "trains": s.phase.trains} for s in trainer.stretches],
+        "data": data_record(config, episodes, rows, held_out),
+        "model": {"name": config.model_name_or_path or "given model", "sha256": prepared.identity["model"]},
+        "parameters": parameters(learner.policy, learner.value_model),
+        "penalised_steps": penalised_steps(prepared.tokenizer, episodes, config.process_reward),
+        **machine(),
+    }
+
+
+def train(
+    options: Options, description: str | None = None, rows: Rows | None = None, answers: Answers | None = None
+) -> Run:
+    """Trains, or goes on with a run that was killed in the same output_dir. `description` labels the progress bar; `answers` adds
+    metrics to every evaluation."""
+    trainer = begin(options, rows=rows, announce=description is None, answers=answers)
     held_out = trainer.run(description or options.train.method)
     trainer.finish()
     return run_of(trainer, held_out)

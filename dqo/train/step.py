@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqo.data.batches import Batch, Batching, Group, unit_count
+from dqo.data.batches import Batch, Group, unit_count
 from dqo.errors import UserError
 from dqo.objectives.base import MODELS, Objective
 from dqo.processes import add_over_processes
@@ -18,9 +18,14 @@ from dqo.train.learner import companion_sums, objective_sums
 from dqo.train.parallel import without_sync
 
 
+def companions_of(groups: list[Group]) -> list[Group]:
+    """The companions of all episodes, each a group."""
+    return [[e.companion] for group in groups for e in group if e.companion is not None]
+
+
 def mean_over_companions(engine: Engine, objective: Objective, groups: list[Group]) -> float | None:
     """What the objective asks of the companions of the whole step, before any micro-batch; None when it asks nothing."""
-    companions = [[e.companion] for group in groups for e in group if e.companion is not None]
+    companions = companions_of(groups)
     if not companions:
         return None
     total = torch.zeros(2, device=engine.learner.device)
@@ -79,14 +84,4 @@ def _not_finite(loss: Tensor, batch: Batch) -> str:
     return (
         f"the loss is {loss.item()} on a batch with rows {rows} ...; lower the learning rate or raise beta, and look for rewards "
         "or stored logprobs that are far too large"
-    )
-
-
-def out_of_memory(batching: Batching) -> str:
-    """What to change when memory has run out."""
-    return (
-        f"out of memory on {batching.device} (peak {metrics.peak_memory_gb():.1f} GB) with micro-batches of up to "
-        f"{batching.max_tokens:,} tokens; the result does not depend on their size: --max_batch_tokens "
-        f"{max(1, batching.max_tokens // 2)}. More is saved by "
-        "--gradient_checkpointing, --bf16, and --use_peft"
     )

@@ -14,8 +14,10 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def times(gain: float, x: Tensor) -> Tensor:
+def times(gain: float | Tensor, x: Tensor) -> Tensor:
     """gain * x, and 0 for a gain of exactly 0, whatever x is: what has no part in a sum makes it neither infinite nor NaN."""
+    if isinstance(gain, Tensor):
+        return gain * torch.where(gain == 0.0, torch.zeros((), dtype=x.dtype, device=x.device), x)
     return gain * x if gain != 0.0 else torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0)
 
 
@@ -38,12 +40,14 @@ def next_row(x: Tensor, sequence: Tensor, end: Tensor) -> Tensor:
     return torch.where(is_last_row(sequence), end[sequence], following)
 
 
-def reverse_scan(x: Tensor, decay: float, sequence: Tensor) -> Tensor:
-    """(N,): y_t = x_t + decay * y_{t+1} inside each sequence.
+def reverse_scan(x: Tensor, decay: float | Tensor, sequence: Tensor) -> Tensor:
+    """(N,): y_t = x_t + decay * y_{t+1} inside each sequence; `decay` is one number, or (N,) one of each row t.
 
     By doubling: after round k, y_t holds the first 2^k terms of its sum; log2(longest sequence) rounds of torch operations.
     """
     n, stride = x.shape[0], 1
+    if isinstance(decay, Tensor):
+        return _reverse_scan_of_rows(x, decay, sequence)
     while stride < n and decay != 0.0:
         together = sequence[stride:] == sequence[:-stride]
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(together.any()):
@@ -51,6 +55,20 @@ def reverse_scan(x: Tensor, decay: float, sequence: Tensor) -> Tensor:
         reached = torch.where(together, decay * x[stride:], torch.zeros((), dtype=x.dtype, device=x.device))
         x = torch.cat([x[:-stride] + reached, x[-stride:]])
         stride, decay = 2 * stride, decay * decay
+    return x
+
+
+def _reverse_scan_of_rows(x: Tensor, decay: Tensor, sequence: Tensor) -> Tensor:
+    """As `reverse_scan`; the decays of 2^k rows are multiplied up as the sums are added up."""
+    n, stride = x.shape[0], 1
+    while stride < n:
+        together = sequence[stride:] == sequence[:-stride]
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(together.any()):
+            break
+        gain = torch.where(together, decay[:-stride], torch.zeros((), dtype=decay.dtype, device=decay.device))
+        x = torch.cat([x[:-stride] + times(gain, x[stride:]), x[-stride:]])
+        decay = torch.cat([times(gain, decay[stride:]), decay[-stride:]])
+        stride = 2 * stride
     return x
 
 

@@ -44,15 +44,17 @@ def exact_kl(policy: Stats, ref: Stats) -> np.ndarray:
 
 
 def mixture_return(k, values, bootstrap, gamma, lam):
-    """G_h of one sequence as the mixture of n-step returns: (1-lam) lam^(n-1) each, lam^(N-1) the last."""
+    """G_h of one sequence as the mixture of n-step returns: (1-lam) lam^(n-1) each, lam^(N-1) the last. `gamma` is one number or
+    one for each step."""
     steps, returns = len(k), []
+    gamma = np.broadcast_to(gamma, steps)
     after = [*values[1:], bootstrap]
     for h in range(steps):
         remaining, total, discounted = steps - h, 0.0, 0.0
         for n in range(1, remaining + 1):
-            discounted = discounted + gamma ** (n - 1) * k[h + n - 1]
+            discounted = discounted + np.prod(gamma[h : h + n - 1]) * k[h + n - 1]
             weight = lam ** (n - 1) * (1.0 if n == remaining else 1.0 - lam)
-            total = total + weight * (discounted + gamma**n * after[h + n - 1])
+            total = total + weight * (discounted + np.prod(gamma[h : h + n]) * after[h + n - 1])
         returns.append(total)
     return returns
 
@@ -71,19 +73,20 @@ def log_weights(rho, level):
 def bellman_rows(
     live, frozen, *, ref_logprobs, rewards, cu_seqlens, behavior_logprobs=None, target_values=None,
     beta=0.1, gamma=1.0, lam=1.0, policy_target="return", target="detach",
-    is_level="trajectory", is_cap=1.0, is_floor=None,
+    is_level="trajectory", is_cap=1.0, is_floor=None, discounts=None,
 ):  # fmt: skip
     """Rows of (policy_loss, value_loss, returns, advantages, weights).
 
     live and frozen hold logprobs, values and bootstrap.
     """
     behavior = ref_logprobs if behavior_logprobs is None else behavior_logprobs
+    gammas = np.full(len(rewards), gamma) if discounts is None else discounts
     out = [[], [], [], [], []]
     for b, (lo, hi) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
         row = slice(lo, hi)
         scan = live if target == "residual" else frozen
         base = scan["values"][row] if target_values is None else target_values[row]
-        end = scan["bootstrap"][b]
+        end, gamma = scan["bootstrap"][b], gammas[row]
         reward, delta = rewards[row], live["logprobs"][row] - ref_logprobs[row]
         k = reward - beta * (scan["logprobs"][row] - ref_logprobs[row])
         returns = np.array(mixture_return(k, base, end, gamma, lam))

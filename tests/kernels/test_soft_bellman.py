@@ -66,10 +66,40 @@ def run(tensors, batch, extra, options, backend=None):
     )  # fmt: skip
 
 
+EACH_CASE = pytest.mark.parametrize("index", range(len(GRID)), ids=["-".join(map(str, case)) for case in GRID])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("index", range(len(GRID)), ids=["-".join(map(str, case)) for case in GRID])
+@EACH_CASE
 def test_terms_and_gradients_equal_the_explicit_loops(backend, index):
-    batch, options = random_batch(index), options_of(index)
+    compare_with_loops(index, options_of(index), backend)
+
+
+@EACH_CASE
+def test_a_discount_of_each_row_equals_the_explicit_loops(index):
+    rows = len(random_batch(index).actions)
+    discounts = np.random.default_rng(index).choice([1.0, 0.9, 0.5, 0.0], size=rows, p=[0.6, 0.2, 0.15, 0.05])
+    compare_with_loops(index, options_of(index) | {"gamma": 0.3, "discounts": discounts}, None)
+
+
+def test_equal_discounts_are_gamma_and_other_backends_refuse_them():
+    batch, options = random_batch(3), {"lam": 0.7, "is_level": "token", "beta": 0.4}
+    extra = constants(batch, use_behavior=True, use_target_values=False)
+    tensors = {name: torch.tensor(x) for name, x in live_arrays(batch).items()}
+    discounts = torch.full_like(batch.rewards, 0.9)
+    for got, want in zip(
+        run(tensors, batch, extra, options | {"discounts": discounts}),
+        run(tensors, batch, extra, options | {"gamma": 0.9}),
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+    with pytest.raises(ValueError, match="backend.*discounts"):
+        run(tensors, batch, extra, options | {"discounts": discounts}, "cpp")
+    with pytest.raises(ValueError, match="discounts"):
+        run(tensors, batch, extra, options | {"discounts": discounts[1:]})
+
+
+def compare_with_loops(index, options, backend):
+    batch = random_batch(index)
     slow_copy = index % 2 == 0 and options["target"] == "detach"
     extra = constants(batch, use_behavior=index % 3 > 0, use_target_values=slow_copy)
     frozen = live_arrays(batch)
@@ -77,7 +107,8 @@ def test_terms_and_gradients_equal_the_explicit_loops(backend, index):
     fixed |= options | {"cu_seqlens": batch.cu_seqlens.tolist()}
     tensors = {name: torch.tensor(x, requires_grad=True) for name, x in frozen.items()}
 
-    terms = run(tensors, batch, extra, options, backend)
+    given = {name: torch.tensor(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    terms = run(tensors, batch, extra, given, backend)
     for name, got, want in zip(terms._fields, terms, bellman_rows(frozen, frozen, **fixed), strict=True):
         np.testing.assert_allclose(got.detach(), want, rtol=1e-12, atol=1e-13, err_msg=name)
     assert not any(x.requires_grad for x in terms[2:])

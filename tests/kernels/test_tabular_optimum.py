@@ -59,6 +59,56 @@ def test_training_arrives_at_the_optimal_policy_and_values(policy_target, lam, s
     assert (values - optimum.v).abs().max() < 1e-10
 
 
+def turns_of(tree, gamma):
+    """(S,) whether a state is the model's, and its discount: two actions are a turn, then the environment moves, then the
+    model."""
+    depth = torch.zeros(len(tree.children), dtype=torch.long)
+    for s, row in enumerate(tree.children.tolist()):
+        depth[[child for child in row if child != TERMINAL]] = depth[s] + 1
+    return depth != 2, torch.where((depth == 1) | (depth == 3), gamma, 1.0)
+
+
+def optimum_of_turns(tree, of_model, discounts):
+    """The backward recursion where a part of the states is the environment's, which moves at random as the data show it."""
+    moves, log_ref = tree.behavior_logits.softmax(-1), tree.ref_logits.log_softmax(-1)
+    values, log_policy = torch.zeros(len(of_model), dtype=FLOAT), log_ref.clone()
+    for s in reversed(range(len(values))):
+        ahead = torch.where(tree.terminal[s], 0.0, values[tree.children[s].clamp(min=0)])
+        if of_model[s]:
+            q = tree.step_rewards[s] + tree.beta * log_ref[s] + discounts[s] * ahead
+            values[s] = tree.beta * torch.logsumexp(q / tree.beta, 0)
+            log_policy[s] = (q - values[s]) / tree.beta
+        else:
+            values[s] = (moves[s] * ahead).sum()
+    return log_policy, values
+
+
+@pytest.mark.parametrize(
+    "lam, gamma",
+    [(0.95, 0.6), *(pytest.param(lam, gamma, marks=pytest.mark.slow) for lam in (0.0, 1.0) for gamma in (0.6, 1.0))],
+)
+def test_with_an_environment_between_turns_training_arrives_at_the_optimum_of_the_turns(lam, gamma):
+    tree = random_tree(1)
+    of_model, discounts = turns_of(tree, gamma)
+    assert not of_model.all()
+    log_policy, values = optimum_of_turns(tree, of_model, discounts)
+    own = of_model[tree.states]  # the rows that are actions; the environment's are left out, as in batches
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), own.long().cumsum(0)[tree.cu_seqlens[1:] - 1]])
+    states, actions = tree.states[own], tree.actions[own]
+    ref_logprobs = tree.ref_logits.log_softmax(-1)[states, actions]
+
+    def row_loss(logits, values):
+        terms = soft_bellman(
+            logits.log_softmax(-1)[own].gather(-1, actions[:, None])[:, 0], ref_logprobs, tree.rewards[own], values[own],
+            cu_seqlens, discounts=discounts[states], beta=tree.beta, lam=lam, is_level="none", reduction="none",
+        )  # fmt: skip
+        return torch.zeros(len(own), dtype=FLOAT).masked_scatter(own, terms.policy_loss + terms.value_loss)
+
+    found, its_values = fit(tree, row_loss)
+    assert (found - log_policy)[of_model].abs().max() < 1e-9
+    assert (its_values - values)[of_model].abs().max() < 1e-9
+
+
 @pytest.mark.slow
 def test_plain_adam_arrives_there_too():
     tree, optimum = solved()

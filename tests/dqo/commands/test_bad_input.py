@@ -123,7 +123,7 @@ TOKENS = {
     ),
     "ids that are not the text's": (
         lines(RIGHT, WRONG | {"prompt_ids": [4], "completion_ids": [9, 9, 2], "step_rewards": [1.0]}),
-        "rollouts.jsonl:2: steps are character spans, but completion_ids are not the tokenizer's own ids",
+        "rollouts.jsonl:2: steps are character spans, but completion_ids are the ids of another text",
     ),
 }
 

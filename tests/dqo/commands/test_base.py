@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import dqo.commands
 from dqo.commands import base
@@ -146,6 +147,12 @@ HELP = """usage: dqo <command> [options]; `dqo <command> --help` for its options
   convert   Turn a public data format into a rollout file.
   check     Check rollout files and show what training will see of them.
   init      Make a small random model with a tokenizer trained on a rollout file.
+  sample    Sample responses of a model to prompts, as rollout rows.
+  score     Grade stored responses by a verifier.
+  eval      Answer problems with a model, grade the answers, and test evaluations against each other.
+  report    Write one page of one run or several, side by side.
+  compare   Train several methods on one file with one budget, and write a page over all of them.
+  export    Write a run's policy, its adapter merged, as transformers and vLLM load it.
 """
 
 
@@ -177,6 +184,12 @@ def test_a_command_is_a_file_and_no_list_names_it(tmp_path, monkeypatch, capsys)
         (UserError("rows.jsonl:3: no"), 2, "error: rows.jsonl:3: no\n"),
         (OSError(errno.ENOSPC, "No space left on device", "out"), 2, "error: out: No space left on device\n"),
         (BrokenPipeError(), 1, ""),
+        (
+            torch.OutOfMemoryError("Tried to allocate 2 GiB"),
+            2,
+            "error: out of memory: Tried to allocate 2 GiB. A smaller model, --use_peft or --bf16 needs less\n",
+        ),
+        (RuntimeError("shapes"), None, None),
         (OSError(errno.ENOENT, "No such file", "x"), None, None),  # a fault of the program: its traceback says where
         (KeyError("x"), None, None),
     ],

@@ -57,6 +57,19 @@ def test_the_summary_of_rows():
     assert summary(read_rows(many))["rewards"] == "11 values, 0 to 1 (median 0.5)"
 
 
+def test_turns_and_the_tokens_of_the_environment_are_counted(tmp_path, model, capsys):
+    turns = {"prompt": "1+2=", "completion": "1+2=3", "turn_spans": [[0, 1], [4, 5]], "turn_rewards": [0.0, 0.5]}
+    rows = [turns | {"reward": 1.0}, {"prompt": "1+2=", "completion": "4", "reward": 0.0}]
+    found = summary(read_rows(rows))
+    assert found["turns"] == "1 to 2 (median 1.5) a row, in 1 rows several"
+    assert found["turn rewards"] == "0 x 1, 0.5 x 1; mean 0.25"
+    shown = printed(capsys, written(tmp_path, rows), "--model_name_or_path", model, "--process_reward", "additive")
+    assert "environment  3 of 8 tokens of responses are no actions" in shown
+    assert "1║⟦+2=⟧3│<eos>{+1.5}║" in shown
+    shown = printed(capsys, written(tmp_path, rows))
+    assert "warning  there are step_rewards or turn_rewards: training wants to know what they do" in shown
+
+
 def row(**changes):
     return {"prompt": "p", "completion": "c", "reward": 1.0} | changes
 
@@ -193,7 +206,7 @@ def test_options_are_those_of_training():
     assert {name: ours[name] for name in ours.keys() & theirs.keys()} == {
         name: theirs[name] for name in ours.keys() & theirs.keys()
     }
-    assert ours.keys() - theirs.keys() == {"data", "rows", "gamma", "beta"}
+    assert ours.keys() - theirs.keys() == {"data", "rows", "gamma", "discount", "beta"}
 
 
 def test_the_end_that_is_trained_and_the_others_are_named(tmp_path, capsys):

@@ -67,3 +67,15 @@ def test_the_end_that_is_not_eos_is_named():
     chat = {"prompt": [{"role": "user", "content": "1"}], "completion": [{"role": "assistant", "content": "2"}]}
     shown = view(episode(tok, **chat), tok, colour=False)
     assert "1 + 2" not in shown and "ends in <|im_end|>" in shown and shown.endswith("2│<|im_end|>{+1}")
+
+
+def test_what_the_environment_wrote_stands_in_brackets_and_is_paid_nothing():
+    turns = {"turn_spans": [[0, 2], [5, 7]], "turn_rewards": [-1.0, 0.5]}
+    plain = view(episode(completion="1+2=3\n#", **turns), tokenizer(), colour=False)
+    header, _, shown = plain.partition("\n[prompt] 1+2=\n[response] ")
+    assert header == (
+        "row 1: right, reward 1, 4 + 8 tokens in 2 turns, 3 of them the environment's, ends in EOS; tokens are paid +0.5 together"
+    )
+    assert shown == f"1│+{{-1}}║⟦2=3⟧\\n│\n#│{tokenizer().eos_token}{{+1.5}}║"
+    painted = view(episode(completion="1+2=3\n#", **turns), tokenizer(), colour=True)
+    assert re.sub(r"\x1b\[[0-9;]*m", "", painted) == plain.replace("│", "")

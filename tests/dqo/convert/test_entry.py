@@ -161,6 +161,12 @@ WHOLE = {
         "responses": ["#### 2"],
         "scores": [1.0],
     },
+    "vllm": {
+        "prompt": "q",
+        "prompt_token_ids": [4],
+        "outputs": [{"text": "a", "token_ids": [5], "logprobs": [{"5": {"logprob": -1.0}}], "finish_reason": "stop"}],
+        "rewards": [1.0],
+    },
 }
 
 
@@ -190,7 +196,7 @@ def test_whatever_stands_in_a_field_the_rows_pass_every_check_or_the_source_is_r
             source = written(tmp_path, WHOLE[format], spoilt(WHOLE[format], path, wrong))
             try:
                 convert(format, source, tmp_path / "out.jsonl")
-                read_rows(tmp_path / "out.jsonl")
+                read_rows(tmp_path / "out.jsonl", scored=format != "vllm")  # whose outputs may have no rewards
             except UserError as error:
                 assert "source.jsonl" in str(error), (path, wrong)
                 refused += 1

@@ -85,7 +85,7 @@ BAD = {
     "answer": ({"answer": 1.5}, "answer is 1.5; expected a string"),
     "prompt_id": ({"prompt_id": [1]}, "prompt_id is [1]; expected a string"),
     "sampling": ({"sampling": "t=1"}, 'sampling is "t=1"; expected an object ... temperature'),
-    "env_mask": ({"env_mask": [1, 0]}, "env_mask has zeros ... drop the row"),
+    "env_mask": ({"env_mask": [1, 0]}, "env_mask has zeros, and there are no completion_ids ... store the sampler's"),
 }
 
 
@@ -129,7 +129,7 @@ BAD_MESSAGES = {
         {"completion": [USER, ASSISTANT]},
         'completion has messages of ["user", "assistant"] ... belongs to prompt',
     ),
-    "wrong role": ({"completion": [USER]}, 'completion has messages of ["user"]; expected one, of assistant'),
+    "wrong role": ({"completion": [USER]}, 'completion has messages of ["user"]; expected the first of assistant'),
     "blank": ({"completion": [{**ASSISTANT, "content": " "}]}, "completion is empty or only whitespace"),
 }
 

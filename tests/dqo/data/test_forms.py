@@ -177,7 +177,7 @@ STEPWISE = {"prompt": "1+2=", "completions": ["1+2=3", "#3"], "labels": [True, F
     "form, unused",
     [
         ({"prompt": "1+2=", "completion": "3", "reward": 1.0}, ["tools", "chat_template_kwargs"]),
-        ({"prompt": "1+2=", "completions": ["3"], "rewards": [1.0]}, ["tools", "env_mask"]),
+        ({"prompt": "1+2=", "completions": ["3"], "rewards": [1.0]}, ["tools", "turns"]),
         (PAIR, ["score_chosen", "score_rejected", "label", "finish_reason"]),
         (STEPWISE, ["steps", "tools"]),
         ({"prompt": "1+2=", "response": "3", "reward": 1.0}, ["tools"]),

@@ -82,3 +82,18 @@ def test_spans_are_of_the_completion(name):
     ids, spans = found
     assert len(ids) == len(spans) and spans[0][0] == 0 and spans[-1][1] == 6
     assert "".join("ab\ncab"[a:b] for a, b in spans) == "ab\ncab"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_turns_continue_what_lies_before_them(name):
+    tokenizer = TOKENIZERS[name]
+    spans = [(0, 2), (4, 6)]
+    row = Row("ab", "abcabcab", reward=1.0, label=True, turn_spans=spans, source="row 1")
+    (e,) = make_episodes([row], tokenizer, vocab_size=len(tokenizer), max_length=99)
+    ids = list(e.prompt_ids)
+    for piece in ("ab", "ca", "bc"):
+        ids += ids_of(tokenizer, "ab", piece)[1]
+    assert e.prompt_ids + e.completion_ids == ids  # no piece begins with a space of the tokenizer's own
+    tagged = Row("ab", "a<tag>b", reward=1.0, label=True, turn_spans=[(0, 1), (6, 7)], source="row 1")
+    (e,) = make_episodes([tagged], tokenizer, vocab_size=len(tokenizer), max_length=99)
+    assert e.action_ids[1:-1] == ids_of(tokenizer, "a<tag>", "b")[1]

@@ -27,6 +27,19 @@ def test_a_potential_pays_its_differences_and_is_0_after_eos():
     assert made().rewards.tolist() == [0, 0, 0, 0, 0, 0.75, 0, 0.5 - 0.75, 1.0 - 0.5]
 
 
+def test_the_prompt_has_its_own_potential_and_the_end_has_none_whatever_is_stored():
+    # the first step earns its difference alone, and the sum of all is the outcome less the prompt's potential
+    paid = made({"prompt_value": 0.25}).rewards
+    assert paid.tolist() == [0, 0, 0, 0, 0, 0.75 - 0.25, 0, 0.5 - 0.75, 1.0 - 0.5]
+    assert made({"prompt_value": 0.25, "finish_reason": "length", "step_rewards": [0.75, 9.0]}).rewards.sum() == 0.75
+
+
+def test_a_row_without_steps_is_paid_against_the_potential_of_its_prompt():
+    plain = {"steps": None, "step_rewards": None, "prompt_value": 0.25}
+    assert made(plain).rewards.tolist() == [0] * 8 + [0.75]
+    assert made({"steps": None, "step_rewards": None}).rewards.tolist() == [0] * 8 + [1.0]
+
+
 def test_with_a_discount_every_token_after_the_first_step_is_paid():
     # gamma 0.5: between step ends Phi stays 0.75, and 0.5 * 0.75 - 0.75 is paid
     expected = [0, 0, 0, 0, 0, 0.375, -0.375, 0.25 - 0.75, 1.0 - 0.5]
@@ -65,9 +78,11 @@ def test_discounted_differences_telescope(gamma, terminated):
     paid = shaping(ends, potentials.tolist(), 20, gamma, terminated)
     left = 0.0 if terminated else gamma**20 * potentials[-1]
     assert (paid * gamma ** np.arange(20)).sum() == pytest.approx(left)
+    paid = shaping(ends, potentials.tolist(), 20, gamma, terminated, initial=0.4)
+    assert (paid * gamma ** np.arange(20)).sum() == pytest.approx(left - 0.4)
 
 
-def episode_rewards(tree, step_rewards, process_reward):
+def episode_rewards(tree, step_rewards, process_reward, prompt_value):
     """(N,) rewards of the tree's trajectories as episodes: a character is an action, a line a step. `step_rewards` (N,)."""
     rows, position = [], 0
     for length in tree.seqlens.tolist():
@@ -79,6 +94,7 @@ def episode_rewards(tree, step_rewards, process_reward):
                 "reward": 0.0,
                 "steps": [[i, i + 1] for i in range(length)],
                 "step_rewards": step_rewards[here].tolist(),
+                "prompt_value": prompt_value,
                 "finish_reason": "length",  # no EOS: the last action ends the response
             }
         )
@@ -87,12 +103,13 @@ def episode_rewards(tree, step_rewards, process_reward):
     return torch.tensor(np.concatenate([e.rewards for e in make_episodes(read_rows(rows), TOKENIZER, **options)]))
 
 
+@pytest.mark.parametrize("prompt_value", [None, 0.0, 0.7])
 @pytest.mark.parametrize("seed", range(3))
-def test_potentials_leave_the_optimal_policy_where_it_is_and_added_rewards_move_it(seed):
+def test_potentials_leave_the_optimal_policy_where_it_is_and_added_rewards_move_it(seed, prompt_value):
     tree = random_tree(seed)
     rng = torch.Generator().manual_seed(seed)
     potential = torch.randn(len(tree.children), generator=rng, dtype=torch.float64)
-    potential[0] = 0.0  # of the prompt
+    potential[0] = prompt_value or 0.0
     after = torch.where(
         tree.terminal, 7.0, potential[tree.children.clamp(min=0)]
     )  # 7: what stands at an end counts nothing
@@ -100,7 +117,7 @@ def test_potentials_leave_the_optimal_policy_where_it_is_and_added_rewards_move_
 
     def optimum(process_reward):
         paid = torch.zeros_like(tree.step_rewards)  # a row's state and action give its reward, in every trajectory
-        paid[tree.states, tree.actions] = episode_rewards(tree, step_rewards, process_reward).double()
+        paid[tree.states, tree.actions] = episode_rewards(tree, step_rewards, process_reward, prompt_value).double()
         return replace(tree, step_rewards=tree.step_rewards + paid).optimum()
 
     base, shaped = tree.optimum(), optimum("potential")
@@ -118,3 +135,19 @@ def test_step_rewards_need_a_choice_and_a_choice_needs_step_rewards():
     with pytest.raises(UserError, match="f.jsonl has no step_rewards, so --process_reward potential would do nothing"):
         check_process_reward(plain, "f.jsonl", "potential")
     check_process_reward(plain, "f.jsonl", "none")
+
+
+def test_rows_of_one_prompt_have_one_potential():
+    def rows(*values):
+        given = [{"prompt": "1", "completion": "12", "reward": 1.0} for _ in values]
+        return read_rows([row if value is None else row | {"prompt_value": value} for row, value in zip(given, values)])
+
+    check_process_reward(rows(0.5, 0.5), "f.jsonl", "potential")
+    check_process_reward(rows(0.5, 0.75), "f.jsonl", "none")
+    for second in (0.75, None):
+        with pytest.raises(
+            UserError, match=f"row 2: prompt_value is {second}, and row 1 of the same prompt has 0.5; as pot"
+        ):
+            check_process_reward(rows(0.5, second), "f.jsonl", "potential")
+    with pytest.raises(UserError, match='prompt_value is "high", a string; expected a number'):
+        rows("high")

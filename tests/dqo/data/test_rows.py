@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -25,15 +26,18 @@ def test_the_example_of_the_format_is_read_whole(tmp_path):
         "reward": 1.0,
         "steps": [[0, 7], [7, 15], [15, 22]],
         "step_rewards": [0.5, 0.5, 0.0],
+        "prompt_value": 0.25,
         **IDS,
         "finish_reason": "stop",
         "answer": "14",
         "sampling": {"model": "sft@3f2a", "temperature": 1.0},
+        "grading": {"verifier": "gsm8k", "outcome": "right"},
         "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],
         "chat_template_kwargs": {"enable_thinking": False},
     }
     (row,) = read_rows(write(tmp_path, example))
     expected = {**example, "steps": [(0, 7), (7, 15), (15, 22)], "source": "rollouts.jsonl:1"}
+    expected |= dict.fromkeys(("env_mask", "turn_spans", "turn_rewards"))  # of other rows, see test_turns.py
     assert dataclasses.asdict(row) == expected
 
 
@@ -198,6 +202,10 @@ def any_row(draw, messages: bool, logprobs: bool):
         steps = list(zip(edges, edges[1:]))
     some_ids = st.lists(st.integers(0, 2**31), min_size=1, max_size=4)
     ids = draw(some_ids if logprobs else some_ids | st.none())
+    mask = None if ids is None else draw(st.none() | st.lists(st.integers(0, 1), min_size=len(ids), max_size=len(ids)))
+    mask = mask if mask is not None and 0 < sum(mask) < len(mask) else None  # all ones say what no mask says
+    turns = None if mask is None else sum(own for own, _ in itertools.groupby(mask))
+    steps = steps if turns is None else None
     return Row(
         prompt=[{"role": "user", "content": prompt}] if messages else prompt,
         completion=[{"role": "assistant", "content": completion}] if messages else completion,
@@ -207,7 +215,9 @@ def any_row(draw, messages: bool, logprobs: bool):
         step_rewards=None if steps is None or draw(st.booleans()) else [draw(NUMBER) for _ in steps],
         prompt_ids=None if ids is None else draw(st.none() | st.lists(st.integers(0, 99), min_size=1)),
         completion_ids=ids,
-        logprobs=[draw(LOGPROB) for _ in ids] if logprobs else None,
+        logprobs=[draw(LOGPROB) if own else 0.0 for own in mask or [1] * len(ids)] if logprobs else None,
+        env_mask=mask,
+        turn_rewards=None if turns is None or draw(st.booleans()) else [draw(NUMBER) for _ in range(turns)],
         finish_reason=draw(st.sampled_from([None, "stop", "length"])),
         answer=draw(st.none() | st.text()),
         prompt_id=draw(st.none() | st.text()),

@@ -3,15 +3,18 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dqo.data.episodes import make_episodes
 from dqo.data.rows import Row, read_rows
+from dqo.data.tokens import decoded_spans
 from dqo.errors import UserError
 from dqo.models.new import bpe_tokenizer
 from tests.dqo.data.test_ends import CHATML
 from tests.dqo.helpers import tokenizer
 
 BYTES = bpe_tokenizer(["two plus two is four\nso <b>four</b> ", "ab abab élan"] * 20, 400)
+BYTE_IDS = {byte: BYTES.convert_tokens_to_ids(letter) for byte, letter in bytes_to_unicode().items()}
 CHARACTERS = tokenizer()
 PAD, BOS, EOS = 0, 1, 2
 
@@ -278,3 +281,34 @@ def test_stored_ids_of_messages_with_steps_need_no_template():
     ids = CHARACTERS("2", add_special_tokens=False)["input_ids"]
     (e,) = made([row | {"prompt_ids": [4], "completion_ids": [*ids, EOS]}], CHARACTERS, process_reward="additive")
     assert e.rewards.tolist() == [0.5, 1.0]
+
+
+@st.composite
+def splits(draw):
+    """A text and ids of it that a tokenizer would mostly not write: cut anywhere, also inside a character of several bytes."""
+    text = draw(st.text(alphabet="two pslua\n\u00e9\u4e2d\U0001f600", min_size=1, max_size=30).filter(str.strip))
+    cut = draw(st.sets(st.integers(1, max(1, len(text) - 1))))
+    ids = []
+    for start, end in zip([0, *sorted(cut)], [*sorted(cut), len(text)]):
+        piece = text[start:end]
+        units = piece.encode() if draw(st.booleans()) else [piece]
+        for unit in units:
+            ids += [BYTE_IDS[unit]] if isinstance(unit, int) else BYTES(unit)["input_ids"]
+    return text, ids
+
+
+@given(splits(), st.data())
+@settings(max_examples=200, deadline=None)
+def test_steps_are_placed_on_stored_ids_however_they_split_the_text(split, data):
+    text, ids = split
+    assert BYTES.decode(ids) == text
+    spans = decoded_spans(BYTES, ids)
+    assert len(spans) == len(ids) and spans[-1][1] == len(text)
+    for start, end in dict.fromkeys(spans):
+        within = [token for token, span in zip(ids, spans) if span == (start, end)]
+        assert BYTES.decode(within) == text[start:end]
+    end = data.draw(st.integers(1, len(text) - 1)) if len(text) > 1 else len(text)
+    steps = [[0, end], [end, len(text)]] if end < len(text) else [[0, end]]
+    row = {"prompt": "two", "completion": text, "steps": steps, "step_rewards": [0.5] * len(steps)}
+    (episode,) = made([row | {"prompt_ids": [5], "completion_ids": [*ids, BYTES.eos_token_id]}], BYTES)
+    assert BYTES.decode(ids[: episode.step_ends[0] + 1]).startswith(text[:end])  # the step's last character is inside

@@ -1,15 +1,17 @@
 """Answers to eval_tasks: on the tokens of training, of the model before and after it."""
 
 from dqo import DQOConfig
+from dqo.data.prompts import Prompt
 from dqo.evaluation import run as evaluation
 from tests.dqo.helpers import tokenizer
 
 TOKENIZER = tokenizer()
-TASKS = [{"prompt": "<bos><bos>1+2=", "answer": "3", "source": "tasks.jsonl:1"}]
+TASKS = [Prompt("<bos><bos>1+2=", "3", source="tasks.jsonl:1")]
 
 
 def test_problems_have_the_prompts_of_training():
-    (problem,) = evaluation.problems_of(TASKS, TOKENIZER, "gsm8k")
+    (problem,) = evaluation.problems_of(TASKS, TOKENIZER)
+    assert (problem.row["prompt"], problem.row["answer"]) == ("<bos><bos>1+2=", "3")
     assert problem.prompt_ids == [1, *TOKENIZER("1+2=")["input_ids"]]
 
 

@@ -7,11 +7,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dqo import DQOConfig, DQOTrainer
 from dqo.commands.train import train_command
+from dqo.data.prompts import Prompt
 from dqo.errors import UserError
 from dqo.evaluation.tasks import check_tasks
-from tests.dqo.helpers import arguments, rollout_rows, tokenizer
+from tests.dqo.helpers import arguments, tokenizer
 
-PROMPT = rollout_rows()[0]["prompt"]
+PROMPT = "4-4-4-4="  # of the form of the rows that are trained on, and none of them
 
 
 def short_model():
@@ -25,10 +26,10 @@ def short_model():
         (
             PROMPT,
             256,
-            rf"tasks.jsonl:1: {len(PROMPT)} tokens of prompt and 256.*--max_completion_length {64 - len(PROMPT)}$",
+            rf"tasks.jsonl:1: {len(PROMPT)} tokens of prompt and 256 of .*--max_completion_length {64 - len(PROMPT)}$",
         ),
-        ("1" * 64, 4, "tasks.jsonl:1: 64 tokens of prompt and 4.*64 positions; drop the rows"),
-        ("", 4, "tasks.jsonl:1: prompt has no tokens"),
+        ("1" * 64, 4, "tasks.jsonl:1: 64 tokens of prompt and 4.*64 positions; drop the prompts"),
+        ("", 4, "tasks.jsonl:1: prompt is empty"),
     ],
 )
 @pytest.mark.parametrize("as_object", [False, True])
@@ -49,5 +50,5 @@ def test_tasks_beside_a_chat_template_are_said_to_go_without_it(files, caplog):
     chat = tokenizer()
     chat.chat_template = "{{ messages }}"
     options = DQOConfig(output_dir=str(files / "out"), max_completion_length=4).options
-    check_tasks(options, short_model(), chat, [{"prompt": PROMPT, "answer": "3", "source": "tasks.jsonl:1"}])
-    assert "the prompts of eval_tasks are strings" in caplog.text
+    check_tasks(options, short_model(), chat, [Prompt(PROMPT, "3", source="tasks.jsonl:1")])
+    assert "the prompts of the problems are strings" in caplog.text

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dqo.grading.answers import LONGEST, boxed, final_answer, same_answer, verdict
+from dqo.grading.answers import LONGEST, boxed, canonical, final_answer, same_answer, verdict
 
 MATH500 = Path(__file__).parents[4] / "shared" / "data" / "math500" / "test500.jsonl"
 
@@ -271,3 +271,32 @@ def test_answers_of_math_500_are_the_same_as_nothing_but_themselves():
     same = {(a, b) for i, a in enumerate(distinct) for b in distinct[:i] if same_answer(a, b)}
     for a, b in same:  # in this sample the digits that are written say it
         assert re.findall(r"[0-9]", a) == re.findall(r"[0-9]", b) or {a, b} == {"1,-2", "-2,1"}
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ("1/2", "\\frac12", "0.5", "x = \\frac{1}{2}"),
+        ("1,234", "1234.0", "\\$1234"),
+        ("\\frac{\\sqrt{3}}{2}", "\\sqrt3/2"),
+        ("x^2+2x+1", "1+2x+x^{2}"),
+        ("\\{1, 2\\}", "2, 1", "1 \\text{ and } 2"),
+        ("(1, 2)", "\\left( 1, 2.0 \\right)"),
+        ("\\text{east}", "east"),
+        ("50\\%", "50"),
+    ],
+)
+def test_answers_that_are_the_same_have_one_canonical_form(answers):
+    assert len({canonical(answer) for answer in answers}) == 1
+
+
+@pytest.mark.parametrize(
+    "one, other", [("(1,2)", "1,2"), ("(1,2)", "(2,1)"), ("2 3", "23"), ("x", "y"), ("[1,2)", "(1,2)"), ("x^2", "2x")]
+)
+def test_answers_that_differ_have_two(one, other):
+    assert canonical(one) != canonical(other)
+
+
+@given(st.text(alphabet="0123456789x^+-*/(){}[]\\,;&% frac\u221a", max_size=60))
+def test_any_text_has_a_canonical_form(text):
+    assert isinstance(canonical(text), str)

@@ -129,3 +129,49 @@ def test_impossible_options_are_refused(options):
 
 def test_problems_use_every_digit_and_operator():
     assert set("".join(prompt for prompt, _ in pairs(TASK, 200))) == set(DIGITS + OPERATORS + "=")
+
+
+def enumerated(task, prompt, begun=""):
+    """The pass rate by trying every way in which a demonstration can go on."""
+    chain = prompt[1:-1]
+    value, done = (int(begun[-2]), begun.count("\n")) if begun else (int(prompt[0]), 0)
+    total = 0.0
+    stack = [(value, done, 1.0)]
+    while stack:
+        value, done, chance = stack.pop()
+        if done == len(chain) // 2:
+            total += chance * (str(value) == task.answer(prompt))
+            continue
+        entry = (value, chain[2 * done], int(chain[2 * done + 1]))
+        wrong = task.mistakes.get(entry)
+        if wrong is None:
+            stack.append((apply(*entry), done + 1, chance))
+        else:
+            stack += [
+                (apply(*entry), done + 1, chance * task.right_share),
+                (wrong, done + 1, chance * (1 - task.right_share)),
+            ]
+    return total
+
+
+def test_the_pass_rate_of_a_prefix_is_that_of_all_its_demonstrations():
+    task = ArithTask(2, 6, hard_share=0.6)
+    seen = set()
+    for prompt, text in pairs(task, 100):
+        lines = text.splitlines(keepends=True)
+        for count in range(len(lines)):
+            begun = "".join(lines[:count])
+            rate = task.pass_rate(prompt, begun)
+            assert rate == pytest.approx(enumerated(task, prompt, begun))
+            seen.add(round(rate, 2))
+        assert task.pass_rate(prompt, text) == task.grade(prompt, text).correct
+    assert len(seen) > 20
+
+
+def test_what_no_demonstration_writes_has_no_pass_rate():
+    assert (
+        TASK.pass_rate(PROMPT, "7+8=5\n4*3=2\n")
+        == TASK.pass_rate(PROMPT, "x\n")
+        == TASK.pass_rate(PROMPT, RIGHT + "\n1")
+        == 0
+    )

@@ -1,24 +1,27 @@
 """The verifier math: what algebra finds the same, and that nothing in an answer can stop or fill the trainer."""
 
 import json
-import re
-import threading
+import sys
 from pathlib import Path
 
 import pytest
 
 from dqo.errors import UserError
-from dqo.grading.math_grader import MathGrader, math_correct
+from dqo.grading.math_grader import reference_answer
+from dqo.grading.pool import VerifierPool
 
 pytest.importorskip("math_verify")
 MATH500 = Path(__file__).parents[4] / "shared" / "data" / "math500" / "test500.jsonl"
 
 
 @pytest.fixture(scope="module")
-def grader():
-    grader = MathGrader(seconds=20)
-    yield grader
-    grader.close()
+def pool():
+    with VerifierPool("math", processes=1, timeout=20) as made:
+        yield made
+
+
+def graded(pool, given, expected):
+    return pool.grade([f"\\boxed{{{given}}}"], [{"answer": expected}])[0]
 
 
 @pytest.mark.parametrize(
@@ -31,8 +34,8 @@ def grader():
         ("1/2", "0.5"),
     ],
 )
-def test_algebra_is_done(grader, given, expected):
-    assert grader.same(given, expected)
+def test_algebra_is_done(pool, given, expected):
+    assert graded(pool, given, expected).right
 
 
 @pytest.mark.parametrize(
@@ -43,88 +46,73 @@ def test_algebra_is_done(grader, given, expected):
         ("\\sqrt{12}", "3\\sqrt{2}"),
         ("0.10000001", "0.1"),
         ("5 \\text{ cm}", "5 \\text{ m}"),
-        ("\\frac{", "2"),
-        ("", "x"),
-        ("x", ""),
+        ("\\frac{2", "2"),
+        ("x", "y"),
         ("\\text{east}", "\\text{west}"),
         ("__import__('os')", "x"),
     ],
 )
-def test_what_differs_is_called_different(grader, given, expected):
-    assert not grader.same(given, expected)
-    assert not grader.unfinished
+def test_what_differs_is_called_different(pool, given, expected):
+    grade = graded(pool, given, expected)
+    assert not grade.right and grade.error is None
 
 
 def test_an_endless_comparison_is_killed_and_the_next_one_answered(caplog):
-    grader = MathGrader(seconds=1)
-    assert not grader.same("9^{9^{9^9}}", "2")
-    assert grader.unfinished == 1
-    assert "math-verify did not finish comparing '9^{9^{9^9}}' with '2': they count as different" in caplog.text
-    grader.seconds = 20
-    assert grader.same("\\sqrt{12}", "2\\sqrt{3}")
-    grader.close()
+    with VerifierPool("math", processes=1, timeout=1) as pool:
+        assert graded(pool, "9^{9^{9^9}}", "2").error == "timeout"
+        assert "grading by math ended in timeout; the completion counts as wrong" in caplog.text
+        assert graded(pool, "\\frac{2}{4}", "0.5").right
+        assert pool.counts == {"timeout": 1, "right": 1}
 
 
-@pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="reads the limit from /proc")
-def test_memory_is_limited_and_running_out_of_it_is_no_verdict(monkeypatch, caplog):
-    grader = MathGrader(memory=3 * 2**30)
-    grader.ready()
-    limits = Path(f"/proc/{grader._process.pid}/limits").read_text()
-    assert re.search(r"Max address space +3221225472 ", limits)
-    monkeypatch.setattr(grader, "_ask", lambda question, seconds: "MemoryError")
-    assert not grader.same("\\sqrt{12}", "2\\sqrt{3}")
-    assert grader.unfinished == 1 and grader._process is None
-    assert "did not finish" in caplog.text
+@pytest.mark.parametrize(
+    "module, said",
+    [
+        ("raise ImportError('antlr4 of another version')", "ImportError: antlr4 of another version; install it again"),
+        ("import no_such_part", "cannot be loaded: No module named 'no_such_part'; install it again"),
+        (
+            "raise ModuleNotFoundError('gone', name='math_verify')",
+            "math needs the package math-verify: pip install 'math-verify",
+        ),
+    ],
+)
+def test_a_missing_or_broken_math_verify_is_named_with_its_cure(monkeypatch, tmp_path, module, said):
+    (tmp_path / "math_verify.py").write_text(module)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(UserError) as caught:
+        VerifierPool("math", processes=1)
+    assert said in str(caught.value)
 
 
-def test_a_worker_that_died_is_replaced(grader):
-    grader.ready()
-    grader._process.kill()
-    grader._process.wait()
-    assert grader.same("\\sqrt{12}", "2\\sqrt{3}")
-    assert not grader.unfinished
-
-
-def test_threads_share_the_worker(grader):
-    found = []
-    threads = [
-        threading.Thread(target=lambda n=n: found.append(grader.same(f"\\sqrt{{{n * n * 3}}}", f"{n}\\sqrt{{3}}")))
-        for n in range(2, 6)
+def test_completions_are_graded_by_their_final_answer(pool):
+    cases = [
+        ("so $x$ is \\boxed{\\frac{2}{\\sqrt{2}}}.", "\\sqrt{2}", "right"),
+        ("#### 1,000", "$1000$", "right"),
+        ("The answer is $\\sqrt{12}$.", "Thus it is \\boxed{2\\sqrt{3}}.", "right"),
+        ("\\sqrt{2}", "\\sqrt{2}", "unparsed"),  # no answer is marked
+        ("", "2", "unparsed"),
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [True] * 4
+    found = pool.grade([given for given, _, _ in cases], [{"answer": expected} for _, expected, _ in cases])
+    assert [grade.outcome for grade in found] == [outcome for _, _, outcome in cases]
 
 
-def test_without_math_verify_the_cure_is_named(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="the verifier math needs the package math-verify: pip install 'math-verify"):
-        MathGrader().ready()
+def test_equal_answers_have_one_canonical_form(pool):
+    same = ["\\frac{1}{2}", "1/2", "0.5", "x = 0.50", "$\\frac12$."]
+    assert {graded(pool, answer, "3").answer for answer in same} == {"1/2"}
 
 
-def test_a_broken_math_verify_is_named(monkeypatch, tmp_path):
-    (tmp_path / "math_verify.py").write_text("raise ImportError('antlr4 of another version')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match="cannot be loaded: ImportError: antlr4 of another version; install it again"):
-        MathGrader().ready()
-
-
-def test_completions_are_graded_by_their_final_answer():
-    assert math_correct("so $x$ is \\boxed{\\frac{2}{\\sqrt{2}}}.", "\\sqrt{2}")
-    assert math_correct("#### 1,000", "$1000$")
-    assert math_correct("The answer is $\\sqrt{12}$.", "Thus it is \\boxed{2\\sqrt{3}}.")
-    assert not math_correct("\\sqrt{2}", "\\sqrt{2}")  # no answer is marked
-    assert not math_correct("", "2")
+def test_a_reference_without_an_answer_is_an_error():
+    assert reference_answer("so \\boxed{2}") == reference_answer(" 2 ") == "2"
     with pytest.raises(ValueError, match="the reference answer is empty"):
-        math_correct("2", " ")
+        reference_answer(" ")
     with pytest.raises(ValueError, match="the reference answer has 1,001 characters, more than 1,000"):
-        math_correct("2", "1" * 1001)
+        reference_answer("1" * 1001)
 
 
-def test_the_solutions_of_math_500_are_right():
+def test_the_solutions_of_math_500_are_right(pool):
     if not MATH500.exists():
         pytest.skip("MATH-500 is not beside the project")
     problems = [json.loads(line) for line in MATH500.read_text().splitlines()]
-    assert [p["unique_id"] for p in problems if not math_correct(p["solution"], p["answer"])] == []
+    grades = pool.grade([problem["solution"] for problem in problems], problems)
+    assert [p["unique_id"] for p, grade in zip(problems, grades) if not grade.right] == []
+    assert len(problems) == 500

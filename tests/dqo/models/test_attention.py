@@ -13,7 +13,7 @@ from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.architecture import recompute_activations
 from dqo.models.critic import value_rows
-from dqo.models.generate import generate
+from dqo.models.generate import Request, Sampling, generate
 from dqo.processes import Processes
 from dqo.train.engine import Engine
 from dqo.train.learner import Learner
@@ -284,10 +284,11 @@ def test_a_model_that_cannot_be_packed_is_padded_when_nobody_insists(monkeypatch
 
 def test_generating_uses_the_models_own_attention_and_leaves_it_packing():
     made = model("mistral")
-    prompts = [[4, 5, 6], [7], [8, 9, 10, 11, 12]]
-    options = {"stop_ids": [2], "pad_id": 0, "temperature": 0.0, "max_new_tokens": 8, "quiet": True}
+    requests = [Request(prompt, (0,)) for prompt in ([4, 5, 6], [7], [8, 9, 10, 11, 12])]
+    arguments = requests, Sampling(temperature=0.0, max_new_tokens=8)
+    options = {"stop_ids": [2], "pad_id": 0, "quiet": True}
     copied = packing(made)
-    assert generate(copied, prompts, **options) == generate(made, prompts, **options)
+    assert list(generate(copied, *arguments, **options)) == list(generate(made, *arguments, **options))
     assert attention.packs(copied) and not attention.packs(made)
 
 

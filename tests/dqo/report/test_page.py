@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from dqo.report.comparison import compare
+from dqo.report.curves import MOST_POINTS, thin
 from dqo.report.page import console_table, write_report
-from dqo.report.plots import MOST_POINTS, MOST_TRACES, half_right, thin, trace_plot
+from dqo.report.plots import MOST_TRACES, half_right, trace_plot
 from dqo.stats import Proportion, accuracy_interval, paired_test
 
 HOSTILE = '<script>alert("1 & 2")</script> <b>&amp; $x_1^{$ #0072b2 id="k" 日本'
@@ -113,7 +114,49 @@ def full():
             "fixed": [{"prompt": HOSTILE, "before": f"same\n{HOSTILE}", "after": "same\nother\nend"}],
             "broken": [{"prompt": "p", "before": "", "after": "x"}],
         },
-        "data": {"rows": 12288, "share_correct": 0.3127},
+        "warnings": [f"Mind {HOSTILE}."],
+        "changes": [
+            {
+                "name": "Held-out loss",
+                "better": "lower",
+                "how_to_read": HOSTILE,
+                "methods": {"dqo": [[0.5, 0.25]], "dpo <&>": [[0.7, None]]},
+            }
+        ],
+        "predictors": [
+            {"name": "Value model", "method": "dqo", "auc": 0.941, "interval": [0.921, 0.957], "n": 200},
+            {"name": HOSTILE, "method": "", "auc": 0.66, "interval": None, "n": 200},
+        ],
+        "penalised": {
+            **{
+                "rows": 70,
+                "of_rows": 100,
+                "steps": 81,
+                "of_steps": 400,
+                "mean_reward": -1.0,
+                "process_reward": "additive",
+            },
+            "examples": [
+                {
+                    "prompt": HOSTILE,
+                    "before": "fine\n",
+                    "text": HOSTILE,
+                    "after": "",
+                    "step": 2,
+                    "steps": 2,
+                    "reward": -1.0,
+                    "source": "a.jsonl:3",
+                }
+            ],
+        },
+        "data": {"dqo": {"rows": 12288, "share_correct": 0.3127}, "dpo <&>": {"rows": 5004}},
+        "data_sets": [{"name": HOSTILE, "sha256": "ab" * 32, "of": "file"}],
+        "parameters": {"dqo": {"policy": 123456}},
+        "options_of": {"dqo": {"lam": 0.95}},
+        "runs": [
+            {"directory": HOSTILE, "method": "dqo", "seed": 1, "state": "finished", "seconds": 58.0},
+            {"directory": "b", "method": "unknown", "seed": 2, "state": "not finished: step 3 of 9"},
+        ],
         "notes": [f"Only {HOSTILE}."],
     }
 
@@ -181,12 +224,14 @@ def test_every_colour_of_the_plots_is_defined_for_light_and_for_dark(html):
 def test_sections_come_in_the_order_of_interest(html):
     headings = re.findall(r"<h2>(.*?)</h2>", html)
     assert headings == [
+        "Before and after",
         "Methods",
         "More samples a problem",
+        "Problems that changed",
         "Training",
         "The value model",
-        "Problems that changed",
-        "Data",
+        "Penalised steps",
+        "Data and models",
         "Limits",
         "Reproduction",
     ]
@@ -195,7 +240,7 @@ def test_sections_come_in_the_order_of_interest(html):
 
 def test_every_picture_says_how_to_read_it(html):
     pictures = html.count("<svg")
-    assert pictures == 1 + 1 + 2 + 1 + 3  # intervals, pass@k, two curves, reliability, traces
+    assert pictures == 2 + 1 + 3 + 1 + 3  # intervals, pass@k, curves (loss by method), reliability, traces
     captions = re.findall(r"</svg>\s*<figcaption><b>How to read this.</b> (.+?)</figcaption>", html, re.DOTALL)
     captions += re.findall(r"</svg>\s*<figcaption style[^>]*><b>How to read this.</b>", html)
     traces = 3
@@ -218,7 +263,7 @@ def test_the_table_of_the_page_shows_the_statistics(html, full):
 
 def test_the_first_wrong_step_and_the_changed_line_are_marked(html):
     marks = ["".join(re.sub("<[^>]*>", "", mark)) for mark in re.findall(r"<mark[^>]*>(.*?)</mark>", html, re.DOTALL)]
-    assert marks[0].endswith("3+3=6") and marks[1] == "1+2=3\n"
+    assert any(mark.endswith("3+3=6") for mark in marks) and "1+2=3\n" in marks
     assert 'class="good">other</mark>\nend</pre>' in html
 
 

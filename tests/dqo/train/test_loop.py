@@ -216,15 +216,6 @@ def test_the_saved_policy_and_critic_are_plain_transformers_models(files):
     assert AutoModelForTokenClassification.from_pretrained(finished.output_dir / "critic").config.num_labels == 1
 
 
-def test_out_of_memory_says_what_to_change(files, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr("dqo.train.loop.accumulate", full)
-    with pytest.raises(UserError, match=r"step 1: out of memory on cpu .* up to 4,096 tokens.*--max_batch_tokens 2048"):
-        run(files)
-
-
 def test_a_loss_that_is_not_finite_is_named_with_its_step_and_rows(files, monkeypatch):
     from dqo.train.prepare import prepare
 

@@ -1,0 +1,154 @@
+"""A JSON Lines file that a long command appends to: whole lines, one writer, and the same options when it goes on.
+
+    rollouts.jsonl                 the rows
+    rollouts.jsonl.options.json    what they depend on; written before the first row
+
+Whatever killed the writer, every line but the last is whole; one without an end is cut when the file is opened again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dqo.errors import UserError
+from dqo.files import write_whole, writing
+
+
+@dataclass
+class Appended:
+    """An open file. `found`: what `keep` made of each row that it had."""
+
+    path: Path
+    descriptor: int
+    found: list[Any]
+    synced: float = 0.0  # when
+
+    def append(self, rows: Iterable[dict]) -> None:
+        """Writes rows. A killed process loses none of them, a machine without power those of the last second.
+
+        Raises:
+            UserError: when they cannot be written, as on a full disk; none of them is in the file then.
+        """
+        lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        size = os.fstat(self.descriptor).st_size
+        with writing(self.path):
+            try:
+                _write(self.descriptor, lines.encode())
+                if time.monotonic() - self.synced > 1.0:
+                    os.fsync(self.descriptor)
+                    self.synced = time.monotonic()
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self.descriptor, size)
+                raise
+
+
+def begun_under(path: str | Path) -> dict[str, Any]:
+    """The options that a file which has rows was begun under; {} where there is none, or it does not tell."""
+    path = Path(path)
+    try:
+        return json.loads(_told(path).read_bytes()) if path.stat().st_size else {}
+    except (OSError, ValueError):  # named when the file is opened
+        return {}
+
+
+def _told(path: Path) -> Path:
+    return path.with_name(f"{path.name}.options.json")
+
+
+def _write(descriptor: int, content: bytes) -> None:
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+@contextlib.contextmanager
+def appending(
+    path: str | Path, options: dict[str, Any], keep: Callable[[dict], Any], flag: str = "--output_file"
+) -> Iterator[Appended]:
+    """Opens a file to append rows to it; nobody else can until the block ends.
+
+    Args:
+        options: everything that the rows depend on, as JSON has it; what is in the file must have been written under the same.
+        keep: what is wanted of a row that the file has already.
+        flag: the option that names the file, for messages.
+
+    Raises:
+        UserError: when another process has the file, when it was written under other options or by something else, and for a
+            damaged row.
+    """
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".ndjson"):
+        raise UserError(f"{path}: rows are written as JSON Lines; name the file .jsonl")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{path}: another process is writing to it; wait for its end, or choose another {flag}"
+            ) from None
+        yield Appended(path, descriptor, _claim(path, descriptor, options, keep, flag))
+        with writing(path):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _claim(path: Path, descriptor: int, options: dict, keep: Callable[[dict], Any], flag: str) -> list[Any]:
+    """What the file has; one that is empty becomes this command's."""
+    told = _told(path)
+    text = json.dumps(options, indent=1)
+    if os.fstat(descriptor).st_size == 0:
+        write_whole(told, text.encode())
+        return []
+    _check_same(path, told, json.loads(text), flag)
+    found, end = _whole_rows(path, keep)
+    with writing(path):
+        os.ftruncate(descriptor, end)
+    return found
+
+
+def _whole_rows(path: Path, keep: Callable[[dict], Any]) -> tuple[list[Any], int]:
+    """What is kept of the whole rows, and where in the file they end."""
+    found, end = [], 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                found.append(keep(json.loads(line)))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{path}:{number}: is no row of this command; mend or delete the line, or move the file"
+                ) from error
+            end += len(line)
+    return found, end
+
+
+def _check_same(path: Path, told: Path, options: dict, flag: str) -> None:
+    try:
+        then = json.loads(told.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: exists, and this command did not write it; choose another {flag}") from None
+    except ValueError as error:
+        raise UserError(f"{told}: is damaged; choose another {flag}, or delete both files to begin again") from error
+    changed = [
+        f"{name} {json.dumps(then.get(name))} then, {json.dumps(options.get(name))} now"
+        for name in sorted(then.keys() | options.keys())
+        if then.get(name) != options.get(name)
+    ]
+    if changed:
+        raise UserError(
+            f"{path}: was begun under other options: {'; '.join(changed)}. Repeat those, or choose another {flag}"
+        )

@@ -1,0 +1,159 @@
+"""A comparison: all is checked first, two do not mix, a killed one goes on, and its page is over all runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dqo.commands.compare import compare_command
+from dqo.comparison import run as comparison
+from dqo.comparison.plan import PlannedRun
+from dqo.comparison.run import alone, claim, compare, is_finished, train_one
+from dqo.errors import UserError
+from tests.pages import ROOT
+
+
+def options(files, *more) -> list[str]:
+    data = ["--dataset_name", str(files / "rollouts.jsonl"), "--model_name_or_path", str(files / "model")]
+    return [*data, "--max_steps", "2", "--per_device_train_batch_size", "8", "--use_cpu", *more]
+
+
+def never(*_):
+    raise AssertionError("something was trained")
+
+
+def test_a_plan_is_shown_and_nothing_is_written(files, capsys):
+    words = options(files, "--dqo.value_warmup_steps", "1", "--output_dir", str(files / "out"))
+    compare_command(["--methods", "dqo,dpo", "--seeds", "2", "--dry_run", *words])
+    assert capsys.readouterr().out.splitlines() == [
+        "dqo: 2 seeds, 2 updates of the policy after 1 of the value model alone, 8 responses each",
+        "dpo: 2 seeds, 2 updates of the policy, 4 groups of 2 responses each",
+        "# nothing was trained or written",
+    ]
+    assert not (files / "out").exists()
+
+
+def test_every_method_that_refuses_the_data_is_named_before_any_training(files, monkeypatch):
+    monkeypatch.setattr(comparison, "train_one", never)
+    rows = [json.loads(line) for line in (files / "rollouts.jsonl").read_text().splitlines()]
+    rows = [row | {"prompt": f"{i}+{row['prompt']}"} for i, row in enumerate(rows)]  # no two of a prompt: no pairs
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError) as refused:
+        compare(["dqo", "dpo", "rebel", "kto"], seeds=1, output_dir=files / "out", options=options(files))
+    lines = str(refused.value).splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["method dpo", "method rebel", "Nothing was trained."]
+    assert not (files / "out").exists()
+
+
+@pytest.mark.parametrize("methods, seeds, message", [([], 3, "one method or more"), (["dqo"], 0, "one seed or more")])
+def test_a_comparison_of_nothing_is_refused(methods, seeds, message):
+    with pytest.raises(UserError, match=message):
+        compare(methods, seeds=seeds)
+
+
+def test_a_launcher_of_several_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="train each method under the launcher, and `dqo report` the runs"):
+        compare(["dqo"])
+
+
+def planned(tmp_path, name, *words):
+    return PlannedRun("dqo", 0, tmp_path / "out" / name, ["--beta", "0.1", *words])
+
+
+def test_a_directory_is_claimed_and_more_runs_may_join(tmp_path):
+    out = tmp_path / "out"
+    claim(out, [planned(tmp_path, "a")])
+    claim(out, [planned(tmp_path, "b", "--seed", "1")])
+    assert list(json.loads((out / "compare.json").read_text())["runs"]) == ["a", "b"]
+    with pytest.raises(UserError, match=r"out/b was planned with other options: --seed 1 then, --seed 2 now"):
+        claim(out, [planned(tmp_path, "b", "--seed", "2")])
+    with pytest.raises(UserError, match="nothing then, --lam 0.5 now"):
+        claim(out, [planned(tmp_path, "a", "--lam", "0.5")])
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="out is in use; choose another"):
+        claim(out, [planned(tmp_path, "a")])
+    (out / "compare.json").write_text("{")
+    with pytest.raises(UserError, match=r"compare\.json is damaged; choose another --output_dir, or delete"):
+        claim(out, [planned(tmp_path, "a")])
+
+
+def test_a_second_comparison_is_kept_out(tmp_path):
+    kept_out = "another comparison, or a run that it left behind, is at work in"
+    with alone(tmp_path / "out"), pytest.raises(UserError, match=kept_out), alone(tmp_path / "out"):
+        pass
+    with alone(tmp_path / "out"):  # free again
+        pass
+
+
+def test_a_run_is_finished_when_it_is_reported(tmp_path):
+    assert not is_finished(tmp_path)
+    (tmp_path / "report.html").write_text("")
+    for text, expected in (("{}", False), ('{"finished": false}', False), ("[]", False), ('{"finished": true}', True)):
+        (tmp_path / "run.json").write_text(text)
+        assert is_finished(tmp_path) is expected, text
+
+
+def test_a_run_that_fails_is_named_with_its_status(tmp_path, capfd):
+    with (
+        alone(tmp_path / "out") as lock,
+        pytest.raises(UserError, match="out/a: the run ended with status 2, see above"),
+    ):
+        train_one(PlannedRun("dqo", 0, tmp_path / "out" / "a", ["--betta", "1"]), lock)
+    assert "unknown option '--betta'" in capfd.readouterr().err
+
+
+def command(files, *more) -> list[str]:
+    methods = ["--methods", "dqo,rft", "--seeds", "2", "--output_dir", str(files / "out")]
+    return [sys.executable, "-m", "dqo", "compare", *methods, *options(files, "--logging_steps", "1", *more)]
+
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_comparison_that_was_ended_goes_on_without_repeating_what_is_finished(files, number):
+    tasks = [{"prompt": f"1+{i}=", "answer": "3"} for i in range(3)]
+    (files / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
+    more = ("--eval_tasks", str(files / "tasks.jsonl"), "--verifier", "gsm8k", "--max_completion_length", "4")
+    more += ("--num_generations", "2", "--dqo.beta", "0.3")
+    with (files / "log").open("w") as log:
+        process = subprocess.Popen(command(files, *more), env=ENVIRONMENT, stdout=log, stderr=log)
+    first, second = files / "out" / "dqo-seed42", files / "out" / "dqo-seed43"
+    deadline = time.monotonic() + 240
+    while not (second / "run.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.wait()
+    assert process.returncode == (-9 if number == signal.SIGKILL else 143)
+    assert is_finished(first)
+    kept = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    while (
+        time.monotonic() < deadline
+    ):  # the run that it left behind ends by itself, and until then nobody else may begin
+        done = subprocess.run(command(files, *more), env=ENVIRONMENT, capture_output=True, text=True)
+        if "is at work in" not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr
+    assert f"{first} is finished" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == kept
+    report = json.loads((files / "out" / "report.json").read_text())
+    assert [(run["method"], run["seed"], run["state"]) for run in report["runs"]] == [
+        (method, seed, "finished") for method in ("dqo", "rft") for seed in (42, 43)
+    ]
+    assert [len(method["seeds"]) for method in report["methods"]] == [2, 2, 2]
+    assert report["options_of"]["dqo"]["beta"] == 0.3 and report["warnings"] == []
+    assert (
+        "dqo compare --methods dqo,rft" in report["command"]
+        and "over seeds" in (files / "out" / "report.html").read_text()
+    )

@@ -1,0 +1,121 @@
+"""Rows that a long command appends: whatever stopped it, none is lost, doubled or half there."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dqo.data import appending as module
+from dqo.data.appending import appending
+from dqo.errors import UserError
+
+ROWS = [{"k": k, "text": "é" * k} for k in range(4)]
+
+
+def number(row):
+    return row["k"]
+
+
+def finish(path, options=None):
+    """Appends those of ROWS that are missing; returns what was there."""
+    with appending(path, options or {"seed": 0}, number) as file:
+        for row in ROWS:
+            if row["k"] not in file.found:
+                file.append([row])
+        return file.found
+
+
+def test_a_file_that_was_cut_anywhere_is_finished_as_if_it_had_never_been(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert finish(path) == []
+    whole = path.read_bytes()
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        assert finish(path) == list(range(whole[:size].count(b"\n")))
+        assert path.read_bytes() == whole
+
+
+def test_a_file_of_other_options_is_refused_and_names_them(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    finish(path, {"seed": 0, "top_p": 1.0, "model": "a"})
+    before = path.read_bytes()
+    with pytest.raises(
+        UserError, match="rows.jsonl: was begun under other options: seed 0 then, 1 now; top_p 1.0 then, null"
+    ):
+        finish(path, {"seed": 1, "model": "a"})
+    assert path.read_bytes() == before
+    path.unlink()
+    finish(path, {"seed": 1})  # without rows nothing depends on the options
+
+
+@pytest.mark.parametrize("content", ["{}\n", "no end"])
+def test_a_file_of_something_else_is_refused_and_stays(tmp_path, content):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(
+        UserError, match="rows.jsonl: exists, and this command did not write it; choose another --output_file"
+    ):
+        finish(path)
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("line", [b"{\n", b"[]\n", b'{"j": 1}\n', b"\xff\n", b"\n"])
+def test_a_damaged_row_is_named(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    finish(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + line + lines[2])
+    with pytest.raises(UserError, match="rows.jsonl:2: is no row of this command"):
+        finish(path)
+
+
+def test_names_that_are_no_files_of_lines_are_refused(tmp_path):
+    with pytest.raises(UserError, match="rows are written as JSON Lines; name the file .jsonl"):
+        finish(tmp_path / "rows.parquet")
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(UserError, match="a.jsonl: cannot be written: Is a directory"):
+        finish(tmp_path / "a.jsonl")
+
+
+def test_a_second_process_is_refused_while_the_first_is_there(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    second = [
+        sys.executable,
+        "-c",
+        "import sys; from tests.dqo.data.test_appending import finish; finish(sys.argv[1])",
+        path,
+    ]
+    with appending(path, {"seed": 0}, number):
+        found = subprocess.run(second, capture_output=True, text=True)
+        assert found.returncode != 0
+        assert (
+            "rows.jsonl: another process is writing to it; wait for its end, or choose another --output_file"
+            in found.stderr
+        )
+    assert subprocess.run(second).returncode == 0
+    assert finish(path) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_fills_while_rows_are_written_keeps_the_whole_ones(tmp_path, monkeypatch, kind):
+    path, write, calls = tmp_path / "rows.jsonl", os.write, []
+
+    def fills(descriptor, content):
+        calls.append(1)
+        if len(calls) % 2 == 0:
+            raise OSError(kind, os.strerror(kind))
+        return write(descriptor, content[: len(content) // 2])
+
+    with appending(path, {"seed": 0}, number) as file:
+        file.append(ROWS[:1])
+        monkeypatch.setattr(module.os, "write", fills)
+        with pytest.raises(
+            UserError, match=f"rows.jsonl: cannot be written: {os.strerror(kind)}. What was there before is"
+        ):
+            file.append(ROWS[1:3])
+        monkeypatch.undo()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == ROWS[:1]
+    assert finish(path) == [0]

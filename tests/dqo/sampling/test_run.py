@@ -1,0 +1,395 @@
+"""`dqo sample`: what it writes, that it goes on after any end, and what it refuses before any work."""
+
+import errno
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from dqo.commands.sample import sample_command
+from dqo.config.sampling import SampleConfig
+from dqo.data import appending
+from dqo.data.rows import read_rows
+from dqo.errors import UserError
+from dqo.models.new import save
+from dqo.models.policy import load_policy
+from dqo.sampling import backends
+from dqo.sampling.run import sample_rows
+from tests.dqo import forked
+from tests.dqo.helpers import policy, tokenizer
+
+PROMPTS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in (1, 23) for b in (4, 5, 6)]
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if tools %}{{ tools | length }}{% endif %}"
+TEMPLATE += "{% if add_generation_prompt %}{{ '=' if plain else '+' }}{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sample") / "model"
+    save(policy(), tokenizer(), path)
+    return path
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def options(model, tmp_path, rows=None, **changes):
+    given = {
+        "model_name_or_path": str(model),
+        "prompts": write(tmp_path / "prompts.jsonl", rows or PROMPTS),
+        "output_file": str(tmp_path / "rollouts.jsonl"),
+        "num_generations": 3,
+        "max_completion_length": 8,
+        "batch_size": 4,
+    }
+    return SampleConfig(**given | changes)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in open(path)]
+
+
+def by_key(path):
+    """{key: row without log-probabilities}, and {key: log-probabilities}."""
+    rows = {tuple(row["sampling"]["key"]): row for row in rows_of(path)}
+    assert len(rows) == len(rows_of(path))
+    return {key: {**row, "logprobs": None} for key, row in rows.items()}, {
+        k: row["logprobs"] for k, row in rows.items()
+    }
+
+
+def same_rows(one, other):
+    (first, numbers), (second, others) = by_key(one), by_key(other)
+    assert first == second
+    for key in numbers:
+        assert numbers[key] == pytest.approx(others[key], abs=1e-5)
+
+
+def test_rows_hold_all_of_a_response_and_training_wants_nothing_but_a_reward(model, tmp_path):
+    found = sample_rows(options(model, tmp_path), quiet=True)
+    path, made = tmp_path / "rollouts.jsonl", tokenizer()
+    assert (found.rows, found.new, found.prompts) == (18, 18, 6)
+    rows = rows_of(path)
+    assert found.tokens == sum(len(row["completion_ids"]) for row in rows)
+    for row in rows:
+        assert row["prompt_ids"] == made(row["prompt"])["input_ids"] and row["answer"] in (
+            "5",
+            "6",
+            "7",
+            "27",
+            "28",
+            "29",
+        )
+        ended = row["completion_ids"][-1] == 2
+        assert row["finish_reason"] == ("stop" if ended else "length") and (ended or len(row["completion_ids"]) == 8)
+        assert row["completion"] == made.decode(row["completion_ids"][: -1 if ended else None])
+        ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+        logits = policy()(ids).logits[0, len(row["prompt_ids"]) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(row["completion_ids"])[:, None])[:, 0]
+        assert row["logprobs"] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert row["sampling"]["model"] == str(model) and row["sampling"]["temperature"] == 1.0
+    with pytest.raises(UserError, match="nobody has graded: score them with `dqo score`"):
+        read_rows(path)
+    assert len(read_rows([{**row, "reward": 1.0} for row in rows])) == 18
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_the_batch_size_changes_no_row(model, tmp_path, size):
+    sample_rows(options(model, tmp_path), quiet=True)
+    sample_rows(options(model, tmp_path, batch_size=size, output_file=str(tmp_path / "other.jsonl")), quiet=True)
+    same_rows(tmp_path / "rollouts.jsonl", tmp_path / "other.jsonl")
+
+
+def test_equal_prompts_get_responses_of_their_own_and_a_prompt_the_same_ones_in_any_file(model, tmp_path):
+    sample_rows(options(model, tmp_path, rows=[PROMPTS[0], PROMPTS[1], PROMPTS[0]]), quiet=True)
+    texts = [row["completion"] for row in rows_of(tmp_path / "rollouts.jsonl") if row["prompt"] == "1+4="]
+    assert len(set(texts)) == 6
+    other = options(model, tmp_path, rows=[PROMPTS[5], PROMPTS[0]], output_file=str(tmp_path / "other.jsonl"))
+    sample_rows(other, quiet=True)
+    again = {row["completion"] for row in rows_of(tmp_path / "other.jsonl") if row["prompt"] == "1+4="}
+    assert again < set(texts) and len(again) == 3
+
+
+def stopping(real, after, stop):
+    """The responses of `real`, and then `stop()` in place of the next one."""
+
+    def generate(*arguments, **more):
+        for number, pair in enumerate(real(*arguments, **more)):
+            if number == after:
+                stop()
+            yield pair
+
+    return generate
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sampled(arguments, after=None):
+    """`dqo sample` in a process of its own, which is killed after a number of responses."""
+    if after is not None:
+        backends.generate = stopping(backends.generate, after, die)
+    sample_rows(arguments, quiet=True)
+
+
+def whole_lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def goes_on_after(stop, broken, path, unbroken):
+    """`stop(number)` ends a run of `broken` after so many responses; then it goes on, and its rows are those of `unbroken`."""
+    for number in (0, 1, 5, 6):
+        before = whole_lines(path)
+        stop(number)
+        assert whole_lines(path) == before + number
+        path.write_bytes(path.read_bytes() + b'{"prompt": "1+')  # as if it had died inside of a line
+    found = sample_rows(broken, quiet=True)
+    assert (found.rows, found.new) == (18, 6)
+    same_rows(path, unbroken)
+    before = path.read_bytes()
+    assert sample_rows(broken, quiet=True).new == 0 and path.read_bytes() == before
+
+
+def test_a_run_that_is_stopped_again_and_again_ends_with_the_rows_of_an_unbroken_one(model, tmp_path, monkeypatch):
+    sample_rows(options(model, tmp_path, output_file=str(tmp_path / "unbroken.jsonl")), quiet=True)
+    broken = options(model, tmp_path)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def stop(number):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(backends, "generate", stopping(backends.generate, number, interrupted))
+            sample_rows(broken, quiet=True)
+
+    goes_on_after(stop, broken, tmp_path / "rollouts.jsonl", tmp_path / "unbroken.jsonl")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_with_the_rows_of_an_unbroken_one(model, tmp_path):
+    sample_rows(options(model, tmp_path, output_file=str(tmp_path / "unbroken.jsonl")), quiet=True)
+    broken = options(model, tmp_path)
+
+    def stop(number):
+        process = forked.start(sampled, broken, number)
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+
+    goes_on_after(stop, broken, tmp_path / "rollouts.jsonl", tmp_path / "unbroken.jsonl")
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_loses_and_doubles_nothing(model, tmp_path):
+    many = {"num_generations": 40, "batch_size": 8}
+    sample_rows(options(model, tmp_path, output_file=str(tmp_path / "unbroken.jsonl"), **many), quiet=True)
+    broken = options(model, tmp_path, **many)
+    for delay in (0.05, 0.2, 0.4, 0.6, 0.8):
+        process = forked.start(sampled, broken)
+        time.sleep(delay)
+        process.kill()
+        process.join(60)
+    sample_rows(broken, quiet=True)
+    same_rows(tmp_path / "rollouts.jsonl", tmp_path / "unbroken.jsonl")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"temperature": 0.5}, "temperature 1.0 then, 0.5 now"),
+        ({"top_p": 0.9}, "top_p 1.0 then, 0.9 now"),
+        ({"seed": 1}, "seed 0 then, 1 now"),
+        ({"num_generations": 4}, "num_generations 3 then, 4 now"),
+        ({"max_completion_length": 9}, "max_completion_length 8 then, 9 now"),
+        ({"dtype": "bfloat16"}, 'dtype "float32" then, "bfloat16" now'),
+        ({"rows": PROMPTS[:5]}, "prompts .* then, .* now"),
+    ],
+)
+def test_other_options_are_refused_when_a_file_goes_on(model, tmp_path, change, message):
+    sample_rows(options(model, tmp_path), quiet=True)
+    before = (tmp_path / "rollouts.jsonl").read_bytes()
+    with pytest.raises(UserError, match=f"was begun under other options: {message}"):
+        sample_rows(options(model, tmp_path, **change), quiet=True)
+    assert (tmp_path / "rollouts.jsonl").read_bytes() == before
+
+
+def test_a_model_that_has_changed_under_its_name_is_refused_when_a_file_goes_on(tmp_path):
+    save(policy(), tokenizer(), tmp_path / "model")
+    sample_rows(options(tmp_path / "model", tmp_path), quiet=True)
+    policy(seed=1).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="was begun under other options: model_hash"):
+        sample_rows(options(tmp_path / "model", tmp_path), quiet=True)
+
+
+def test_a_full_disk_is_one_line_and_the_rows_before_are_whole(model, tmp_path, monkeypatch):
+    path, write, written = tmp_path / "rollouts.jsonl", os.write, []
+    sample_rows(options(model, tmp_path, output_file=str(tmp_path / "unbroken.jsonl")), quiet=True)
+
+    def fills(descriptor, content):
+        room = 3000 - sum(written)
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(write(descriptor, content[:room]))
+        return written[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(appending.os, "write", fills)
+        with pytest.raises(UserError) as found:
+            sample_rows(options(model, tmp_path), quiet=True)
+    assert str(found.value) == f"{path}: cannot be written: No space left on device. What was there before is whole"
+    assert 0 < len(rows_of(path)) < 18 and path.read_bytes().endswith(b"\n")
+    sample_rows(options(model, tmp_path), quiet=True)
+    same_rows(path, tmp_path / "unbroken.jsonl")
+
+
+def test_prompts_with_no_room_for_a_response_are_refused_before_the_model_is_loaded(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(backends, "load_policy", lambda *_: pytest.fail("loaded"))
+    long = {"prompt": "1" * 64}
+    with pytest.raises(
+        UserError, match=r"prompts.jsonl:7: 64 tokens of prompt and 8 of the response .* has 64 positions.*; drop"
+    ):
+        sample_rows(options(model, tmp_path, rows=[*PROMPTS, long]), quiet=True)
+    assert not (tmp_path / "rollouts.jsonl").exists()
+
+
+def test_a_model_that_never_stops_is_cut_and_named(model, tmp_path, caplog):
+    save(policy(), tokenizer(), tmp_path / "model")
+    endless = load_policy(str(tmp_path / "model"))
+    head = torch.nn.Linear(16, 19)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+        head.bias[2] = -1e9
+    endless.lm_head = head
+
+    class Endless(backends.TransformersBackend):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.policy = endless
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "TransformersBackend", Endless)
+        found = sample_rows(options(model, tmp_path), quiet=True)
+    assert found.not_ended == found.rows == 18
+    assert all(
+        row["finish_reason"] == "length" and len(row["completion_ids"]) == 8
+        for row in rows_of(tmp_path / "rollouts.jsonl")
+    )
+    assert (
+        "18 of 18 responses (100%) did not end within max_completion_length 8" in caplog.text and "<eos>" in caplog.text
+    )
+
+
+def test_messages_go_through_the_template_with_the_tools_and_kwargs_of_each_prompt(tmp_path):
+    made = tokenizer()
+    made.chat_template = TEMPLATE
+    save(policy(), made, tmp_path / "model")
+    message = [{"role": "user", "content": "1+2"}]
+    rows = [{"prompt": message, "tools": [{"name": "f"}]}, {"prompt": message, "chat_template_kwargs": {"plain": True}}]
+    sample_rows(options(tmp_path / "model", tmp_path, rows=rows, num_generations=1), quiet=True)
+    found = {made.decode(row["prompt_ids"]): row for row in rows_of(tmp_path / "rollouts.jsonl")}
+    assert set(found) == {"1+21+", "1+2="}
+    assert found["1+21+"]["tools"] == [{"name": "f"}] and found["1+2="]["chat_template_kwargs"] == {"plain": True}
+    for row in found.values():
+        (message,) = row["completion"]
+        assert message["role"] == "assistant" and isinstance(message["content"], str)
+    assert len(read_rows([{**row, "reward": 1.0} for row in found.values()])) == 2
+
+
+def test_a_template_that_reads_the_clock_is_told_the_same_time_when_a_file_goes_on(tmp_path, monkeypatch):
+    made = tokenizer()
+    made.chat_template = "{{ strftime_now('%f') }}{% for m in messages %}{{ m.content }}{% endfor %}="
+    save(policy(), made, tmp_path / "model")
+    rows = [{"prompt": [{"role": "user", "content": f"{i}"}]} for i in range(3)]
+    sample_rows(options(tmp_path / "model", tmp_path, rows=rows), quiet=True)
+    path = tmp_path / "rollouts.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert sample_rows(options(tmp_path / "model", tmp_path, rows=rows), quiet=True).new > 0
+    assert len({tuple(row["prompt_ids"][:6]) for row in rows_of(path)}) == 1
+
+
+def test_a_greedy_response_was_not_drawn_and_has_no_logprobs(model, tmp_path):
+    sample_rows(options(model, tmp_path, temperature=0.0, num_generations=1), quiet=True)
+    for row in rows_of(tmp_path / "rollouts.jsonl"):
+        ids = list(row["prompt_ids"])
+        for token in row["completion_ids"]:
+            assert token == policy()(torch.tensor([ids])).logits[0, -1].argmax().item()
+            ids.append(token)
+        assert "logprobs" not in row
+
+
+def test_prefixes_are_continued(model, tmp_path):
+    rows = [
+        {"prompt": "1+2=", "prefix": "12"},
+        {"prompt": "1+2=", "prefix_ids": [4, 5]},
+        {"prompt": "1+2=", "prefix": "345"},
+    ]
+    given = options(model, tmp_path, prompts=None, prefixes=write(tmp_path / "prefixes.jsonl", rows))
+    assert sample_rows(given, quiet=True).rows == 9
+    made, found = tokenizer(), rows_of(tmp_path / "rollouts.jsonl")
+    assert sorted({row["completion"][:2] for row in found}) == ["12", "34"]
+    for row in found:
+        count = row["sampling"]["prefix_tokens"]
+        assert row["completion_ids"][:count] == made(row["completion"])["input_ids"][:count] and "logprobs" not in row
+        assert count < len(row["completion_ids"]) <= count + 8
+    assert len({row["completion"] for row in found}) == 9  # equal prefixes have streams of their own
+    assert len(read_rows([{**row, "reward": 1.0} for row in found])) == 9
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (
+            {"prompt": "1="},
+            "prefixes.jsonl:1: has no prefix and no prefix_ids, the beginning of a response; found prompt",
+        ),
+        (
+            {"prompt": "1=", "prefix": ""},
+            'prefixes.jsonl:1: prefix is ""; expected the text that a response begins with',
+        ),
+        (
+            {"prompt": "1=", "prefix_ids": [4, 2]},
+            "prefixes.jsonl:1: the prefix has the end token 2; it cannot be continued",
+        ),
+        (
+            {"prompt": "1=", "prefix_ids": [400]},
+            "prefixes.jsonl:1: prefix_ids has 400, which is no token of the tokenizer",
+        ),
+    ],
+)
+def test_prefixes_that_do_not_fit_are_named(model, tmp_path, row, message):
+    with pytest.raises(UserError, match=message):
+        sample_rows(
+            options(model, tmp_path, prompts=None, prefixes=write(tmp_path / "prefixes.jsonl", [row])), quiet=True
+        )
+
+
+def test_the_policy_of_a_checkpoint_is_taken_and_a_run_without_a_model_names_one(model, tmp_path):
+    run = tmp_path / "run"
+    for step in (3, 12):
+        save(policy(), tokenizer(), run / f"checkpoint-{step}")
+    with pytest.raises(
+        UserError, match="run: the run has not ended, and has no model yet; name one of its .*checkpoint-12"
+    ):
+        sample_rows(options(run, tmp_path), quiet=True)
+    sample_rows(options(run / "checkpoint-12", tmp_path), quiet=True)
+    sample_rows(options(model, tmp_path, output_file=str(tmp_path / "other.jsonl")), quiet=True)
+    one, other = (
+        sorted(row["completion"] for row in rows_of(tmp_path / f"{name}.jsonl")) for name in ("rollouts", "other")
+    )
+    assert one == other
+
+
+def test_the_command_says_what_it_wrote_and_what_comes_next(model, tmp_path, capsys):
+    config = options(model, tmp_path)
+    names = ("model_name_or_path", "prompts", "output_file", "max_completion_length")
+    sample_command([part for name in names for part in (f"--{name}", str(getattr(config, name)))])
+    out = capsys.readouterr().out
+    assert "48 (48 of them new) of 6 prompts" in out and "tokens/s" in out
+    assert f"Next: dqo score {config.output_file}" in out
