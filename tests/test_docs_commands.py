@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from dqo.commands.base import commands as dqo_commands
 from tests.dqo.conftest import files  # noqa: F401
 from tests.pages import CONTRIBUTING, PAGES, PYPROJECT, README, ROOT, blocks, commands, each_page, named, source_of
 
@@ -41,7 +43,8 @@ def place(files, monkeypatch):  # noqa: F811
     Path("problems.jsonl").write_text(json.dumps({"prompt": "1+2=", "answer": "#### 3"}))
     Path("samples.jsonl").write_text(json.dumps({"prompt": "1+2=", "completion": "1+2=3\n#### 3", "answer": "3"}))
     Path("public.jsonl").write_text(json.dumps(APS))
-    Path("out").mkdir()
+    Path("test.jsonl").write_text(json.dumps({"prompt": "2+2=", "answer": "#### 4"}))
+    shutil.copytree("model", "out")
     Path("out/config.yaml").write_text("dataset_name: rollouts.jsonl\nmodel_name_or_path: model\nbeta: 0.03\n")
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield files
@@ -82,12 +85,17 @@ def test_commands_of_the_trainer_run_in_their_order_up_to_training(page, place, 
         elif arguments[:1] == ["compare"]:
             call(monkeypatch, script, [*arguments, "--dry_run"])
             assert "nothing was trained or written" in capsys.readouterr().out, command
-        elif script == "dqo-train" or arguments[0] == "demo":  # minutes: tests/dqo has smaller ones
+        elif script == "dqo-train" or arguments[0] in (
+            "demo",
+            "export",
+        ):  # minutes, or a trained model: tests/dqo has them
             with pytest.raises(SystemExit) as left:
-                call(monkeypatch, "dqo", ["demo", *arguments[1:], "--help"])
+                call(monkeypatch, "dqo", [*(arguments or ["demo"]), "--help"])
             assert left.value.code in (0, None)
         else:
             call(monkeypatch, script, arguments)
+        if arguments[:1] == ["score"]:  # a random model is never right, and equal rewards are refused
+            shutil.copy("rollouts.jsonl", arguments[arguments.index("--output_file") + 1])
 
 
 @pytest.mark.slow
@@ -108,7 +116,7 @@ def options() -> set[str]:
     methods = re.findall(r"^\| `(\w+)`", README.read_text(), re.M)
     shown = io.StringIO()
     asked = [["train", "--method", method] for method in methods]
-    asked += [[name] for name in ("check", "convert", "init", "demo", "eval", "report", "compare")]
+    asked += [[name] for name in dqo_commands() if name != "train"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
         for arguments in asked:
             with pytest.raises(SystemExit):
@@ -131,17 +139,20 @@ def test_options_that_it_names_are_options(name, options):
 def test_commands_of_the_trainer_train(page, place):
     """In small: two steps each."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for i, command in enumerate(c for c in commands(page) if c.startswith(("dqo ", "dqo-train --"))):
+    for command in (c for c in commands(page) if c.startswith(("dqo ", "dqo-train --"))):
         command = command.replace("dqo-train", "dqo train").replace("--max_steps 200", "")
         arguments = arguments_of(command)[1:]
         if arguments[0] == "train":
-            arguments += f"--max_steps 2 --use_cpu --max_completion_length 8 --output_dir run{i}".split()
+            shutil.rmtree(arguments[arguments.index("--output_dir") + 1], ignore_errors=True)
+            arguments += ["--max_steps", "2", "--use_cpu", "--max_completion_length", "8"]
         done = subprocess.run(
             [sys.executable, "-m", "dqo", *arguments], env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, (command, done.stderr)
+        if arguments[0] == "score":  # see above
+            shutil.copy("rollouts.jsonl", arguments[arguments.index("--output_file") + 1])
         if arguments[0] == "train" and "--dry_run" not in arguments:
-            assert (place / f"run{i}" / "report.html").exists()
+            assert (place / arguments[arguments.index("--output_dir") + 1] / "report.html").exists()
 
 
 @pytest.fixture(scope="module")
