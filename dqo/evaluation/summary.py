@@ -36,7 +36,7 @@ def _of_samples(evaluation: Evaluation, answers: list[list[Answer]], n: int) -> 
     found: dict[str, list] = {"pass@1": scores}
     powers = powers_of_two(n)
     found |= {f"pass@{k}": [pass_at_k(n, int(sum(row)), k) for row in scores] for k in powers if k > 1}
-    votes = [[answer.answer if answer.parsed else None for answer in given] for given in answers]
+    votes = [[answer.answer for answer in given] for given in answers]
     # a verifier that says right or wrong alone gives no answers to count
     countable = all(answer.answer is not None for given in answers for answer in given if answer.parsed)
     for k in powers if countable else ():
