@@ -1,6 +1,6 @@
 """Measured prefix values of a trained model: how far K = 8 continuations are from 1,024, and these from what is exact.
 
-    dqo demo --output_dir dqo-demo && python -m benchmarks.evidence.prefix_values dqo-demo     (about a minute on two cores)
+    dqo demo --output_dir dqo-demo && python -m benchmarks.evidence.prefix_values dqo-demo     (some minutes on two cores)
 
 The prefixes are prompts and line ends of demonstrations of new problems, continued by the base model and graded by `arith`. The
 model imitates a demonstrator whose pass rates are known exactly: their distance shows what the model learned, and is no
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -108,15 +109,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demonstration", type=Path)
     parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=[RECIPE.min_steps, RECIPE.max_steps], help="of the problems"
+    )
     arguments = parser.parse_args()
     base = str(arguments.demonstration / "base")
-    task = ArithTask(RECIPE.min_steps, RECIPE.max_steps)
+    task = ArithTask(*arguments.steps)
     rows = rows_of(task, arguments.rows)
     few, few_seconds = estimates(rows, base, FEW, seed=1)
     many, many_seconds = estimates(rows, base, MANY, seed=2)
     found = compared(few, many, task)
     facts = {
-        "command": f"python -m benchmarks.evidence.prefix_values {arguments.demonstration}",
+        "command": " ".join(["python -m benchmarks.evidence.prefix_values", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         **findings.machine(),

@@ -147,12 +147,17 @@ def _tokens(
         if row.steps is not None and (stored[: len(ids)] != ids or len(stored) > len(ids) + 1):
             assert completion is not None  # it was written for the sake of the steps
             written = stored[:-1] if stored[-1] in ends.stops else stored
-            if tokenizer.decode(written) != completion.text:
+            whole = (
+                row.completion_ids if row.completion_ids[: len(written)] == written else written
+            )  # with what was cut off
+            written_as = next((ids for ids in (written, whole) if tokenizer.decode(ids) == completion.text), None)
+            if written_as is None:
                 raise UserError(
                     "steps are character spans, but completion_ids are the ids of another text, so steps cannot be placed on "
                     "tokens; drop steps and step_rewards, or drop completion_ids"
                 )
-            step_ends = _step_ends(row.steps, completion.shift, decoded_spans(tokenizer, written))
+            spans = decoded_spans(tokenizer, written_as)
+            step_ends = [min(end, len(written) - 1) for end in _step_ends(row.steps, completion.shift, spans)]
         ids = stored
     elif completion is not None and completion.shift < 0:
         cuts["a tag that opens the reasoning and ends the prompt already"] += 1

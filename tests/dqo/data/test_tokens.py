@@ -312,3 +312,13 @@ def test_steps_are_placed_on_stored_ids_however_they_split_the_text(split, data)
     row = {"prompt": "two", "completion": text, "steps": steps, "step_rewards": [0.5] * len(steps)}
     (episode,) = made([row | {"prompt_ids": [5], "completion_ids": [*ids, BYTES.eos_token_id]}], BYTES)
     assert BYTES.decode(ids[: episode.step_ends[0] + 1]).startswith(text[:end])  # the step's last character is inside
+
+
+def test_padding_that_a_model_sampled_ends_the_last_step():
+    row = {"prompt": "1+2=", "completion": "12\n3<pad>", "steps": [[0, 3], [3, 9]], "step_rewards": [0.5, 0.25]}
+    row |= {"prompt_ids": [4], "completion_ids": [*CHARACTERS("12\n3")["input_ids"], PAD], "finish_reason": "length"}
+    (episode,) = made([row], CHARACTERS)
+    assert (len(episode.completion_ids), episode.step_ends) == (4, [2, 3])
+    row["completion"] = "12\n4<pad>"
+    with pytest.raises(UserError, match="steps are character spans, but completion_ids are the ids of another text"):
+        made([row], CHARACTERS)

@@ -47,7 +47,7 @@ def grade(completion, row):
         "leak": lambda: bool(LEAK.append(bytearray(60 * 2**20))) or True,
         "fork": lambda: fork(lambda: None),
         "fork and hang": lambda: fork(lambda: time.sleep(1000)),
-        "child": lambda: (subprocess.Popen(["sleep", "1000"], start_new_session=True), time.sleep(1000)),
+        "child": lambda: (subprocess.Popen(["sleep", row["nap"]], start_new_session=True), time.sleep(1000)),
         "nan": lambda: float("nan"),
         "inf": lambda: float("inf"),
         "none": lambda: None,
@@ -108,6 +108,13 @@ def group_is_gone(group, seconds=5.0):
     return False
 
 
+def command_of(path):
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
 def _group(stat):
     try:
         state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
@@ -119,12 +126,14 @@ def _group(stat):
 def test_whatever_a_verifier_does_costs_its_own_grade_alone_and_grades_come_in_order(module, caplog):
     kinds = [*GRADED, *UNGRADED, *GRADED, *(kind for kind, error in UNGRADED.items() if error != "timeout")]
     random.Random(0).shuffle(kinds)
+    nap = f"{1000 + random.random()}"  # no other process sleeps as long
     with VerifierPool(module, processes=2, timeout=SECOND) as pool:
-        found = pool.grade(kinds, [{"answer": "7", "source": f"rows.jsonl:{i}"} for i in range(len(kinds))])
+        found = pool.grade(kinds, [{"answer": "7", "nap": nap, "source": f"rows.jsonl:{i}"} for i in range(len(kinds))])
         groups = processes_of(pool)
     expected = [(GRADED.get(kind, 0.0), UNGRADED.get(kind)) for kind in kinds]
     assert [(grade.score, grade.error) for grade in found] == expected
     assert all(map(group_is_gone, groups))
+    assert not any(nap.encode() in command_of(path) for path in Path("/proc").glob("[0-9]*/cmdline"))
     errors = [UNGRADED[kind] for kind in kinds if kind in UNGRADED]
     assert pool.counts == {
         "right": sum(kind in GRADED and GRADED[kind] > 0.5 for kind in kinds),

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from scipy.stats import binom
 
+from dqo.api import sample, score
 from dqo.commands.score import score_command
 from dqo.data.appending import appending
 from dqo.data.episodes import make_episodes
 from dqo.data.rows import check_process_reward, read_rows
+from dqo.data.sources import read_records
 from dqo.data.tokens import tokenize_rows
 from dqo.errors import UserError
 from dqo.grading.arith import ArithTask
@@ -204,3 +206,23 @@ def test_rows_without_room_for_continuations_are_named(model, length, said):
     save(gpt2(), TOKENIZER, Path("positions"))
     with pytest.raises(UserError, match=said):
         score_command([*model[:-1], "positions", "--max_completion_length", length, "--output_file", "s.jsonl"])
+
+
+def test_what_a_model_samples_is_scored_and_measured(place):
+    save(policy(), TOKENIZER, place / "model")
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"1+{i}="}) + "\n" for i in range(4)))
+    sample(
+        quiet=True, model_name_or_path="model", prompts="prompts.jsonl", output_file="r.jsonl", max_completion_length=24
+    )
+    sampled = read_records("r.jsonl")[1]
+    empty = sampled[0].values | {"completion": "", "completion_ids": [2], "logprobs": [-1.0], "finish_reason": "stop"}
+    with Path("r.jsonl").open("a") as file:
+        file.write(json.dumps(empty) + "\n")
+    options = {"prefix_values": 2, "model_name_or_path": "model", "max_completion_length": 24, "steps": "sentences"}
+    found = score(data="r.jsonl", verifier="arith", output_file="s.jsonl", **options)
+    assert found.rows == len(sampled) + 1 == 33
+    assert found.outcomes["cut"] == sum(record.values["finish_reason"] == "length" for record in sampled)
+    rows = read_rows("s.jsonl")
+    assert (rows[-1].steps, rows[-1].step_rewards) == ([], [])
+    episodes = make_episodes(rows, TOKENIZER, vocab_size=len(TOKENIZER), max_length=64, process_reward="potential")
+    assert all(sum(e.rewards) == pytest.approx(row.reward - row.prompt_value) for row, e in zip(rows, episodes))
