@@ -169,18 +169,7 @@ def _tokens(
                 trajectory.begin_at(whole - len(stored))
         if row.steps is not None and (stored[: len(ids)] != ids or len(stored) > len(ids) + 1):
             assert completion is not None  # it was written for the sake of the steps
-            written = stored[:-1] if stored[-1] in ends.stops else stored
-            whole = (
-                row.completion_ids if row.completion_ids[: len(written)] == written else written
-            )  # with what was cut off
-            written_as = next((ids for ids in (written, whole) if tokenizer.decode(ids) == completion.text), None)
-            if written_as is None:
-                raise UserError(
-                    "steps are character spans, but completion_ids are the ids of another text, so steps cannot be placed on "
-                    "tokens; drop steps and step_rewards, or drop completion_ids"
-                )
-            spans = decoded_spans(tokenizer, written_as)
-            step_ends = [min(end, len(written) - 1) for end in _step_ends(row.steps, completion.shift, spans)]
+            step_ends = _stored_step_ends(row, completion, stored, ends, tokenizer)
         ids = stored
     elif completion is not None and completion.shift < 0:
         cuts[TAG] += 1
@@ -225,6 +214,21 @@ def _tokens(
         open_end=truncated and not answered and ids[-1] not in ends.stops,
         env_mask=None if trajectory is None else trajectory.env_mask,
     )
+
+
+def _stored_step_ends(row: Row, completion: Completion, stored: list[int], ends: Ends, tokenizer) -> list[int]:
+    """The last token of each step among stored ids that split the text otherwise than the tokenizer does."""
+    assert row.steps is not None and row.completion_ids is not None
+    written = stored[:-1] if stored[-1] in ends.stops else stored
+    uncut = row.completion_ids if row.completion_ids[: len(written)] == written else written
+    spelled = next((ids for ids in (written, uncut) if tokenizer.decode(ids) == completion.text), None)
+    if spelled is None:
+        raise UserError(
+            "steps are character spans, but completion_ids are the ids of another text, so steps cannot be placed on tokens; "
+            "drop steps and step_rewards, or drop completion_ids"
+        )
+    spans = decoded_spans(tokenizer, spelled)
+    return [min(end, len(written) - 1) for end in _step_ends(row.steps, completion.shift, spans)]
 
 
 def _step_ends(steps: list[tuple[int, int]], shift: int, spans: list[tuple[int, int]]) -> list[int]:

@@ -36,9 +36,11 @@ def _of_samples(evaluation: Evaluation, answers: list[list[Answer]], n: int) -> 
     found: dict[str, list] = {"pass@1": scores}
     powers = powers_of_two(n)
     found |= {f"pass@{k}": [pass_at_k(n, int(sum(row)), k) for row in scores] for k in powers if k > 1}
-    for k in powers:
+    votes = [[answer.answer for answer in given] for given in answers]
+    # a verifier that says right or wrong alone gives no answers to count
+    countable = all(answer.answer is not None for given in answers for answer in given if answer.parsed)
+    for k in powers if countable else ():
         if k > 2:  # of two votes the majority is either's: pass@1
-            votes = [[answer.answer if answer.parsed else None for answer in given] for given in answers]
             found[f"maj@{k}"] = [majority_at_k(row, values, k) for row, values in zip(votes, scores)]
     for scorer, values in sorted(evaluation.scores.items()):
         ranks = [[values.get(answer.key) for answer in given] for given in answers]

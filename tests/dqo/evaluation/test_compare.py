@@ -33,13 +33,14 @@ def test_greedy_answers_are_tested_by_mcnemar():
 
 
 def test_all_pairs_are_tested_and_corrected_together():
-    found = compare([greedy("a", range(10)), greedy("b", range(2)), greedy("c", range(2, 8))])
+    found = compare([greedy("a", range(10)), greedy("b", range(2)), greedy("c", range(4))])
     pairs = found["measures"]["greedy"]["pairs"]
     assert [(p["a"], p["b"]) for p in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
     raw = [p["p_value"] for p in pairs]
-    assert raw == pytest.approx([2 / 2**8, 2 / 2**4, 2 * (1 + 8 + 28) / 2**8])
-    assert [p["p_holm"] for p in pairs] == pytest.approx([3 * raw[0], 2 * raw[1], max(2 * raw[1], raw[2])])
+    assert raw == pytest.approx([2 / 2**8, 2 / 2**6, 0.5])
+    assert [p["p_holm"] for p in pairs] == pytest.approx([3 * raw[0], 2 * raw[1], 0.5])
     assert "corrected for all pairs (Holm)" in comparison_text(found)
+    # 6 problems better and none worse is p = 0.03 alone, and 0.06 beside two other tests
     assert comparison_text(found).count("no significant difference") == 2
 
 

@@ -44,6 +44,11 @@ def test_measures_by_hand():
     assert found["maj@4"] == [1, 0, 1]
 
 
+def test_without_canonical_answers_there_is_no_majority():
+    rows = [answer(i, "sampling", k, answer=None) for i in range(3) for k in range(4)]
+    assert list(per_problem(evaluation(rows))) == ["pass@1", "pass@2", "pass@4"]
+
+
 def test_the_best_by_a_score():
     scores = {"value": {("sampling", i, k): float(-k) for i in range(3) for k in range(4)}}
     found = per_problem(evaluation(sampled(TABLE), scores=scores))

@@ -9,7 +9,7 @@ from dqo import DQOConfig, DQOTrainer
 from dqo.commands.train import train_command
 from dqo.data.prompts import Prompt
 from dqo.errors import UserError
-from dqo.evaluation.tasks import check_tasks
+from dqo.evaluation.tasks import check_tasks, read_tasks, task_ids
 from tests.dqo.helpers import arguments, tokenizer
 
 PROMPT = "4-4-4-4="  # of the form of the rows that are trained on, and none of them
@@ -52,3 +52,17 @@ def test_tasks_beside_a_chat_template_are_said_to_go_without_it(files, caplog):
     options = DQOConfig(output_dir=str(files / "out"), max_completion_length=4).options
     check_tasks(options, short_model(), chat, [Prompt(PROMPT, "3", source="tasks.jsonl:1")])
     assert "the prompts of the problems are strings" in caplog.text
+
+
+def test_tasks_of_messages_are_written_by_the_chat_template(files, caplog):
+    chat = tokenizer()
+    chat.chat_template = "{% for m in messages %}#{{ m.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    rows = [{"prompt": [{"role": "user", "content": text}], "answer": "3"} for text in ("1+2", "4-1")]
+    (files / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = read_tasks(str(files / "tasks.jsonl"), "gsm8k")
+    assert task_ids(tasks, chat, short_model().config, 4) == [
+        chat(text, add_special_tokens=False)["input_ids"] for text in ("#1+2=", "#4-1=")
+    ]
+    assert not caplog.text
+    with pytest.raises(UserError, match="tasks.jsonl:1.*no chat_template"):
+        task_ids(tasks, tokenizer(), short_model().config, 4)
