@@ -257,8 +257,9 @@ def test_a_row_whose_first_action_lies_beyond_max_length_is_refused():
 
 
 def test_the_fingerprint_knows_which_tokens_are_actions():
-    one, other = (made([stored([3, 7, 4, EOS], mask)], CHARACTERS) for mask in ([1, 0, 1, 1], [0, 1, 1, 1]))
-    assert one[0].completion_ids == other[0].completion_ids and fingerprint(one) != fingerprint(other)
+    one, other = (made([stored([3, 7, 8, 4, EOS], mask)], CHARACTERS) for mask in ([1, 0, 0, 1, 1], [0, 1, 0, 1, 1]))
+    assert one[0].completion_ids == other[0].completion_ids and one[0].turn_ends == other[0].turn_ends
+    assert fingerprint(one) != fingerprint(other)
 
 
 def test_a_single_turn_has_the_ids_and_the_fingerprint_that_it_had():
