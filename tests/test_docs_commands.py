@@ -103,7 +103,13 @@ def options() -> set[str]:
     """Of all commands, with those of every method of the README's table."""
     methods = re.findall(r"^\| `(\w+)`", README.read_text(), re.M)
     shown = io.StringIO()
-    asked = [["train", "--method", method] for method in methods] + [["check"], ["convert"], ["init"], ["demo"]]
+    asked = [["train", "--method", method] for method in methods] + [
+        ["check"],
+        ["convert"],
+        ["init"],
+        ["demo"],
+        ["export"],
+    ]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
         for arguments in asked:
             with pytest.raises(SystemExit):
