@@ -24,6 +24,7 @@ from dqo.train.damage import fault, loading
 from dqo.train.engine import Engine
 from dqo.train.held_out import held_out_metrics, predictions
 from dqo.train.learner import update_target
+from dqo.train.not_finite import NotFinite, rows_of, stopped, wrong_gradients
 from dqo.train.parallel import wrap
 from dqo.train.prepare import Prepared
 from dqo.train.recorder import Recorder
@@ -139,6 +140,8 @@ class Trainer:
             substep_end = lambda: self.callbacks.call("on_substep_end")  # noqa: E731
             try:
                 return accumulate(self.engine, self.objective, groups, trains, substep_end)
+            except NotFinite as error:
+                raise stopped(error, name_of_step, self.output_dir, self.processes) from error
             except UserError as error:
                 raise UserError(f"{name_of_step}: {error}") from error
 
@@ -153,8 +156,9 @@ class Trainer:
                 logged["critic/learning_rate"] = factor * self.rates["critic"]
             norm = optim.clip(model, self.config.max_grad_norm)
             if not math.isfinite(norm):
-                rows = ", ".join(e.source for group in groups[:5] for e in group)
-                raise UserError(f"step {step + 1}: the gradient norm of the {name} is {norm}, on rows {rows} ...")
+                episodes = distinct(groups)
+                what = f"the gradient norm of the {name} is {norm}{wrong_gradients(model)}, on rows {rows_of(episodes)}"
+                raise stopped(NotFinite(what, episodes), name_of_step, self.output_dir, self.processes)
             logged["grad_norm" if name == "policy" else "critic/grad_norm"] = norm
         self.callbacks.call("on_pre_optimizer_step")
         for name in trained:

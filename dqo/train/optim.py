@@ -41,8 +41,12 @@ def schedule(step: int, total: int, warmup: int, kind: str) -> float:
 
 
 def clip(model: nn.Module, max_grad_norm: float) -> float:
-    """Clips the gradients; returns their norm before that."""
-    return whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)).item()
+    """Clips the gradients; returns their norm before that. Where it is not finite they stay as they are, to be looked at."""
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    found = whole(norm).item()
+    if math.isfinite(found):
+        nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norm)
+    return found
 
 
 def update(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

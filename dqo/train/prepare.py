@@ -45,6 +45,7 @@ from dqo.train.resume import OF_OBJECTIVE, TRAINED_END, found_state
 from dqo.train.room import warn_of_little_room
 from dqo.train.run_models import (
     base_of,
+    bf16_problem,
     explicit_reference,
     make_learner,
     reference_columns,
@@ -140,6 +141,8 @@ def prepare(
             check_positions(its_config, made)
         return made
 
+    if (config.bf16 or config.dtype == "bfloat16") and (slow := bf16_problem(processes.device)):
+        logger.warning(slow)
     groups = selected(objective, tokenized(train_rows))
     if not groups:
         raise UserError(f"method {config.method}: {objective.nothing_left}")

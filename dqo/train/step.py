@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqo.data.batches import Batch, Group, unit_count
-from dqo.errors import UserError
+from dqo.data.batches import Group, unit_count
 from dqo.objectives.base import MODELS, Objective
 from dqo.processes import add_over_processes
 from dqo.train import metrics
 from dqo.train.engine import Engine, Planned
 from dqo.train.learner import companion_sums, objective_sums
+from dqo.train.not_finite import NotFinite, rows_of
 from dqo.train.parallel import without_sync
 
 
@@ -67,7 +67,8 @@ def accumulate(
         with without_sync(module, last):
             loss, more = module(objective_sums, objective, batch, trains, scale, companion_mean, share)
             if not torch.isfinite(loss):
-                raise UserError(_not_finite(loss, batch))
+                what = f"the loss is {loss.item()} on a batch with rows {rows_of(batch.episodes)}"
+                raise NotFinite(what, batch.episodes)
             if loss.requires_grad:
                 loss.backward()
         of_batch = float(unit_count(batch.groups, objective.unit))
@@ -77,11 +78,3 @@ def accumulate(
         if not last:
             substep_end()
     return sums, tokens
-
-
-def _not_finite(loss: Tensor, batch: Batch) -> str:
-    rows = ", ".join(e.source for e in batch.episodes[:5])
-    return (
-        f"the loss is {loss.item()} on a batch with rows {rows} ...; lower the learning rate or raise beta, and look for rewards "
-        "or stored logprobs that are far too large"
-    )

@@ -69,3 +69,27 @@ def test_what_is_half_written_is_deleted_and_nothing_else(tmp_path):
     (folder / "inside").write_text("x")
     files.remove_asides(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+@pytest.mark.parametrize(
+    "size, shown",
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1 KB"), (13_600, "13.6 KB"), (2.5e9, "2.5 GB"), (7e15, "7e+03 TB")],
+)
+def test_sizes_are_shown_in_their_unit(size, shown):
+    assert files.in_units(size) == shown
+
+
+def test_the_room_is_that_of_the_nearest_folder_that_is_there(tmp_path, monkeypatch):
+    asked = []
+
+    def usage(path):
+        asked.append(path)
+        return files.shutil._ntuple_diskusage(100, 90, 10)
+
+    monkeypatch.setattr(files.shutil, "disk_usage", usage)
+    files.check_room(tmp_path / "a" / "b", 10, "it needs", "free some")
+    with pytest.raises(
+        files.UserError, match=f"^{tmp_path}/a/b: it needs 11 bytes, and the disk has 10 bytes left; free some$"
+    ):
+        files.check_room(tmp_path / "a" / "b", 11, "it needs", "free some")
+    assert asked == [tmp_path, tmp_path]

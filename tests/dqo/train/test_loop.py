@@ -1,7 +1,9 @@
 """Training end to end on tiny models: losses fall, and a killed run goes on exactly where it was."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -226,7 +228,50 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step_and_rows(files, monkey
         return prepared
 
     monkeypatch.setattr("dqo.train.run.prepare", broken)
-    with pytest.raises(UserError, match=r"step \d+: the loss is nan on a batch with rows rollouts.jsonl:"):
+    with pytest.raises(UserError, match=r"step (\d+): the loss is nan on a batch with rows rollouts.jsonl:") as caught:
+        run(files, eval_fraction=0)
+    path = files / "out" / "bad_batch.pt"
+    assert str(caught.value).endswith(
+        f"Lower the learning rate or raise beta, leave out bf16, and look for rewards or stored "
+        f"logprobs that are far too large. The batch is in {path}"
+    )
+    kept = torch.load(path)
+    assert kept["stopped"].startswith("step ") and "rollouts.jsonl:3" in {row["source"] for row in kept["rows"]}
+    assert any(row["rewards"].isnan().all() and row["ref_logprobs"].isfinite().all() for row in kept["rows"])
+
+
+def test_a_gradient_that_is_not_finite_is_named_with_its_parameter_and_kept(files, monkeypatch):
+    from dqo.train import loop
+
+    accumulate = loop.accumulate
+
+    def broken(engine, *arguments):
+        found = accumulate(engine, *arguments)
+        engine.learner.policy.model.norm.weight.grad[0] = float("inf")
+        return found
+
+    monkeypatch.setattr(loop, "accumulate", broken)
+    with pytest.raises(UserError) as caught:
+        run(files, eval_fraction=0)
+    said = r"step 1: the gradient norm of the policy is inf \(1 of \d+ parameters: model.norm.weight\), on rows rollouts.jsonl:"
+    assert re.match(said, str(caught.value)) and "The batch is in" in str(caught.value), caught.value
+    assert len(torch.load(files / "out" / "bad_batch.pt")["rows"]) == 8
+
+
+def test_a_batch_that_cannot_be_kept_does_not_hide_why_the_run_stopped(files, monkeypatch):
+    from dqo.train import loop
+
+    def broken(*arguments):
+        raise loop.NotFinite("the loss is nan on a batch with rows a.jsonl:1", [])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(loop, "accumulate", broken)
+    monkeypatch.setattr("dqo.train.not_finite.torch.save", full)
+    with pytest.raises(
+        UserError, match="step 1: the loss is nan .*The batch is not kept: .*bad_batch.pt: cannot be written: No"
+    ):
         run(files, eval_fraction=0)
 
 
