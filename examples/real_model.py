@@ -16,7 +16,7 @@ from pathlib import Path
 WORDINGS = [
     "What is {a} times {b}?",
     "Calculate {a} * {b}.",
-    "There are {a} boxes with {b} apples in each. How many apples are there?",
+    "Multiply {a} by {b}.",
 ]
 NUMBERS = range(2, 13)
 CONFIGURED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
@@ -69,7 +69,8 @@ def split(seed: int, test: int) -> tuple[list[dict], list[dict]]:
     held_out: list[dict] = []
     while len(held_out) < test:
         held_out += by_product[products.pop()]
-    return [problem for product in products for problem in by_product[product]], rng.sample(held_out, test)
+    train = [problem for product in products for problem in by_product[product]]
+    return rng.sample(train, len(train)), rng.sample(held_out, test)
 
 
 def main() -> None:

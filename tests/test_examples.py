@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dqo.commands import base
 from dqo.config.options import load_options
 from dqo.train.run import train
 from tests.dqo.conftest import files  # noqa: F401
@@ -96,3 +97,19 @@ def test_the_real_model_is_a_plain_checkpoint_whose_turns_end_where_its_template
     assert tokenizer.decode(ids[0]).endswith("<|im_start|>user\nWhat is 2 times 3?<|im_end|>\n<|im_start|>assistant\n")
     found = model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
     assert "6" in tokenizer.decode(found) and found[-1] in stop_ids(str(tmp_path))
+
+
+def test_the_script_of_the_real_model_names_commands_and_options_that_are_there(monkeypatch, capsys):
+    text = (EXAMPLES / "real_model.sh").read_text().replace("\\\n", " ")
+    assert subprocess.run(["bash", "-n", str(EXAMPLES / "real_model.sh")]).returncode == 0
+    shared = re.search(r"^answers=\((.*)\)$", text, re.M)[1]
+    text = text.replace('"${answers[@]}"', shared).replace(
+        '"$autocast"', "--bf16 --no_bf16 --max_steps --num_train_epochs"
+    )
+    found = re.findall(r"python -m dqo (\w+) (.*)", text)
+    assert " ".join(command for command, _ in found) == "sample score check train eval eval report export"
+    for command, words in found:
+        with pytest.raises(SystemExit):
+            base.dqo_command([command, "--help"] if command != "train" else ["train", "--method", "dqo", "--help"])
+        options = set(re.findall(r"--\w+", words))
+        assert options <= set(re.findall(r"--\w+", capsys.readouterr().out)), command

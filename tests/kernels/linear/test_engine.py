@@ -89,7 +89,8 @@ def run(made, actions, cu_seqlens, backend, workspace, *, live=("hidden", "weigh
 def test_as_many_gemms_as_there_must_be(backend, live, ref, options, gemms):
     made, actions, cu_seqlens = tensors()
     models = 2 if ref else 1
-    for rows in (N, N // B, 3, 1):
+    # No backend has a part in how rows are cut; Triton's interpreter takes seconds for each cut.
+    for rows in (N, N // B, 3, 1) if backend != "triton" else (3,):
         with Gemms() as counted:
             loss, owners = run(made, actions, cu_seqlens, backend, models * rows * ROW, live=live, ref=ref, **options)
             torch.autograd.grad(loss, list(owners.values()))
@@ -107,7 +108,7 @@ def test_the_result_does_not_depend_on_the_workspace(backend, ref):
     options = {"entropy": 0.2, "kl": 0.3 if ref else 0.0}
     want, owners = run(made, actions, cu_seqlens, "reference", None, ref=ref, **options)
     expected = torch.autograd.grad(want, list(owners.values()))
-    for workspace in (1, ROW, 3 * ROW + 1, 8 * ROW, 100 * ROW, None):
+    for workspace in (1, ROW, 3 * ROW + 1, 8 * ROW, 100 * ROW, None) if backend != "triton" else (3 * ROW + 1, None):
         loss, owners = run(made, actions, cu_seqlens, backend, workspace, ref=ref, **options)
         torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-5)
         for got, right in zip(torch.autograd.grad(3.0 * loss, list(owners.values())), expected, strict=True):
@@ -297,7 +298,8 @@ def test_the_reduced_loss_projects_once_whatever_fits(backend):
     made, actions, cu_seqlens = tensors(6)
     hidden, weight = made["hidden"].requires_grad_(), made["weight"].requires_grad_()
     values, zeros = torch.zeros(N, requires_grad=True), torch.zeros(N)
-    for reduction, workspace, again in (("mean", N // B, 0), ("sum", 1, N - B), ("none", N, 0), ("none", 9, N - 9)):
+    cases = ("mean", N // B, 0), ("sum", 1, N - B), ("none", N, 0), ("none", 9, N - 9)
+    for reduction, workspace, again in cases if backend != "triton" else cases[::3]:
         with Gemms() as counted:
             out = linear_soft_bellman_loss(
                 hidden, weight, actions, zeros, values, ref_logprobs=zeros, cu_seqlens=cu_seqlens,
