@@ -90,5 +90,13 @@ def test_what_top_k_and_top_p_leave_is_what_transformers_leaves(top_k, top_p):
     assert not (drawn & kept.isinf()).any()
 
 
+def test_the_tokens_of_a_response_are_independent():
+    draws = Draws(Sampling(max_new_tokens=3), range_keys(2000), torch.device("cpu"))
+    first, second, third = (draws(None, torch.zeros(2000, 8)).argmax(-1) for _ in range(3))
+    for one, other in ((first, second), (second, third), (first, third)):
+        counts = torch.bincount(8 * one + other, minlength=64)
+        assert ((counts - 31.25) ** 2 / 31.25).sum() < 130  # chi-square, 63 degrees of freedom: p = 1e-6
+
+
 def range_keys(count):
     return [(i,) for i in range(count)]
