@@ -205,7 +205,9 @@ def _row(
     prompt, ids = task.prompt, task.prefix_ids + response.ids
     text = backend.tokenizer.decode(ids[:-1] if response.ended else ids)
     if task.prefix_ids:
-        text = task.prefix + text[len(backend.tokenizer.decode(task.prefix_ids)) :]
+        begun = backend.tokenizer.decode(task.prefix_ids)
+        if text.startswith(begun):  # it may end in half a character
+            text = task.prefix + text[len(begun) :]
         record = record | {"prefix_tokens": len(task.prefix_ids)}
         with_logprobs = False
     row = {

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from dqo.models.draws import Draws, Sampling, draw, uniforms
+from dqo.models.draws import Draws, Sampling, _first_above, draw, uniforms
 
 
 def test_a_stream_is_the_same_for_ever():
@@ -44,6 +44,16 @@ def test_the_token_is_where_the_cumulative_distribution_passes_the_number(size, 
     assert cumulative[token] - probabilities[token] <= uniform + 1e-6
     assert uniform <= cumulative[token] + 1e-6
     assert logprob == pytest.approx(np.log(probabilities[token]), abs=1e-4)
+
+
+def test_a_number_that_rounding_puts_behind_the_last_sum_takes_the_last_token_that_has_a_weight():
+    sums = torch.tensor([[1.0, 2.0, 2.0]], dtype=torch.float64)
+    assert [_first_above(sums, torch.tensor([[x]], dtype=torch.float64)).item() for x in (0.0, 1.0, 2.0, 5.0)] == [
+        0,
+        1,
+        1,
+        1,
+    ]
 
 
 def test_no_token_of_probability_zero_is_drawn_from_a_large_vocabulary():

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from dqo import api
 from dqo.commands.sample import sample_command
 from dqo.config.sampling import SampleConfig
 from dqo.data import appending
@@ -393,3 +394,38 @@ def test_the_command_says_what_it_wrote_and_what_comes_next(model, tmp_path, cap
     out = capsys.readouterr().out
     assert "48 (48 of them new) of 6 prompts" in out and "tokens/s" in out
     assert f"Next: dqo score {config.output_file}" in out
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_name_or_path": None}, "model_name_or_path is missing: a model's directory or hub name"),
+        ({"prompts": None}, "prompts is missing: a file with a prompt a line"),
+        ({"prefixes": "a.jsonl"}, "prefixes stands in the place of prompts; give one of them"),
+        ({"output_file": None}, "output_file is missing"),
+        ({"output_file": "rows.parquet"}, "rows.parquet: rows are written as JSON Lines; name the file .jsonl"),
+        ({"num_generations": 0}, "num_generations must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
+        ({"temperature": 0.0}, "num_generations must be 1 at temperature 0, .*; got 3"),
+        (
+            {"temperature": 0.0, "num_generations": 1, "top_p": 0.9},
+            "top_p has no effect at temperature 0; leave it out",
+        ),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_k": -1}, "top_k must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is an option of the backend vllm"),
+        ({"backend": "vllm", "use_cpu": True}, "use_cpu is an option of the backend transformers; leave it out"),
+        ({"backend": "sglang"}, r"backend must be Literal\['transformers', 'vllm'\], got 'sglang'"),
+        ({"temprature": 0.5}, "unknown option 'temprature'. Did you mean 'temperature'"),
+        ({"temperature": float("nan")}, "temperature must be a finite float32 number, got nan"),
+        ({"prompts": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"model_name_or_path": "/nowhere"}, "'/nowhere' has no model config"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_and_nothing_is_written(model, tmp_path, change, message):
+    given = vars(options(model, tmp_path)) | change
+    with pytest.raises(UserError, match=message):
+        api.sample(quiet=True, **given)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl"]
