@@ -146,6 +146,8 @@ HELP = """usage: dqo <command> [options]; `dqo <command> --help` for its options
   convert   Turn a public data format into a rollout file.
   check     Check rollout files and show what training will see of them.
   init      Make a small random model with a tokenizer trained on a rollout file.
+  sample    Sample responses of a model to prompts, as rollout rows.
+  score     Grade stored responses by a verifier.
 """
 
 
