@@ -148,7 +148,7 @@ def summary(rows: list[Row]) -> dict[str, str]:
         found["steps"] = f"{_range(counts)} a row, in {len(stepped):,} rows"
         if paid:
             found["step rewards"] = f"{_mix(Counter(paid))}; mean {statistics.fmean(paid):.3g}"
-    optional = ("completion_ids", "logprobs", "answer", "prompt_id", "sampling")
+    optional = ("prompt_value", "completion_ids", "logprobs", "answer", "prompt_id", "sampling", "grading")
     present = {name: sum(getattr(row, name) is not None for row in rows) for name in optional}
     found["other fields"] = ", ".join(f"{name} {count:,}" for name, count in present.items() if count) or "none"
     return found
