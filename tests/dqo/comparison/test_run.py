@@ -130,7 +130,7 @@ def test_a_comparison_that_was_ended_goes_on_without_repeating_what_is_finished(
     with (files / "log").open("w") as log:
         process = subprocess.Popen(command(files, *more), env=ENVIRONMENT, stdout=log, stderr=log)
     first, second = files / "out" / "dqo-seed42", files / "out" / "dqo-seed43"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not (second / "run.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
@@ -157,3 +157,29 @@ def test_a_comparison_that_was_ended_goes_on_without_repeating_what_is_finished(
         "dqo compare --methods dqo,rft" in report["command"]
         and "over seeds" in (files / "out" / "report.html").read_text()
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a run learns of the end of its parent on Linux")
+def test_a_run_whose_comparison_is_killed_stops_with_a_checkpoint(files):
+    directory = files / "out" / "a"
+    words = [*options(files, "--method", "sft", "--logging_steps", "1"), "--output_dir", str(directory)]
+    words[words.index("--max_steps") + 1] = "5000"
+    code = (
+        "import pathlib\nfrom dqo.comparison.plan import PlannedRun\nfrom dqo.comparison.run import alone, train_one\n"
+        f"out = pathlib.Path({str(files / 'out')!r})\nwith alone(out) as lock:\n"
+        f"    train_one(PlannedRun('sft', 0, out / 'a', {words!r}), lock)\n"
+    )
+    with (files / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, stdout=log, stderr=log)
+    deadline = time.monotonic() + 120
+    while not (directory / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while not list(directory.glob("checkpoint-*/dqo_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(directory.glob("checkpoint-*")), (files / "log").read_text()
+    while "SIGTERM: stopped after step" not in (files / "log").read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "the same command goes on there" in (files / "log").read_text()
