@@ -18,7 +18,7 @@ from dqo.evaluation.unread import cure, unread_lines
 from dqo.files import write_whole, writing
 from dqo.stats import CONFIDENCE, accuracy_interval, paired_test
 
-MEASURES = ("greedy", "pass@1", "maj@", "beam-", "step-", "best@")  # tested, by how their names begin; not each pass@k
+_KINDS = ("greedy", "maj@", "beam-", "step-", "best@")  # how names of tested measures begin
 
 
 def compare(evaluations: list[Evaluation]) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def compare(evaluations: list[Evaluation]) -> dict[str, Any]:
     values = {e.name: per_problem(e) for e in evaluations}
     first, *rest = values.values()
     # of best@k, maj@k the largest k
-    common = [name for name in first if all(name in other for other in rest) and name.startswith(MEASURES)]
+    common = [name for name in first if all(name in other for other in rest) and _tested(name)]
     common = [name for name in common if name == _largest(name, common)]
     if not common:
         have = "; ".join(f"{name}: {', '.join(found) or 'nothing finished'}" for name, found in values.items())
@@ -63,10 +63,15 @@ def compared(config: EvalConfig) -> dict[str, Any]:
     return found
 
 
+def _tested(name: str) -> bool:
+    """Of pass@k, pass@1 alone is."""
+    return name == "pass@1" or name.startswith(_KINDS)
+
+
 def _largest(name: str, names: list[str]) -> str:
     """Of measures that differ in k alone, the last, which has the largest."""
     kind, at, rest = name.partition("@")
-    if not at or kind == "pass":
+    if not at:
         return name
     scorer = rest.partition(" ")[2]
     return [other for other in names if other.startswith(f"{kind}@") and other.partition(" ")[2] == scorer][-1]

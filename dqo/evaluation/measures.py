@@ -1,12 +1,14 @@
 """What k samples a problem say of a model: estimates over all choices of k of the n samples, and tests between many models.
 
-Scores are between 0 and 1. P is problems, n samples of a problem.
+Scores are between 0 and 1. P is problems, n samples of a problem. Choices are counted in whole numbers: there are more of 64
+samples than floats tell apart, and a mean of scores must not exceed 1 by rounding.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from fractions import Fraction
 from math import comb, sqrt
 
 import numpy as np
@@ -40,24 +42,29 @@ def majority_at_k(answers: Sequence[str | None], scores: Sequence[float], k: int
     silent = n - sum(map(len, given.values()))
     sizes = Counter(len(found) for found in given.values())
     chances = {size: _chosen(size, sizes - Counter([size]), silent, k) for size in sizes}
-    return sum(chances[len(found)] * sum(found) / len(found) for found in given.values()) / comb(n, k)
+    total = sum((chances[len(found)] * _mean(found) for found in given.values()), Fraction(0))
+    return float(total / comb(n, k))
 
 
-def _chosen(size: int, others: Counter[int], silent: int, k: int) -> float:
+def _mean(scores: list[float]) -> Fraction:
+    return Fraction(sum(map(Fraction, scores))) / len(scores)
+
+
+def _chosen(size: int, others: Counter[int], silent: int, k: int) -> Fraction:
     """In how many of the choices of k samples an answer that `size` samples gave is taken; a tie of m counts 1/m. `others`: how
     many further answers were given by how many samples each; `silent` samples gave none."""
-    total = 0.0
+    found: dict[int, int] = defaultdict(int)  # by the number of ties
     for votes in range(1, min(size, k) + 1):
         ways = {(0, 0): 1}  # (votes of others, how many of them have as many votes as ours) -> number of choices
-        for other in others.elements():
+        for other in sorted(others.elements()):  # those first that cannot tie, which keeps `ways` short
             more: dict[tuple[int, int], int] = defaultdict(int)
             for (used, ties), count in ways.items():
                 for theirs in range(min(other, votes, k - votes - used) + 1):
                     more[used + theirs, ties + (theirs == votes)] += count * comb(other, theirs)
             ways = more
         for (used, ties), count in ways.items():
-            total += comb(size, votes) * count * comb(silent, k - votes - used) / (ties + 1)
-    return total
+            found[ties] += comb(size, votes) * count * comb(silent, k - votes - used)
+    return sum((Fraction(count, ties + 1) for ties, count in found.items()), Fraction(0))
 
 
 def best_at_k(ranks: Sequence[float], scores: Sequence[float], k: int) -> float:
@@ -73,14 +80,14 @@ def best_at_k(ranks: Sequence[float], scores: Sequence[float], k: int) -> float:
     by_rank: dict[float, list[float]] = defaultdict(list)
     for rank, score in zip(ranks, scores):
         by_rank[rank].append(score)
-    total, above = 0.0, 0
+    total, above = Fraction(0), 0
     for rank in sorted(by_rank, reverse=True):
         group = by_rank[rank]
         # choices of k among those not above, less those that take none of the group
         choices = comb(n - above, k) - comb(n - above - len(group), k)
-        total += choices * sum(group) / len(group)
+        total += choices * _mean(group)
         above += len(group)
-    return total / comb(n, k)
+    return float(total / comb(n, k))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -58,6 +58,13 @@ def test_samples_are_tested_by_the_means_of_problems():
     assert pair["test"] == "sign-flip permutation"
 
 
+@pytest.mark.parametrize("n", [3, 10, 16])
+def test_of_pass_at_k_pass_at_1_alone_is_tested(n):
+    table = [[(str(k % 3), (i + k) % 2) for k in range(n)] for i in range(5)]
+    found = compare([evaluation(sampled(table), name, 5) for name in ("a", "b")])
+    assert list(found["measures"]) == ["pass@1", f"maj@{n}"]
+
+
 def test_where_nothing_was_read_nothing_is_said_of_a_difference():
     lost = [evaluation([unread(i) for i in range(3)], name, 3) for name in ("base", "dqo")]
     text = comparison_text(compare(lost))

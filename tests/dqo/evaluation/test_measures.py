@@ -72,6 +72,19 @@ def test_best_of_k_by_hand():
     assert best_at_k([1, 0, 0, 1, 0], [1, 0, 0, 1, 0], 3) == pytest.approx(pass_at_k(5, 2, 3))
 
 
+@pytest.mark.parametrize("n", [65, 100, 1536])
+def test_many_samples_that_are_all_right_give_exactly_1(n):
+    # floats do not tell so many choices apart: a mean above 1 would be no accuracy, and 10**400 is no float
+    ranks = [i * 7 % 41 for i in range(n)]
+    assert [best_at_k(ranks, [1.0] * n, k) for k in powers_of_two(n)] == [1.0] * len(powers_of_two(n))
+
+
+@given(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=24), st.data())
+def test_a_majority_of_answers_that_are_all_right_is_exactly_right(answers, data):
+    k = data.draw(st.integers(1, len(answers)))
+    assert majority_at_k(answers, [1.0] * len(answers), k) == 1
+
+
 def test_the_standard_error_is_that_of_repeated_draws_of_problems():
     rng = np.random.default_rng(3)
     means, errors = [], []
