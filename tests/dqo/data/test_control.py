@@ -67,7 +67,9 @@ def test_step_rewards_that_are_used_move_with_them_between_rows_of_as_many_steps
 def test_turn_rewards_that_are_used_move_with_them_between_rows_of_as_many_turns():
     turns = [replace(row, step_rewards=None, turn_rewards=row.step_rewards) for row in STEPS]
     found, _ = with_shuffled_rewards([*turns, *STEPS], 1, True)
-    assert all(set(row.process_rewards) == {row.reward} for row in found) and bundles(found) == bundles([*turns, *STEPS])
+    assert all(set(row.process_rewards) == {row.reward} for row in found) and bundles(found) == bundles(
+        [*turns, *STEPS]
+    )
     assert [len(row.turn_rewards or ()) for row in found[:24]] == [len(row.turn_rewards) for row in turns]
     assert all(row.turn_rewards is None for row in found[24:])
     assert [row.turn_rewards for row in found[:24]] != [row.turn_rewards for row in turns]
