@@ -16,8 +16,8 @@ _STREAM = 0x5AFE  # of the generator, beside the seed: no other use of the seed 
 def with_shuffled_rewards(rows: list[Row], seed: int, process_used: bool) -> tuple[list[Row], str]:
     """The rows with their rewards permuted over all of them, and a line that says how many changed.
 
-    A reward moves with its label. Where rewards of steps or turns are used it moves with those too, and only between rows with the
-    same number of them: what that number alone tells of a reward stays. The prompt's own value stays with the prompt.
+    A reward moves with its label. Where rewards of steps or turns are used it moves with those too, and only between rows with
+    the same number of them: what that number alone tells of a reward stays. The prompt's own value stays with the prompt.
 
     Raises:
         UserError: where no row gets a different reward, so that it would be no control.

@@ -91,9 +91,9 @@ def _check_columns(rows: list[Scored], name: str, config: ScoreConfig) -> None:
         several = [scored.row.source for scored in rows if is_trajectory(scored.row)]
         if several:
             raise UserError(
-                f"{several[0]}: its completion has turns of the model and of its environment, as {len(several):,} of {len(rows):,} "
-                f"rows of {name} have, and steps are of a completion of one turn; leave out --steps and --prefix_values, or "
-                "score those rows apart"
+                f"{several[0]}: its completion has turns of the model and of its environment, as {len(several):,} of "
+                f"{len(rows):,} rows of {name} have, and steps are of a completion of one turn; leave out --steps and "
+                "--prefix_values, or score those rows apart"
             )
     if config.prefix_values is not None and config.steps is None:
         lacking = [scored.row.source for scored in rows if scored.row.steps is None]
