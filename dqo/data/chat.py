@@ -33,6 +33,14 @@ def completion_text(row: Row) -> str:
     return "\n".join(message.get("content", "") for message in row.completion)
 
 
+def written_text(row: Row) -> str:
+    """What the model wrote of a completion, its turns one below the other: a tool's or a user's words are no answer of the model.
+    Of a string that `env_mask` alone divides it is all of the string."""
+    if isinstance(row.completion, str):
+        return "\n".join(row.completion[start:end] for start, end in row.turn_spans or [(0, len(row.completion))])
+    return "\n".join(message.get("content", "") for message in row.completion if message["role"] == "assistant")
+
+
 def template_text(tokenizer) -> str:
     """The source of the tokenizer's chat templates; "" without one."""
     found = tokenizer.chat_template or ""

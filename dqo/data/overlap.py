@@ -24,8 +24,9 @@ def problem_keys(prompt: str | list[dict]) -> set[bytes]:
 
 
 def trained_problems(rows: Iterable[Row]) -> set[bytes]:
-    """The keys of all prompts."""
-    return set().union(*(problem_keys(row.prompt) for row in rows))
+    """The keys of all prompts, and of what users ask in the course of a completion, which the model's next turn answers."""
+    texts = ([row.prompt] if isinstance(row.completion, str) else [row.prompt, row.completion] for row in rows)
+    return set().union(*(problem_keys(text) for of_row in texts for text in of_row))
 
 
 def check_unseen(tasks: list[Prompt], trained: set[bytes], name: str, trained_name: str) -> None:

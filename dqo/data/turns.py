@@ -36,6 +36,8 @@ def turn_fields(record: Record, completion: str | list[dict], ids: dict[str, lis
             "wrote; add env_mask (1 for each token of the model, 0 for each of the environment), or drop the ids"
         )
     mask = _env_mask(record, ids["prompt_ids"], completion_ids)
+    if mask is None and several and completion_ids is not None:
+        mask = _of_one_turn(record, completion, completion_ids)
     spans = _turn_spans(record, completion, completion_ids)
     if "steps" in values or "step_rewards" in values:
         if several or mask or spans:
@@ -85,6 +87,19 @@ def _env_mask(record: Record, prompt_ids: list[int] | None, completion_ids: list
     if not any(mask):
         raise UserError(f"{name} has no 1: no token is the model's, so there is no action; drop the row")
     return None if all(mask) else mask
+
+
+def _of_one_turn(record: Record, completion: Any, completion_ids: list[int]) -> list[int]:
+    """The mask without a zero beside several messages: the ids are of one turn, however many messages tell of."""
+    roles = [message["role"] for message in completion]
+    last = max(i for i, role in enumerate(roles) if role == "assistant")
+    between = next((role for role in roles[:last] if role != "assistant"), None)
+    if between is not None and record.values.get("finish_reason") != "length":  # else the ids may be cut before it
+        raise UserError(
+            f"{record.name('env_mask')} has no 0, and {record.name('completion')} has a message of {between} between those of "
+            "assistant; expected 0 for each token that the model did not write"
+        )
+    return [1] * len(completion_ids)
 
 
 def _turn_spans(record: Record, completion: str | list[dict], completion_ids: list[int] | None) -> list[Span] | None:

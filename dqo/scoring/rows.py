@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dqo.data.chat import completion_text
+from dqo.data.chat import written_text
 from dqo.data.rows import Row, prompt_key, report, rows_of
 from dqo.data.sources import BadRow, read_records
 from dqo.errors import UserError
@@ -36,7 +36,7 @@ class Scored:
 
     @property
     def text(self) -> str:
-        return completion_text(self.row)
+        return written_text(self.row)
 
     def cut(self, steps: list[tuple[int, int]]) -> None:
         """Gives the row other steps; rewards of those that it had are no rewards of them."""

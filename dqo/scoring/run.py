@@ -12,6 +12,7 @@ from typing import Any
 from dqo.config.values import checked_config
 from dqo.data.appending import Appended, appending
 from dqo.data.sources import progress
+from dqo.data.trajectory import is_trajectory
 from dqo.errors import UserError
 from dqo.grading.grade import Grade
 from dqo.grading.pool import VerifierPool, check_problems
@@ -55,6 +56,13 @@ def score_rows(config: ScoreConfig, say: Callable[[str], object] = logger.info) 
         raise UserError(f"output_file {config.output_file} is the file that is scored; choose another")
     if config.answers is not None:
         add_answers(rows, config.answers)
+    undivided = sum(isinstance(s.row.completion, str) and s.row.env_mask is not None for s in rows)
+    if undivided:
+        logger.warning(
+            "%d completions are strings that only env_mask divides: what the environment wrote is graded with them. Give them as "
+            "messages, or with turn_spans in the place of ids, where the verifier should read the model's words alone",
+            undivided,
+        )
     read = fingerprint(rows)
     _check_columns(rows, name, config)
     if config.steps is not None:
@@ -79,6 +87,14 @@ def _check_columns(rows: list[Scored], name: str, config: ScoreConfig) -> None:
         check_existing(rows, name, "reward", cure)
     if config.existing_rewards != "replace" and (config.steps is not None or config.prefix_values is not None):
         check_existing(rows, name, "step_rewards", "--existing_rewards replace makes them again")
+    if config.steps is not None or config.prefix_values is not None:
+        several = [scored.row.source for scored in rows if is_trajectory(scored.row)]
+        if several:
+            raise UserError(
+                f"{several[0]}: its completion has turns of the model and of its environment, as {len(several):,} of "
+                f"{len(rows):,} rows of {name} have, and steps are of a completion of one turn; leave out --steps and "
+                "--prefix_values, or score those rows apart"
+            )
     if config.prefix_values is not None and config.steps is None:
         lacking = [scored.row.source for scored in rows if scored.row.steps is None]
         if lacking:

@@ -31,10 +31,11 @@ from dqo.processes import Processes
 from dqo.reference.columns import AGREEMENT_BOUNDS
 from dqo.train import hub
 from dqo.train.checkpoint import in_dtype, save_models
+from dqo.train.damage import STATE_FILE
 from dqo.train.learner import Learner
 from dqo.train.parallel import whole_state
 from dqo.train.resume import TRAINED_END
-from dqo.train.saved import Saved, find_saved
+from dqo.train.saved import Saved, find_saved, is_checkpoint_name
 
 # How far a policy in another type may be from the trained one, relative to 1 + |logprob|; of bfloat16 see `AGREEMENT_BOUNDS`, and
 # float16 keeps three more bits.
@@ -64,12 +65,20 @@ class Exported:
 
 
 def check_destination(path: Path, run: Path) -> None:
-    """Refuses an output_dir that is in use, before anything is loaded."""
+    """Refuses an output_dir that is in use, and one that a run owns, before anything is loaded."""
     if path.exists() and not path.is_dir():
         raise UserError(f"output_dir {path} is a file; choose a new directory")
     if path.exists() and any(path.iterdir()):
         where = " (it is the run itself)" if path.resolve() == run.resolve() else ""
         raise UserError(f"output_dir {path} is in use{where}; choose a new or empty directory")
+    above = list(path.resolve().parents)
+    owner = next((folder for folder in above if (folder / STATE_FILE).exists() or folder == run.resolve()), None)
+    if owner is not None:
+        raise UserError(f"output_dir {path} lies in {owner}, whose folders a run replaces and deletes; choose another")
+    if is_checkpoint_name(path.resolve().name):
+        raise UserError(
+            f"output_dir {path} has the name of a checkpoint, for which a run would take it; choose another"
+        )
 
 
 def export(
@@ -94,8 +103,10 @@ def export(
         UserError: for a run that is unfinished or damaged, a directory in use, a full disk, or models that differ; then nothing
             is written.
     """
+    if dtype is not None and dtype not in BOUNDS:
+        raise UserError(f"dtype must be one of {', '.join(sorted(BOUNDS))}, or None, got {dtype!r}")
     saved, destination = find_saved(Path(run)), Path(output_dir)
-    check_destination(destination, saved.path)
+    check_destination(destination, saved.run)
     destination = destination.resolve()
     if push_to_hub is not None:
         hub.check_name(push_to_hub)

@@ -34,6 +34,11 @@ class Saved:
         return self.state.get("counters", {}).get("step")
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a run would take a folder of this name for a checkpoint of its own."""
+    return _CHECKPOINT.fullmatch(name) is not None
+
+
 def find_saved(path: Path) -> Saved:
     """What is in `path`.
 
@@ -44,7 +49,7 @@ def find_saved(path: Path) -> Saved:
     if not path.is_dir():
         what = "is a file" if path.exists() else "there is no such directory"
         raise UserError(f"{path}: {what}; name a run's output_dir, a checkpoint in it, or an adapter's directory")
-    if (path / STATE_FILE).exists() or (_CHECKPOINT.fullmatch(path.name) and (path.parent / "config.yaml").exists()):
+    if (path / STATE_FILE).exists() or (is_checkpoint_name(path.name) and (path.parent / "config.yaml").exists()):
         return _of_checkpoint(path)
     found = checkpoints(path)
     has_models = any((path / name).exists() for name in ("config.json", "adapter_config.json"))

@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,9 +59,22 @@ def test_step_rewards_that_are_used_move_with_them_between_rows_of_as_many_steps
     found, said = with_shuffled_rewards([*STEPS, alone], 1, True)
     assert [len(row.step_rewards) for row in found] == [len(row.step_rewards) for row in [*STEPS, alone]]
     assert all(set(row.step_rewards) == {row.reward} for row in found) and bundles(found) == bundles([*STEPS, alone])
-    assert found[-1] == alone and "1 rows keep theirs, as no other has so many steps" in said
+    assert found[-1] == alone and "1 rows keep theirs, as no other has so many steps or turns" in said
     unused, _ = with_shuffled_rewards(STEPS, 1, False)
     assert [row.step_rewards for row in unused] == [row.step_rewards for row in STEPS]
+
+
+def test_turn_rewards_that_are_used_move_with_them_between_rows_of_as_many_turns():
+    turns = [replace(row, step_rewards=None, turn_rewards=row.step_rewards) for row in STEPS]
+    found, _ = with_shuffled_rewards([*turns, *STEPS], 1, True)
+    assert all(set(row.process_rewards) == {row.reward} for row in found) and bundles(found) == bundles(
+        [*turns, *STEPS]
+    )
+    assert [len(row.turn_rewards or ()) for row in found[:24]] == [len(row.turn_rewards) for row in turns]
+    assert all(row.turn_rewards is None for row in found[24:])
+    assert [row.turn_rewards for row in found[:24]] != [row.turn_rewards for row in turns]
+    unused, _ = with_shuffled_rewards(turns, 1, False)
+    assert [row.turn_rewards for row in unused] == [row.turn_rewards for row in turns]
 
 
 @pytest.mark.parametrize("rows, used", [(ROWS[:1], False), ([STEPS[0], STEPS[1]], True)])

@@ -96,3 +96,10 @@ def test_tasks_that_are_trained_on_are_refused_before_a_model_is_loaded(files, h
 def test_tasks_that_are_held_out_are_not_refused(files, capsys):
     (files / "tasks.jsonl").write_text(json.dumps({"prompt": "9+9=", "answer": "3"}))
     train_command([*arguments(files, eval_tasks=files / "tasks.jsonl", verifier="gsm8k"), "--dry_run"])
+
+
+def test_a_problem_that_a_user_asks_in_the_course_of_a_completion_is_trained_on():
+    turns = [{"role": "assistant", "content": "4"}, *said("3 + 3?")[1:], {"role": "assistant", "content": "6"}]
+    trained = trained_problems([Row(prompt=said("2 + 2?"), completion=turns)])
+    with pytest.raises(UserError, match="1 of 2 problems of t are prompts of r too"):
+        check_unseen([Prompt("3 + 3?", source="t:1"), Prompt("6", source="t:2")], trained, "t", "r")

@@ -53,6 +53,22 @@ def test_a_mask_of_ones_says_what_no_mask_says():
     assert read.turn_spans is None and read.turns == 1
 
 
+def test_ids_of_one_turn_beside_several_messages_are_one_turn():
+    ids = {"completion_ids": [3, 4], "env_mask": [1, 1], "turn_rewards": [0.5]}
+    for more in (
+        {"completion": [ASSISTANT, ASSISTANT]},
+        {"completion": [ASSISTANT, TOOL]},
+        {"finish_reason": "length"},
+    ):
+        (row,) = read_rows([CHAT | ids | more])
+        assert (row.turns, row.turn_rewards) == (1, [0.5])
+    says(
+        refusal([CHAT | ids]),
+        "row 1: env_mask has no 0, and completion has a message of tool between those of assistant",
+    )
+    says(refusal([CHAT | ids | {"completion": [ASSISTANT, ASSISTANT], "turn_rewards": [1, 2]}]), "the row has 1 turns")
+
+
 BAD = {
     "mask value": (MASKED | {"env_mask": [1, 2, 1]}, "env_mask[1] is 2; expected 1 (a token of the model) or 0"),
     "mask string": (MASKED | {"env_mask": "101"}, 'env_mask is "101"; expected a list'),

@@ -90,6 +90,34 @@ def test_messages_are_graded_by_their_content(place):
     assert [row["reward"] for row in read("s.jsonl")] == [1.0, 0.0]
 
 
+def test_what_the_environment_wrote_is_no_answer_of_the_model(place, caplog):
+    def turns(*texts):
+        roles = ("assistant", "tool")
+        return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+    asked = [{"role": "user", "content": "2+2?"}]
+    completions = [turns("#### 3", "#### 4"), turns("?", "#### 4", "#### 3"), turns("?", "#### 3", "#### 4")]
+    rows = [{"prompt": asked, "completion": completion, "answer": "4"} for completion in completions]
+    score(data=write("r.jsonl", rows), verifier="gsm8k", output_file="s.jsonl")
+    assert [row["reward"] for row in read("s.jsonl")] == [0.0, 0.0, 1.0]
+    row = {"prompt": "2+2?", "completion": "#### 3\n#### 4", "answer": "4"}
+    spans, mask = {"turn_spans": [[0, 7]]}, {"completion_ids": [3, 4], "env_mask": [1, 0]}
+    score(data=write("r.jsonl", [row | spans, row]), verifier="gsm8k", output_file="t.jsonl")
+    assert [row["reward"] for row in read("t.jsonl")] == [0.0, 1.0] and "env_mask" not in caplog.text
+    score(data=write("r.jsonl", [row | mask]), verifier="gsm8k", output_file="u.jsonl")
+    assert "1 completions are strings that only env_mask divides: what the environment wrote is graded" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options", [{"steps": "lines"}, {"prefix_values": 2, "steps": "lines", "model_name_or_path": "m"}]
+)
+def test_completions_of_several_turns_get_no_steps(place, options):
+    data = write("r.jsonl", [GSM8K[0], GSM8K[0] | {"turn_spans": [[0, 3], [4, 7]]}])
+    with pytest.raises(UserError, match=r"r.jsonl:2: its completion has turns .*, as 1 of 2 rows .* leave out --steps"):
+        score(data=data, verifier="gsm8k", output_file="s.jsonl", **options)
+    assert not Path("s.jsonl").exists()
+
+
 def test_answers_may_lie_elsewhere(place):
     rows = [{k: v for k, v in row.items() if k != "answer"} for row in GSM8K]
     write("answers.jsonl", [{"prompt_id": "first", "answer": "4"}, {"prompt": "b", "answer": 7}])

@@ -164,6 +164,22 @@ def refused(run, output_dir, part, **options):
     return str(caught.value)
 
 
+def test_what_a_run_owns_is_no_place_for_an_export(full, runs, tmp_path):
+    inside = [full / "exported", full / "critic" / "x", full / "checkpoint-9", full / "checkpoint-2" / "x"]
+    for run in (full, full / "checkpoint-4"):
+        for place in inside:
+            refused(run, place, f"output_dir {place} lies in ")
+    refused(runs / "lora", full / "checkpoint-2" / "x", f"lies in {full / 'checkpoint-2'}, whose folders a run")
+    refused(runs / "lora", full / "checkpoint-9", "has the name of a checkpoint, for which a run would take it")
+    assert not any(place.exists() for place in inside)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float64", "foo"])
+def test_another_type_of_weights_is_refused(runs, tmp_path, dtype):
+    said = f"dtype must be one of bfloat16, float16, float32, or None, got '{dtype}'"
+    refused(runs / "full", tmp_path / "out", said, dtype=dtype)
+
+
 def test_an_unfinished_run_is_refused_with_its_last_checkpoint(full, tmp_path):
     shutil.rmtree(full / "checkpoint-4")
     refused(
