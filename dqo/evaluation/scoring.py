@@ -56,7 +56,7 @@ def load_models(config: EvalConfig, policy: PreTrainedModel, pad_id: int) -> Mod
         if not path.is_dir():
             raise UserError(
                 f"scorer value: there is no value model in {path}; give --value_model DIRECTORY, the critic/ of a training run "
-                "whose method has one (dqo, dro, oreo)"
+                "whose method has one"
             )
         value_model = load_critic(path, policy.device)
         value_model.eval()
