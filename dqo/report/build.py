@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dqo.errors import UserError
+from dqo.objectives.registry import DEFAULT_METHOD
 from dqo.report.groups import BASE, Groups, grouped
 from dqo.report.runs import StoredRun
 from dqo.report.schema import Method, Report
@@ -51,7 +52,9 @@ def report_of(runs: list[StoredRun], *, names: list[str] | None = None, **given:
     }  # fmt: skip
     if len(runs) == 1:
         report["seed"] = first.seed
-    headline = next((name for name, members in groups.items() if members[0].method == "dqo"), next(iter(groups)))
+    headline = next(
+        (name for name, members in groups.items() if members[0].method == DEFAULT_METHOD), next(iter(groups))
+    )
     answered = {name: [run for run in members if run in compared] for name, members in groups.items()}
     report["methods"] = _methods(groups, answered)
     if report["methods"]:

@@ -71,8 +71,9 @@ def test_a_reader_of_dqo_sees_both_equations_and_where_they_are_computed():
 
 
 # Where such a word is no method: data formats that are named after a trainer, the name of a model in an example, and the
-# command that begins the demonstration, which compares four.
-OTHERWISE = {"convert": "oreo kto", "commands": "oreo kto", "data/forms.py": "oreo", "data/checks.py": "sft"}
+# command that begins the demonstration, which compares four; and examples of a comparison's options, --METHOD.OPTION.
+OTHERWISE = {"convert": "oreo kto", "commands": "oreo kto dpo", "data/forms.py": "oreo", "data/checks.py": "sft"}
+OTHERWISE |= {"comparison": "dpo"}
 
 
 def test_nobody_else_names_a_method():
