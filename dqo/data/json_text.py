@@ -1,4 +1,4 @@
-"""JSON text whose objects have every key once (Python's own reader keeps the last of two values, in silence), and what it holds."""
+"""JSON text whose objects have every key once, where Python's own reader keeps the last of two values; and what it can hold."""
 
 from __future__ import annotations
 

@@ -122,8 +122,9 @@ class _Work:
             ]
             for decoding, samples in self._decodings().items()
         }
-        samples = len(self.problems) * config.num_generations
-        unscored = any(len(evaluation.scores.get(scorer, ())) < samples for scorer in config.scorers)
+        # of those that are there; others are wanted
+        samples = [key for key in there if key[0] == "sampling"] if config.num_generations else []
+        unscored = any(key not in evaluation.scores.get(scorer, ()) for scorer in config.scorers for key in samples)
         if not any(self.wanted.values()) and not unscored:
             return
         device = "cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda"

@@ -106,8 +106,9 @@ class EvalConfig:
 
         if self.compare:
             need(len(self.compare) > 1, "compare", "at least two directories")
-            for name in ("model_name_or_path", "tasks", "verifier"):
-                need(getattr(self, name) is None, name, "left out with compare, which answers nothing")
+            for name, field in self.__dataclass_fields__.items():
+                given = name not in ("compare", "output_dir") and getattr(self, name) != field.default
+                need(not given, name, "left out with compare, which answers nothing")
             return found
         for name in ("model_name_or_path", "tasks", "verifier", "output_dir"):
             need(getattr(self, name) is not None, name, "given (or --compare with two or more directories)")

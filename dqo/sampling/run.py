@@ -24,7 +24,7 @@ from dqo.data.prompts import Prefix, Prompt, prompt_token_ids, read_prefixes, re
 from dqo.data.rows import prompt_key, report
 from dqo.data.sources import BadRow
 from dqo.errors import UserError
-from dqo.models.fitness import check_room
+from dqo.models.fitness import check_room, check_vocabulary
 from dqo.models.generate import Request, Response, Sampling
 from dqo.models.identity import check_holds_model, model_identity
 from dqo.models.policy import load_config, load_tokenizer, stop_ids
@@ -83,6 +83,7 @@ def sample_rows(config: SampleConfig, quiet: bool = False) -> Sampled:
     with clock_at(datetime.datetime.fromisoformat(now) if reads_clock(tokenizer) else None):
         tasks = _tasks(prompts, tokenizer, ends_of(tokenizer, stop_ids(path)).stops)
     sources, lengths = [task.prompt.source for task in tasks], [len(task.state) for task in tasks]
+    check_vocabulary(model_config, sources, [task.state for task in tasks])
     check_room(model_config, sources, lengths, config.max_completion_length, hard=config.backend == "vllm")
     settings = Sampling(config.temperature, config.top_k, config.top_p, config.max_completion_length, config.seed)
     record = _record(config, model_identity(path, model_config))

@@ -53,6 +53,8 @@ def score_rows(config: ScoreConfig, say: Callable[[str], object] = logger.info) 
     name, rows = read_scored(config.data)
     if Path(config.output_file).resolve() == Path(config.data).resolve():
         raise UserError(f"output_file {config.output_file} is the file that is scored; choose another")
+    if config.prefix_cache is not None and Path(config.prefix_cache).resolve() == Path(config.output_file).resolve():
+        raise UserError(f"prefix_cache {config.prefix_cache} is the output_file too; choose another")
     if config.answers is not None:
         add_answers(rows, config.answers)
     read = fingerprint(rows)

@@ -194,6 +194,20 @@ def test_the_command_shows_the_table_and_compares(there, whole, capsys):
     assert list(found["measures"]) == ["greedy", "pass@1", "maj@4"]
 
 
+def test_scores_that_some_samples_lack_are_made_however_many_others_there_are(there, tmp_path):
+    scored = {"scorers": ("likelihood",), "greedy": False}
+    evaluate(config(there, tmp_path / "out", num_generations=8, **scored), quiet=True)
+    path = tmp_path / "out" / "scores.jsonl"
+    rows = read_lines(path)
+    kept = [
+        row for row in rows if row["problem"] < 4 or row["sample"] < 4
+    ]  # as 4 samples, then a killed run with 8 leave it
+    assert len(rows) == 56 and len(kept) > 6 * 7
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    _, summary = evaluate(config(there, tmp_path / "out", num_generations=6, **scored), quiet=True)
+    assert "best@6 likelihood" in summary["measures"]
+
+
 TEMPLATE = (
     "{% for m in messages %}{{ '#' if m.role == 'user' else '=' }}{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}={{ '\\n' if shout else '' }}{% endif %}"
@@ -228,6 +242,10 @@ def test_chat_models_answer_messages(there, tmp_path):
         ({"scorers": ("beauty",)}, "scorers must be some of implicit, likelihood, value"),
         ({"verifier": "gms8k"}, "verifier must be one of gsm8k"),
         ({"compare": ("a", "b")}, "model_name_or_path must be left out with compare"),
+        (
+            {"compare": ("a", "b"), "model_name_or_path": None, "tasks": None, "verifier": None},
+            "num_generations must be left out with compare",
+        ),
         ({"tasks": None}, "tasks must be given"),
         ({"greedy": False, "num_generations": 0}, "num_generations must be above 0 where nothing else is asked for"),
         ({"temperature": 0.0}, "temperature must be above 0 with more than one sample"),

@@ -429,3 +429,17 @@ def test_options_that_do_not_fit_are_refused_and_nothing_is_written(model, tmp_p
     with pytest.raises(UserError, match=message):
         api.sample(quiet=True, **given)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl"]
+
+
+@pytest.mark.parametrize("rows", [[{"prompt": "1+2="}, {"prompt": "1<new>"}], [{"prompt": "1", "prefix": "<new>"}]])
+def test_a_token_that_the_model_does_not_have_is_refused(tmp_path, rows):
+    larger = tokenizer()
+    larger.add_tokens(["<new>"])
+    path = tmp_path / "model"
+    save(policy(), larger, path)
+    line, more = len(rows), {"prompts": None, "prefixes": write(tmp_path / "prompts.jsonl", rows)}
+    with pytest.raises(
+        UserError, match=f"prompts.jsonl:{line}: the tokenizer writes it with token 19, and the model has 19"
+    ):
+        sample_rows(options(path, tmp_path, rows, **(more if "prefix" in rows[0] else {})), quiet=True)
+    assert not (tmp_path / "rollouts.jsonl").exists()
