@@ -325,6 +325,14 @@ def test_a_greedy_response_was_not_drawn_and_has_no_logprobs(model, tmp_path):
         assert "logprobs" not in row
 
 
+def test_a_prefix_may_have_its_text_and_its_ids(model, tmp_path):
+    ids = tokenizer()("12", add_special_tokens=False)["input_ids"]
+    rows = [{"prompt": "1+2=", "prefix": "12", "prefix_ids": ids}]
+    sample_rows(options(model, tmp_path, prompts=None, prefixes=write(tmp_path / "p.jsonl", rows)), quiet=True)
+    for row in rows_of(tmp_path / "rollouts.jsonl"):
+        assert row["completion"].startswith("12") and row["completion_ids"][: len(ids)] == ids
+
+
 def test_prefixes_are_continued(model, tmp_path):
     rows = [
         {"prompt": "1+2=", "prefix": "12"},
@@ -357,6 +365,10 @@ def test_prefixes_are_continued(model, tmp_path):
         (
             {"prompt": "1=", "prefix_ids": [4, 2]},
             "prefixes.jsonl:1: the prefix has the end token 2; it cannot be continued",
+        ),
+        (
+            {"prompt": "1=", "prefix": "12", "prefix_ids": [4, 6]},
+            'prefixes.jsonl:1: prefix is "12", and prefix_ids are the ids of ".*"; drop one of them',
         ),
         (
             {"prompt": "1=", "prefix_ids": [400]},
