@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dqo.config.values import LEAST_TEMPERATURE
 from dqo.grading.verifiers import expected_name, verifiers_help
 
 _SCORERS = Path(__file__).parent / "scorers"
@@ -121,6 +122,7 @@ class EvalConfig:
             need(getattr(self, name) >= 1, name, "at least 1")
         need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         need(self.temperature > 0 or self.num_generations <= 1, "temperature", "above 0 with more than one sample")
+        need(not 0 < self.temperature < LEAST_TEMPERATURE, "temperature", f"0, or at least {LEAST_TEMPERATURE}")
         need(self.verifier_timeout > 0, "verifier_timeout", "positive")
         need(self.step_separator != "", "step_separator", "at least one character, or None for the end of a line")
         need(set(self.scorers) <= set(SCORER_NAMES), "scorers", f"some of {', '.join(SCORER_NAMES)}")

@@ -248,6 +248,7 @@ def test_chat_models_answer_messages(there, tmp_path):
         ),
         ({"tasks": None}, "tasks must be given"),
         ({"greedy": False, "num_generations": 0}, "num_generations must be above 0 where nothing else is asked for"),
+        ({"temperature": 1e-42}, "temperature must be 0, or at least 1e-06"),
         ({"temperature": 0.0}, "temperature must be above 0 with more than one sample"),
     ],
 )

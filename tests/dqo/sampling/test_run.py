@@ -419,6 +419,7 @@ def test_the_command_says_what_it_wrote_and_what_comes_next(model, tmp_path, cap
         ({"num_generations": 0}, "num_generations must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
+        ({"temperature": 1e-42}, "temperature must be 0 or at least 1e-06, got 1e-42"),
         ({"temperature": 0.0}, "num_generations must be 1 at temperature 0, .*; got 3"),
         (
             {"temperature": 0.0, "num_generations": 1, "top_p": 0.9},

@@ -147,7 +147,10 @@ def test_two_answers_to_one_row_are_refused(place):
             r"r.jsonl:1: has no steps, .* \(4 of 4 rows have none\); give --steps lines",
         ),
         ({"prefix_values": 4, "model_name_or_path": "m", "share": 1.5}, "share must be in .0, 1., got 1.5"),
-        ({"prefix_values": 4, "model_name_or_path": "m", "temperature": 0.0}, "temperature must be positive"),
+        (
+            {"prefix_values": 4, "model_name_or_path": "m", "temperature": 0.0},
+            "temperature must be at least 1e-06: pass",
+        ),
         (
             {"prefix_values": 4, "model_name_or_path": "m", "prefix_cache": "./s.jsonl"},
             "prefix_cache ./s.jsonl is the output_file too; choose another",
