@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from dqo.data.chat import completion_text
@@ -164,13 +162,3 @@ def check_existing(rows: list[Scored], name: str, column: str, cure: str) -> Non
         raise UserError(
             f"{having[0]}: has {column} already, as {len(having):,} of {len(rows):,} rows of {name} have; {cure}"
         )
-
-
-def source_of(name: str | None) -> str | None:
-    """sha256 of the file of python:module:function; None for other names, and where there is no file."""
-    if name is None or not name.startswith("python:"):
-        return None
-    spec = importlib.util.find_spec(name.split(":")[1])
-    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        return None
-    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()

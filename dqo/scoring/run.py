@@ -15,8 +15,9 @@ from dqo.data.sources import progress
 from dqo.errors import UserError
 from dqo.grading.grade import Grade
 from dqo.grading.pool import VerifierPool, check_problems
+from dqo.grading.verifiers import source_of
 from dqo.scoring.options import ScoreConfig
-from dqo.scoring.rows import Scored, add_answers, check_existing, fingerprint, read_scored, source_of
+from dqo.scoring.rows import Scored, add_answers, check_existing, fingerprint, read_scored
 from dqo.scoring.steps import step_splitter
 from dqo.scoring.summary import CUT, KEPT, Seen, Summary, seen
 

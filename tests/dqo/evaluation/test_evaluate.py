@@ -164,6 +164,25 @@ def test_another_verifier_grades_again_what_is_stored(there, whole, monkeypatch)
     assert summary["unread"]["sampling"]["share"] == 1 and summary["measures"]["pass@1"]["mean"] == 0
 
 
+def test_a_verifier_of_ones_own_that_was_mended_grades_again(there, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    own = tmp_path / "mended_verifier.py"
+    told = config(there, tmp_path / "out", verifier="python:mended_verifier:grade", num_generations=2)
+    other = config(there, tmp_path / "other", verifier="python:mended_verifier:grade", num_generations=2)
+    own.write_text("def grade(completion, problem):\n    return Fals\n")
+    assert evaluate(told, quiet=True)[1]["measures"]["pass@1"]["mean"] == 0
+    evaluate(other, quiet=True)
+    responses = {a.key: a.response for a in read_evaluation(tmp_path / "out").answers.values()}
+    own.write_text("def grade(completion, problem):\n    return True\n")
+    monkeypatch.setattr(module, "load_backend", lambda *_, **__: pytest.fail("nothing is missing"))
+    found, summary = evaluate(told, quiet=True)
+    ended = [a for a in found.answers.values() if a.finish_reason == "stop"]
+    assert ended and all(a.right and a.error is None for a in ended) and summary["measures"]["pass@1"]["mean"] > 0
+    assert {a.key: a.response for a in read_evaluation(tmp_path / "out").answers.values()} == responses
+    with pytest.raises(UserError, match="graded by python:mended_verifier:grade before and after its file was changed"):
+        api.evaluate(compare=(str(tmp_path / "out"), str(tmp_path / "other")))
+
+
 def test_other_options_in_the_same_directory_are_refused(there, whole):
     with pytest.raises(UserError, match="temperature 1.0 then, 0.5 now.*choose another --output_dir"):
         evaluate(config(there, there / "whole", temperature=0.5), quiet=True)
