@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dqo.config.values import LEAST_TEMPERATURE
+
 
 @dataclass(frozen=True)
 class SampleConfig:
@@ -69,6 +71,8 @@ class SampleConfig:
         for name in ("temperature", "top_k", "seed"):
             expect(getattr(self, name) >= 0, name, f"must be at least 0, got {getattr(self, name)}")
         expect(0 < self.top_p <= 1, "top_p", f"must be in (0, 1], got {self.top_p}")
+        small = 0 < self.temperature < LEAST_TEMPERATURE
+        expect(not small, "temperature", f"must be 0 or at least {LEAST_TEMPERATURE}, got {self.temperature}")
         if self.temperature == 0:
             repeated = "must be 1 at temperature 0, which gives a prompt the same response each time"
             expect(self.num_generations == 1, "num_generations", f"{repeated}; got {self.num_generations}")

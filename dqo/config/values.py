@@ -14,6 +14,8 @@ from dqo.data.fields import FLOAT32_MAX
 from dqo.errors import UserError, closest
 from dqo.files import name_problem
 
+LEAST_TEMPERATURE = 1e-6  # of drawing: logits divided by much less are no float32; 0 is greedy
+
 # Names of the same option in other trainers (TRL, transformers, verl, axolotl, LLaMA-Factory), and short forms.
 SYNONYMS = {
     "method": "algo algorithm loss loss_type objective rl rl_algorithm trainer",

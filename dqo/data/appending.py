@@ -55,13 +55,20 @@ def begun_under(path: str | Path) -> dict[str, Any]:
     """The options that a file which has rows was begun under; {} where there is none, or it does not tell."""
     path = Path(path)
     try:
-        return json.loads(_told(path).read_bytes()) if path.stat().st_size else {}
+        return _options(path) if path.stat().st_size else {}
     except (OSError, ValueError):  # named when the file is opened
         return {}
 
 
 def _told(path: Path) -> Path:
     return path.with_name(f"{path.name}.options.json")
+
+
+def _options(path: Path) -> dict[str, Any]:
+    found = json.loads(_told(path).read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError(f"{type(found).__name__}, no object")
+    return found
 
 
 def _write(descriptor: int, content: bytes) -> None:
@@ -138,7 +145,7 @@ def _whole_rows(path: Path, keep: Callable[[dict], Any]) -> tuple[list[Any], int
 
 def _check_same(path: Path, told: Path, options: dict, flag: str) -> None:
     try:
-        then = json.loads(told.read_bytes())
+        then = _options(path)
     except FileNotFoundError:
         raise UserError(f"{path}: exists, and this command did not write it; choose another {flag}") from None
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""JSON text whose objects have every key once. Python's own reader keeps the last of two values, in silence."""
+"""JSON text whose objects have every key once, where Python's own reader keeps the last of two values; and what it can hold."""
 
 from __future__ import annotations
 
@@ -33,3 +33,12 @@ def decode(text: str) -> Any:
         json.JSONDecodeError, RecursionError: for what is not JSON, or too deep.
     """
     return _DECODER.decode(text)
+
+
+def writable(value: Any) -> bool:
+    """Whether JSON in UTF-8 can hold a value: it has no dates and bytes, as Parquet has, no NaN and no half a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError):  # UnicodeEncodeError is a ValueError
+        return False
+    return True

@@ -13,6 +13,7 @@ from dqo.data.chat import prompt_text
 from dqo.data.checks import conversation, ids_of, of_templates, word
 from dqo.data.forms import Record, shown
 from dqo.data.hints import prompt_hint
+from dqo.data.json_text import writable
 from dqo.data.rows import report
 from dqo.data.sources import BadRow, read_records
 from dqo.data.tokens import state_ids
@@ -100,6 +101,9 @@ def _prompt(record: Record, answers: bool) -> Prompt:
     if answers and answer is None:
         raise UserError("has no answer; expected the string that a response is graded by")
     templates = of_templates(values)
+    for name, value in {"prompt": prompt, **templates}.items():
+        if not writable(value):
+            raise UserError(f"{name} is {shown(value)}, which JSON cannot hold; mend it, or drop the row")
     if isinstance(prompt, str) and any(templates.values()):
         given = ", ".join(key for key, value in templates.items() if value)
         raise UserError(

@@ -128,7 +128,8 @@ def rows_of(
     if problems:
         message = report(name, problems, len(rows) + len(problems))
         if not skip_bad_rows or not rows:
-            usable = f"\n{len(rows)} rows fit: --skip_bad_rows goes on with them" if rows else ""
+            # an option of training; `dqo score` drops no row
+            usable = f"\n{len(rows)} rows fit: --skip_bad_rows goes on with them" if rows and scored else ""
             raise UserError(message + usable)
         logger.warning("%s\nThey are dropped; %d rows are left", message, len(rows))
     return rows

@@ -96,6 +96,11 @@ def _check_alike(evaluations: list[Evaluation]) -> None:
                 f"{other.directory} was graded by {other.verifier}, and {first.directory} by {first.verifier}; grade one "
                 "again: the same command with the other --verifier samples nothing anew"
             )
+        if other.verifier_source != first.verifier_source:
+            raise UserError(
+                f"{other.directory} and {first.directory} were graded by {first.verifier} before and after its file was changed; "
+                "give the commands that made them once more: they grade again, and sample nothing anew"
+            )
 
 
 def decoding_of(measure: str) -> str:

@@ -26,6 +26,7 @@ from dqo.evaluation.summary import summary_of
 from dqo.evaluation.tasks import read_tasks, task_ids
 from dqo.files import write_whole
 from dqo.grading.pool import VerifierPool
+from dqo.grading.verifiers import source_of
 from dqo.models.generate import Request, Response, Sampling, text_of
 from dqo.models.identity import check_holds_model, model_identity
 from dqo.models.policy import load_config, load_policy, load_tokenizer
@@ -68,8 +69,8 @@ def evaluated(config: EvalConfig, quiet: bool = False) -> tuple[Evaluation, dict
     problems = read_tasks(config.tasks, config.verifier)
     work = _Work(config, problems, quiet)
     directory = Path(config.output_dir)
-    header = {"name": config.name or directory.resolve().name, "verifier": config.verifier}
-    header["model"] = config.model_name_or_path
+    header: dict[str, str | None] = {"name": config.name or directory.resolve().name, "verifier": config.verifier}
+    header |= {"verifier_source": source_of(config.verifier), "model": config.model_name_or_path}
     with opened(directory, header, work.binding, problems) as (evaluation, results, scored):
         work.begin(evaluation)
         with VerifierPool(config.verifier, timeout=config.verifier_timeout) as pool:
@@ -122,8 +123,9 @@ class _Work:
             ]
             for decoding, samples in self._decodings().items()
         }
-        samples = len(self.problems) * config.num_generations
-        unscored = any(len(evaluation.scores.get(scorer, ())) < samples for scorer in config.scorers)
+        # of those that are there; others are wanted
+        samples = [key for key in there if key[0] == "sampling"] if config.num_generations else []
+        unscored = any(key not in evaluation.scores.get(scorer, ()) for scorer in config.scorers for key in samples)
         if not any(self.wanted.values()) and not unscored:
             return
         device = "cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda"
@@ -157,7 +159,7 @@ class _Work:
         self.results, self.pool = results, pool
 
     def regrade(self) -> None:
-        """Grades again what another verifier has graded; nothing is sampled for that."""
+        """Grades again what another verifier has graded, or this one before its file was changed; nothing is sampled for that."""
         stored, size = list(self.evaluation.of_others.values()), 16 * self.config.batch_size
         for part in (stored[i : i + size] for i in range(0, len(stored), size)):
             self._store([(a.decoding, (a.problem, a.sample), _response(a), a.logprob) for a in part])
@@ -214,6 +216,7 @@ class _Work:
                     parsed=bool(grade and grade.parsed),
                     answer=grade.answer if grade else None,
                     error=grade.error if grade else None,
+                    verifier_source=self.evaluation.verifier_source,
                 )
             )
         return answers

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dqo.config.values import LEAST_TEMPERATURE
 from dqo.grading.verifiers import expected_name, verifiers_help
 
 _SCORERS = Path(__file__).parent / "scorers"
@@ -106,8 +107,9 @@ class EvalConfig:
 
         if self.compare:
             need(len(self.compare) > 1, "compare", "at least two directories")
-            for name in ("model_name_or_path", "tasks", "verifier"):
-                need(getattr(self, name) is None, name, "left out with compare, which answers nothing")
+            for name, field in self.__dataclass_fields__.items():
+                given = name not in ("compare", "output_dir") and getattr(self, name) != field.default
+                need(not given, name, "left out with compare, which answers nothing")
             return found
         for name in ("model_name_or_path", "tasks", "verifier", "output_dir"):
             need(getattr(self, name) is not None, name, "given (or --compare with two or more directories)")
@@ -120,6 +122,7 @@ class EvalConfig:
             need(getattr(self, name) >= 1, name, "at least 1")
         need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         need(self.temperature > 0 or self.num_generations <= 1, "temperature", "above 0 with more than one sample")
+        need(not 0 < self.temperature < LEAST_TEMPERATURE, "temperature", f"0, or at least {LEAST_TEMPERATURE}")
         need(self.verifier_timeout > 0, "verifier_timeout", "positive")
         need(self.step_separator != "", "step_separator", "at least one character, or None for the end of a line")
         need(set(self.scorers) <= set(SCORER_NAMES), "scorers", f"some of {', '.join(SCORER_NAMES)}")

@@ -45,6 +45,7 @@ class Answer:
     parsed: bool  # whether the verifier could read an answer in it
     answer: str | None  # in the verifier's canonical form
     error: str | None  # of the verifier: "timeout" ...
+    verifier_source: str | None = None  # the hash of the file of a user's own
 
     @property
     def right(self) -> float:
@@ -65,8 +66,9 @@ class Evaluation:
         self.directory, self.header, self.problems = directory, header, problems
         self.name: str = header["name"]
         self.verifier: str = header["verifier"]
+        self.verifier_source: str | None = header.get("verifier_source")
         self.answers: dict[Key, Answer] = {}  # as the verifier of now graded them
-        self.of_others: dict[Key, Answer] = {}  # that another verifier has graded, and this one not yet
+        self.of_others: dict[Key, Answer] = {}  # that another has graded, or this one before it was changed
         self.scores: dict[str, dict[Key, float]] = {}  # by scorer
         self.add(answers)
         for row in scores:
@@ -74,7 +76,7 @@ class Evaluation:
 
     def add(self, answers: Iterable[Answer]) -> None:
         for answer in answers:
-            mine = answer.verifier == self.verifier
+            mine = (answer.verifier, answer.verifier_source) == (self.verifier, self.verifier_source)
             (self.answers if mine else self.of_others)[answer.key] = answer
         self.of_others = {key: answer for key, answer in self.of_others.items() if key not in self.answers}
 
@@ -104,12 +106,12 @@ def problems_hash(problems: Iterable[Prompt]) -> str:
 
 @contextmanager
 def opened(
-    directory: Path, header: dict[str, str], options: dict[str, Any], problems: list[Prompt]
+    directory: Path, header: dict[str, str | None], options: dict[str, Any], problems: list[Prompt]
 ) -> Iterator[tuple[Evaluation, Appended, Appended]]:
     """The evaluation in a directory, new or to go on with, and its files of answers and of scores.
 
     Args:
-        header: name, verifier, and model, its directory or hub name.
+        header: name, verifier with verifier_source, the hash of its file, and model, its directory or hub name.
         options: all that the answers depend on, with the hashes of problems and of the model.
 
     Raises:
@@ -145,7 +147,8 @@ def read_evaluation(directory: str | Path) -> Evaluation:
         header = json.loads((directory / HEADER).read_bytes())
         found = Evaluation(
             directory,
-            {name: header[name] for name in ("name", "verifier", "model", "options")},
+            {name: header[name] for name in ("name", "verifier", "model", "options")}
+            | {"verifier_source": header.get("verifier_source")},
             read_lines(directory / "problems.jsonl"),
             [_answer(row) for row in read_lines(directory / RESULTS)],
             read_lines(directory / "scores.jsonl"),

@@ -42,13 +42,14 @@ def task_ids(tasks: list[Prompt], tokenizer, model_config: Any, max_completion_l
     """The prompts on tokens, as training places them.
 
     Raises:
-        UserError: for a prompt without tokens or that the chat template refuses, or one whose answer would need more positions
-            than the model has.
+        UserError: for a prompt without tokens or that the chat template refuses, one with a token that the model does not have,
+            or one whose answer would need more positions than the model has.
     """
-    from dqo.models.fitness import check_room
+    from dqo.models.fitness import check_room, check_vocabulary
 
-    found = prompt_token_ids(tokenizer, tasks)
-    check_room(model_config, [task.source for task in tasks], list(map(len, found)), max_completion_length)
+    found, sources = prompt_token_ids(tokenizer, tasks), [task.source for task in tasks]
+    check_vocabulary(model_config, sources, found)
+    check_room(model_config, sources, list(map(len, found)), max_completion_length)
     if tokenizer.chat_template is not None and isinstance(tasks[0].prompt, str):
         logger.warning(
             "the tokenizer has a chat template, and the prompts of the problems are strings: they are used as they are, without "

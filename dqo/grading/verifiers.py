@@ -6,8 +6,11 @@ which alone names it. It is called in the processes of `dqo.grading.pool`.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dqo.errors import UserError, did_you_mean
@@ -120,3 +123,13 @@ def load_function(name: str) -> Callable:
             f"{name}: the module {module_name} has no function {function_name}.{did_you_mean(function_name, known)}"
         )
     return found
+
+
+def source_of(name: str | None) -> str | None:
+    """sha256 of the file of python:module:function; None for other names, and where there is no file."""
+    if name is None or not name.startswith("python:"):
+        return None
+    spec = importlib.util.find_spec(name.split(":")[1])
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        return None
+    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()

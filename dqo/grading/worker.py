@@ -72,20 +72,25 @@ def _graded(grade: Callable[[str, dict], Any], completion: str, problem: dict) -
     try:
         made = _plain(grade_of(found))
     except Exception as error:
-        made = failed(f"crash: invalid result: {error}")
+        made = failed(f"crash: invalid result: {_utf8(str(error))}")
     return {**dataclasses.asdict(made), "restart": _children() > _MOST_CHILDREN}
 
 
 def _plain(grade: Grade) -> Grade:
     """The grade with fields of its types, whatever a verifier put in there."""
-    text = None if grade.answer is None else str(grade.answer)
-    error = grade.error if grade.error in (None, "timeout") else f"crash: {grade.error}"
+    text = None if grade.answer is None else _utf8(str(grade.answer))
+    error = grade.error if grade.error in (None, "timeout") else f"crash: {_utf8(str(grade.error))}"
     return Grade(grade.score, bool(grade.parsed), text, error)
+
+
+def _utf8(text: str) -> str:
+    """The text with half surrogate pairs, which no file can hold, written out as \\ud83d."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _said(error: BaseException) -> str:
     try:
-        text = " ".join(str(error).split())[:200]
+        text = _utf8(" ".join(str(error).split())[:200])
     except Exception:  # its own __str__
         text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -81,6 +81,17 @@ def check_positions(config: PreTrainedConfig, episodes: list[Episode]) -> None:
     )
 
 
+def check_vocabulary(config: PreTrainedConfig, sources: list[str], states: list[list[int]]) -> None:
+    """Refuses prompts, on tokens, that have one which the model does not have. `sources`: where each stands, for messages."""
+    size = config.get_text_config().vocab_size
+    for source, ids in zip(sources, states):
+        if max(ids) >= size:
+            raise UserError(
+                f"{source}: the tokenizer writes it with token {max(ids):,}, and the model has {size:,}: they do not belong "
+                "together, or the model was not resized after tokens were added"
+            )
+
+
 def check_room(
     config: PreTrainedConfig, sources: list[str], lengths: list[int], max_completion_length: int, hard: bool = False
 ) -> None:

@@ -19,12 +19,13 @@ from dqo.config.sampling import SampleConfig
 from dqo.data.appending import appending, begun_under
 from dqo.data.chat import clock_at, reads_clock
 from dqo.data.ends import ends_of
+from dqo.data.forms import shown
 from dqo.data.ids import Continuation
 from dqo.data.prompts import Prefix, Prompt, prompt_token_ids, read_prefixes, read_prompts
 from dqo.data.rows import prompt_key, report
 from dqo.data.sources import BadRow
 from dqo.errors import UserError
-from dqo.models.fitness import check_room
+from dqo.models.fitness import check_room, check_vocabulary
 from dqo.models.generate import Request, Response, Sampling
 from dqo.models.identity import check_holds_model, model_identity
 from dqo.models.policy import load_config, load_tokenizer, stop_ids
@@ -83,6 +84,7 @@ def sample_rows(config: SampleConfig, quiet: bool = False) -> Sampled:
     with clock_at(datetime.datetime.fromisoformat(now) if reads_clock(tokenizer) else None):
         tasks = _tasks(prompts, tokenizer, ends_of(tokenizer, stop_ids(path)).stops)
     sources, lengths = [task.prompt.source for task in tasks], [len(task.state) for task in tasks]
+    check_vocabulary(model_config, sources, [task.state for task in tasks])
     check_room(model_config, sources, lengths, config.max_completion_length, hard=config.backend == "vllm")
     settings = Sampling(config.temperature, config.top_k, config.top_p, config.max_completion_length, config.seed)
     record = _record(config, model_identity(path, model_config))
@@ -173,7 +175,7 @@ def _prefix_ids(
     prompts: Sequence[Prompt], states: list[list[int]], tokenizer, stops: frozenset[int]
 ) -> list[tuple[list[int], str]]:
     """Ids and text of each prefix; of a prompt without one, nothing."""
-    texts = [p.prefix or "" if isinstance(p, Prefix) and p.prefix_ids is None else "" for p in prompts]
+    texts = [p.prefix or "" if isinstance(p, Prefix) else "" for p in prompts]
     made = Continuation(tokenizer)(texts, [ids[-1] for ids in states], offsets=False) if any(texts) else []
     found: list[tuple[list[int], str]] = []
     problems = []
@@ -181,8 +183,12 @@ def _prefix_ids(
         if not isinstance(prompt, Prefix):
             found.append(([], ""))
             continue
-        ids = prompt.prefix_ids if prompt.prefix_ids is not None else made[index][0]
-        if max(ids) >= len(tokenizer):
+        ids = made[index][0] if prompt.prefix_ids is None else prompt.prefix_ids
+        if not ids:
+            problems.append(
+                BadRow(index, prompt.source, f"the tokenizer has no token for prefix {shown(texts[index])}")
+            )
+        elif max(ids) >= len(tokenizer):
             problems.append(
                 BadRow(index, prompt.source, f"prefix_ids has {max(ids)}, which is no token of the tokenizer")
             )
@@ -190,8 +196,15 @@ def _prefix_ids(
             problems.append(
                 BadRow(index, prompt.source, f"the prefix has the end token {min(ended)}; it cannot be continued")
             )
+        elif (
+            texts[index]
+            and ids != made[index][0]
+            and (decoded := tokenizer.decode(ids)).split() != texts[index].split()
+        ):
+            told = f"prefix is {shown(texts[index])}, and prefix_ids are the ids of {shown(decoded)}; drop one of them"
+            problems.append(BadRow(index, prompt.source, told))
         else:
-            found.append((ids, prompt.prefix if prompt.prefix is not None else tokenizer.decode(ids)))
+            found.append((ids, texts[index] or tokenizer.decode(ids)))
     if problems:
         raise UserError(report("the prefixes", problems, len(prompts)))
     return found

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
+from dqo.config.values import LEAST_TEMPERATURE
 from dqo.grading.pool import MEMORY, TIMEOUT
 from dqo.grading.verifiers import expected_name, verifiers_help
 from dqo.scoring.steps import SPLITTERS
@@ -95,7 +96,8 @@ class ScoreConfig(_Measured, _Graded):
         need(own, "steps", f"one of {', '.join(SPLITTERS)}, or python:module:function")
         need(self.prefix_values is None or self.prefix_values >= 1, "prefix_values", "at least 1")
         need(0 < self.share <= 1, "share", "in (0, 1]")
-        need(self.temperature > 0, "temperature", "positive: pass rates are those of a distribution")
+        of_distribution = f"at least {LEAST_TEMPERATURE}: pass rates are those of a distribution"
+        need(self.temperature >= LEAST_TEMPERATURE, "temperature", of_distribution)
         need(0 < self.top_p <= 1, "top_p", "in (0, 1]")
         need(self.batch_size is None or self.batch_size >= 1, "batch_size", "at least 1")
         for name, least in (("max_completion_length", 1), ("top_k", 0), ("seed", 0)):

@@ -25,13 +25,14 @@ from dqo.data.rows import prompt_key
 from dqo.data.tokens import Tokens, tokenize_rows
 from dqo.errors import UserError
 from dqo.grading.pool import VerifierPool
+from dqo.grading.verifiers import source_of
 from dqo.models.fitness import check_room
 from dqo.models.generate import Request, Sampling
 from dqo.models.identity import check_holds_model, model_identity
 from dqo.models.policy import load_config, load_tokenizer, stop_ids
 from dqo.sampling.backends import Backend, dtype_of, load_backend
 from dqo.scoring.options import ScoreConfig
-from dqo.scoring.rows import Measured, Scored, source_of
+from dqo.scoring.rows import Measured, Scored
 
 _AT_ONCE = 2048  # continuations that a backend is asked for together
 _WRITTEN = 16  # prefixes that are graded and written together

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from dqo.data.chat import written_text
+from dqo.data.forms import shown
+from dqo.data.json_text import writable
 from dqo.data.rows import Row, prompt_key, report, rows_of
 from dqo.data.sources import BadRow, read_records
 from dqo.errors import UserError
@@ -78,7 +78,25 @@ def read_scored(data: Any) -> tuple[str, list[Scored]]:
             own.pop("label")
         others = {key: value for key, value in columns.get(row.source, {}).items() if key not in names}
         found.append(Scored(row, others | own))  # a row that was made of another form has no other columns
+    _check_writable(name, found)
     return name, found
+
+
+def _check_writable(name: str, rows: list[Scored]) -> None:
+    """Refuses columns that the scored file cannot hold, before anything is graded."""
+    problems = [
+        BadRow(
+            index,
+            scored.row.source,
+            f"column {column!r} is {shown(value)}, which JSON cannot hold; write it as a string, or drop the column",
+        )
+        for index, scored in enumerate(rows)
+        if not writable(scored.values)
+        for column, value in scored.values.items()
+        if not writable({column: value})
+    ]
+    if problems:
+        raise UserError(report(name, problems, len(rows)))
 
 
 def fingerprint(rows: Iterable[Scored]) -> str:
@@ -144,13 +162,3 @@ def check_existing(rows: list[Scored], name: str, column: str, cure: str) -> Non
         raise UserError(
             f"{having[0]}: has {column} already, as {len(having):,} of {len(rows):,} rows of {name} have; {cure}"
         )
-
-
-def source_of(name: str | None) -> str | None:
-    """sha256 of the file of python:module:function; None for other names, and where there is no file."""
-    if name is None or not name.startswith("python:"):
-        return None
-    spec = importlib.util.find_spec(name.split(":")[1])
-    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        return None
-    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()

@@ -16,8 +16,9 @@ from dqo.data.trajectory import is_trajectory
 from dqo.errors import UserError
 from dqo.grading.grade import Grade
 from dqo.grading.pool import VerifierPool, check_problems
+from dqo.grading.verifiers import source_of
 from dqo.scoring.options import ScoreConfig
-from dqo.scoring.rows import Scored, add_answers, check_existing, fingerprint, read_scored, source_of
+from dqo.scoring.rows import Scored, add_answers, check_existing, fingerprint, read_scored
 from dqo.scoring.steps import step_splitter
 from dqo.scoring.summary import CUT, KEPT, Seen, Summary, seen
 
@@ -54,6 +55,8 @@ def score_rows(config: ScoreConfig, say: Callable[[str], object] = logger.info) 
     name, rows = read_scored(config.data)
     if Path(config.output_file).resolve() == Path(config.data).resolve():
         raise UserError(f"output_file {config.output_file} is the file that is scored; choose another")
+    if config.prefix_cache is not None and Path(config.prefix_cache).resolve() == Path(config.output_file).resolve():
+        raise UserError(f"prefix_cache {config.prefix_cache} is the output_file too; choose another")
     if config.answers is not None:
         add_answers(rows, config.answers)
     undivided = sum(isinstance(s.row.completion, str) and s.row.env_mask is not None for s in rows)

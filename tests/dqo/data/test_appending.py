@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from dqo.data import appending as module
-from dqo.data.appending import appending
+from dqo.data.appending import appending, begun_under
 from dqo.errors import UserError
 
 ROWS = [{"k": k, "text": "é" * k} for k in range(4)]
@@ -69,6 +69,16 @@ def test_a_damaged_row_is_named(tmp_path, line):
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + line + lines[2])
     with pytest.raises(UserError, match="rows.jsonl:2: is no row of this command"):
+        finish(path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"null", b"\xff"])
+def test_damaged_options_are_named(tmp_path, content):
+    path = tmp_path / "rows.jsonl"
+    finish(path)
+    (tmp_path / "rows.jsonl.options.json").write_bytes(content)
+    assert begun_under(path) == {}
+    with pytest.raises(UserError, match="rows.jsonl.options.json: is damaged; choose another --output_file, or delete"):
         finish(path)
 
 

@@ -52,6 +52,14 @@ def test_strings_and_messages_are_read_with_what_belongs_to_them(tmp_path):
             [{"prompt": "1=", "tools": [{}]}],
             "prompts.jsonl:1: has tools, which a chat template reads, and prompt is a string",
         ),
+        (
+            [{"prompt": [{"role": "user", "content": "1=", "name": "\ud83d"}]}],
+            "prompts.jsonl:1: prompt is .*, which JSON cannot hold; mend it, or drop the row",
+        ),
+        (
+            [{"prompt": [{"role": "user", "content": "1="}], "chat_template_kwargs": {"x": float("nan")}}],
+            'prompts.jsonl:1: chat_template_kwargs is {"x": NaN}, which JSON cannot hold',
+        ),
         ([{"prompt": "1=", "answer": ["3"]}], r'prompts.jsonl:1: answer is \["3"\]; expected a string'),
     ],
 )

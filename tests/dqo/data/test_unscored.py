@@ -49,3 +49,12 @@ def test_a_response_that_is_nothing_but_its_end_is_a_row(text):
     without = {key: value for key, value in empty.items() if key not in ("prompt_ids", "completion_ids", "logprobs")}
     with pytest.raises(UserError, match="completion is empty or only whitespace"):
         read_rows([without])
+
+
+def test_an_option_of_training_is_not_advised_to_those_who_score():
+    rows = [SAMPLED | {"reward": 1.0}, SAMPLED | {"reward": 1.0, "prompt": 3}]
+    with pytest.raises(UserError, match="prompt is 3.*\n1 rows fit: --skip_bad_rows"):
+        read_rows(rows)
+    with pytest.raises(UserError, match="prompt is 3") as found:
+        read_rows(rows, scored=False)
+    assert "skip_bad_rows" not in str(found.value)

@@ -164,6 +164,25 @@ def test_another_verifier_grades_again_what_is_stored(there, whole, monkeypatch)
     assert summary["unread"]["sampling"]["share"] == 1 and summary["measures"]["pass@1"]["mean"] == 0
 
 
+def test_a_verifier_of_ones_own_that_was_mended_grades_again(there, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    own = tmp_path / "mended_verifier.py"
+    told = config(there, tmp_path / "out", verifier="python:mended_verifier:grade", num_generations=2)
+    other = config(there, tmp_path / "other", verifier="python:mended_verifier:grade", num_generations=2)
+    own.write_text("def grade(completion, problem):\n    return Fals\n")
+    assert evaluate(told, quiet=True)[1]["measures"]["pass@1"]["mean"] == 0
+    evaluate(other, quiet=True)
+    responses = {a.key: a.response for a in read_evaluation(tmp_path / "out").answers.values()}
+    own.write_text("def grade(completion, problem):\n    return True\n")
+    monkeypatch.setattr(module, "load_backend", lambda *_, **__: pytest.fail("nothing is missing"))
+    found, summary = evaluate(told, quiet=True)
+    ended = [a for a in found.answers.values() if a.finish_reason == "stop"]
+    assert ended and all(a.right and a.error is None for a in ended) and summary["measures"]["pass@1"]["mean"] > 0
+    assert {a.key: a.response for a in read_evaluation(tmp_path / "out").answers.values()} == responses
+    with pytest.raises(UserError, match="graded by python:mended_verifier:grade before and after its file was changed"):
+        api.evaluate(compare=(str(tmp_path / "out"), str(tmp_path / "other")))
+
+
 def test_other_options_in_the_same_directory_are_refused(there, whole):
     with pytest.raises(UserError, match="temperature 1.0 then, 0.5 now.*choose another --output_dir"):
         evaluate(config(there, there / "whole", temperature=0.5), quiet=True)
@@ -192,6 +211,20 @@ def test_the_command_shows_the_table_and_compares(there, whole, capsys):
     assert "whole - other" in shown and "sign-flip permutation" in shown
     found = json.loads((there / "compared" / "compare.json").read_text())
     assert list(found["measures"]) == ["greedy", "pass@1", "maj@4"]
+
+
+def test_scores_that_some_samples_lack_are_made_however_many_others_there_are(there, tmp_path):
+    scored = {"scorers": ("likelihood",), "greedy": False}
+    evaluate(config(there, tmp_path / "out", num_generations=8, **scored), quiet=True)
+    path = tmp_path / "out" / "scores.jsonl"
+    rows = read_lines(path)
+    kept = [
+        row for row in rows if row["problem"] < 4 or row["sample"] < 4
+    ]  # as 4 samples, then a killed run with 8 leave it
+    assert len(rows) == 56 and len(kept) > 6 * 7
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    _, summary = evaluate(config(there, tmp_path / "out", num_generations=6, **scored), quiet=True)
+    assert "best@6 likelihood" in summary["measures"]
 
 
 TEMPLATE = (
@@ -228,8 +261,13 @@ def test_chat_models_answer_messages(there, tmp_path):
         ({"scorers": ("beauty",)}, "scorers must be some of implicit, likelihood, value"),
         ({"verifier": "gms8k"}, "verifier must be one of gsm8k"),
         ({"compare": ("a", "b")}, "model_name_or_path must be left out with compare"),
+        (
+            {"compare": ("a", "b"), "model_name_or_path": None, "tasks": None, "verifier": None},
+            "num_generations must be left out with compare",
+        ),
         ({"tasks": None}, "tasks must be given"),
         ({"greedy": False, "num_generations": 0}, "num_generations must be above 0 where nothing else is asked for"),
+        ({"temperature": 1e-42}, "temperature must be 0, or at least 1e-06"),
         ({"temperature": 0.0}, "temperature must be above 0 with more than one sample"),
     ],
 )

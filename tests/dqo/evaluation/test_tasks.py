@@ -66,3 +66,11 @@ def test_tasks_of_messages_are_written_by_the_chat_template(files, caplog):
     assert not caplog.text
     with pytest.raises(UserError, match="tasks.jsonl:1.*no chat_template"):
         task_ids(tasks, tokenizer(), short_model().config, 4)
+
+
+def test_a_token_that_the_model_does_not_have_is_refused():
+    larger = tokenizer()
+    larger.add_tokens(["<new>"])
+    tasks = [Prompt("1+2=", "3", source="tasks.jsonl:1"), Prompt("1<new>", "3", source="tasks.jsonl:2")]
+    with pytest.raises(UserError, match="tasks.jsonl:2: the tokenizer writes it with token 19, and the model has 19"):
+        task_ids(tasks, larger, short_model().config, 4)

@@ -58,6 +58,9 @@ def grade(completion, row):
         "grade": lambda: Grade(0.0, False, None),
         "odd grade": lambda: Grade(float("nan")),
         "answer": lambda: Grade(1.0, True, "18"),
+        "half": lambda: Grade(1.0, True, "\\ud83d"),
+        "raise half": lambda: int("\\ud83d"),
+        "half error": lambda: Grade(0.0, error="\\ud83d"),
     }[completion]()
 """
 UNGRADED = {
@@ -79,10 +82,12 @@ UNGRADED = {
     "many": "crash: invalid result: [True]; a verifier returns True, False or a finite number",
     "complex": "crash: invalid result: 1j; a verifier returns True, False or a finite number",
     "huge": "crash: invalid result: int too large to convert to float",
+    "raise half": r"crash: ValueError: invalid literal for int() with base 10: '\ud83d'",
+    "half error": r"crash: \ud83d",
     "odd grade": "crash: invalid result: nan; a verifier returns True, False or a finite number",
 }
 GRADED = {"right": 1.0, "wrong": 0.0, "row": 1.0, "score": 0.75, "print": 1.0, "read": 1.0}
-GRADED |= {"fork": 1.0, "fork and hang": 1.0, "answer": 1.0}
+GRADED |= {"fork": 1.0, "fork and hang": 1.0, "answer": 1.0, "half": 1.0}
 
 
 @pytest.fixture(scope="module")

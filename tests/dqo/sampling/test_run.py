@@ -325,6 +325,14 @@ def test_a_greedy_response_was_not_drawn_and_has_no_logprobs(model, tmp_path):
         assert "logprobs" not in row
 
 
+def test_a_prefix_may_have_its_text_and_its_ids(model, tmp_path):
+    ids = tokenizer()("12", add_special_tokens=False)["input_ids"]
+    rows = [{"prompt": "1+2=", "prefix": "12", "prefix_ids": ids}]
+    sample_rows(options(model, tmp_path, prompts=None, prefixes=write(tmp_path / "p.jsonl", rows)), quiet=True)
+    for row in rows_of(tmp_path / "rollouts.jsonl"):
+        assert row["completion"].startswith("12") and row["completion_ids"][: len(ids)] == ids
+
+
 def test_prefixes_are_continued(model, tmp_path):
     rows = [
         {"prompt": "1+2=", "prefix": "12"},
@@ -357,6 +365,10 @@ def test_prefixes_are_continued(model, tmp_path):
         (
             {"prompt": "1=", "prefix_ids": [4, 2]},
             "prefixes.jsonl:1: the prefix has the end token 2; it cannot be continued",
+        ),
+        (
+            {"prompt": "1=", "prefix": "12", "prefix_ids": [4, 6]},
+            'prefixes.jsonl:1: prefix is "12", and prefix_ids are the ids of ".*"; drop one of them',
         ),
         (
             {"prompt": "1=", "prefix_ids": [400]},
@@ -407,6 +419,7 @@ def test_the_command_says_what_it_wrote_and_what_comes_next(model, tmp_path, cap
         ({"num_generations": 0}, "num_generations must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
+        ({"temperature": 1e-42}, "temperature must be 0 or at least 1e-06, got 1e-42"),
         ({"temperature": 0.0}, "num_generations must be 1 at temperature 0, .*; got 3"),
         (
             {"temperature": 0.0, "num_generations": 1, "top_p": 0.9},
@@ -429,3 +442,17 @@ def test_options_that_do_not_fit_are_refused_and_nothing_is_written(model, tmp_p
     with pytest.raises(UserError, match=message):
         api.sample(quiet=True, **given)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl"]
+
+
+@pytest.mark.parametrize("rows", [[{"prompt": "1+2="}, {"prompt": "1<new>"}], [{"prompt": "1", "prefix": "<new>"}]])
+def test_a_token_that_the_model_does_not_have_is_refused(tmp_path, rows):
+    larger = tokenizer()
+    larger.add_tokens(["<new>"])
+    path = tmp_path / "model"
+    save(policy(), larger, path)
+    line, more = len(rows), {"prompts": None, "prefixes": write(tmp_path / "prompts.jsonl", rows)}
+    with pytest.raises(
+        UserError, match=f"prompts.jsonl:{line}: the tokenizer writes it with token 19, and the model has 19"
+    ):
+        sample_rows(options(path, tmp_path, rows, **(more if "prefix" in rows[0] else {})), quiet=True)
+    assert not (tmp_path / "rollouts.jsonl").exists()

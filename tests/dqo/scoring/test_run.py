@@ -1,5 +1,6 @@
 """dqo score: rewards are the verifier's, columns stay, a killed run goes on without a doubled or lost row."""
 
+import datetime
 import json
 import os
 import signal
@@ -8,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from dqo.api import score
@@ -172,9 +175,22 @@ def test_two_answers_to_one_row_are_refused(place):
             r"r.jsonl:1: has no steps, .* \(4 of 4 rows have none\); give --steps lines",
         ),
         ({"prefix_values": 4, "model_name_or_path": "m", "share": 1.5}, "share must be in .0, 1., got 1.5"),
-        ({"prefix_values": 4, "model_name_or_path": "m", "temperature": 0.0}, "temperature must be positive"),
+        (
+            {"prefix_values": 4, "model_name_or_path": "m", "temperature": 0.0},
+            "temperature must be at least 1e-06: pass",
+        ),
+        (
+            {"prefix_values": 4, "model_name_or_path": "m", "prefix_cache": "./s.jsonl"},
+            "prefix_cache ./s.jsonl is the output_file too; choose another",
+        ),
         ({"data": "none.jsonl"}, "none.jsonl: no such file"),
         ({"verifer": "x"}, "unknown option 'verifer'. Did you mean 'verifier'"),
+        (
+            {"data": "half.jsonl"},
+            "half.jsonl: 2 of 3 rows do not fit:\n.*half.jsonl:2: column 'note' is \".*\", which JSON cannot hold; write it as "
+            "a string, or drop the column\n.*half.jsonl:3: column 'weight' is NaN",
+        ),
+        ({"data": "dates.parquet"}, "dates.parquet:1: column 'when' is .*2020.*, which JSON cannot hold"),
         (
             {"data": "bad.jsonl"},
             "bad.jsonl:2: the reference answer 'four' is no number\nthe verifier gsm8k cannot grade by it",
@@ -183,6 +199,9 @@ def test_two_answers_to_one_row_are_refused(place):
 )
 def test_options_and_rows_that_do_not_fit_are_named_before_anything_is_written(place, options, said):
     write("bad.jsonl", [GSM8K[0], GSM8K[1] | {"answer": "four"}])
+    write("half.jsonl", [GSM8K[0], GSM8K[1] | {"note": "\ud83d"}, GSM8K[2] | {"weight": float("nan")}])
+    dated = {"prompt": ["a"], "completion": ["b"], "answer": ["4"], "when": [datetime.date(2020, 1, 2)]}
+    pyarrow.parquet.write_table(pyarrow.table(dated), "dates.parquet")
     given = {"data": write("r.jsonl", GSM8K), "verifier": "gsm8k", "output_file": "s.jsonl"} | options
     before = sorted(Path().iterdir())
     with pytest.raises(UserError, match=said):
