@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from importlib import metadata
@@ -51,7 +52,8 @@ _VARIABLES: tuple[str, ...] = (
     "DQO_",
 )
 _VARIABLES += ("ACCELERATE_", "FSDP_", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LD_PRELOAD")
-_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
+_SECRET = ("TOKEN", "KEY", "SECRET", "PASS", "CREDENTIAL", "AUTH")
+_OF_A_USER = re.compile(r"(?<=://)[^/\s@]+@")  # a name and a password in an address
 
 
 def version_line() -> str:
@@ -79,7 +81,7 @@ def env() -> dict[str, str]:
     named = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)}
     shown = {n: "(set)" if any(part in n for part in _SECRET) else value for n, value in named.items()}
     facts["variables"] = ", ".join(f"{name}={value}" for name, value in shown.items()) or "none"
-    return {name: printable(" ".join(value.split())) for name, value in facts.items()}
+    return {name: printable(_OF_A_USER.sub("(set)@", " ".join(value.split()))) for name, value in facts.items()}
 
 
 def _version(package: str) -> str | None:

@@ -30,9 +30,9 @@ def view(episode: Episode, tokenizer, colour: bool) -> str:
     ends = set(episode.actions[episode.step_ends].tolist())
     paid = np.zeros(count)
     paid[episode.actions] = episode.rewards
-    parts = []
+    parts, cut_out = [], count > _HEAD + _TAIL
     for i, text in enumerate(texts):
-        if count > _HEAD + _TAIL and _HEAD <= i < count - _TAIL:
+        if cut_out and _HEAD <= i < count - _TAIL:
             if i == _HEAD:
                 hidden = paid[_HEAD : count - _TAIL].sum()
                 parts.append(f"\n... {count - _HEAD - _TAIL:,} tokens, paid {hidden:+.4g} ...\n")
@@ -41,7 +41,8 @@ def view(episode: Episode, tokenizer, colour: bool) -> str:
         separator = "│" if not colour and i + 1 < count and i not in ends and of_model[i + 1] else ""
         if not of_model[i]:  # one pair of brackets around all that lies between two turns
             style, separator = _DIM, ""
-            first, last = i == 0 or of_model[i - 1], of_model[i + 1]  # the last token of all is the model's
+            first = i == 0 or of_model[i - 1] or (cut_out and i == count - _TAIL)
+            last = of_model[i + 1] or (cut_out and i + 1 == _HEAD)  # the last token of all is the model's
             text = f"{'⟦' * first}{text}{'⟧' * last}"
         reward = paid[i]
         line_ends = text.endswith("\n")  # what the token is paid stands on its own line

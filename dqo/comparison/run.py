@@ -62,6 +62,31 @@ def dry_run(firsts: list[Options]) -> None:
         raise UserError("\n".join([*refused, "Nothing was trained."]))
 
 
+def check_place(output_dir: Path) -> None:
+    """Refuses a directory of something else than a comparison; nothing is written there."""
+    if (output_dir / PLAN_FILE).exists() or not output_dir.exists():
+        return
+    if not output_dir.is_dir() or set(os.listdir(output_dir)) - {LOCK_FILE}:
+        raise UserError(f"output_dir {output_dir} is in use; choose another with --output_dir")
+
+
+def _planned_before(path: Path) -> dict[str, list[str]]:
+    """The arguments of the runs that compare.json holds."""
+    try:
+        runs = json.loads(path.read_bytes())["runs"]
+        for words in runs.values():
+            flags_of(words)
+        return runs
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # a UserError too, of words that are no flags
+        raise UserError(f"{path} is damaged; choose another --output_dir, or delete {path.parent}") from error
+
+
 def claim(output_dir: Path, runs: list[PlannedRun]) -> None:
     """Takes an empty directory, or that of a comparison whose runs have the same options; others may join them.
 
@@ -72,17 +97,13 @@ def claim(output_dir: Path, runs: list[PlannedRun]) -> None:
     wanted = {run.directory.name: run.arguments for run in runs}
     before: dict[str, list[str]] = {}
     if path.exists():
-        try:
-            before = json.loads(path.read_bytes())["runs"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged; choose another --output_dir, or delete {output_dir}") from error
+        before = _planned_before(path)
         for name in wanted.keys() & before.keys():
             if (changed := _difference(before[name], wanted[name])) is not None:
                 raise UserError(
                     f"{output_dir / name} was planned with other options: {changed}. Choose another --output_dir"
                 )
-    elif output_dir.exists() and (not output_dir.is_dir() or set(os.listdir(output_dir)) - {LOCK_FILE}):
-        raise UserError(f"output_dir {output_dir} is in use; choose another with --output_dir")
+    check_place(output_dir)
     with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     write_whole(path, (json.dumps({"runs": before | wanted}, indent=1) + "\n").encode())
@@ -188,6 +209,7 @@ def compare(
     if stop_before_training:
         print("# nothing was trained or written")
         return None
+    check_place(directory)
     with alone(directory) as lock:
         claim(directory, runs)
         for number, run in enumerate(runs, 1):

@@ -135,7 +135,12 @@ def _turns_of_messages(tokenizer, row: Row, prompt: str, end: str) -> tuple[str,
             if messages[i]["role"] == "assistant":
                 head = rendered(tokenizer, row, messages[:i], add_generation_prompt=True)
                 whole = rendered(tokenizer, row, messages[: i + 1])
-                whole = whole[: whole.rindex(end) + len(end)] if end in whole[len(head) :] else whole
+                if end in whole[len(head) :]:
+                    whole = whole[: whole.rindex(end) + len(end)]
+                else:  # white space that the template puts there is not the model's
+                    content, kept = messages[i].get("content", ""), whole.rstrip()
+                    spaces = content[len(content.rstrip()) :]
+                    whole = kept + spaces if whole.startswith(kept + spaces) else kept
                 spans.append((len(head), len(whole)))
                 heads += [head, whole]
     for i, head in enumerate(heads):

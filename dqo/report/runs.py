@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from dqo.config.options import TrainConfig
+from dqo.data.forms import shown
 from dqo.errors import UserError
 from dqo.objectives.registry import objective_class
 from dqo.train.damage import STATE_FILE, checkpoints
@@ -21,6 +22,22 @@ from dqo.train.record import ANSWERS_FILE, HELD_OUT_FILE, RUN_FILE
 OF_A_PLACE = {"output_dir", "seed", "run_name", "project", "report_to", "ref_cache_dir", "resume_from_checkpoint"}
 OF_A_PLACE |= {"dry_run", "use_cpu", "fsdp", "max_batch_tokens", "padding_free", "attn_implementation", "save_steps"}
 OF_A_PLACE |= {"save_total_limit", "logging_steps", "gradient_checkpointing"}
+
+
+_NUMBER = (int, float)
+# What run.json has, where it has it; and what is in its objects.
+_RECORD: dict[str, Any] = {"created": str, "commands": list, "steps": int, "phases": list, "data": dict, "model": dict}
+_RECORD |= {"parameters": dict, "versions": dict, "device": str, "finished": bool, "seconds": _NUMBER}
+_RECORD |= {
+    "tokens_per_second": _NUMBER,
+    "made": int,
+    "held_out": dict,
+    "value_traces": list,
+    "files": list,
+    "unread": dict,
+}
+_INSIDE = {"data": ("name", "sha256", "of", "counts", "held_out_sha256"), "model": ("name", "sha256")}
+_OPTIONS: dict[str, Any] = {"method": str, "seed": int, "max_steps": int}  # of config.yaml
 
 
 @dataclass(frozen=True)
@@ -95,10 +112,13 @@ def read_run(directory: str | Path) -> StoredRun:
         cure = f"; runs are in it: {', '.join(inner[:5])}" if inner else "; give the output_dir of a run"
         raise UserError(f"{directory} holds no run (it has no config.yaml){cure}")
     options = _options(config)
-    record = _object(directory / RUN_FILE)
+    record = _record(directory / RUN_FILE)
     files = record.get("files", [])
     answers = read_lines(directory / ANSWERS_FILE, _is_answer) if ANSWERS_FILE in files else []
     held_out = read_lines(directory / HELD_OUT_FILE, _is_held_out) if HELD_OUT_FILE in files else []
+    for path, rows in ((directory / ANSWERS_FILE, answers), (directory / HELD_OUT_FILE, held_out)):
+        if odd := next((i for i, row in enumerate(rows) if _shape(row) != _shape(rows[0])), None):
+            raise UserError(f"{path}:{odd + 1}: not as its first row: the file was altered: put it back, or cut it")
     metrics = read_lines(directory / "metrics.jsonl", _is_metrics)
     return StoredRun(directory, options, record, metrics, answers, held_out, _planned(directory, record, options))
 
@@ -110,6 +130,32 @@ def _options(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: not a mapping of options; the file was altered")
+    if wrong := _of_other_type(found, _OPTIONS):
+        raise UserError(f"{path}: {wrong}; the file was altered")
+    return found
+
+
+def _of_other_type(found: dict[str, Any], types: dict[str, Any]) -> str | None:
+    """What is there and of another type."""
+    for name, its_type in types.items():
+        if name in found and (
+            not isinstance(found[name], its_type) or its_type is int and isinstance(found[name], bool)
+        ):
+            return f"{name} is {shown(found[name])}"
+    return None
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """run.json, whose parts are what a run writes."""
+    found = _object(path)
+    wrong = _of_other_type(found, _RECORD)
+    for name, inside in _INSIDE.items():
+        if wrong is None and name in found and (missing := [key for key in inside if key not in found[name]]):
+            wrong = f"{name} has no {missing[0]}"
+    if wrong is None and "seconds" in found and not {"tokens_per_second", "made"} <= found.keys():
+        wrong = "seconds are there, and tokens_per_second or made are not"
+    if wrong is not None:
+        raise UserError(f"{path}: {wrong}, not as a run writes it; delete it, and the page does without it")
     return found
 
 
@@ -118,6 +164,8 @@ def _object(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); delete it, and the page does without it") from error
     if not isinstance(found, dict):
@@ -126,18 +174,30 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _is_metrics(row: dict) -> bool:
-    return isinstance(row.get("step"), int)
+    return isinstance(row.get("step"), int) and not any(isinstance(value, (list, dict)) for value in row.values())
 
 
 def _is_answer(row: dict) -> bool:
-    said = [row.get("before"), row.get("after")]
     return isinstance(row.get("prompt"), str) and all(
-        isinstance(one, dict) and {"greedy", "text", "sampling"} <= one.keys() for one in said
+        isinstance(one, dict)
+        and isinstance(one.get("greedy"), _NUMBER)
+        and isinstance(one.get("text"), str)
+        and isinstance(one.get("sampling"), list)
+        and all(isinstance(right, _NUMBER) for right in one["sampling"])
+        for one in (row.get("before"), row.get("after"))
     )
 
 
 def _is_held_out(row: dict) -> bool:
-    return {"prompt", "label", "reward", "prompt_length", "length"} <= row.keys()
+    needed = {"prompt", "label", "reward", "prompt_length", "length"}
+    told = {name: value for name, value in row.items() if name != "source"}
+    return needed <= told.keys() and all(isinstance(x, _NUMBER) for x in told.values()) and row["length"] > 0
+
+
+def _shape(row: dict) -> list:
+    """What all rows of a file have alike: their keys, and how often a problem was answered."""
+    samples = [len(row[when]["sampling"]) for when in ("before", "after") if "sampling" in (row.get(when) or ())]
+    return [sorted(row), samples]
 
 
 def read_lines(path: Path, fits) -> list[dict]:
@@ -148,7 +208,10 @@ def read_lines(path: Path, fits) -> list[dict]:
     """
     if not path.exists():
         return []
-    *lines, _ = path.read_bytes().split(b"\n")
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     rows = []
     for number, line in enumerate(lines, 1):
         try:

@@ -77,11 +77,16 @@ def accuracy_of(run: StoredRun, when: str) -> dict[Decoding, float]:
 
 def _ends(run: StoredRun, key: str) -> list[float | None]:
     """A held-out metric before training, and that of the models that were written at the end, or so far."""
-    rows = [row for row in run.metrics if key in row]
+    rows = [row for row in run.metrics if _number(row.get(key)) is not None]
     before = next((row[key] for row in rows if row["step"] == 0), None)
-    after = run.record.get("held_out", {}).get(key) if run.finished else None
+    after = _number(run.record.get("held_out", {}).get(key)) if run.finished else None
     last = rows[-1][key] if rows and rows[-1]["step"] > 0 else None
     return [before, last if after is None else after]
+
+
+def _number(value: Any) -> float | None:
+    """None for a string, which a callback may have logged under any name."""
+    return value if isinstance(value, (int, float)) else None
 
 
 def curves_of(groups: Groups) -> list[Curve]:
@@ -90,7 +95,7 @@ def curves_of(groups: Groups) -> list[Curve]:
     for metric in CURVES:
         for name, members in groups.items():
             for run in members:
-                points = [(row["step"], row[metric]) for row in run.metrics if metric in row and "loss" in row]
+                points = [(row["step"], _number(row[metric])) for row in run.metrics if metric in row and "loss" in row]
                 if len(points) > 1:
                     x, y = map(list, zip(*points))
                     curve: Curve = {"name": metric, "method": name, "x": x, "y": y, "x_label": "step"}
@@ -150,8 +155,8 @@ def held_out_of(groups: Groups, headline: str) -> dict[str, Any]:
         for title, (method, scores) in columns.items():
             if (row := _predictor(title, method, scores, rows)) is not None:
                 predictors.append(row)
-        if "value_end" in rows[0] and "value_auc" not in found:
-            predicted, observed = [row["value_start"] for row in rows], [row["reward"] for row in rows]
+        predicted, observed = [row.get("value_start", math.nan) for row in rows], [row["reward"] for row in rows]
+        if "value_end" in rows[0] and "value_auc" not in found and all(map(math.isfinite, predicted + observed)):
             found["value_calibration"] = {"predicted": predicted, "observed": observed}
             found["value_traces"] = run.record.get("value_traces", [])
             ends = {p["name"].partition(",")[2].strip(): p for p in predictors if p["name"].startswith("Value")}

@@ -57,12 +57,14 @@ def test_the_command_prints_a_line_each_and_no_secret(monkeypatch, capsys, facts
     monkeypatch.setenv("HF_TOKEN", "hf_sesame")
     monkeypatch.setenv("DQO_NOTE", "two\nlines\x1b[2J")
     monkeypatch.setenv("HF_HOME", "/somewhere")
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:open-sesame@mirror.example/hub")
+    monkeypatch.setenv("NCCL_PASSPHRASE", "sesame")
     dqo_command(["env"])
     lines = capsys.readouterr().out.splitlines()
     assert all(": " in line for line in lines) and {line.partition(":")[0] for line in lines} <= facts.keys()
     text = "\n".join(lines)
     assert "HF_TOKEN=(set)" in text and "sesame" not in text and "DQO_NOTE=two lines\\x1b[2J" in text
-    assert "hub /somewhere/hub" in text
+    assert "hub /somewhere/hub" in text and "HF_ENDPOINT=https://(set)@mirror.example/hub" in text
 
 
 def test_the_version_has_the_commit_of_a_checkout(tmp_path, monkeypatch, capsys):

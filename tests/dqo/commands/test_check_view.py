@@ -79,3 +79,11 @@ def test_what_the_environment_wrote_stands_in_brackets_and_is_paid_nothing():
     assert shown == f"1│+{{-1}}║⟦2=3⟧\\n│\n#│{tokenizer().eos_token}{{+1.5}}║"
     painted = view(episode(completion="1+2=3\n#", **turns), tokenizer(), colour=True)
     assert re.sub(r"\x1b\[[0-9;]*m", "", painted) == plain.replace("│", "")
+
+
+def test_brackets_are_closed_where_the_middle_is_left_out():
+    long = episode(completion="1" + "2" * 400 + "3", turn_spans=[[0, 1], [401, 402]])
+    _, _, shown = view(long, tokenizer(), colour=False).partition("\n[response] ")
+    head, middle, tail = shown.split("\n")
+    assert head == f"1⟦{'2' * 139}⟧" and middle.startswith("... 203 tokens, ")
+    assert tail.startswith(f"⟦{'2' * 58}⟧3│{tokenizer().eos_token}")

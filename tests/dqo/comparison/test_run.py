@@ -82,9 +82,27 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
     (out / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="out is in use; choose another"):
         claim(out, [planned(tmp_path, "a")])
-    (out / "compare.json").write_text("{")
-    with pytest.raises(UserError, match=r"compare\.json is damaged; choose another --output_dir, or delete"):
-        claim(out, [planned(tmp_path, "a")])
+    damaged = [
+        "{",
+        "[]",
+        '{"runs": 3}',
+        '{"runs": {"a": 5}}',
+        '{"runs": {"a": "--beta"}}',
+        '{"runs": {"a": ["--beta", 1]}}',
+    ]
+    for text in damaged:
+        (out / "compare.json").write_text(text)
+        with pytest.raises(UserError, match=r"compare\.json is damaged; choose another --output_dir, or delete"):
+            claim(out, [planned(tmp_path, "a")])
+
+
+def test_nothing_is_left_in_a_directory_of_something_else(files, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="mine is in use; choose another"):
+        compare(["sft"], seeds=1, output_dir=out, options=options(files))
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
 def test_a_second_comparison_is_kept_out(tmp_path):

@@ -67,6 +67,20 @@ def test_every_turn_has_the_ids_that_a_sampler_would_have_seen_and_written(texts
     assert e.rewards[-1] == 1.0 and len(e.rewards) == sum(mask) and e.terminated
 
 
+@pytest.mark.parametrize("last", ["four", "four \n"])
+def test_a_template_without_an_end_token_adds_no_white_space_to_turns(last):
+    roles = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tok = with_template(roles + "{% if add_generation_prompt %}assistant: {% endif %}")
+    completions = conversation("plus", "so", last), conversation(last)
+    several, alone = (made([{"prompt": user("two"), "completion": completion}], tok)[0] for completion in completions)
+    first, second = turns_text(several, tok)
+    assert first == "plus" and second == turns_text(alone, tok)[0] == last + tok.eos_token
+    assert "plus\ntool: so\nassistant: four" in tok.decode(several.completion_ids)
+    tok.chat_template = tok.chat_template.replace("m.content }}", "m.content | trim }}")
+    (e,) = made([{"prompt": user("two"), "completion": conversation("plus \n", "so", "four")}], tok)
+    assert turns_text(e, tok)[0] == "plus"
+
+
 def test_what_follows_the_last_turn_is_cut_with_a_count_and_no_end_is_missing(caplog):
     rows = [{"prompt": user("two"), "completion": conversation("plus", "so", "is", "four")}]
     (e,) = made(rows, CHAT)

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import yaml
 
 from dqo.errors import UserError
+from dqo.report.build import report_of
 from dqo.report.runs import read_run
 from tests.dqo.report.stored import stored_run
 
@@ -83,3 +85,89 @@ def test_what_is_no_run_is_refused_with_the_runs_that_lie_in_it(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file is a file"):
         read_run(tmp_path / "file")
+
+
+def altered(path, change):
+    """The run with its JSON file changed: an object, or the first row of several."""
+    first, newline, rest = path.read_text().partition("\n") if path.suffix == ".jsonl" else (path.read_text(), "", "")
+    found = json.loads(first)
+    change(found)
+    path.write_text(json.dumps(found) + newline + rest)
+    return path.parent
+
+
+@pytest.mark.parametrize("value", [None, "x", 3, [], {}, True])
+@pytest.mark.parametrize(
+    "name", ["created", "commands", "phases", "data", "model", "parameters", "versions", "seconds", "files"]
+)
+def test_a_record_of_other_types_is_named_or_makes_a_page(tmp_path, name, value):
+    path = stored_run(tmp_path / "a") / "run.json"
+    try:
+        read_run(altered(path, lambda record: record.update({name: value})))
+    except UserError as error:
+        assert str(error).startswith(f"{path}: {name} ") and str(error).endswith("the page does without it")
+        path.unlink()
+        assert read_run(path.parent).record == {}
+    else:
+        assert (
+            type(value) is type(json.loads((stored_run(tmp_path / "b") / "run.json").read_text())[name])
+            or name == "seconds"
+        )
+
+
+@pytest.mark.parametrize("name, key", [("data", "of"), ("data", "sha256"), ("model", "sha256"), (None, "made")])
+def test_a_record_that_lacks_a_part_is_named(tmp_path, name, key):
+    path = stored_run(tmp_path / "a") / "run.json"
+    with pytest.raises(UserError, match=f"run.json: .*{key}.*, not as a run writes it; delete it"):
+        read_run(altered(path, lambda record: (record if name is None else record[name]).pop(key)))
+
+
+@pytest.mark.parametrize("file", ["answers.jsonl", "held_out.jsonl"])
+def test_rows_of_other_types_are_named_with_their_line(tmp_path, file):
+    row = json.loads((stored_run(tmp_path / "run") / file).read_text().partition("\n")[0])
+    parts = [(one,) for one in row if one != "source"] + [(w, k) for w in ("before", "after") for k in row.get(w, ())]
+    for number, (*outer, name) in enumerate(parts):
+        path = stored_run(tmp_path / str(number)) / file
+
+        def change(row, outer=outer, name=name):
+            (row[outer[0]] if outer else row)[name] = None
+
+        with pytest.raises(UserError, match=rf"{file}:1: not a row that a run writes"):
+            read_run(altered(path, change))
+
+
+def test_rows_that_differ_in_what_they_have_are_named(tmp_path):
+    path = stored_run(tmp_path / "a") / "answers.jsonl"
+    with pytest.raises(UserError, match=r"answers.jsonl:2: not as its first row"):
+        read_run(altered(path, lambda row: row["after"]["sampling"].append(1)))
+    path = stored_run(tmp_path / "b") / "held_out.jsonl"
+    with pytest.raises(UserError, match=r"held_out.jsonl:2: not as its first row"):
+        read_run(altered(path, lambda row: row.pop("value_half")))
+
+
+def test_a_directory_in_the_place_of_a_file_is_named(tmp_path):
+    for name in ("metrics.jsonl", "run.json", "answers.jsonl"):
+        path = stored_run(tmp_path / name) / name
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(UserError, match=f"{name}: cannot be read: Is a directory"):
+            read_run(path.parent)
+
+
+@pytest.mark.parametrize("name, value", [("seed", None), ("seed", "x"), ("method", 3), ("max_steps", "many")])
+def test_options_of_another_type_are_named(tmp_path, name, value):
+    path = stored_run(tmp_path / "a")
+    options = yaml.safe_load((path / "config.yaml").read_text())
+    (path / "config.yaml").write_text(yaml.safe_dump(options | {name: value}))
+    with pytest.raises(UserError, match=f"config.yaml: {name} is .*; the file was altered"):
+        read_run(path)
+
+
+def test_a_string_that_a_callback_logged_is_no_point_of_a_curve(tmp_path):
+    path = stored_run(tmp_path / "a")
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    odd = [row | {name: "n/a" for name in ("loss", "eval_loss") if name in row} for row in rows]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in odd))
+    found = report_of([read_run(path)])
+    assert all(y is None for curve in found["curves"] if curve["name"] == "loss" for y in curve["y"])
+    assert "Held-out KL" in [change["name"] for change in found["changes"]]
