@@ -5,8 +5,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,70 +14,12 @@ import torch
 from dqo.data.batches import Batching, collate
 from dqo.errors import UserError
 from dqo.models.policy import policy_stats
-from dqo.processes import Processes
 from dqo.reference import columns as reference
-from dqo.reference.cache import ReferenceCache, ReferenceId
+from dqo.reference.cache import ReferenceCache
 from dqo.reference.columns import AGREEMENT_BOUNDS, check_agreement, warn_about_behavior
 from tests.dqo import forked
 from tests.dqo.helpers import episodes, policy
-
-IDENTITY = ReferenceId(weights="w", architecture="a", dtype="float32", softcap=None)
-ALONE = Processes()
-PER_BATCH = 40  # padded tokens; a few responses
-
-
-class Counting:
-    """A reference that counts its forward passes and the responses it is asked for, and may stop before one of them."""
-
-    def __init__(self, model=None, stop_at=None):
-        self.model, self.stop_at = model or policy(), stop_at
-        self.batches = []
-
-    def __call__(self, batch):
-        if len(self.batches) == self.stop_at:
-            raise KeyboardInterrupt
-        self.batches.append([e.source for e in batch.episodes])
-        return policy_stats(self.model, batch)
-
-    @property
-    def responses(self):
-        return [source for batch in self.batches for source in batch]
-
-
-def fresh(count=20, seed=0):
-    return episodes(count, seed=seed, reference=False)
-
-
-def add(members, stats_of, cache=None, processes=ALONE, max_tokens=PER_BATCH):
-    return reference.add_reference(members, stats_of, Batching(0, max_tokens), processes, cache)
-
-
-@dataclass(frozen=True)
-class Rank(Processes):
-    """One of several in one process."""
-
-    waiting: Callable[[], None] = lambda: None
-
-    def barrier(self):
-        self.waiting()
-
-
-def columns(members):
-    return [(e.ref_logprobs, e.ref_lse) for e in members]
-
-
-def same(left, right):
-    return all(np.array_equal(a, b) for one, other in zip(left, right, strict=True) for a, b in zip(one, other))
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return ReferenceCache(tmp_path / "cache", IDENTITY, "model")
-
-
-@pytest.fixture
-def flush_every_batch(monkeypatch):
-    monkeypatch.setattr(reference, "FLUSH_TOKENS", 1)
+from tests.dqo.reference.passes import IDENTITY, PER_BATCH, Counting, Rank, add, columns, fresh, same
 
 
 def test_every_episode_gets_its_own_log_probabilities_whatever_the_batch():
@@ -364,97 +305,3 @@ def test_stored_log_probabilities_of_another_distribution_are_noticed(caplog):
         e.behavior_logprobs = e.ref_logprobs / np.float32(0.5)
     warn_about_behavior(members)
     assert "differ from the reference policy's by" in caplog.text
-
-
-class Limited(Counting):
-    """Memory runs out where a batch has more positions."""
-
-    def __init__(self, positions):
-        super().__init__()
-        self.positions = positions
-
-    def __call__(self, batch):
-        if batch.positions > self.positions:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
-        return super().__call__(batch)
-
-
-def test_a_pass_that_runs_out_of_memory_goes_on_in_smaller_batches(cache, caplog):
-    members, plain, forward = fresh(), fresh(), Limited(16)
-    assert add(members, forward, cache) == 20 == add(plain, Counting())
-    assert sorted(forward.responses) == sorted(e.source for e in plain)  # each once
-    assert all(
-        np.allclose(a, b, atol=1e-6) for one, other in zip(columns(members), columns(plain)) for a, b in zip(one, other)
-    )
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("reference pass: out of memory on cpu") and "up to 40 tokens. It was done again" in said
-    again = Counting()
-    assert add(fresh(), again, cache) == 0 and not again.batches
-
-
-def test_a_response_that_does_not_fit_alone_ends_the_pass_and_keeps_the_finished_ones(cache):
-    members = fresh()
-    shortest = sorted(e.length for e in members)[4]
-    with pytest.raises(UserError, match=r"^reference pass: out of memory on cpu .*although each holds one response"):
-        add(members, Limited(shortest), cache)
-    forward, tight = Counting(), fresh()
-    assert add(sorted(tight, key=lambda e: e.length)[:3], Limited(shortest), cache) == 3
-    assert add(tight, forward, cache) == 17
-
-
-def test_the_check_of_the_reference_goes_on_in_smaller_batches(caplog):
-    members = fresh()
-    add(members, Counting())
-    forward = Limited(30)
-    check_agreement(members, forward, Batching(0, 10**6))
-    assert len(forward.responses) == 20 and "check of the reference: out of memory on cpu" in caplog.text
-    with pytest.raises(UserError, match="although each holds one response"):
-        check_agreement(members, Limited(2), Batching(0, 10**6))
-
-
-def test_tokens_and_cache_are_said_before_a_pass_and_its_size_is_true(cache, capsys):
-    members = fresh()
-    add(members, Counting(), cache)
-    tokens, responses = sum(e.length for e in members), [len(e.completion_ids) for e in members]
-    size = ReferenceCache.size(responses)
-    assert (
-        f"reference pass: 20 responses, {tokens:,} tokens, {size / 1000:.3g} KB of cache\n" in capsys.readouterr().out
-    )
-    stored = [path.stat().st_size for path in cache.directory.glob("segment-*")]
-    assert size <= sum(stored) <= size + 400 * len(stored)
-    add(fresh(), Counting(), cache)
-    assert capsys.readouterr().out == ""  # nothing is left to compute
-
-
-def test_the_time_of_a_pass_is_said_once_after_its_first_batches(monkeypatch, capsys):
-    now = [0.0]
-
-    class Slow(Counting):
-        def __call__(self, batch):
-            now[0] += 4.0 * batch.tokens  # seconds: a quarter of a token in each
-            return super().__call__(batch)
-
-    monkeypatch.setattr(reference.time, "monotonic", lambda: now[0])
-    members = fresh()
-    forward = Slow()
-    add(members, forward)
-    first = sum(e.length for e in members if e.source in forward.batches[0])
-    left = 4.0 * (sum(e.length for e in members) - first)
-    said = [line for line in capsys.readouterr().out.splitlines() if "left" in line]
-    assert said == [f"reference pass: 0 tokens/s, about {left / 60:.0f} minutes left"]
-
-
-def test_a_disk_without_room_for_the_cache_is_refused_before_the_pass(cache, monkeypatch):
-    import shutil
-
-    usage = shutil.disk_usage(cache.directory)._replace(free=900)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    forward = Counting()
-    with pytest.raises(UserError) as caught:
-        add(fresh(), forward, cache)
-    size = ReferenceCache.size([len(e.completion_ids) for e in fresh()])
-    assert str(caught.value) == (
-        f"{cache.directory}: the reference's log-probabilities need {size / 1000:.3g} KB, and the disk has 900 bytes left; free "
-        "some, or choose another --ref_cache_dir"
-    )
-    assert not forward.batches
