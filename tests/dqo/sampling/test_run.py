@@ -1,74 +1,18 @@
 """`dqo sample`: what it writes, that it goes on after any end, and what it refuses before any work."""
 
-import errno
-import json
-import os
-import signal
-import time
-
 import pytest
 import torch
 
 from dqo import api
 from dqo.commands.sample import sample_command
-from dqo.config.sampling import SampleConfig
-from dqo.data import appending
 from dqo.data.rows import read_rows
 from dqo.errors import UserError
 from dqo.models.new import save
 from dqo.models.policy import load_policy
 from dqo.sampling import backends
 from dqo.sampling.run import sample_rows
-from tests.dqo import forked
 from tests.dqo.helpers import policy, tokenizer
-
-PROMPTS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in (1, 23) for b in (4, 5, 6)]
-TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if tools %}{{ tools | length }}{% endif %}"
-TEMPLATE += "{% if add_generation_prompt %}{{ '=' if plain else '+' }}{% endif %}"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sample") / "model"
-    save(policy(), tokenizer(), path)
-    return path
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def options(model, tmp_path, rows=None, **changes):
-    given = {
-        "model_name_or_path": str(model),
-        "prompts": write(tmp_path / "prompts.jsonl", rows or PROMPTS),
-        "output_file": str(tmp_path / "rollouts.jsonl"),
-        "num_generations": 3,
-        "max_completion_length": 8,
-        "batch_size": 4,
-    }
-    return SampleConfig(**given | changes)
-
-
-def rows_of(path):
-    return [json.loads(line) for line in open(path)]
-
-
-def by_key(path):
-    """{key: row without log-probabilities}, and {key: log-probabilities}."""
-    rows = {tuple(row["sampling"]["key"]): row for row in rows_of(path)}
-    assert len(rows) == len(rows_of(path))
-    return {key: {**row, "logprobs": None} for key, row in rows.items()}, {
-        k: row["logprobs"] for k, row in rows.items()
-    }
-
-
-def same_rows(one, other):
-    (first, numbers), (second, others) = by_key(one), by_key(other)
-    assert first == second
-    for key in numbers:
-        assert numbers[key] == pytest.approx(others[key], abs=1e-5)
+from tests.dqo.sampling.runs import PROMPTS, TEMPLATE, options, rows_of, same_rows, write
 
 
 def test_rows_hold_all_of_a_response_and_training_wants_nothing_but_a_reward(model, tmp_path):
@@ -114,138 +58,6 @@ def test_equal_prompts_get_responses_of_their_own_and_a_prompt_the_same_ones_in_
     sample_rows(other, quiet=True)
     again = {row["completion"] for row in rows_of(tmp_path / "other.jsonl") if row["prompt"] == "1+4="}
     assert again < set(texts) and len(again) == 3
-
-
-def stopping(real, after, stop):
-    """The responses of `real`, and then `stop()` in place of the next one."""
-
-    def generate(*arguments, **more):
-        for number, pair in enumerate(real(*arguments, **more)):
-            if number == after:
-                stop()
-            yield pair
-
-    return generate
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def sampled(arguments, after=None):
-    """`dqo sample` in a process of its own, which is killed after a number of responses."""
-    if after is not None:
-        backends.generate = stopping(backends.generate, after, die)
-    sample_rows(arguments, quiet=True)
-
-
-def whole_lines(path):
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def goes_on_after(stop, broken, path, unbroken):
-    """`stop(number)` ends a run of `broken` after so many responses; then it goes on, and its rows are those of `unbroken`."""
-    for number in (0, 1, 5, 6):
-        before = whole_lines(path)
-        stop(number)
-        assert whole_lines(path) == before + number
-        path.write_bytes(path.read_bytes() + b'{"prompt": "1+')  # as if it had died inside of a line
-    found = sample_rows(broken, quiet=True)
-    assert (found.rows, found.new) == (18, 6)
-    same_rows(path, unbroken)
-    before = path.read_bytes()
-    assert sample_rows(broken, quiet=True).new == 0 and path.read_bytes() == before
-
-
-def test_a_run_that_is_stopped_again_and_again_ends_with_the_rows_of_an_unbroken_one(model, tmp_path, monkeypatch):
-    sample_rows(options(model, tmp_path, output_file=str(tmp_path / "unbroken.jsonl")), quiet=True)
-    broken = options(model, tmp_path)
-
-    def interrupted():
-        raise KeyboardInterrupt
-
-    def stop(number):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(backends, "generate", stopping(backends.generate, number, interrupted))
-            sample_rows(broken, quiet=True)
-
-    goes_on_after(stop, broken, tmp_path / "rollouts.jsonl", tmp_path / "unbroken.jsonl")
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_ends_with_the_rows_of_an_unbroken_one(model, tmp_path):
-    sample_rows(options(model, tmp_path, output_file=str(tmp_path / "unbroken.jsonl")), quiet=True)
-    broken = options(model, tmp_path)
-
-    def stop(number):
-        process = forked.start(sampled, broken, number)
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL
-
-    goes_on_after(stop, broken, tmp_path / "rollouts.jsonl", tmp_path / "unbroken.jsonl")
-
-
-@pytest.mark.slow
-def test_a_kill_at_any_moment_loses_and_doubles_nothing(model, tmp_path):
-    many = {"num_generations": 40, "batch_size": 8}
-    sample_rows(options(model, tmp_path, output_file=str(tmp_path / "unbroken.jsonl"), **many), quiet=True)
-    broken = options(model, tmp_path, **many)
-    for delay in (0.05, 0.2, 0.4, 0.6, 0.8):
-        process = forked.start(sampled, broken)
-        time.sleep(delay)
-        process.kill()
-        process.join(60)
-    sample_rows(broken, quiet=True)
-    same_rows(tmp_path / "rollouts.jsonl", tmp_path / "unbroken.jsonl")
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"temperature": 0.5}, "temperature 1.0 then, 0.5 now"),
-        ({"top_p": 0.9}, "top_p 1.0 then, 0.9 now"),
-        ({"seed": 1}, "seed 0 then, 1 now"),
-        ({"num_generations": 4}, "num_generations 3 then, 4 now"),
-        ({"max_completion_length": 9}, "max_completion_length 8 then, 9 now"),
-        ({"dtype": "bfloat16"}, 'dtype "float32" then, "bfloat16" now'),
-        ({"rows": PROMPTS[:5]}, "prompts .* then, .* now"),
-    ],
-)
-def test_other_options_are_refused_when_a_file_goes_on(model, tmp_path, change, message):
-    sample_rows(options(model, tmp_path), quiet=True)
-    before = (tmp_path / "rollouts.jsonl").read_bytes()
-    with pytest.raises(UserError, match=f"was begun under other options: {message}"):
-        sample_rows(options(model, tmp_path, **change), quiet=True)
-    assert (tmp_path / "rollouts.jsonl").read_bytes() == before
-
-
-def test_a_model_that_has_changed_under_its_name_is_refused_when_a_file_goes_on(tmp_path):
-    save(policy(), tokenizer(), tmp_path / "model")
-    sample_rows(options(tmp_path / "model", tmp_path), quiet=True)
-    policy(seed=1).save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="was begun under other options: model_hash"):
-        sample_rows(options(tmp_path / "model", tmp_path), quiet=True)
-
-
-def test_a_full_disk_is_one_line_and_the_rows_before_are_whole(model, tmp_path, monkeypatch):
-    path, write, written = tmp_path / "rollouts.jsonl", os.write, []
-    sample_rows(options(model, tmp_path, output_file=str(tmp_path / "unbroken.jsonl")), quiet=True)
-
-    def fills(descriptor, content):
-        room = 3000 - sum(written)
-        if not room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written.append(write(descriptor, content[:room]))
-        return written[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(appending.os, "write", fills)
-        with pytest.raises(UserError) as found:
-            sample_rows(options(model, tmp_path), quiet=True)
-    assert str(found.value) == f"{path}: cannot be written: No space left on device. What was there before is whole"
-    assert 0 < len(rows_of(path)) < 18 and path.read_bytes().endswith(b"\n")
-    sample_rows(options(model, tmp_path), quiet=True)
-    same_rows(path, tmp_path / "unbroken.jsonl")
 
 
 def test_prompts_with_no_room_for_a_response_are_refused_before_the_model_is_loaded(tmp_path, model, monkeypatch):
