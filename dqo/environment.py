@@ -142,6 +142,7 @@ def _of_torch() -> Iterator[tuple[str, str]]:
     from dqo_kernels.__main__ import CHECKS, backends, devices, verdict
     from dqo_kernels.core import dispatch
 
+    yield "torch", torch.__version__  # of PyPI's build the metadata say 2.14.1, itself 2.14.1+cu130
     yield "torch was built for", f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     for i in range(torch.cuda.device_count()):
         its = torch.cuda.get_device_properties(i)

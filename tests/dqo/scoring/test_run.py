@@ -9,8 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from dqo.api import score
@@ -200,8 +198,9 @@ def test_two_answers_to_one_row_are_refused(place):
 def test_options_and_rows_that_do_not_fit_are_named_before_anything_is_written(place, options, said):
     write("bad.jsonl", [GSM8K[0], GSM8K[1] | {"answer": "four"}])
     write("half.jsonl", [GSM8K[0], GSM8K[1] | {"note": "\ud83d"}, GSM8K[2] | {"weight": float("nan")}])
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     dated = {"prompt": ["a"], "completion": ["b"], "answer": ["4"], "when": [datetime.date(2020, 1, 2)]}
-    pyarrow.parquet.write_table(pyarrow.table(dated), "dates.parquet")
+    parquet.write_table(pyarrow.table(dated), "dates.parquet")
     given = {"data": write("r.jsonl", GSM8K), "verifier": "gsm8k", "output_file": "s.jsonl"} | options
     before = sorted(Path().iterdir())
     with pytest.raises(UserError, match=said):
