@@ -22,6 +22,7 @@ OTHERS, CRITIC, OTHER_PROMPTS, ITSELF = "other responses to the prompt", "value 
 class Implied(NamedTuple):
     values: np.ndarray  # (T + 1,) V of the state before each token, and of the state behind the last
     remainder: float  # the last of them: 0 is expected of a response that ended
+    line: np.ndarray  # (T + 1,) as it is drawn: V before each token, and Q of the last, which its reward should meet
 
 
 class Start(NamedTuple):
@@ -44,7 +45,10 @@ def implied_values(advantages: ArrayLike, rewards: ArrayLike, start: float, gamm
     values[0] = start
     for t, (gain, discount) in enumerate(zip(gains, discounts)):
         values[t + 1] = (values[t] - gain) / discount
-    return Implied(values, float(values[-1]))
+    line = values.copy()
+    if len(gains):
+        line[-1] = values[-2] + float(np.asarray(advantages, float)[-1])
+    return Implied(values, float(values[-1]), line)
 
 
 def soft_return(advantages: ArrayLike, rewards: ArrayLike, gamma: ArrayLike = 1.0) -> float:

@@ -105,8 +105,10 @@ def reliability_plot(points: list[tuple[float, tuple]]) -> str:
 
 
 def trace_plot(trace: ValueTrace, limits: tuple[float, float]) -> str:
-    """The value along one response: token i spans [i, i + 1], and the value before it stands at i."""
+    """The value along one response: token i spans [i, i + 1], and the value before it stands at i. An implied value comes first,
+    and the value model's, where there is one, is dashed."""
     tokens, values, ends = trace["tokens"], with_gaps(trace["values"]), trace.get("step_ends") or []
+    implied = with_gaps(trace.get("implied") or [])
     wrong = trace.get("first_wrong_step")
     wide, high = 540, 190
     step_starts = [0, *ends][: len(ends)]
@@ -123,9 +125,14 @@ def trace_plot(trace: ValueTrace, limits: tuple[float, float]) -> str:
             axis.text((start + end) / 2, 1.0, label, transform=axis.get_xaxis_transform(), color=color,
                       fontsize=9, ha="center", va="bottom")  # fmt: skip
         right = trace["reward"] > 0
-        axis.plot([*range(len(values)), len(tokens)], [*values, trace["reward"]], color=MUTED, linewidth=1,
-                  linestyle=DOTS)  # fmt: skip
-        axis.plot(range(len(values)), values, color=SERIES[0])
+        if len(implied):
+            axis.plot(range(len(values)), values, "--", color=SERIES[1])
+            axis.plot([len(tokens)] * 2, [implied[-1], trace["reward"]], color=INK, linewidth=1.2, linestyle=DOTS)
+            axis.plot(range(len(implied)), implied, color=SERIES[0])
+        else:
+            axis.plot([*range(len(values)), len(tokens)], [*values, trace["reward"]], color=MUTED, linewidth=1,
+                      linestyle=DOTS)  # fmt: skip
+            axis.plot(range(len(values)), values, color=SERIES[0])
         axis.plot(len(tokens), trace["reward"], "o" if right else "X", color=GOOD if right else BAD,
                   markersize=7, clip_on=False)  # fmt: skip
         axis.set_xlim(0, max(len(tokens), 1))
@@ -149,7 +156,8 @@ def half_right(traces: list[ValueTrace]) -> list[ValueTrace]:
 
 def value_limits(traces: list[ValueTrace]) -> tuple[float, float]:
     """One scale for all traces, so that they can be compared."""
-    shown = [x for trace in traces for x in (*trace["values"], trace["reward"]) if x is not None]
+    lines = [(*trace["values"], *(trace.get("implied") or ()), trace["reward"]) for trace in traces]
+    shown = [x for line in lines for x in line if x is not None]
     low, high = min([0.0, *shown]), max([1.0, *shown])
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
 

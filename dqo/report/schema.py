@@ -74,6 +74,7 @@ class ValueTrace(_TokenValues, total=False):
 
     step_ends: list[int]  # for each step the position behind its last token
     first_wrong_step: int | None  # counted from 0
+    implied: list[float | None]  # V before each token, and Q of the last: what the policy implies (dqo.credit.implied)
 
 
 class Change(TypedDict):

@@ -12,7 +12,7 @@ import pytest
 from dqo.report.comparison import compare
 from dqo.report.curves import MOST_POINTS, thin
 from dqo.report.page import console_table, write_report
-from dqo.report.plots import MOST_TRACES, half_right, trace_plot
+from dqo.report.plots import MOST_TRACES, half_right, trace_plot, value_limits
 from dqo.stats import Proportion, accuracy_interval, paired_test
 
 HOSTILE = '<script>alert("1 & 2")</script> <b>&amp; $x_1^{$ #0072b2 id="k" 日本'
@@ -187,6 +187,20 @@ def test_tokens_are_drawn_as_they_are():
     labels = Page(drawn).texts
     for label in ["$x_1^{$", "#0072b2", '·id="k"', "<b>&lt;", "url(#a)", "↵"]:
         assert label in labels
+
+
+def test_an_implied_value_is_drawn_beside_the_value_models():
+    plain = trace(tokens="abc") | {"step_ends": []}
+    with_implied = plain | {"implied": [0.4, 0.5, 1.5, 1.25]}
+    assert value_limits([with_implied])[1] > 1.5 > value_limits([plain])[1]
+
+    def lines(one):  # points of every line in the colour of a series
+        paths = re.findall(r'<path d="([^"]*)"[^>]*style="[^"]*stroke: var\(--(series-\d)', trace_plot(one, (0, 2)))
+        return {(series, path.count("L") + 1) for path, series in paths}
+
+    assert lines(plain) == {("series-0", 3)}
+    assert lines(with_implied) == {("series-0", 4), ("series-1", 3)}
+    assert lines(with_implied | {"values": []}) == {("series-0", 4)}
 
 
 def test_the_page_needs_nothing_from_elsewhere(html):
