@@ -33,6 +33,7 @@ from dqo.evaluation.evaluate import evaluate as evaluate
 from dqo.evaluation.run import answers_of, base_answers
 from dqo.evaluation.tasks import check_tasks, read_tasks
 from dqo.files import writing
+from dqo.inspection.run import inspect as inspect
 from dqo.objectives.base import Objective
 from dqo.objectives.registry import DEFAULT_METHOD, method_of, methods_table
 from dqo.report.command import report as report

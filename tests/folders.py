@@ -20,7 +20,7 @@ ORDER = [
     ("sampling",),
     ("train",),
     ("scoring", "evaluation"),
-    ("report",),
+    ("report", "inspection"),
     ("api", "comparison", "demo"),
     ("commands",),
 ]

@@ -31,6 +31,8 @@ def test_the_search_for_circles_finds_one():
 
 def test_no_file_has_the_name_of_a_module_of_the_standard_library():
     for path in SOURCES:
+        if path.parent.name == "commands":  # a command's file has its name, and no file there is run by itself
+            continue
         assert path.stem.startswith("__") or path.stem not in sys.stdlib_module_names, path
 
 

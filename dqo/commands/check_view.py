@@ -12,6 +12,7 @@ from itertools import groupby
 import numpy as np
 
 from dqo.data.episodes import Episode
+from dqo.data.ids import token_texts
 from dqo.errors import printable
 
 _PROMPT, _HEAD, _TAIL = 60, 140, 60  # tokens shown: the prompt's last, the response's first and last
@@ -70,16 +71,6 @@ def _turns(of_model: list[bool]) -> str:
         return ""
     turns = sum(own for own, _ in groupby(of_model))
     return f" in {turns} turn{'s' * (turns > 1)}, {of_model.count(False):,} of them the environment's"
-
-
-def token_texts(tokenizer, ids: list[int]) -> list[str]:
-    """The text that each token adds to the one before it: alone, some tokenizers' tokens lose their leading space."""
-    texts = []
-    for i, token in enumerate(ids):
-        before = tokenizer.decode(ids[i - 1 : i]) if i else ""
-        both = tokenizer.decode(ids[max(i - 1, 0) : i + 1])
-        texts.append(both[len(before) :] if both.startswith(before) else tokenizer.decode([token]))
-    return texts
 
 
 def _painted(text: str, style: str) -> str:

@@ -8,7 +8,7 @@ from dqo.comparison.plan import flags_of
 from dqo.comparison.run import compare
 from dqo.config.flags import parse_flags
 
-PLACE = 10
+PLACE = 11
 
 
 @dataclass(frozen=True)

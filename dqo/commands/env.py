@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dqo.config.flags import parse_flags
 from dqo.environment import env
 
-PLACE = 12
+PLACE = 13
 
 
 @dataclass(frozen=True)

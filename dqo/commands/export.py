@@ -11,7 +11,7 @@ from tyro.conf import Positional
 from dqo.config.flags import parse_flags
 from dqo.train.saved import find_saved
 
-PLACE = 11
+PLACE = 12
 
 
 @dataclass(frozen=True)

@@ -166,3 +166,13 @@ def _never(part: Any, schemes: set[str]) -> Any:
         schemes.add("always")
         return {**part, "add_prefix_space": False}
     return part
+
+
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
+    """The text that each token adds to the one before it: alone, some tokenizers' tokens lose their leading space."""
+    texts = []
+    for i, token in enumerate(ids):
+        before = tokenizer.decode(ids[i - 1 : i]) if i else ""
+        both = tokenizer.decode(ids[max(i - 1, 0) : i + 1])
+        texts.append(both[len(before) :] if both.startswith(before) else tokenizer.decode([token]))
+    return texts

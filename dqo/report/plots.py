@@ -104,13 +104,12 @@ def reliability_plot(points: list[tuple[float, tuple]]) -> str:
     return inline_svg(draw, (350, 330), "Predicted value against outcome")
 
 
-def trace_plot(trace: ValueTrace, limits: tuple[float, float]) -> str:
+def trace_plot(trace: ValueTrace, limits: tuple[float, float], size: tuple[int, int] = (540, 190)) -> str:
     """The value along one response: token i spans [i, i + 1], and the value before it stands at i. An implied value comes first,
     and the value model's, where there is one, is dashed."""
     tokens, values, ends = trace["tokens"], with_gaps(trace["values"]), trace.get("step_ends") or []
     implied = with_gaps(trace.get("implied") or [])
     wrong = trace.get("first_wrong_step")
-    wide, high = 540, 190
     step_starts = [0, *ends][: len(ends)]
 
     def draw(figure):
@@ -139,9 +138,9 @@ def trace_plot(trace: ValueTrace, limits: tuple[float, float]) -> str:
         axis.set_ylim(*limits)
         axis.set_ylabel("value")
         axis.grid(axis="x", visible=False)
-        _label_tokens(axis, tokens, wide)
+        _label_tokens(axis, tokens, size[0])
 
-    return inline_svg(draw, (wide, high), "Value along the response")
+    return inline_svg(draw, size, "Value along the response")
 
 
 def half_right(traces: list[ValueTrace]) -> list[ValueTrace]:

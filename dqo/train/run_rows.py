@@ -42,8 +42,8 @@ def episodes_of(models: RunModels, rows: list[Row]) -> list[Episode]:
         longer = [e for e in made if limit is not None and e.length > limit]
         if longer and hard:
             raise UserError(
-                f"{longer[0].source}: {longer[0].length:,} tokens of prompt and completion, and {model.config.model_type} of the run has "
-                f"{limit:,} positions ({len(longer):,} of {len(made):,} responses are longer); choose other rows"
+                f"{longer[0].source}: {longer[0].length:,} tokens of prompt and completion, and the model has {limit:,} "
+                f"positions ({len(longer):,} of {len(made):,} responses are longer); choose other rows"
             )
     return made
 

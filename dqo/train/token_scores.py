@@ -172,7 +172,7 @@ def batches_of(
     packed = attention.packs(model)
     batching = Batching(pad_id, _TOKENS.get(device.type, _MORE_TOKENS), device, packed)
     plan = micro_batch_plan([[episode] for episode in episodes], 1, batching.max_tokens, packed)[0] if episodes else []
-    for groups in tqdm(plan, desc=description, unit="batch", leave=False, disable=description is None):
+    for groups in tqdm(plan, desc=description, unit="batch", delay=2.0, leave=False, disable=description is None):
         assert groups is not None  # there is one process
         yield batching.collate([episode for group in groups for episode in group])
 
