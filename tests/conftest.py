@@ -22,6 +22,8 @@ import torch
 
 # Names that are nowhere are not looked for in the network, whether there is one or not.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What it adds shows after a loss of power alone; a short run waits for it forty times, as long as it computes.
+os.fsync = os.fstat
 # A shell starts what runs in the background without it, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
