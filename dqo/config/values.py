@@ -155,7 +155,7 @@ def _float(value: Any) -> float:
 def value_problems(config: Any) -> list[tuple[str, str]]:
     """(field, what is wrong) of each number that is not finite or too large, and each name that no file system takes."""
     found = []
-    hints = type_hints(type(config))
+    hints = type_hints(config.__class__)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         optional = " or None" if type(None) in get_args(hints[field.name]) else ""
