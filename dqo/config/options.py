@@ -11,14 +11,14 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
 
 from dqo.config.flags import check_flags, flag_sources, options_of_methods, take_config_files
 from dqo.config.rows import RowOptions
-from dqo.config.values import brief, refuse, suggestion, typed, value_problems
+from dqo.config.values import brief, refuse, suggestion, type_hints, typed, value_problems
 from dqo.errors import UserError
 from dqo.grading.verifiers import expected_name, verifiers_help
 from dqo.objectives.base import Objective
@@ -265,7 +265,7 @@ def _objective_class(arguments: list[str], from_files: dict[str, tuple[Any, str]
 
 def _checked(cls: type, name: str, value: Any, source: str) -> Any:
     try:
-        return typed(get_type_hints(cls)[name], value)
+        return typed(type_hints(cls)[name], value)
     except TypeError as error:
         raise UserError(f"{source}: {name} {error}") from error
 

@@ -130,6 +130,7 @@ def metrics_without_speed(directory):
     return [{name: value for name, value in row.items() if not name.startswith("perf/")} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_bit_for_bit(files):
     whole = run(files, output_dir=files / "whole", save_steps=1, max_steps=30)
     command = [sys.executable, "-m", "dqo", "train", *arguments(files, save_steps=1, max_steps=30)]

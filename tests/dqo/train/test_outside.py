@@ -126,6 +126,7 @@ def logged(directory):
     ]
 
 
+@pytest.mark.slow
 def test_lists_and_columns_of_its_own_do_not_depend_on_the_split(outside):
     whole = train(load_options(options(outside, output_dir=outside / "whole", max_steps=8)))
     split = train(load_options(options(outside, output_dir=outside / "split", max_steps=8, max_batch_tokens=40)))

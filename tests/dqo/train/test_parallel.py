@@ -67,7 +67,7 @@ def runs(tmp_path_factory):
     (files / "rollouts.jsonl").write_text("\n".join(lines))
     found, lists = {}, []
     for name, changes in RUNS.items():
-        changes = {"logging_steps": 2} | changes
+        changes = {"logging_steps": 2, "max_steps": 6} | changes
         alone = {"per_device_train_batch_size": 8} | changes
         if name == "one group a step":  # over two processes 1 each is a step of 2: here one group of it would do
             alone["per_device_train_batch_size"] = 2
