@@ -20,7 +20,7 @@ from dqo.errors import UserError
 from dqo.processes import Processes
 from dqo.train import checkpoint, metrics, optim, phases
 from dqo.train.callbacks import Callbacks
-from dqo.train.damage import fault, loading
+from dqo.train.damage import checkpoints, fault, loading
 from dqo.train.engine import Engine
 from dqo.train.held_out import held_out_metrics, predictions
 from dqo.train.learner import update_target
@@ -30,6 +30,7 @@ from dqo.train.prepare import Prepared
 from dqo.train.recorder import Recorder
 from dqo.train.resume import stored_options
 from dqo.train.step import accumulate, companions_of
+from dqo.train.weighting import Collapse
 
 # (policy, tokenizer, step, processes) -> metrics of the policy's answers to problems; every process calls it.
 Answers = Callable[[PreTrainedModel, Any, int, Processes], dict[str, float]]
@@ -42,7 +43,7 @@ class Trainer:
         self, options: Options, prepared: Prepared, callbacks: list | None = None, answers: Answers | None = None
     ):
         self.options, self.prepared, self.answers = options, prepared, answers
-        self.config, self.objective = options.train, options.objective
+        self.config, self.objective = options.train, prepared.objective
         self.learner, self.processes = prepared.learner, prepared.processes
         self.output_dir = Path(self.config.output_dir)
         self.per_epoch = math.ceil(len(prepared.groups) / prepared.per_step)  # the last step of an epoch may be short
@@ -59,6 +60,8 @@ class Trainer:
         self.train_prompts: set[str] = set()
         self.train_problems: set[bytes] = set()
         self.window: dict[str, torch.Tensor] = {}  # this process's metric sums since the last logged row
+        self.weights: metrics.Weights | None = None  # of the last step
+        self.collapse = Collapse(self.config)
         self.evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation's step and metrics
         self.compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
 
@@ -146,6 +149,10 @@ class Trainer:
                 raise UserError(f"{name_of_step}: {error}") from error
 
         sums, tokens = self.engine.in_memory(gradients, name_of_step, groups, companions_of(groups))
+        sums, self.weights = metrics.of_step(sums, self.processes)
+        if self.weights is not None and "policy" in trains:
+            if (warning := self.collapse.note(step + 1, self.weights)) is not None:
+                self.processes.say(f"WARNING: {warning}")
         self.window = metrics.add(self.window, sums)
         self.counters["num_tokens"] += tokens
         factor = optim.schedule(step, self.steps, self.warmup, self.config.lr_scheduler_type)
@@ -223,7 +230,9 @@ class Trainer:
         }
         self.counters |= self.recorder.position()
         state |= {"counters": self.counters, "steps": self.steps, "callbacks": self.callbacks.stored()}
-        state |= stored_options(self.options, self.warmup, self.stretches, self.prepared.save_dtype)
+        state |= stored_options(
+            self.options, self.warmup, self.stretches, self.prepared.save_dtype, self.objective.weight_level
+        )
         if self.evaluated is not None and self.evaluated[0] == self.counters["step"]:
             state["evaluation"] = self.evaluated[1]
         best = self.callbacks.state.best_model_checkpoint
@@ -280,7 +289,20 @@ class Trainer:
             counters["train_seconds"] += time.perf_counter() - begun
             self._after_step(logged, bar)
             bar.update(self.position - bar.n)
+            if (reason := self.collapse.stop(counters["step"], self.weights)) is not None:
+                self._stop_dead(reason, logged, bar)
         bar.close()
+
+    def _stop_dead(self, reason: str, logged: dict[str, float], bar: tqdm) -> None:
+        """Ends a run that learns nothing any more. Checkpoints of better days stay as they are; where there is none, one is written."""
+        if self.window:
+            self._log_step(logged, bar)
+        bar.close()
+        if self.processes.from_main(lambda: not checkpoints(self.output_dir)):
+            self.save()
+        kept = self.processes.from_main(lambda: checkpoints(self.output_dir)[-1])
+        self.recorder.close()
+        raise UserError(f"{reason}. {kept} is kept")
 
     def _stop_by(self, number: int, bar: tqdm) -> None:
         bar.close()
