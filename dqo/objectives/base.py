@@ -209,8 +209,8 @@ class Objective:
     def evaluation(
         self, stats: TokenStats, rows: dict[str, Tensor], cu_seqlens: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `__call__`, on held-out responses, with a loss that compares between steps and runs: weights that the policy moves are
-        left out of it."""
+        """As `__call__`, on held-out responses, with a loss that compares between steps and runs: without weights that the
+        policy moves."""
         return self(stats, rows, cu_seqlens)
 
     def __call__(

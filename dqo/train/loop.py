@@ -30,6 +30,7 @@ from dqo.train.prepare import Prepared
 from dqo.train.recorder import Recorder
 from dqo.train.resume import stored_options
 from dqo.train.step import accumulate, companions_of
+from dqo.train.watch import Watch
 from dqo.train.weighting import Collapse
 
 # (policy, tokenizer, step, processes) -> metrics of the policy's answers to problems; every process calls it.
@@ -94,7 +95,7 @@ class Trainer:
         models = self.learner, prepared.tokenizer
         self.callbacks = Callbacks(callbacks or [], options, *models, self.processes, self.optimizers["policy"])
         self.callbacks.state.global_step, self.callbacks.state.max_steps = self.counters["step"], self.steps
-        self.recorder = Recorder(options, self.processes, self.callbacks, self.counters)
+        self.recorder = Recorder(options, self.processes, self.callbacks, self.counters, self._watch())
         self.processes.barrier()  # metrics.jsonl is as the checkpoint says, for all of them
         self.stays_stopped = False
         if "callbacks" in state:
@@ -129,6 +130,11 @@ class Trainer:
                 f"{self.output_dir} is finished, {step} steps: nothing is trained, its evaluation is repeated"
             )
 
+    def _watch(self) -> Watch:
+        beta = getattr(self.objective, "beta", None)
+        paid = (abs(float(e.rewards.sum())) for e in self.prepared.episodes())
+        return Watch(beta=beta, largest_reward=max(paid) if self.objective.fits_rewards else None)
+
     @property
     def position(self) -> int:
         """Steps of the plan that are behind: made, or left out."""
@@ -150,9 +156,9 @@ class Trainer:
 
         sums, tokens = self.engine.in_memory(gradients, name_of_step, groups, companions_of(groups))
         sums, self.weights = metrics.of_step(sums, self.processes)
-        if self.weights is not None and "policy" in trains:
-            if (warning := self.collapse.note(step + 1, self.weights)) is not None:
-                self.processes.say(f"WARNING: {warning}")
+        warning = self.collapse.note(step + 1, self.weights) if "policy" in trains else None
+        if warning is not None:
+            self.processes.say(f"WARNING: {warning}")
         self.window = metrics.add(self.window, sums)
         self.counters["num_tokens"] += tokens
         factor = optim.schedule(step, self.steps, self.warmup, self.config.lr_scheduler_type)
@@ -294,7 +300,7 @@ class Trainer:
         bar.close()
 
     def _stop_dead(self, reason: str, logged: dict[str, float], bar: tqdm) -> None:
-        """Ends a run that learns nothing any more. Checkpoints of better days stay as they are; where there is none, one is written."""
+        """Ends a run that learns nothing any more. Checkpoints that are there stay as they are; else one is written."""
         if self.window:
             self._log_step(logged, bar)
         bar.close()

@@ -291,7 +291,7 @@ def computed(found: Any) -> dict[str, float]:
 
 
 def on_the_bar(row: dict[str, float]) -> str:
-    """What the progress bar shows: the loss, what the weights leave of the data, and whether the value model has learnt anything."""
+    """What the progress bar shows: the loss, what the weights leave of the data, and whether the value model learns anything."""
     shown = f"loss {row['loss']:.4g}"
     if _SHARE in row:
         shown += f", mean weight {row[_MEAN]:.2g}, {row[_SHARE]:.0%} effective"

@@ -137,15 +137,17 @@ class Collapse:
     def __init__(self, config: TrainConfig):
         self.config, self.steps = config, 0  # steps in a row
 
-    def note(self, step: int, weights: Weights) -> str | None:
+    def note(self, step: int, weights: Weights | None) -> str | None:
         """A warning, once they are below. `step`: counted from 1."""
+        if weights is None:
+            return None
         below = min(weights) < LEAST
         self.steps = self.steps + 1 if below else 0
         if self.steps != WARNED_AFTER:
             return None
         return (
-            f"the importance weights collapse: {self._told(step, weights)}. The loss is small because the policy has left its data. "
-            f"The run stops if this goes on for {STOPPED_AFTER - WARNED_AFTER} steps more"
+            f"the importance weights collapse: {self._told(step, weights)}. The loss is small because the policy has left "
+            f"its data. The run stops if this goes on for {STOPPED_AFTER - WARNED_AFTER} steps more"
         )
 
     def stop(self, step: int, weights: Weights | None) -> str | None:
@@ -153,8 +155,8 @@ class Collapse:
         if weights is None or self.steps < STOPPED_AFTER:
             return None
         return (
-            f"the importance weights have collapsed for {self.steps} steps: {self._told(step, weights)}. The loss is small because "
-            "the policy has left its data, and nothing is learnt any more. Train into another --output_dir with a lower "
+            f"the importance weights have collapsed for {self.steps} steps: {self._told(step, weights)}. The loss is small "
+            "because the policy has left its data, and nothing is learnt any more. Train into another --output_dir with a lower "
             f"--learning_rate (now {self.config.learning_rate:g}), a higher --beta, or weights that cannot collapse: --is_level "
             "none or suffix, or a floor such as --is_floor -1"
         )
