@@ -17,7 +17,8 @@ auto the trainer weighs where mu is known, and w = 1 where it is not (dqo/data/b
 w = 1: w falls as the policy moves away from them, and the loss would fall with it.
 
 V is a model of its own, or beta * log (sum_a exp logit_a of pi) / (the same of ref). policy_target td puts
-(1 - lam) * V(s_{t+1}) + lam * G_{t+1} in the place of G_{t+1} in 4.7, one_step V(s_{t+1}). `dqo_kernels.soft_bellman` computes G and w, and from them both squares.
+(1 - lam) * V(s_{t+1}) + lam * G_{t+1} in the place of G_{t+1} in 4.7, one_step V(s_{t+1}). `dqo_kernels.soft_bellman` computes G
+and w, and from them both squares.
 """
 
 from __future__ import annotations

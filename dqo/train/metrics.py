@@ -71,7 +71,12 @@ def common(stats: TokenStats, rows: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # Of `common`, `of_batch` and the step; what an objective gave under these names would be lost.
 _OWN = {"loss", "entropy", "kl", "router_aux_loss"}
-_OWN |= {"completions/mean_length", "completions/clipped_ratio", "data/padding_frac"}
+_OWN |= {
+    "importance_weight/effective_sample_share",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "data/padding_frac",
+}
 
 
 def checked(returned: Any, name: str) -> tuple[Tensor, dict[str, Tensor]]:
