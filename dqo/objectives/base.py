@@ -146,6 +146,12 @@ class Objective:
         return getattr(self, "discount", "tokens")
 
     @property
+    def weight_level(self) -> str:
+        """Over what its importance weights are products: the option is_level where there is one; "none": it has no weights.
+        Where it is "auto" the trainer sets is_level, by what the rows tell of the policy that wrote them."""
+        return getattr(self, "is_level", "none")
+
+    @property
     def values_decay(self) -> float | None:
         """Decay of the moving average of the value model; None: there is none. The option target_ema where there is one."""
         return getattr(self, "target_ema", None)
@@ -191,6 +197,21 @@ class Objective:
         optimizer step, all micro-batches and processes, are added before its first loss; their mean is the column companion_mean,
         the same on every row. So the loss does not depend on the split into micro-batches."""
         raise NotImplementedError(f"{type(self).__name__} gives companions and has no companion_sums")
+
+    def weights(self, log_ratio: Tensor, cu_seqlens: Tensor) -> Tensor | None:
+        """The importance weights, (B,) of responses or (N,) of tokens; None where it weighs nothing.
+
+        Args:
+            log_ratio: (N,) log-probabilities of the policy less those of the policy that wrote the responses.
+        """
+        return None
+
+    def evaluation(
+        self, stats: TokenStats, rows: dict[str, Tensor], cu_seqlens: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `__call__`, on held-out responses, with a loss that compares between steps and runs: without weights that the
+        policy moves."""
+        return self(stats, rows, cu_seqlens)
 
     def __call__(
         self, stats: TokenStats, rows: dict[str, Tensor], cu_seqlens: Tensor

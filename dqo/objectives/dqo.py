@@ -12,14 +12,18 @@ eq. 4.7    L_pi = w * 1/2 ( beta * delta_t - [ r_t + gamma * G_{t+1} - V(s_t) ] 
 gamma is 1 but on the last token of a turn with discount turns. Tokens of the environment are no actions: s_{t+1} is the state in
 which the model goes on, after what the environment wrote.
 
-mu is the policy that wrote the responses: their stored log-probabilities, or the reference where there are none. V is a model of
-its own, or beta * log (sum_a exp logit_a of pi) / (the same of ref). policy_target td puts (1 - lam) * V(s_{t+1}) + lam * G_{t+1}
-in the place of G_{t+1} in 4.7, one_step V(s_{t+1}). `dqo_kernels.soft_bellman` computes G and w, and from them both squares.
+mu is the policy that wrote the responses: their stored log-probabilities, or the reference where there are none. With is_level
+auto the trainer weighs where mu is known, and w = 1 where it is not (dqo/data/behavior.py). The loss of held-out responses has
+w = 1: w falls as the policy moves away from them, and the loss would fall with it.
+
+V is a model of its own, or beta * log (sum_a exp logit_a of pi) / (the same of ref). policy_target td puts
+(1 - lam) * V(s_{t+1}) + lam * G_{t+1} in the place of G_{t+1} in 4.7, one_step V(s_{t+1}). `dqo_kernels.soft_bellman` computes G
+and w, and from them both squares.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from dqo.objectives.base import Objective
@@ -40,8 +44,10 @@ class DQO(Objective):
     """What the policy regresses on: the lambda-return of the next state (the paper), its TD(lambda) form, or V."""
     target: Literal["detach", "residual"] = "detach"
     """"detach" holds the target of the soft Bellman residual fixed. "residual" trains both of its ends."""
-    is_level: Literal["trajectory", "suffix", "prefix", "token", "none"] = "trajectory"
-    """The importance weights are products over this level. "trajectory" is the paper's."""
+    is_level: Literal["auto", "trajectory", "suffix", "prefix", "token", "none"] = "auto"
+    """The importance weights are products over this level. "trajectory" is the paper's. "auto" takes it where the policy that
+    wrote the responses is known: by their logprobs, or because their sampling names the reference at temperature 1. Elsewhere it
+    takes "none"."""
     is_cap: float | None = 1.0
     """The log importance weight is at most this; 1.0 allows weights up to e. None sets no cap."""
     is_floor: float | None = None
@@ -84,7 +90,7 @@ class DQO(Objective):
         return found
 
     def __call__(self, stats, rows, cu_seqlens):
-        from dqo.objectives.sums import Regression, mean_metric, regression_metrics, response_metrics
+        from dqo.objectives.sums import Regression, mean_metric, moments, regression_metrics, response_metrics
         from dqo_kernels import soft_bellman
 
         terms = soft_bellman(
@@ -104,7 +110,7 @@ class DQO(Objective):
             lam=self.lam,
             policy_target=self.policy_target,
             target=self.target,
-            is_level=self.is_level,
+            is_level=self._level,
             is_cap=self.is_cap,
             is_floor=self.is_floor,
             reduction="none",
@@ -120,10 +126,42 @@ class DQO(Objective):
             "sampling/importance_sampling_ratio/mean": mean_metric(terms.weights),
             "importance_weight/clipped_frac": mean_metric(self._clipped(stats, rows, cu_seqlens)),
         }
+        if self._level != "none":  # in float64: squares of weights that collapse are 0 in float32
+            metrics |= moments("importance_weight", self._units(terms.weights, cu_seqlens).double())
         if self.needs_kl:
             loss = loss + self.kl_coef * stats.kl.sum()
             metrics["loss/kl"] = mean_metric(stats.kl)
         return loss, metrics | response_metrics(stats, rows, cu_seqlens, self.beta)
+
+    def evaluation(self, stats, rows, cu_seqlens):
+        import torch
+
+        loss, metrics = self(stats, rows, cu_seqlens)
+        if self._level == "none":
+            return loss, metrics
+        weighted = torch.stack([loss.detach(), loss.new_tensor(float(stats.logprobs.numel()))])
+        loss, plain = replace(self, is_level="none")(stats, rows, cu_seqlens)
+        unweighted = {name: plain[name] for name in ("loss/policy", "loss/value")}
+        return loss, metrics | unweighted | {"weighted_loss": weighted}
+
+    def weights(self, log_ratio, cu_seqlens):
+        from dqo_kernels.core.packed import sequence_index
+        from dqo_kernels.soft_bellman import importance_weights
+
+        if self._level == "none":
+            return None
+        sequence = sequence_index(cu_seqlens, log_ratio.shape[0])
+        each = importance_weights(log_ratio, sequence, cu_seqlens, self._level, self.is_cap, self.is_floor)
+        return self._units(each, cu_seqlens)
+
+    @property
+    def _level(self) -> str:
+        """Called without the trainer, which chooses, "auto" is the paper's level."""
+        return "trajectory" if self.is_level == "auto" else self.is_level
+
+    def _units(self, weights, cu_seqlens):
+        """One weight for each that may differ: of a response (B,), or of a token (N,)."""
+        return weights[cu_seqlens[:-1]] if self._level == "trajectory" else weights
 
     def _discounts(self, rows):
         """(N,) gamma of every action; None where it is the same at all of them."""
@@ -141,8 +179,8 @@ class DQO(Objective):
         logprobs = stats.logprobs.detach()
         ratio = logprobs - rows.get("behavior_logprobs", rows["ref_logprobs"])
         sequence = sequence_index(cu_seqlens, logprobs.shape[0])
-        whole = importance_weights(ratio, sequence, cu_seqlens, self.is_level, None, None).log()
-        bounded = self.is_level != "none"
+        whole = importance_weights(ratio, sequence, cu_seqlens, self._level, None, None).log()
+        bounded = self._level != "none"
         above = whole > (self.is_cap + 1e-6 if bounded and self.is_cap is not None else float("inf"))
         below = whole < (self.is_floor - 1e-6 if bounded and self.is_floor is not None else -float("inf"))
         return (above | below).to(logprobs.dtype)

@@ -34,6 +34,7 @@ from dqo.report.formats import (
 )
 from dqo.report.plots import draw_all
 from dqo.report.schema import KEYS, REQUIRED, Change, Decoding, Flip, Method, Report
+from dqo.report.worse import with_loss
 from dqo.stats import Interval, Proportion, accuracy_interval, calibration_bins, pass_at_k
 
 COSTS = {"updates": "Updates", "seconds": "Seconds", "tokens_per_second": "Tokens/s"}
@@ -65,7 +66,9 @@ def rendered(report: Report) -> dict[str, str]:
     report = _plain(report)
     methods = report.get("methods", [])
     results = compare(methods, report.get("baseline"))
-    verdict = verdict_of(methods, results, headline_of(report), report.get("baseline"), report)
+    headline = headline_of(report)
+    verdict = verdict_of(methods, results, headline, report.get("baseline"), report)
+    verdict = with_loss(verdict, report, headline, any(result.against for result in results))
     return {
         "report.json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.md": _markdown(report, results, verdict),

@@ -23,6 +23,7 @@ CURVES = (
     "loss/value",
     "value/explained_variance",
     "sampling/importance_sampling_ratio/mean",
+    "importance_weight/effective_sample_share",
     "importance_weight/clipped_frac",
     "grad_norm",
     "critic/grad_norm",
@@ -34,7 +35,12 @@ CHANGES: dict[str, tuple[str, Any, str]] = {
     "eval_loss": (
         "Held-out loss",
         "lower",
-        "What the method minimises; the levels of different methods do not compare.",
+        "What the method minimises, without importance weights; the levels of different methods do not compare.",
+    ),
+    "eval_weighted_loss": (
+        "Held-out loss with importance weights",
+        "",
+        "As in training. It falls by itself where the policy leaves the data.",
     ),
     "eval_rewards/margins": (
         "Held-out margin",

@@ -49,7 +49,7 @@ def held_out_metrics(
         sums: dict[str, Tensor] = {}
         batches = Planned(groups, engine)
         for batch, counts, _ in shown(batches, engine.processes, "held-out loss"):
-            loss, more = engine.module(objective_sums, objective, batch, companion_mean=companion_mean)
+            loss, more = engine.module(objective_sums, objective, batch, companion_mean=companion_mean, evaluating=True)
             units = float(unit_count(batch.groups, objective.unit))
             more |= {"loss": torch.stack([loss, loss.new_tensor(units)])} | metrics.of_batch(batch)
             sums = metrics.add(sums, more if counts else metrics.none_of(more))

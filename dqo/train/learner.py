@@ -67,12 +67,14 @@ def objective_sums(
     loss_scale: float = 1.0,
     companion_mean: float | None = None,
     token_share: float = 0.0,
+    evaluating: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective's loss summed over a micro-batch, times `loss_scale`, and its [sum, count] metrics.
 
     Args:
         trains: the models that get a gradient, of "policy" and "critic".
         token_share: factor of the router's auxiliary loss, where it is applied: the batch's share of the step's tokens.
+        evaluating: the loss is that of the objective's `evaluation`.
     """
     policy, train_policy = learner.policy, "policy" in trains
     router_coef = learner.router_aux_loss_coef if train_policy else None
@@ -93,9 +95,11 @@ def objective_sums(
     if objective.needs_kl:
         head |= _reference_head(learner, batch)
 
+    loss_of = objective.evaluation if evaluating else objective
+
     def row_loss(stats, rows, cu_seqlens):
         rows = rows | {"group": rows["group"] - rows["group"][:1]}  # a call may begin with any group of the micro-batch
-        loss, sums = metrics.checked(objective(stats, rows, cu_seqlens), type(objective).__name__)
+        loss, sums = metrics.checked(loss_of(stats, rows, cu_seqlens), type(objective).__name__)
         return loss, sums | metrics.common(stats, rows)
 
     loss, sums = linear_row_loss(

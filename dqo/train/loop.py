@@ -20,7 +20,7 @@ from dqo.errors import UserError
 from dqo.processes import Processes
 from dqo.train import checkpoint, metrics, optim, phases
 from dqo.train.callbacks import Callbacks
-from dqo.train.damage import fault, loading
+from dqo.train.damage import checkpoints, fault, loading
 from dqo.train.engine import Engine
 from dqo.train.held_out import held_out_metrics, predictions
 from dqo.train.learner import update_target
@@ -30,6 +30,8 @@ from dqo.train.prepare import Prepared
 from dqo.train.recorder import Recorder
 from dqo.train.resume import stored_options
 from dqo.train.step import accumulate, companions_of
+from dqo.train.watch import Watch
+from dqo.train.weighting import Collapse
 
 # (policy, tokenizer, step, processes) -> metrics of the policy's answers to problems; every process calls it.
 Answers = Callable[[PreTrainedModel, Any, int, Processes], dict[str, float]]
@@ -42,7 +44,7 @@ class Trainer:
         self, options: Options, prepared: Prepared, callbacks: list | None = None, answers: Answers | None = None
     ):
         self.options, self.prepared, self.answers = options, prepared, answers
-        self.config, self.objective = options.train, options.objective
+        self.config, self.objective = options.train, prepared.objective
         self.learner, self.processes = prepared.learner, prepared.processes
         self.output_dir = Path(self.config.output_dir)
         self.per_epoch = math.ceil(len(prepared.groups) / prepared.per_step)  # the last step of an epoch may be short
@@ -59,6 +61,8 @@ class Trainer:
         self.train_prompts: set[str] = set()
         self.train_problems: set[bytes] = set()
         self.window: dict[str, torch.Tensor] = {}  # this process's metric sums since the last logged row
+        self.weights: metrics.Weights | None = None  # of the last step
+        self.collapse = Collapse(self.config)
         self.evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation's step and metrics
         self.compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
 
@@ -91,7 +95,7 @@ class Trainer:
         models = self.learner, prepared.tokenizer
         self.callbacks = Callbacks(callbacks or [], options, *models, self.processes, self.optimizers["policy"])
         self.callbacks.state.global_step, self.callbacks.state.max_steps = self.counters["step"], self.steps
-        self.recorder = Recorder(options, self.processes, self.callbacks, self.counters)
+        self.recorder = Recorder(options, self.processes, self.callbacks, self.counters, self._watch())
         self.processes.barrier()  # metrics.jsonl is as the checkpoint says, for all of them
         self.stays_stopped = False
         if "callbacks" in state:
@@ -126,6 +130,11 @@ class Trainer:
                 f"{self.output_dir} is finished, {step} steps: nothing is trained, its evaluation is repeated"
             )
 
+    def _watch(self) -> Watch:
+        beta = getattr(self.objective, "beta", None)
+        paid = (abs(float(e.rewards.sum())) for e in self.prepared.episodes())
+        return Watch(beta=beta, largest_reward=max(paid) if self.objective.fits_rewards else None)
+
     @property
     def position(self) -> int:
         """Steps of the plan that are behind: made, or left out."""
@@ -146,6 +155,10 @@ class Trainer:
                 raise UserError(f"{name_of_step}: {error}") from error
 
         sums, tokens = self.engine.in_memory(gradients, name_of_step, groups, companions_of(groups))
+        sums, self.weights = metrics.of_step(sums, self.processes)
+        warning = self.collapse.note(step + 1, self.weights) if "policy" in trains else None
+        if warning is not None:
+            self.processes.say(f"WARNING: {warning}")
         self.window = metrics.add(self.window, sums)
         self.counters["num_tokens"] += tokens
         factor = optim.schedule(step, self.steps, self.warmup, self.config.lr_scheduler_type)
@@ -223,7 +236,9 @@ class Trainer:
         }
         self.counters |= self.recorder.position()
         state |= {"counters": self.counters, "steps": self.steps, "callbacks": self.callbacks.stored()}
-        state |= stored_options(self.options, self.warmup, self.stretches, self.prepared.save_dtype)
+        state |= stored_options(
+            self.options, self.warmup, self.stretches, self.prepared.save_dtype, self.objective.weight_level
+        )
         if self.evaluated is not None and self.evaluated[0] == self.counters["step"]:
             state["evaluation"] = self.evaluated[1]
         best = self.callbacks.state.best_model_checkpoint
@@ -280,7 +295,20 @@ class Trainer:
             counters["train_seconds"] += time.perf_counter() - begun
             self._after_step(logged, bar)
             bar.update(self.position - bar.n)
+            if (reason := self.collapse.stop(counters["step"], self.weights)) is not None:
+                self._stop_dead(reason, logged, bar)
         bar.close()
+
+    def _stop_dead(self, reason: str, logged: dict[str, float], bar: tqdm) -> None:
+        """Ends a run that learns nothing any more. Checkpoints that are there stay as they are; else one is written."""
+        if self.window:
+            self._log_step(logged, bar)
+        bar.close()
+        if self.processes.from_main(lambda: not checkpoints(self.output_dir)):
+            self.save()
+        kept = self.processes.from_main(lambda: checkpoints(self.output_dir)[-1])
+        self.recorder.close()
+        raise UserError(f"{reason}. {kept} is kept")
 
     def _stop_by(self, number: int, bar: tqdm) -> None:
         bar.close()

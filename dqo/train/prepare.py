@@ -6,7 +6,7 @@ import datetime
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +52,7 @@ from dqo.train.run_models import (
     reference_config,
     save_dtype_of,
 )
+from dqo.train.weighting import Weighting, check_behavior, chosen, reference_name, weights_at_start
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,12 @@ class Prepared:
     tokenized: Callable[[list[Row]], list[Episode]]  # as the options say
     reference: PreTrainedModel | None  # where it is not the initial policy
     save_dtype: torch.dtype | None  # of the final models; None: as they are trained
+    weighting: Weighting
+
+    @property
+    def objective(self) -> Objective:
+        """That of the options, with the level of its importance weights chosen."""
+        return self.weighting.objective
 
     def episodes(self) -> list[Episode]:
         """The distinct episodes that are trained on."""
@@ -124,7 +131,10 @@ def prepare(
     options: Options, given: Given, train_rows: list[Row], held_rows: list[Row], processes: Processes
 ) -> Prepared:
     """Tokenises the rows, loads the models and computes the reference columns."""
-    config, objective = options.train, options.objective
+    config = options.train
+    sampler = reference_name(options, given)
+    weighting = chosen(options, train_rows, sampler)
+    objective = weighting.objective
     tokenizer = tokenizer_of(config.model_name_or_path, given.tokenizer)
     model_config = load_config(config.model_path) if given.model is None else given.model.config
     check_tokenizer(tokenizer, train_rows + held_rows, model_config)
@@ -198,6 +208,9 @@ def prepare(
     if objective.needs_reference:
         together = distinct(groups + held_out)
         reference_columns(config, together, policy, reference, batching, identity, processes, resumed is not None)
+        check_behavior(objective, together, train_rows + held_rows, sampler)
+        if reference is None:
+            weighting = replace(weighting, at_start=weights_at_start(objective, distinct(groups)))
     return Prepared(
         processes,
         tokenizer,
@@ -211,6 +224,7 @@ def prepare(
         tokenized,
         reference,
         save_dtype,
+        weighting,
     )
 
 

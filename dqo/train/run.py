@@ -65,6 +65,8 @@ def begin(
     if announce:
         split = given.eval_dataset is None and options.train.eval_dataset_name is None
         processes.say(trainer.prepared.counts(options.train.eval_fraction if split else None))
+        if said := trainer.prepared.weighting.said:
+            processes.say(said)
     if processes.main:
         begin_record(trainer.output_dir, _begun(options, trainer, train_rows, held_rows))
     return trainer
@@ -80,6 +82,7 @@ def _begun(options: Options, trainer: Trainer, rows: list[Row], held_out: list[R
         "data": data_record(config, episodes, rows, held_out),
         "model": {"name": config.model_name_or_path or "given model", "sha256": prepared.identity["model"]},
         "parameters": parameters(learner.policy, learner.value_model),
+        "importance_weights": prepared.weighting.record(options.objective.weight_level),
         "penalised_steps": penalised_steps(prepared.tokenizer, episodes, config.process_reward),
         **machine(),
     }

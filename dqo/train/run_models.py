@@ -28,7 +28,7 @@ from dqo.models.policy import (
 )
 from dqo.processes import Processes
 from dqo.reference.cache import ReferenceCache, ReferenceId
-from dqo.reference.columns import add_reference, check_agreement, warn_about_behavior
+from dqo.reference.columns import add_reference, check_agreement
 from dqo.train.inputs import Given
 from dqo.train.learner import Learner
 from dqo.train.resume import adapter_fields, stored_derived
@@ -85,7 +85,6 @@ def reference_columns(
     add_reference(episodes, stats_of, batching, processes, cache)
     if explicit is None and not resuming:
         check_agreement(episodes, stats_of, batching, dtype, cache)
-    warn_about_behavior(episodes)
 
 
 def bf16_problem(device: torch.device) -> str | None:
