@@ -91,7 +91,9 @@ def _in_turn(rows: list[Row]) -> list[Row]:
     return [found[i] for i in range(longest) for found in problems.values() if i < len(found)]
 
 
-def outcome_rows(sets: dict[str, list[Row]], tested: Iterable[Row], count: int, fits: Callable[[Row], bool], seed: int) -> list[Row]:
+def outcome_rows(
+    sets: dict[str, list[Row]], tested: Iterable[Row], count: int, fits: Callable[[Row], bool], seed: int
+) -> list[Row]:
     """About `count` solutions that ended, without steps: all that is known of them is whether their answer is right. Of problems
     that have right and wrong ones, and none of which is tested.
 
@@ -115,7 +117,7 @@ def outcome_rows(sets: dict[str, list[Row]], tested: Iterable[Row], count: int, 
         both = [row for pair in zip(right, wrong) for row in pair]
         chosen += (both + right[len(wrong) :] + wrong[len(right) :])[:RESPONSES_A_PROBLEM]
     if not chosen:
-        raise UserError(f"no problem is left to train on: all that have right and wrong solutions that ended are tested; {NEEDS}")
+        raise UserError(f"no problem with right and wrong solutions that ended is left to train on; {NEEDS}")
     return chosen
 
 

@@ -4,9 +4,9 @@
     python -m benchmarks.evidence.process_labels out/labels --data DIRECTORY       (about 25 minutes on two cores)
 
 DIRECTORY holds your copies of PRM800K, Math-Shepherd, MATH-APS and GSM8K's example_model_solutions.jsonl, or parts of them, each
-under a name that has the set's name in it. At most 200 labelled solutions are tested. A LoRA adapter of SmolLM2-135M-Instruct, or of
---model, is trained on solutions of other problems, of which it learns whether their answer is right and nothing of their steps.
-Every stage keeps what it has: the same command goes on after a kill. The table is printed, and goes to
+under a name that has the set's name in it. At most 200 labelled solutions are tested. A LoRA adapter of SmolLM2-135M-Instruct, or
+of --model, is trained on solutions of other problems, of which it learns whether their answer is right and nothing of their
+steps. Every stage keeps what it has: the same command goes on after a kill. The table is printed, and goes to
 benchmarks/results/process_labels.json.
 """
 
@@ -99,7 +99,9 @@ def train(method: str, model: Path, output: Path) -> Path:
         command = [sys.executable, "-m", "dqo", "train", "--method", method, "--model_name_or_path", str(model)]
         command += ["--dataset_name", str(output / "outcomes.jsonl"), "--output_dir", str(run)]
         options = COMMON | OPTIONS[method]
-        command += [part for key, value in options.items() for part in ([f"--{key}"] + [str(value)] * (value is not True))]
+        command += [
+            part for key, value in options.items() for part in ([f"--{key}"] + [str(value)] * (value is not True))
+        ]
         subprocess.run(command, check=True)
     return run
 
@@ -193,7 +195,10 @@ def table(lines: list[dict[str, Any]]) -> str:
         mean, low, high = (f"{scale * value:.{digits}f}" for value in found)
         return f"{mean} ({low}–{high})"
 
-    shown = ["| set | score of a step | AUC | AUC of a state | lowest is the first wrong, % | chance, % |", "|---" * 6 + "|"]
+    shown = [
+        "| set | score of a step | AUC | AUC of a state | lowest is the first wrong, % | chance, % |",
+        "|---" * 6 + "|",
+    ]
     for line in lines:
         cells = [line["set"], line["score"], cell(line["auc"], False), cell(line["auc_of_a_state"], False)]
         shown.append("| " + " | ".join([*cells, cell(line["lowest"], True), cell(line["chance"], True)]) + " |")

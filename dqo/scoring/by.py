@@ -1,7 +1,7 @@
 """Rewards of steps that a model tells by itself, without a verifier and without a labelled step.
 
-    implicit:RUN      beta * (log pi(y_t|s_t) - log ref(y_t|s_t)), summed over the step's tokens: the policy that a run trained as a
-                      process reward model (arXiv 2404.12358, 2412.01981); the sum is Q - V of all that the step wrote
+    implicit:RUN      beta * (log pi(y_t|s_t) - log ref(y_t|s_t)), summed over the step's tokens: the policy that a run trained
+                      as a process reward model (arXiv 2404.12358, 2412.01981); the sum is Q - V of all that the step wrote
     value:RUN         V of the state after the step, by the run's value model, minus V of the state before it
     likelihood:MODEL  log pi(y_t|s_t), summed over the step's tokens
 
@@ -16,19 +16,23 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from dqo.credit.steps import step_sums
 from dqo.data.episodes import Episode, make_episodes
 from dqo.data.rows import prompt_key
 from dqo.errors import UserError
 from dqo.models.fitness import check_positions, check_tokenizer
-from dqo.models.policy import stop_ids, weights_hash
+from dqo.models.identity import check_holds_model
+from dqo.models.policy import load_policy, load_tokenizer, stop_ids, weights_hash
+from dqo.sampling.backends import dtype_of
 from dqo.scoring.options import ScoreConfig
 from dqo.scoring.rows import AT_ONCE, Measured, Scored
 from dqo.scoring.summary import Seen
-from dqo.train.token_scores import RunModels, load_model, load_run, token_scores
+from dqo.train.token_scores import RunModels, load_run, token_scores
 
 NAMES = {"implicit": ("logprobs", "ref_logprobs"), "value": ("values",), "likelihood": ("logprobs",)}
 
@@ -88,11 +92,14 @@ class ByModel:
 
 
 def models_of(kind: str, path: str, reference: str | None = None, dtype: str = "auto") -> RunModels:
-    """The models that a kind of `by` reads: of a run for implicit and value, of any model for likelihood."""
-    if kind == "implicit":
-        return replace(load_run(path, reference=reference, dtype=dtype), value_model=None)
-    models = load_model(path, dtype=dtype)
+    """The models that a kind of `by` reads: those of a run for implicit and value, any policy for likelihood."""
     if kind == "likelihood":
+        check_holds_model(path)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        policy = load_policy(path, device, dtype_of(dtype, path))
+        return RunModels(policy, None, None, 1.0, load_tokenizer(path), Path(path))
+    models = load_run(path, reference=reference, with_reference=kind == "implicit", dtype=dtype)
+    if kind == "implicit":
         return replace(models, value_model=None)
     if models.value_model is None:
         raise UserError(
@@ -105,8 +112,8 @@ def episodes_of(rows: list[Scored], models: RunModels) -> list[Episode]:
     """The rows on the model's tokens; their rewards are not read.
 
     Raises:
-        UserError: naming the row, for steps that cannot be placed on tokens, tokens that the model does not have, and rows that are
-            longer than it.
+        UserError: naming the row, for steps that cannot be placed on tokens, tokens that the model does not have, and rows that
+            are longer than it.
     """
     config, tokenizer = models.policy.config, models.tokenizer
     plain = [replace(scored.row, reward=0.0, label=False, step_rewards=None, prompt_value=None) for scored in rows]
@@ -122,9 +129,7 @@ def episodes_of(rows: list[Scored], models: RunModels) -> list[Episode]:
     return episodes
 
 
-def step_rewards(
-    kind: str, episode: Episode, scores: dict[str, np.ndarray], beta: float
-) -> tuple[float, np.ndarray]:
+def step_rewards(kind: str, episode: Episode, scores: dict[str, np.ndarray], beta: float) -> tuple[float, np.ndarray]:
     """(value of the prompt, (S,) float64 reward of each step) by the `scores` (T,) of an episode's tokens, see `NAMES`.
 
     Raises:
@@ -136,8 +141,8 @@ def step_rewards(
     wrong = np.flatnonzero(~np.isfinite(tokens))
     if len(wrong):
         raise UserError(
-            f"{episode.source}: {kind} of token {wrong[0] + 1} of the response is {tokens[wrong[0]]}, which rewards no step; drop "
-            "the row, or check model and dtype"
+            f"{episode.source}: {kind} of token {wrong[0] + 1} of the response is {tokens[wrong[0]]}, which rewards no step; "
+            "drop the row, or check model and dtype"
         )
     if kind != "value":
         return 0.0, step_sums(tokens, episode.step_ends)

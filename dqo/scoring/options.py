@@ -109,7 +109,9 @@ class ScoreConfig(_Measured, _Told, _Graded):
                 found.append((name, f"must be {expected}, got {getattr(self, name)}"))
 
         if self.verifier is None and self.by is None:
-            found.append(("verifier", "is missing: what grades the responses; or give by, a model that rewards their steps"))
+            found.append(
+                ("verifier", "is missing: what grades the responses; or give by, a model that rewards their steps")
+            )
         if self.output_file is None:
             found.append(("output_file", "is missing: the file of rows to write, .jsonl"))
         expected = expected_name(self.verifier) if self.verifier is not None else None

@@ -1,4 +1,4 @@
-"""`dqo score`: responses of a rollout file are graded, or their steps rewarded by a model, and written again with their rewards."""
+"""`dqo score`: responses of a rollout file are graded, or their steps rewarded by a model, and written again."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def score_rows(config: ScoreConfig, say: Callable[[str], object] = logger.info) 
     identity = _identity(config, read, None if told is None else told.identity)
     with _pool(config) as pool:
         if pool is not None:
-            asked = rows if config.prefix_values is not None else [scored for scored in rows if not _kept(scored, config)]
+            asked = (
+                rows if config.prefix_values is not None else [scored for scored in rows if not _kept(scored, config)]
+            )
             check_problems([scored.problem for scored in asked], pool.verifier)
         with appending(config.output_file, identity, seen) as file:
             left = len(rows) - len(file.found)
@@ -143,7 +145,11 @@ def _identity(config: ScoreConfig, read: str, models: str | None) -> dict[str, A
 
 
 def _grade(
-    rows: list[Scored], values: Iterable[Measured | None], config: ScoreConfig, pool: VerifierPool | None, file: Appended
+    rows: list[Scored],
+    values: Iterable[Measured | None],
+    config: ScoreConfig,
+    pool: VerifierPool | None,
+    file: Appended,
 ) -> Summary:
     """Grades and writes the rows that the file has not got yet, with `values` of theirs."""
     known: list[Seen] = list(file.found)

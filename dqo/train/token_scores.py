@@ -61,6 +61,7 @@ def load_run(
     directory: str | Path,
     *,
     reference: str | None = None,
+    with_reference: bool = True,
     dtype: str = "auto",
     device: torch.device | str | None = None,
 ) -> RunModels:
@@ -69,6 +70,7 @@ def load_run(
     Args:
         directory: a run's output_dir, a checkpoint in it, or what was exported of it.
         reference: directory or hub name of the reference; None: the run's own, see `reference_of`.
+        with_reference: False: none is looked for.
         dtype: "float32", "bfloat16", "float16", or "auto": the one in which the policy is stored.
         device: None: the accelerator where there is one.
 
@@ -79,7 +81,7 @@ def load_run(
     path = Path(directory)
     saved = find_saved(path)
     options = run_options(path)
-    name = reference_of(path, options, reference)
+    name = reference_of(path, options, reference) if with_reference else None
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     base = adapter_base(str(path))
@@ -88,8 +90,8 @@ def load_run(
     value_model = saved_critic(saved, policy, base)  # of adapters: on the trunk without the policy's
     if base is not None:
         policy = merge(policy, str(path), base)
-    its_reference = load_reference(name, policy, tokenizer)
-    if reference is None:
+    its_reference = None if name is None else load_reference(name, policy, tokenizer)
+    if name is not None and its_reference is not None and reference is None:
         _check_unchanged(its_reference, name, saved, options, base is not None)
     return RunModels(policy, its_reference, value_model, beta_of(options), tokenizer, path, options)
 
