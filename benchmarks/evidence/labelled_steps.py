@@ -129,8 +129,8 @@ def agreement(rows: Sequence[Row], scores: Sequence[np.ndarray]) -> dict[str, In
 
     Returns:
         auc: of right against wrong steps; auc_of_a_state: the same among steps that follow the same text, so that position and
-        difficulty are out of it; lowest: the share of solutions whose lowest step is the first wrong one; chance: that share for a
-        step drawn at random. Intervals are over problems, that of auc_of_a_state over states.
+        difficulty are out of it; lowest: the share of solutions whose lowest step is the first wrong one; chance: that share for
+        a step drawn at random. Intervals are over problems, that of auc_of_a_state over states.
     """
     distinct: dict[tuple[str, str], tuple[float, bool, str, str]] = {}
     for row, values in zip(rows, scores):

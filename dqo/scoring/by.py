@@ -91,14 +91,21 @@ class ByModel:
         return Measured(prompt, (prompt + sums.cumsum()).tolist())
 
 
-def models_of(kind: str, path: str, reference: str | None = None, dtype: str = "auto") -> RunModels:
-    """The models that a kind of `by` reads: those of a run for implicit and value, any policy for likelihood."""
+def models_of(
+    kind: str,
+    path: str,
+    reference: str | None = None,
+    dtype: str = "auto",
+    device: torch.device | str | None = None,
+) -> RunModels:
+    """The models that a kind of `by` reads: those of a run for implicit and value, any policy for likelihood. `device`: None
+    takes the accelerator where there is one."""
     if kind == "likelihood":
         check_holds_model(path)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         policy = load_policy(path, device, dtype_of(dtype, path))
         return RunModels(policy, None, None, 1.0, load_tokenizer(path), Path(path))
-    models = load_run(path, reference=reference, with_reference=kind == "implicit", dtype=dtype)
+    models = load_run(path, reference=reference, with_reference=kind == "implicit", dtype=dtype, device=device)
     if kind == "implicit":
         return replace(models, value_model=None)
     if models.value_model is None:

@@ -137,15 +137,26 @@ def load_reference(name: str, policy: PreTrainedModel, tokenizer: PreTrainedToke
         raise UserError(f"the reference: {error}; {CURE} where it lies elsewhere") from error
     if size != (own := policy.config.get_text_config().vocab_size):
         raise UserError(f"the reference {name} has {size:,} tokens, and the model has {own:,}; {CURE} of its own kind")
-    ids, its_ids = tokenizer.get_vocab(), its_tokenizer.get_vocab()
-    its_tokens = {i: token for token, i in its_ids.items()}
-    for token, i in ids.items():  # either may have added tokens that the other has not
-        if its_tokens.get(i, token) != token or its_ids.get(token, i) != i:
-            raise UserError(
-                f"the reference {name} has another tokenizer: token {i} is {token!r} of the model, and "
-                f"{its_tokens.get(i)!r} of the reference; {CURE} of its own kind"
-            )
+    if differ := other_token(tokenizer, its_tokenizer):
+        i, token, its_token = differ
+        raise UserError(
+            f"the reference {name} has another tokenizer: token {i} is {token!r} of the model, and {its_token!r} of the "
+            f"reference; {CURE} of its own kind"
+        )
     return load_policy(name, policy.device, policy.dtype)
+
+
+def other_token(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
+) -> tuple[int, str, str | None] | None:
+    """An id that stands for another token in the `other` tokenizer, with both tokens; None where they agree. Either may have
+    added tokens that the other has not."""
+    ids, its_ids = tokenizer.get_vocab(), other.get_vocab()
+    its_tokens = {i: token for token, i in its_ids.items()}
+    for token, i in ids.items():
+        if its_tokens.get(i, token) != token or its_ids.get(token, i) != i:
+            return i, token, its_tokens.get(i)
+    return None
 
 
 def _check_unchanged(
