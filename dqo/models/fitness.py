@@ -60,17 +60,18 @@ def position_limit(config: PreTrainedConfig) -> tuple[int | None, bool]:
     return limit, not (rotary or getattr(text, "alibi", False) or text.model_type in ENDLESS)
 
 
-def check_positions(config: PreTrainedConfig, episodes: list[Episode]) -> None:
-    """Refuses episodes with more tokens than the model has positions; warns of more than it was trained on."""
+def check_positions(config: PreTrainedConfig, episodes: list[Episode], cure: str | None = None) -> None:
+    """Refuses episodes with more tokens than the model has positions; warns of more than it was trained on. `cure`: for the
+    message; None: training's."""
     limit, hard = position_limit(config)
     longer = [] if limit is None else [e for e in episodes if e.length > limit]
     if not longer:
         return
     first = f"{longer[0].source}: {longer[0].length:,} tokens of prompt and completion"
     if hard:
+        cure = cure or f"drop the rows, or cut them: --max_length {limit} --allow_truncation"
         raise UserError(
-            f"{first}, and the model has {limit:,} positions ({len(longer):,} of {len(episodes):,} responses are longer); drop "
-            f"the rows, or cut them: --max_length {limit} --allow_truncation"
+            f"{first}, and the model has {limit:,} positions ({len(longer):,} of {len(episodes):,} responses are longer); {cure}"
         )
     logger.warning(
         "%s; the model was made for %s positions, and %s of %s responses are longer",

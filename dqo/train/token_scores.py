@@ -61,6 +61,7 @@ def load_run(
     directory: str | Path,
     *,
     reference: str | None = None,
+    with_reference: bool = True,
     dtype: str = "auto",
     device: torch.device | str | None = None,
 ) -> RunModels:
@@ -69,6 +70,7 @@ def load_run(
     Args:
         directory: a run's output_dir, a checkpoint in it, or what was exported of it.
         reference: directory or hub name of the reference; None: the run's own, see `reference_of`.
+        with_reference: False: none is looked for.
         dtype: "float32", "bfloat16", "float16", or "auto": the one in which the policy is stored.
         device: None: the accelerator where there is one.
 
@@ -79,7 +81,7 @@ def load_run(
     path = Path(directory)
     saved = find_saved(path)
     options = run_options(path)
-    name = reference_of(path, options, reference)
+    name = reference_of(path, options, reference) if with_reference else None
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     base = adapter_base(str(path))
@@ -88,8 +90,8 @@ def load_run(
     value_model = saved_critic(saved, policy, base)  # of adapters: on the trunk without the policy's
     if base is not None:
         policy = merge(policy, str(path), base)
-    its_reference = load_reference(name, policy, tokenizer)
-    if reference is None:
+    its_reference = None if name is None else load_reference(name, policy, tokenizer)
+    if name is not None and its_reference is not None and reference is None:
         _check_unchanged(its_reference, name, saved, options, base is not None)
     return RunModels(policy, its_reference, value_model, beta_of(options), tokenizer, path, options)
 
@@ -135,15 +137,26 @@ def load_reference(name: str, policy: PreTrainedModel, tokenizer: PreTrainedToke
         raise UserError(f"the reference: {error}; {CURE} where it lies elsewhere") from error
     if size != (own := policy.config.get_text_config().vocab_size):
         raise UserError(f"the reference {name} has {size:,} tokens, and the model has {own:,}; {CURE} of its own kind")
-    ids, its_ids = tokenizer.get_vocab(), its_tokenizer.get_vocab()
-    its_tokens = {i: token for token, i in its_ids.items()}
-    for token, i in ids.items():  # either may have added tokens that the other has not
-        if its_tokens.get(i, token) != token or its_ids.get(token, i) != i:
-            raise UserError(
-                f"the reference {name} has another tokenizer: token {i} is {token!r} of the model, and "
-                f"{its_tokens.get(i)!r} of the reference; {CURE} of its own kind"
-            )
+    if differ := other_token(tokenizer, its_tokenizer):
+        i, token, its_token = differ
+        raise UserError(
+            f"the reference {name} has another tokenizer: token {i} is {token!r} of the model, and {its_token!r} of the "
+            f"reference; {CURE} of its own kind"
+        )
     return load_policy(name, policy.device, policy.dtype)
+
+
+def other_token(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
+) -> tuple[int, str, str | None] | None:
+    """An id that stands for another token in the `other` tokenizer, with both tokens; None where they agree. Either may have
+    added tokens that the other has not."""
+    ids, its_ids = tokenizer.get_vocab(), other.get_vocab()
+    its_tokens = {i: token for token, i in its_ids.items()}
+    for token, i in ids.items():
+        if its_tokens.get(i, token) != token or its_ids.get(token, i) != i:
+            return i, token, its_tokens.get(i)
+    return None
 
 
 def _check_unchanged(

@@ -56,9 +56,9 @@ def test_value_is_that_of_the_state_before_the_end_token_or_after_the_last_one(k
 
 
 def test_every_scorer_says_what_it_needs_and_scores_nothing_of_nothing():
-    assert SCORER_NAMES == ("implicit", "likelihood", "value")
+    assert SCORER_NAMES == ("implicit", "implicit_min", "likelihood", "value")
     for name in SCORER_NAMES:
-        assert {"value_model", "reference"} >= scorer_of(name).NEEDS
+        assert {"value_model", "reference", "separators"} >= scorer_of(name).NEEDS
         assert scores(Models(policy(), 0), [name], []) == {name: []}
 
 
@@ -89,3 +89,20 @@ def test_the_value_model_of_a_run_is_found_beside_its_policy(tmp_path):
     save_value_model(critic, critic.state_dict(), tmp_path / "critic")
     found = load_models(config(tmp_path, scorers=("value",)), model, 0)
     assert isinstance(found.value_model, ValueHead)
+
+
+def test_implicit_min_is_the_lowest_step_by_hand():
+    model, reference = policy(0), policy(1)
+    models = Models(model, 0, reference=reference, beta=0.3, separators=frozenset({6, 2}))
+    found = scores(models, ["implicit_min"], EPISODES)["implicit_min"]
+    cuts = {
+        0: [2, 4],
+        1: [2],
+        2: [2],
+    }  # of EPISODES: the steps end with the tokens 6 and 2, and where the response is cut
+    for i, (prompt, ids, _) in enumerate(RESPONSES):
+        ratios = [a - b for a, b in zip(logprobs(model, prompt, ids), logprobs(reference, prompt, ids))]
+        ends = cuts[i]
+        steps = [0.3 * sum(ratios[a:b]) for a, b in zip([0, *ends[:-1]], ends)]
+        assert found[i] == pytest.approx(min(steps), abs=1e-5)
+    assert scores(models, ["implicit"], EPISODES)["implicit"][0] != pytest.approx(found[0])
