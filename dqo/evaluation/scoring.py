@@ -11,20 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from dqo.config.sources import read_options
-from dqo.data.batches import Batching, micro_batch_plan
 from dqo.data.episodes import Episode
 from dqo.errors import UserError
 from dqo.evaluation.options import EvalConfig
-from dqo.models import attention
 from dqo.models.critic import load_critic
-from dqo.models.policy import load_policy
-
-_TOKENS = {"cpu": 4096}  # of a batch, padding included
-_MORE_TOKENS = 16_384
+from dqo.models.policy import load_tokenizer
+from dqo.train.token_scores import batches_of, beta_of, load_reference, reference_of, run_options
 
 
 @dataclass(frozen=True)
@@ -61,31 +55,12 @@ def load_models(config: EvalConfig, policy: PreTrainedModel, pad_id: int) -> Mod
         value_model = load_critic(path, policy.device)
         value_model.eval()
     if "reference" in needs:
-        name, beta = reference_of(config)
-        reference = load_policy(name, policy.device, policy.dtype)
-        sizes = [model.config.get_text_config().vocab_size for model in (policy, reference)]
-        if sizes[0] != sizes[1]:
-            raise UserError(
-                f"scorer implicit: the reference {name} has {sizes[1]:,} tokens, and the model has {sizes[0]:,}"
-            )
+        directory = Path(str(config.model_name_or_path))
+        options = run_options(directory)
+        beta = beta_of(options) if config.beta is None else config.beta
+        name = reference_of(directory, options, config.ref_model_name_or_path)
+        reference = load_reference(name, policy, load_tokenizer(str(directory)))
     return Models(policy, pad_id, value_model, reference, beta)
-
-
-def reference_of(config: EvalConfig) -> tuple[str, float]:
-    """The reference policy's name and beta: as given, else those of the training run that wrote the model's directory."""
-    directory = Path(str(config.model_name_or_path))
-    found: dict[str, Any] = {}
-    for folder in (directory, directory.parent):  # a run's output_dir, or a checkpoint in it
-        if (folder / "config.yaml").is_file() and not found:
-            found = {name: value for name, (value, _) in read_options(str(folder / "config.yaml")).items()}
-    name = config.ref_model_name_or_path or found.get("ref_model_name_or_path") or found.get("model_name_or_path")
-    if name is None:
-        raise UserError(
-            f"scorer implicit: {directory} has no config.yaml of a training run that names its reference; give "
-            "--ref_model_name_or_path"
-        )
-    beta = config.beta if config.beta is not None else found.get("beta")
-    return str(name), 1.0 if beta is None else float(beta)
 
 
 def episode_of(prompt_ids: list[int], completion_ids: list[int], ended: bool) -> Episode:
@@ -110,14 +85,8 @@ def scores(
     found: dict[str, list[float]] = {name: [0.0] * len(episodes) for name in scorers}
     if not episodes or not found:
         return found
-    device = models.policy.device
-    packed = attention.packs(models.policy)
-    batching = Batching(models.pad_id, _TOKENS.get(device.type, _MORE_TOKENS), device, packed)
     place = {id(episode): i for i, episode in enumerate(episodes)}
-    plan = micro_batch_plan([[episode] for episode in episodes], 1, batching.max_tokens, packed)[0]
-    for groups in tqdm(plan, desc=description, unit="batch", leave=False, disable=description is None):
-        assert groups is not None  # there is one process
-        batch = batching.collate([episode for group in groups for episode in group])
+    for batch in batches_of(models.policy, models.pad_id, episodes, description):
         for name in found:
             values = scorer_of(name).score(models, batch).float().tolist()
             for episode, value in zip(batch.episodes, values):

@@ -173,6 +173,12 @@ def head_inputs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return hidden if factor == 1 else hidden * factor
 
 
+def reference_head(reference: PreTrainedModel, hidden: Tensor) -> dict[str, Tensor | None]:
+    """ref_hidden, ref_weight and ref_bias of a reference's (N, D) hidden states, for the linear operations."""
+    head = head_of(reference, hidden.dtype)
+    return {"ref_hidden": head_inputs(reference, hidden), "ref_weight": head["weight"], "ref_bias": head["bias"]}
+
+
 def head_stats(policy: PreTrainedModel, hidden: Tensor, actions: Tensor) -> TokenStats:
     """(N, D) hidden states and (N,) tokens -> (N,) statistics."""
     head = head_of(policy, hidden.dtype)
@@ -184,11 +190,12 @@ def policy_stats(policy: PreTrainedModel, batch: Batch, bf16: bool = False) -> T
     return head_stats(policy, hidden_positions(policy, batch, bf16)[batch.states], batch.actions)
 
 
-def weights_hash(model: PreTrainedModel) -> str:
-    """sha256 of the parameters' names and bytes."""
+def weights_hash(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
+    """sha256 of the parameters' names and bytes, in `dtype` where it is given."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
+        tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -9,13 +9,11 @@ The directory is built beside DIR, loaded again, compared, and renamed: DIR is w
 from __future__ import annotations
 
 import errno
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, PreTrainedModel
 
@@ -23,9 +21,9 @@ from dqo.data.ends import ends_of
 from dqo.errors import UserError
 from dqo.files import check_room, remove_asides, sync, sync_tree, temporary, writing
 from dqo.models.adapters import adapter_base, attach, merged
-from dqo.models.critic import load_critic, make_value_model, score_of
+from dqo.models.critic import HEAD_FILE, score_of
 from dqo.models.fitness import position_limit
-from dqo.models.lora import has_adapter, lora_config, merged_state, plain_name, with_fields
+from dqo.models.lora import has_adapter, merged_state
 from dqo.models.policy import load_config, load_policy, load_tokenizer, stop_ids
 from dqo.processes import Processes
 from dqo.reference.columns import AGREEMENT_BOUNDS
@@ -36,6 +34,7 @@ from dqo.train.learner import Learner
 from dqo.train.parallel import whole_state
 from dqo.train.resume import TRAINED_END
 from dqo.train.saved import Saved, find_saved, is_checkpoint_name
+from dqo.train.saved_critic import saved_critic
 
 # How far a policy in another type may be from the trained one, relative to 1 + |logprob|; of bfloat16 see `AGREEMENT_BOUNDS`, and
 # float16 keeps three more bits.
@@ -173,28 +172,15 @@ def _dtype_of(saved: Saved, base: str | None) -> str:
 
 def _critic_of(saved: Saved, policy: PreTrainedModel, base: str | None) -> nn.Module:
     """The value model of a run. A checkpoint with adapters keeps what was trained of it, which goes on the base's trunk."""
-    folder, adapters = saved.path / "critic", saved.path / "adapters.safetensors"
-    if saved.options.get("value_model") == "head" or (folder / "value_head.safetensors").exists():
+    head = saved.path / "critic" / HEAD_FILE
+    if saved.options.get("value_model") == "head" or head.exists():
         raise UserError(
             f"{saved.path}: its value model is a head on the policy's hidden states, which no class of transformers describes; "
             "train with --value_model separate, or leave --value_model out here"
         )
-    if folder.is_dir():
-        return load_critic(folder)
-    tensors = {}
-    if base is not None and adapters.exists():
-        found = load_file(adapters)
-        tensors = {name.removeprefix("critic/"): tensor for name, tensor in found.items() if name.startswith("critic/")}
-    if not tensors:
+    critic = saved_critic(saved, policy, base)
+    if critic is None:
         raise UserError(f"{saved.path} has no value model (critic/); leave --value_model out")
-    fields = json.loads((saved.path / "adapter_config.json").read_text())
-    critic = make_value_model("separate", policy, with_fields(lora_config(1, 1.0, None), fields))
-    parameters = {plain_name(name): p for name, p in critic.named_parameters() if p.requires_grad}
-    if parameters.keys() != (found := {plain_name(name): tensor for name, tensor in tensors.items()}).keys():
-        raise UserError(f"{adapters} holds the value model of another model than {base}, or of another version of peft")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(found[name])
     return critic
 
 

@@ -13,7 +13,14 @@ from transformers import PreTrainedModel
 from dqo.data.batches import Batch
 from dqo.models.critic import value_rows
 from dqo.models.lora import adapter_off
-from dqo.models.policy import head_inputs, head_of, hidden_and_router, hidden_positions, policy_stats
+from dqo.models.policy import (
+    head_inputs,
+    head_of,
+    hidden_and_router,
+    hidden_positions,
+    policy_stats,
+    reference_head,
+)
 from dqo.models.router import router_loss
 from dqo.objectives.base import MODELS, Objective
 from dqo.train import metrics
@@ -168,9 +175,7 @@ def _reference_head(learner: Learner, batch: Batch) -> dict[str, Tensor | None]:
     model = learner.policy if learner.reference is None else learner.reference
     with adapter_off(model):
         hidden = hidden_positions(model, batch, learner.bf16)
-    head = head_of(model, hidden.dtype)
-    hidden = head_inputs(model, hidden[batch.states])
-    return {"ref_hidden": hidden, "ref_weight": head["weight"], "ref_bias": head["bias"]}
+    return reference_head(model, hidden[batch.states])
 
 
 @torch.no_grad()

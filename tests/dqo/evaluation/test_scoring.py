@@ -6,9 +6,10 @@ import yaml
 
 from dqo.errors import UserError
 from dqo.evaluation.options import SCORER_NAMES, EvalConfig
-from dqo.evaluation.scoring import Models, episode_of, load_models, reference_of, scorer_of, scores
+from dqo.evaluation.scoring import Models, episode_of, load_models, scorer_of, scores
 from dqo.models.critic import ValueHead, make_value_model, save_value_model, score_of
-from tests.dqo.helpers import policy
+from dqo.models.new import save
+from tests.dqo.helpers import policy, tokenizer
 
 RESPONSES = [([1, 3, 4], [5, 6, 7, 2], True), ([1, 8], [9, 4], False), ([1, 5, 5, 6, 3], [11, 2], True)]
 EPISODES = [episode_of(*response) for response in RESPONSES]
@@ -65,15 +66,14 @@ def config(model, **changes):
     return EvalConfig(model_name_or_path=str(model), **changes)
 
 
-@pytest.mark.parametrize("where", [".", "checkpoint-4"])
-def test_the_reference_and_beta_are_those_of_the_training_run(tmp_path, where):
-    told = {"model_name_or_path": "base", "ref_model_name_or_path": None, "beta": 0.03}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(told))
-    assert reference_of(config(tmp_path / where)) == ("base", 0.03)
-    assert reference_of(config(tmp_path / where, beta=0.0)) == ("base", 0.0)
-    assert reference_of(config(tmp_path / where, ref_model_name_or_path="other")) == ("other", 0.03)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(told | {"ref_model_name_or_path": "theirs"}))
-    assert reference_of(config(tmp_path / where)) == ("theirs", 0.03)
+def test_the_reference_and_beta_are_those_of_the_training_run(tmp_path):
+    save(policy(1), tokenizer(), tmp_path / "base")
+    save(policy(), tokenizer(), tmp_path / "run")
+    told = {"model_name_or_path": str(tmp_path / "base"), "ref_model_name_or_path": None, "beta": 0.03}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(told))
+    found = load_models(config(tmp_path / "run", scorers=("implicit",)), policy(), 0)
+    assert found.beta == 0.03 and torch.equal(found.reference.lm_head.weight, policy(1).lm_head.weight)
+    assert load_models(config(tmp_path / "run", scorers=("implicit",), beta=0.5), policy(), 0).beta == 0.5
 
 
 def test_models_that_are_not_found_are_named_with_their_option(tmp_path):
