@@ -67,15 +67,38 @@ def objective_sums(
     loss_scale: float = 1.0,
     companion_mean: float | None = None,
     token_share: float = 0.0,
-    evaluating: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective's loss summed over a micro-batch, times `loss_scale`, and its [sum, count] metrics.
 
     Args:
         trains: the models that get a gradient, of "policy" and "critic".
         token_share: factor of the router's auxiliary loss, where it is applied: the batch's share of the step's tokens.
-        evaluating: the loss is that of the objective's `evaluation`.
     """
+    return _objective(learner, objective, batch, None, trains, loss_scale, companion_mean, token_share)
+
+
+@torch.no_grad()
+def objective_rows(
+    learner: Learner, objective: Objective, batch: Batch, companion_mean: float | None = None
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """The sums of the objective's `evaluation`, and what its one forward pass says of every row (N,): logprobs, entropy, and
+    values where there is a value model."""
+    kept: dict[str, list[Tensor]] = {}
+    loss, sums = _objective(learner, objective, batch, kept, companion_mean=companion_mean)
+    return loss, sums, {name: torch.cat(pieces) for name, pieces in kept.items()}
+
+
+def _objective(
+    learner: Learner,
+    objective: Objective,
+    batch: Batch,
+    kept: dict[str, list[Tensor]] | None,
+    trains: Collection[str] = MODELS,
+    loss_scale: float = 1.0,
+    companion_mean: float | None = None,
+    token_share: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`kept`: of an evaluation, takes what `objective_rows` says of every row, in pieces; None: of training."""
     policy, train_policy = learner.policy, "policy" in trains
     router_coef = learner.router_aux_loss_coef if train_policy else None
     wanted = {"output_router_logits": True} if router_coef else {}
@@ -95,11 +118,19 @@ def objective_sums(
     if objective.needs_kl:
         head |= _reference_head(learner, batch)
 
-    loss_of = objective.evaluation if evaluating else objective
+    loss_of = objective if kept is None else objective.evaluation
 
     def row_loss(stats, rows, cu_seqlens):
         rows = rows | {"group": rows["group"] - rows["group"][:1]}  # a call may begin with any group of the micro-batch
         loss, sums = metrics.checked(loss_of(stats, rows, cu_seqlens), type(objective).__name__)
+        if kept is not None:  # the runs of groups come in their order
+            for name, value in (
+                ("logprobs", stats.logprobs),
+                ("entropy", stats.entropy),
+                ("values", rows.get("values")),
+            ):
+                if value is not None:
+                    kept.setdefault(name, []).append(value.detach())
         return loss, sums | metrics.common(stats, rows)
 
     loss, sums = linear_row_loss(
