@@ -6,8 +6,8 @@ import dataclasses
 
 from dqo.config.options import Options
 
-
 VALUE_OPTIONS = ["critic_learning_rate", "value_warmup_steps", "critic_lr_scheduler_type", "critic_max_grad_norm"]
+VALUE_OPTIONS += ["value_init", "value_input", "value_loss"]
 
 
 def without_effect(options: Options, adapters: bool, held_out_given: bool) -> str:
@@ -37,7 +37,7 @@ def without_effect(options: Options, adapters: bool, held_out_given: bool) -> st
     defaults = {field.name: field.default for part in (config, objective) for field in dataclasses.fields(part)}
     found = []
     for reason, (used, names) in reasons.items():
-        idle = [n for n in names if n in options.sources and values[n] != defaults[n]]
+        idle = [n for n in names if n in options.sources and n in values and values[n] != defaults[n]]
         if idle and not used:
             found.append(f"{', '.join(idle)} ({reason})")
     return f"these options have no effect: {'; '.join(found)}" if found else ""
