@@ -19,7 +19,8 @@ from dqo.errors import UserError
 from dqo.evaluation.options import EvalConfig
 from dqo.models.critic import load_critic
 from dqo.models.identity import check_holds_model, model_identity
-from dqo.models.policy import load_config, load_tokenizer
+from dqo.models.policy import load_config, load_tokenizer, weights_hash
+from dqo.models.value_form import form_of
 from dqo.scoring.by import models_of
 from dqo.train.token_scores import batches_of, beta_of, load_reference, other_token, reference_of, run_options
 
@@ -100,12 +101,20 @@ def load_models(config: EvalConfig, policy: PreTrainedModel, pad_id: int) -> Mod
             )
         value_model = load_critic(path, policy.device)
         value_model.eval()
-    if "reference" in needs:
+    of_value = value_model is not None and form_of(value_model).reads_reference
+    if "reference" in needs or of_value:
         directory = Path(str(config.model_name_or_path))
         options = run_options(directory)
         beta = beta_of(options) if config.beta is None else config.beta
         name = reference_of(directory, options, config.ref_model_name_or_path)
         reference = load_reference(name, policy, load_tokenizer(str(directory)))
+    if value_model is not None and of_value:
+        assert reference is not None
+        if weights_hash(reference, torch.float32) != form_of(value_model).reference:
+            raise UserError(
+                f"scorer value: the value model in {path} read another reference than {name} when it was trained; give that one "
+                "as --ref_model_name_or_path"
+            )
     return Models(policy, pad_id, value_model, reference, beta)
 
 

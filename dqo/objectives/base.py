@@ -126,6 +126,11 @@ class Objective:
         return getattr(self, "value_model", "none")
 
     @property
+    def values_loss(self) -> str:
+        """What fits the value model: "squared", "bce" or "hl_gauss"; the option value_loss where there is one."""
+        return getattr(self, "value_loss", "squared")
+
+    @property
     def needs_values(self) -> bool:
         """It reads values."""
         return self.value_kind != "none"
@@ -223,8 +228,9 @@ class Objective:
             rows: columns (N,): rewards, label (1 on every token of a response that counts as correct), turn_end (1 on the last
                 token of each turn, else 0), group (0, 1, ... of the response among those of this call), those of `prepare`, and
                 where there are such ref_logprobs, ref_lse, behavior_logprobs, values (differentiable), bootstrap (V of the last
-                state of a response that was cut, on its last row), target_values (of the value model's moving average) and
-                companion_mean.
+                state of a response that was cut, on its last row), target_values (of the value model's moving average),
+                companion_mean, and with a `values_loss` other than squared value_outputs (N, K) (differentiable in the place of
+                values) and value_range (N, 2), see dqo.objectives.value_outputs.
             cu_seqlens: (B+1,) boundaries of the responses.
 
         Returns:

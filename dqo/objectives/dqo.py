@@ -56,6 +56,9 @@ class DQO(Objective):
     """The policy loss is multiplied by this factor."""
     value_coef: float = 1.0
     """The value loss is multiplied by this factor."""
+    value_loss: Literal["squared", "bce", "hl_gauss"] = "squared"
+    """What fits the value model to returns: "squared" error, or a cross-entropy. "bce" is that of the probability of the greatest
+    return against the least of the training data, "hl_gauss" that of a distribution over bins between the two."""
     value_model: Literal["separate", "head", "none"] = "separate"
     """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
     hidden states. "none" takes soft values from the logsumexp."""
@@ -80,6 +83,10 @@ class DQO(Objective):
         if self.is_cap is not None and self.is_floor is not None and self.is_floor > self.is_cap:
             found.append(("is_floor", f"must be at most is_cap = {self.is_cap}, got {self.is_floor}"))
         found += self.below(0, "kl_coef", "policy_scale", "value_coef")
+        if self.target == "residual" and self.value_loss != "squared":
+            found.append(
+                ("value_loss", f"must be squared with target residual, which fits V itself, got {self.value_loss}")
+            )
         if self.target_ema is not None:
             if not 0 <= self.target_ema < 1:
                 found.append(("target_ema", f"must be in [0, 1) or None, got {self.target_ema}"))
@@ -91,6 +98,7 @@ class DQO(Objective):
 
     def __call__(self, stats, rows, cu_seqlens):
         from dqo.objectives.sums import Regression, mean_metric, moments, regression_metrics, response_metrics
+        from dqo.objectives.value_outputs import value_losses
         from dqo_kernels import soft_bellman
 
         terms = soft_bellman(
@@ -117,12 +125,14 @@ class DQO(Objective):
         )
         # terms.returns: G_t. terms.advantages: r_t + gamma * G_{t+1} - V(s_t). terms.weights: w
         loss = self.policy_scale * terms.policy_loss.sum()  # eq. 4.7: w/2 (beta * delta_t - advantage)^2
+        # eq. 4.6: w/2 (V(s_t) - G_t)^2
+        value_loss, of_loss = value_losses(rows, terms.value_loss, terms.returns, terms.weights)
         if self.target == "detach":
-            loss = loss + self.value_coef * terms.value_loss.sum()  # eq. 4.6: w/2 (V(s_t) - G_t)^2
+            loss = loss + self.value_coef * value_loss.sum()
         values = rows["values"] if self.needs_values else self.beta * (stats.lse - rows["ref_lse"])
         scaled_ratio = self.beta * (stats.logprobs - rows["ref_logprobs"])
         fitted = Regression(values, terms.returns, scaled_ratio, terms.advantages)
-        metrics = regression_metrics(terms.policy_loss, terms.value_loss, fitted) | {
+        metrics = regression_metrics(terms.policy_loss, value_loss, fitted) | {
             "sampling/importance_sampling_ratio/mean": mean_metric(terms.weights),
             "importance_weight/clipped_frac": mean_metric(self._clipped(stats, rows, cu_seqlens)),
         }
@@ -131,7 +141,7 @@ class DQO(Objective):
         if self.needs_kl:
             loss = loss + self.kl_coef * stats.kl.sum()
             metrics["loss/kl"] = mean_metric(stats.kl)
-        return loss, metrics | response_metrics(stats, rows, cu_seqlens, self.beta)
+        return loss, metrics | of_loss | response_metrics(stats, rows, cu_seqlens, self.beta)
 
     def evaluation(self, stats, rows, cu_seqlens):
         import torch

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dqo.data.batches import Batch
-from dqo.models.critic import value_rows
+from dqo.models.critic import ValueHead, value_rows, valued
 from dqo.models.lora import adapter_off
 from dqo.models.policy import (
     head_inputs,
@@ -22,6 +22,7 @@ from dqo.models.policy import (
     reference_head,
 )
 from dqo.models.router import router_loss
+from dqo.models.value_form import form_of
 from dqo.objectives.base import MODELS, Objective
 from dqo.train import metrics
 from dqo_kernels import linear_row_loss
@@ -155,12 +156,16 @@ def _objective(
 
 
 def _value_columns(learner: Learner, batch: Batch, hidden: Tensor) -> dict[str, Tensor]:
-    """values, target_values and bootstrap, where there is a value model. The bootstrap is a target: from the average, if there is
-    one."""
+    """values, target_values and bootstrap, where there is a value model; value_outputs and value_range, where a cross-entropy
+    fits it. The bootstrap is a target: from the average, if there is one."""
     if learner.value_model is None:
         return {}
-    columns = {}
-    columns["values"], end_values = value_rows(learner.value_model, batch, hidden, learner.bf16)
+    columns: dict[str, Tensor] = {}
+    columns["values"], end_values, outputs = valued(learner.value_model, batch, hidden, learner.bf16)
+    if outputs is not None:
+        form = form_of(learner.value_model)
+        bounds = outputs.new_tensor([form.low, form.high])
+        columns |= {"value_outputs": outputs, "value_range": bounds.expand(len(outputs), 2)}
     if learner.target is not None:
         with torch.no_grad():
             columns["target_values"], end_values = value_rows(learner.target, batch, hidden, learner.bf16)
@@ -191,7 +196,7 @@ def companion_sums(learner: Learner, objective: Objective, batch: Batch) -> Tens
 def values_of(learner: Learner, batch: Batch) -> Tensor:
     """(N,): V of every row."""
     assert learner.value_model is not None
-    is_head = not isinstance(learner.value_model, PreTrainedModel)
+    is_head = isinstance(learner.value_model, ValueHead)
     hidden = hidden_positions(learner.policy, batch, learner.bf16) if is_head else None
     return value_rows(learner.value_model, batch, hidden, learner.bf16)[0]
 

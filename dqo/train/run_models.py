@@ -32,6 +32,7 @@ from dqo.reference.columns import add_reference, check_agreement
 from dqo.train.inputs import Given
 from dqo.train.learner import Learner
 from dqo.train.resume import adapter_fields, stored_derived
+from dqo.train.returns import ValueStart
 from dqo_kernels import TokenStats
 
 
@@ -104,8 +105,10 @@ def bf16_problem(device: torch.device) -> str | None:
     )
 
 
-def make_learner(options: Options, given: Given, policy: PreTrainedModel, explicit: PreTrainedModel | None) -> Learner:
-    """The policy, with an adapter where one was asked for, and what the objective needs beside it."""
+def make_learner(
+    options: Options, given: Given, policy: PreTrainedModel, explicit: PreTrainedModel | None, begin: ValueStart
+) -> Learner:
+    """The policy, with an adapter where one was asked for, and what the objective needs beside it. `begin`: its value model."""
     config, objective = options.train, options.objective
     peft_config = given.peft_config
     if config.use_peft and peft_config is None:
@@ -114,7 +117,7 @@ def make_learner(options: Options, given: Given, policy: PreTrainedModel, explic
     torch.manual_seed(config.seed)  # of new heads and adapters, in every process and when a run goes on
     value_model = reference = target = None
     if objective.needs_values:
-        value_model = make_value_model(objective.value_kind, policy, peft_config)
+        value_model = make_value_model(objective.value_kind, policy, peft_config, begin.form, begin.value)
         if objective.values_decay is not None:
             target = copy.deepcopy(value_model)
     if objective.needs_kl:  # with an adapter the policy is its own reference
