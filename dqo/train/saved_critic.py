@@ -16,6 +16,7 @@ from dqo.train.saved import Saved
 
 PLAIN_FORM = {"value_loss": "squared", "value_input": "states"}
 
+
 def saved_critic(saved: Saved, policy: PreTrainedModel, base: str | None) -> nn.Module | None:
     """The value model beside a saved policy; None where there is none.
 
