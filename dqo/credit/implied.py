@@ -41,6 +41,8 @@ def implied_values(advantages: ArrayLike, rewards: ArrayLike, start: float, gamm
         ValueError: for lengths that differ, or a discount of 0 or less.
     """
     gains, discounts = _checked(advantages, rewards, gamma)
+    if not (discounts > 0).all():
+        raise ValueError(f"the discount must be above 0, got {gamma}")
     values = np.empty(len(gains) + 1)
     values[0] = start
     for t, (gain, discount) in enumerate(zip(gains, discounts)):
@@ -94,7 +96,4 @@ def _checked(advantages: ArrayLike, rewards: ArrayLike, gamma: ArrayLike) -> tup
     advantages, rewards = np.asarray(advantages, float), np.asarray(rewards, float)
     if advantages.ndim != 1 or advantages.shape != rewards.shape:
         raise ValueError(f"advantages {advantages.shape} and rewards {rewards.shape} must be (T,) of one response")
-    discounts = np.broadcast_to(np.asarray(gamma, float), advantages.shape)
-    if not (discounts > 0).all():
-        raise ValueError(f"the discount must be above 0, got {gamma}")
-    return rewards - advantages, discounts
+    return rewards - advantages, np.broadcast_to(np.asarray(gamma, float), advantages.shape)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dqo.errors import printable
-from dqo.inspection.responses import Response
-from dqo.inspection.run import Inspection
+from dqo.inspection.responses import Inspection, Response
 from dqo.inspection.terminal import implied_text, summary_of, verdict_of
-from dqo.inspection.views import LEVELS, VIEWS, levels, signed, step_numbers
+from dqo.inspection.views import LEVELS, VIEWS, levels, number_text, step_numbers
 from dqo.report.plots import trace_plot, value_limits
 from dqo.report.schema import ValueTrace
 
@@ -25,8 +24,14 @@ def rendered(inspection: Inspection) -> str:
     import dqo.report
 
     folders = [_TEMPLATES, Path(dqo.report.__path__[0]) / "templates"]
-    environment = Environment(loader=FileSystemLoader(folders), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"signed": _minus}
+    environment = Environment(
+        loader=FileSystemLoader(folders),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )
+    environment.filters |= {"number": _number}
     traces = [_trace(response) for response in inspection.responses]
     limits = value_limits(traces)
     return environment.get_template("inspect.html.j2").render(
@@ -101,5 +106,5 @@ def _without_end(tokens: list[dict]) -> list[dict]:
     return [*tokens[:-1], tokens[-1] | {"text": tokens[-1]["text"].removesuffix("\n")}]
 
 
-def _minus(number: float, digits: int = 3) -> str:
-    return signed(number, digits).replace("-", "−")
+def _number(number: float, name: str = "") -> str:
+    return number_text(name, number).replace("-", "−")

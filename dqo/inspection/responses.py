@@ -61,6 +61,25 @@ class Response:
         return index
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of the responses that are shown."""
+
+    directory: str
+    method: str
+    beta: float
+    responses: list[Response]
+    scales: dict[str, float]  # {view: the size that has its full colour}
+    notes: list[str]  # what a reader must know of all of them
+
+    @property
+    def found(self) -> tuple[int, int, float]:
+        """Responses whose lowest step is the first wrong one, those that have a wrong step, and how many chance would find."""
+        wrong = [r for r in self.responses if r.first_wrong_step is not None]
+        hits = sum(r.lowest_step == r.first_wrong_step for r in wrong)
+        return hits, len(wrong), sum(1 / len(r.step_ends) for r in wrong)
+
+
 def chosen(rows: Sequence[Row], count: int, lines: Sequence[str]) -> list[int]:
     """Indices of the rows to show: those of the `lines`, "12" or "3-7"; without any `count` of distinct prompts, right and wrong
     ones alike, and of wrong ones those whose wrong step is known first.
@@ -71,20 +90,18 @@ def chosen(rows: Sequence[Row], count: int, lines: Sequence[str]) -> list[int]:
     if lines:
         return _of_lines(rows, lines)
     order = sorted(range(len(rows)), key=lambda i: not any(r < 0 for r in rows[i].process_rewards or ()))
-    right = [i for i in range(len(rows)) if rows[i].label]
-    wrong = [i for i in order if not rows[i].label]
+    waiting = {False: [i for i in order if not rows[i].label], True: [i for i in range(len(rows)) if rows[i].label]}
     prompts: set[str] = set()
-    found: dict[bool, list[int]] = {True: [], False: []}
-    wanted = {False: (count + 1) // 2, True: count // 2}
-    for extra in (False, True):  # then: one kind fills up what the other lacks
-        for kind, candidates in ((False, wrong), (True, right)):
-            for i in candidates:
-                full = sum(map(len, found.values())) >= count if extra else len(found[kind]) >= wanted[kind]
-                if full:
-                    break
-                if (key := prompt_key(rows[i])) not in prompts:
-                    prompts.add(key)
-                    found[kind].append(i)
+    found: dict[bool, list[int]] = {False: [], True: []}
+    while any(waiting.values()):  # a wrong one and a right one by turns
+        for kind, candidates in waiting.items():
+            taken = next((i for i in candidates if prompt_key(rows[i]) not in prompts), None)
+            waiting[kind] = [] if taken is None else candidates[candidates.index(taken) + 1 :]
+            if taken is not None and len(prompts) < count:
+                prompts.add(prompt_key(rows[taken]))
+                found[kind].append(taken)
+        if len(prompts) == count:
+            break
     return found[False] + found[True]
 
 

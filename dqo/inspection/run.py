@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +15,14 @@ from dqo.data.ids import token_texts
 from dqo.data.rows import Row, read_rows
 from dqo.errors import UserError
 from dqo.files import write_whole, writing
-from dqo.inspection.responses import Response, chosen, siblings
+from dqo.inspection.page import rendered
+from dqo.inspection.responses import Inspection, Response, chosen, siblings
 from dqo.inspection.views import VIEWS, scale_of
 from dqo.objectives.registry import objective_class
 from dqo.train.run_rows import discounts_of, episodes_of
 from dqo.train.token_scores import RunModels, load_run, token_scores
 
 _SCORES = ("logprobs", "ref_logprobs", "lse", "ref_lse", "kl")
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What is known of the responses that are shown."""
-
-    directory: str
-    method: str
-    beta: float
-    responses: list[Response]
-    scales: dict[str, float]  # {view: the size that has its full colour}
-    notes: list[str]  # what a reader must know of all of them
-
-    @property
-    def found(self) -> tuple[int, int, float]:
-        """Responses whose lowest step is the first wrong one, those that have a wrong step, and how many chance would find."""
-        wrong = [r for r in self.responses if r.first_wrong_step is not None]
-        hits = sum(r.lowest_step == r.first_wrong_step for r in wrong)
-        return hits, len(wrong), sum(1 / len(r.step_ends) for r in wrong)
 
 
 def inspect(
@@ -80,8 +61,6 @@ def inspect(
     models = load_run(run, reference=ref_model_name_or_path, dtype=dtype, device="cpu" if use_cpu else None)
     found = _inspection(models, [all_rows[i] for i in shown], [all_rows[i] for i in others], quiet)
     if page is not None:
-        from dqo.inspection.page import rendered
-
         write_whole(page, rendered(found).encode())
     return found
 

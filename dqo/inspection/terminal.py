@@ -8,9 +8,8 @@ has {-0.31} behind each token that would be coloured clearly. Control characters
 from __future__ import annotations
 
 from dqo.errors import printable
-from dqo.inspection.responses import Response
-from dqo.inspection.run import Inspection
-from dqo.inspection.views import LEVELS, VIEWS, levels, signed, step_numbers
+from dqo.inspection.responses import Inspection, Response
+from dqo.inspection.views import LEVELS, VIEWS, levels, number_text, step_numbers
 
 _PROMPT = 400  # characters of a prompt's end
 _CLEARLY = 2  # the level from which plain text tells a token's number
@@ -47,12 +46,12 @@ def verdict_of(response: Response) -> str:
     if low is None:
         return ""
     sums = response.step_sums
-    lowest = f"the lowest step is {low + 1} ({signed(sums[low])})"
+    lowest = f"the lowest step is {low + 1} ({number_text('advantage', sums[low])})"
     if wrong is None:
         return lowest + (", and no step is wrong" if response.labelled else "; which one is wrong is not known")
     if low == wrong:
         return f"{lowest}, the first wrong one"
-    return f"{lowest}; the first wrong one is {wrong + 1} ({signed(sums[wrong])})"
+    return f"{lowest}; the first wrong one is {wrong + 1} ({number_text('advantage', sums[wrong])})"
 
 
 def implied_text(response: Response) -> str:
@@ -68,8 +67,8 @@ def implied_text(response: Response) -> str:
     }[start.origin]
     text = f"the implied value begins at {start.value:.3f}, {origin}"
     if not response.terminated:
-        return f"{text}; at the end, where the response was cut, it is {signed(response.implied.remainder)}"
-    return f"{text}; {signed(response.implied.remainder)} remains at the end, where 0 is expected"
+        return f"{text}; at the end, where the response was cut, it is {number_text('advantage', response.implied.remainder)}"
+    return f"{text}; {number_text('advantage', response.implied.remainder)} remains at the end, where 0 is expected"
 
 
 def _response(response: Response, by: str, scale: float, colour: bool) -> str:
@@ -78,9 +77,9 @@ def _response(response: Response, by: str, scale: float, colour: bool) -> str:
 
     verdict = paint("right", _GREEN) if response.label else paint("wrong", _RED)
     title = paint(printable(response.source), _BOLD)
-    total = response.scores["advantage"].sum()
+    total = number_text("advantage", response.scores["advantage"].sum())
     count = len(response.actions)
-    lines = [f"{title}: {verdict}, reward {response.reward:g}, {count:,} tokens, advantage {signed(total)} in all"]
+    lines = [f"{title}: {verdict}, reward {response.reward:g}, {count:,} tokens, advantage {total} in all"]
     prompt = printable(response.prompt)
     cut = "... " if len(prompt) > _PROMPT else ""
     lines += [paint(f"{cut}{prompt[-_PROMPT:]}", _DIM)]
@@ -105,7 +104,7 @@ def _steps(response: Response, by: str, texts: list[str]) -> list[str]:
         at = min(begins[step], len(response.actions) - 1)
         before = "".join(f"{values[at]:>9.3f}" for _, values in tracks)
         own = "".join(text for text, its in zip(texts, owner) if its == step).removesuffix("\n")
-        lead = f"{step + 1:>4}{mark}{signed(number):>9}{before}  "
+        lead = f"{step + 1:>4}{mark}{number_text(by, number):>9}{before}  "
         lines.append(lead + own.replace("\n", f"\n{' ' * len(lead)}"))
     return lines
 

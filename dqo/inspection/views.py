@@ -76,7 +76,7 @@ def step_numbers(view: View, values: np.ndarray, step_ends: list[int]) -> np.nda
     return sums / np.maximum(np.bincount(step_index(step_ends, len(values)), minlength=len(sums)), 1)
 
 
-def signed(number: float, digits: int = 3) -> str:
-    """With its sign, unless it rounds to 0."""
-    text = f"{number:+.{digits}f}"
-    return text[1:] if float(text) == 0 else text
+def number_text(name: str, number: float) -> str:
+    """A number of a view, with three digits; an advantage has its sign, unless it rounds to 0."""
+    text = f"{number:+.3f}" if name == "advantage" else f"{number:.3f}"
+    return f"{0:.3f}" if float(text) == 0 else text

@@ -2,8 +2,9 @@ import re
 
 import pytest
 
-from dqo.commands.check_view import token_texts, view
+from dqo.commands.check_view import view
 from dqo.data.episodes import make_episodes
+from dqo.data.ids import token_texts
 from dqo.data.rows import read_rows
 from dqo.errors import printable
 from dqo.models.new import bpe_tokenizer

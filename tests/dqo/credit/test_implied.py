@@ -46,6 +46,7 @@ def test_by_hand():
     assert found.values.tolist() == [1.0, 3.0, 3.5] and found.line.tolist() == [1.0, 3.0, 2.0]
     assert soft_return([0.5, -1.0], [0.0, 0.25], 0.5) == -0.5 + 0.5 * 1.25
     assert implied_values([], [], 2.0).remainder == 2.0 and soft_return([], []) == 0
+    assert soft_return([0.5, -1.0], [0.0, 0.25], 0.0) == -0.5
     for wrong in (([1.0], [1.0, 2.0]), ([1.0], [1.0], 1.0, 0.0), ([[1.0]], [[1.0]])):
         with pytest.raises(ValueError, match="must be"):
             implied_values(*wrong[:2], 0.0, *wrong[3:])
