@@ -10,9 +10,10 @@ import numpy as np
 from dqo.errors import UserError
 from dqo.objectives.registry import DEFAULT_METHOD
 from dqo.report.groups import BASE, Groups, grouped
+from dqo.report.predictors import held_out_of
 from dqo.report.runs import StoredRun
 from dqo.report.schema import Method, Report
-from dqo.report.sections import accuracy_of, changes_of, curves_of, flips_of, held_out_of, unread_of
+from dqo.report.sections import accuracy_of, changes_of, curves_of, flips_of, unread_of
 
 
 def report_of(runs: list[StoredRun], *, names: list[str] | None = None, **given: Any) -> Report:

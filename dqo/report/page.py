@@ -31,6 +31,7 @@ from dqo.report.formats import (
     plus_minus,
     points,
     points_between,
+    signed,
 )
 from dqo.report.plots import draw_all
 from dqo.report.schema import KEYS, REQUIRED, Change, Decoding, Flip, Method, Report
@@ -87,9 +88,10 @@ def _warnings(report: Report) -> list[str]:
         end = sum(ends) / len(ends)
         if end < NEARLY_NOTHING:
             mean = f", the mean of {len(ends)} seeds" if len(ends) > 1 else ""
+            others = " What the policy and the value model know of held-out responses stands at the top."
             warnings.append(
-                f"The value model of {owner} ends with an explained variance of {measured(end)}{mean}: it knows "
-                "hardly more than the average return, and advantages computed from it are mostly noise."
+                f"The value model of {owner} ends with an explained variance of {measured(end)}{mean}: it knows hardly more than "
+                f"the average return, as a baseline and as a picture.{others if report.get('predictors') else ''}"
             )
     return warnings
 
@@ -131,7 +133,7 @@ def _html(report: Report, results: list[MethodResult], verdict: Verdict | None) 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for show in (percent, points, p_text, number_text, duration, measured, option_text):
+    for show in (percent, points, p_text, number_text, duration, measured, option_text, signed):
         environment.filters[show.__name__] = show
     return environment.get_template("report.html.j2").render(
         report=report,

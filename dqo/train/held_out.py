@@ -38,26 +38,22 @@ Tokens = dict[
 ]  # of one response: (T,) float32 logprobs, entropy, and values where there is a value model
 
 
+@torch.no_grad()
 def held_out_metrics(
     engine: Engine,
     objective: Objective,
     groups: list[Group],
     prediction_step: Callable[[Planned], None] = lambda batches: None,
-) -> dict[str, float]:
-    """eval_loss and the other metrics, each a mean over the held-out units; with a value model its AUC too, and with a reference
-    what log(pi/ref) knows. `groups` are those that the objective chose; every process gets the same numbers. `prediction_step` is
-    called after every micro-batch."""
-    return evaluated(engine, objective, groups, prediction_step)[0]
-
-
-@torch.no_grad()
-def evaluated(
-    engine: Engine,
-    objective: Objective,
-    groups: list[Group],
-    prediction_step: Callable[[Planned], None] = lambda batches: None,
 ) -> tuple[dict[str, float], list[Tokens]]:
-    """The metrics, and what policy and value model say of each distinct response, from one forward pass."""
+    """One forward pass over the held-out responses. `groups` are those that the objective chose; every process gets the same.
+
+    Args:
+        prediction_step: called after every micro-batch.
+
+    Returns:
+        (metrics, tokens): eval_loss and the other metrics, each a mean over the held-out units, with a value model its AUC, and
+        with a reference what log(pi/ref) knows; and what policy and value model say of each distinct response.
+    """
     if not groups:
         return {}, []
     once = distinct(groups)

@@ -23,6 +23,7 @@ from dqo.train.callbacks import Callbacks
 from dqo.train.damage import checkpoints, fault, loading
 from dqo.train.engine import Engine
 from dqo.train.held_out import held_out_metrics, predictions
+from dqo.train.held_out_start import write_start
 from dqo.train.learner import update_target
 from dqo.train.not_finite import NotFinite, rows_of, stopped, wrong_gradients
 from dqo.train.parallel import wrap
@@ -193,8 +194,11 @@ class Trainer:
 
     def held_out(self, groups: list[Group] | None = None) -> dict[str, float]:
         """Metrics of the held-out rows, or of others that the objective chose, with what compute_metrics makes of them."""
+        untrained = groups is None and self.counters["step"] == 0
         groups = self.prepared.held_out if groups is None else groups
-        found = held_out_metrics(self.engine, self.objective, groups, self.callbacks.prediction_step)
+        found, tokens = held_out_metrics(self.engine, self.objective, groups, self.callbacks.prediction_step)
+        if untrained and groups and self.processes.main:
+            write_start(self.output_dir, distinct(groups), tokens)
         if self.compute_metrics is not None and groups:
             by_name, rewards = predictions(self.engine, distinct(groups))
             prediction = EvalPrediction(by_name, rewards)  # type: ignore[arg-type]  # arrays by name, not one or a tuple

@@ -15,6 +15,7 @@ from dqo.data.overlap import trained_problems
 from dqo.data.rows import Row, prompt_key
 from dqo.models.critic import load_critic
 from dqo.models.policy import load_policy
+from dqo.objectives.base import Objective
 from dqo.processes import start
 from dqo.train.callbacks import check_callbacks
 from dqo.train.inputs import Given, check_options, load_rows
@@ -35,6 +36,7 @@ class Run:
     seconds: float  # of the steps alone
     tokens_per_second: float
     held_out: dict[str, float]
+    objective: Objective
 
 
 Rows = tuple[list[Row], list[Row]]  # to train on, held out
@@ -107,4 +109,4 @@ def run_of(trainer: Trainer, held_out: dict[str, float]) -> Run:
         trainer.prepared.learner = Learner(whole_policy, value_model)
     seconds = trainer.counters["train_seconds"]
     rate = trainer.counters["num_tokens"] / seconds if seconds else 0.0
-    return Run(trainer.output_dir, trainer.prepared, trainer.steps, seconds, rate, held_out)
+    return Run(trainer.output_dir, trainer.prepared, trainer.steps, seconds, rate, held_out, trainer.objective)

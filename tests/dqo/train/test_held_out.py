@@ -13,7 +13,7 @@ from dqo.models.policy import policy_stats
 from dqo.objectives import DPO, DQO, DRO, KTO, OREO, SFT
 from dqo.processes import Processes
 from dqo.train.engine import Engine
-from dqo.train.held_out import evaluated, held_out_metrics, tokens_of
+from dqo.train.held_out import held_out_metrics, tokens_of
 from dqo.train.learner import Learner, values_of
 from tests.dqo.helpers import episodes, policy
 
@@ -54,7 +54,7 @@ def test_one_forward_pass_says_what_each_token_has(objective):
     for name, trunk in trunks.items():
         trunk.register_forward_hook(lambda *_, name=name: passes.__setitem__(name, passes[name] + 1))
     batches = []
-    found, tokens = evaluated(ours, objective, groups, lambda planned: batches.append(planned))
+    found, tokens = held_out_metrics(ours, objective, groups, lambda planned: batches.append(planned))
     companions = len(batches) if isinstance(objective, KTO) else 0
     assert len(batches) <= passes["policy"] <= len(batches) + 2 * companions and len(batches) > 2
     if not companions:
@@ -77,7 +77,7 @@ def test_one_forward_pass_says_what_each_token_has(objective):
 def test_credit_is_that_of_log_pi_over_ref():
     given, objective = members(40), DQO(value_model="none", beta=0.3)
     ours = engine(objective, 10**6)
-    found, tokens = evaluated(ours, objective, [[e] for e in given])
+    found, tokens = held_out_metrics(ours, objective, [[e] for e in given])
     scores = [said["logprobs"] - e.ref_logprobs for e, said in zip(given, tokens)]
     expected = quality_of(
         [Judged(e.prompt_index, e.label, s, e.step_ends, e.first_wrong_step) for e, s in zip(given, scores)]
@@ -93,7 +93,7 @@ def test_an_untrained_policy_ranks_nothing_though_batches_of_other_shapes_round_
     ours = engine(objective, 10**6)
     for e in given:
         e.ref_logprobs = tokens_of(ours.learner, collate([e], 0))[0]["logprobs"]
-    found, tokens = evaluated(ours, objective, [[e] for e in given])
+    found, tokens = held_out_metrics(ours, objective, [[e] for e in given])
     assert any((said["logprobs"] != e.ref_logprobs).any() for e, said in zip(given, tokens))
     assert found["eval_credit/auc"] == found["eval_credit/auc_within_prompt"] == 0.5
     assert found["eval_credit/first_wrong_step"] == found["eval_credit/first_wrong_step_chance"] == 0.5
@@ -101,7 +101,7 @@ def test_an_untrained_policy_ranks_nothing_though_batches_of_other_shapes_round_
 
 def test_what_the_responses_do_not_tell_is_left_out():
     def names(objective, given):
-        found = held_out_metrics(engine(objective, 10**6), objective, [[e] for e in given])
+        found, _ = held_out_metrics(engine(objective, 10**6), objective, [[e] for e in given])
         return {name.removeprefix("eval_credit/") for name in found if "credit" in name}
 
     assert names(SFT(), members(reference=False)) == set()
@@ -112,5 +112,5 @@ def test_what_the_responses_do_not_tell_is_left_out():
     broken = engine(DQO(value_model="none"), 10**6)
     with torch.no_grad():
         broken.learner.policy.base_model.embed_tokens.weight.fill_(float("nan"))
-    found = held_out_metrics(broken, DQO(value_model="none"), [[e] for e in members()])
+    found, _ = held_out_metrics(broken, DQO(value_model="none"), [[e] for e in members()])
     assert not {name for name in found if "credit" in name} and "eval_entropy" in found

@@ -248,7 +248,7 @@ def test_held_out_metrics_and_values_count_actions():
     groups = [[e] for e in members]
     actions = sum(len(positions(e)) for e in members)
     assert unit_count(groups, "token") == actions
-    found = held_out_metrics(engine, DQO(), groups)
+    found, _ = held_out_metrics(engine, DQO(), groups)
     assert found["eval_completions/mean_length"] == pytest.approx(actions / len(members))
     for said, e in zip(tokens_of(learner, collate(members, 0)), members, strict=True):
         assert {len(values) for values in said.values()} == {len(positions(e))}
