@@ -237,7 +237,13 @@ def test_a_directory_in_use_is_refused_and_an_empty_one_taken(runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting, part", [("head", "its value model is a head"), ("none", "has no value model (critic/)")]
+    "setting, part",
+    [
+        ({"value_model": "head"}, "its value model is a head"),
+        ({"value_model": "none"}, "has no value model (critic/)"),
+        ({"value_loss": "bce"}, "its value model was trained with value_loss bce, which no class of transformers describes"),
+        ({"value_input": "ref_logprob", "use_peft": "True"}, "its value model was trained with value_input ref_logprob"),
+    ],
 )
 def test_a_value_model_of_no_class_and_a_missing_one_are_refused(runs, tmp_path, setting, part):
     train(
@@ -247,7 +253,7 @@ def test_a_value_model_of_no_class_and_a_missing_one_are_refused(runs, tmp_path,
                 model_name_or_path=runs / "model",
                 dataset_name=runs / "rollouts.jsonl",
                 max_steps=1,
-                value_model=setting,
+                **setting,
             )
         )
     )
