@@ -241,8 +241,11 @@ def test_a_directory_in_use_is_refused_and_an_empty_one_taken(runs, tmp_path):
     [
         ({"value_model": "head"}, "its value model is a head"),
         ({"value_model": "none"}, "has no value model (critic/)"),
-        ({"value_loss": "bce"}, "its value model was trained with value_loss bce, which no class of transformers describes"),
-        ({"value_input": "ref_logprob", "use_peft": "True"}, "its value model was trained with value_input ref_logprob"),
+        (
+            {"value_loss": "bce"},
+            "its value model was trained with value_loss bce, which no class of transformers describes",
+        ),
+        ({"value_input": "ref_logprob"}, "its value model was trained with value_input ref_logprob"),
     ],
 )
 def test_a_value_model_of_no_class_and_a_missing_one_are_refused(runs, tmp_path, setting, part):
