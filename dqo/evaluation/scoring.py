@@ -22,7 +22,7 @@ from dqo.evaluation.options import EvalConfig
 from dqo.models import attention
 from dqo.models.critic import load_critic
 from dqo.models.policy import load_policy, weights_hash
-from dqo.models.value_form import ValueForm, form_of
+from dqo.models.value_form import form_of
 
 _TOKENS = {"cpu": 4096}  # of a batch, padding included
 _MORE_TOKENS = 16_384
@@ -61,8 +61,7 @@ def load_models(config: EvalConfig, policy: PreTrainedModel, pad_id: int) -> Mod
             )
         value_model = load_critic(path, policy.device)
         value_model.eval()
-    form = ValueForm() if value_model is None else form_of(value_model)
-    of_value = form.reads_reference
+    of_value = value_model is not None and form_of(value_model).reads_reference
     if "reference" in needs or of_value:
         scorer = "scorer implicit" if "reference" in needs else "scorer value"
         name, beta = reference_of(config, scorer)
@@ -70,7 +69,8 @@ def load_models(config: EvalConfig, policy: PreTrainedModel, pad_id: int) -> Mod
         sizes = [model.config.get_text_config().vocab_size for model in (policy, reference)]
         if sizes[0] != sizes[1]:
             raise UserError(f"{scorer}: the reference {name} has {sizes[1]:,} tokens, and the model has {sizes[0]:,}")
-        if of_value and weights_hash(reference, torch.float32) != form.reference:
+        read = None if value_model is None else form_of(value_model).reference
+        if of_value and weights_hash(reference, torch.float32) != read:
             raise UserError(
                 f"scorer value: the value model in {path} read another reference than {name} when it was trained; give that one "
                 "as --ref_model_name_or_path"

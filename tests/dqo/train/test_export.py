@@ -237,16 +237,7 @@ def test_a_directory_in_use_is_refused_and_an_empty_one_taken(runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting, part",
-    [
-        ({"value_model": "head"}, "its value model is a head"),
-        ({"value_model": "none"}, "has no value model (critic/)"),
-        (
-            {"value_loss": "bce"},
-            "its value model was trained with value_loss bce, which no class of transformers describes",
-        ),
-        ({"value_input": "ref_logprob"}, "its value model was trained with value_input ref_logprob"),
-    ],
+    "setting, part", [("head", "its value model is a head"), ("none", "has no value model (critic/)")]
 )
 def test_a_value_model_of_no_class_and_a_missing_one_are_refused(runs, tmp_path, setting, part):
     train(
@@ -256,12 +247,20 @@ def test_a_value_model_of_no_class_and_a_missing_one_are_refused(runs, tmp_path,
                 model_name_or_path=runs / "model",
                 dataset_name=runs / "rollouts.jsonl",
                 max_steps=1,
-                **setting,
+                value_model=setting,
             )
         )
     )
     refused(tmp_path / "out", tmp_path / "whole", part, value_model=True)
     export(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name, value", [("value_loss", "bce"), ("value_input", "ref_logprob")])
+def test_a_value_model_of_another_form_is_refused(runs, tmp_path, name, value):
+    options = {"model_name_or_path": runs / "model", "dataset_name": runs / "rollouts.jsonl", name: value}
+    train(load_options(arguments(tmp_path, max_steps=1, **options)))
+    part = f"its value model was trained with {name} {value}, which no class of transformers describes"
+    refused(tmp_path / "out", tmp_path / "whole", part, value_model=True)
 
 
 # ----------------------------------------------------------------------------------------------- whole or not there
