@@ -18,7 +18,7 @@ from dqo.reference import columns as reference
 from dqo.reference.cache import ReferenceCache
 from dqo.reference.columns import AGREEMENT_BOUNDS, check_agreement
 from tests.dqo import forked
-from tests.dqo.helpers import episodes, policy
+from tests.dqo.helpers import policy
 from tests.dqo.reference.passes import IDENTITY, PER_BATCH, Counting, Rank, add, columns, fresh, same
 
 

@@ -180,13 +180,17 @@ def test_a_run_goes_on_with_the_level_that_it_began_with(files, capsys):
 SAMPLED = {"model": "m", "temperature": 1.0}
 
 
-@pytest.mark.parametrize(
-    "sampling, level, stops", [(SAMPLED, "trajectory", True), (SAMPLED | {"temperature": 0.5}, "trajectory", False),
-                               ({"model": "n", "temperature": 1.0}, "trajectory", False), (SAMPLED, "none", False), (None, "trajectory", False)], ids=str
-)  # fmt: skip
-def test_logprobs_far_from_the_reference_stop_the_run_only_where_it_is_said_to_have_made_them(
-    sampling, level, stops, caplog
-):
+CASES = [
+    (SAMPLED, "trajectory", True),
+    (SAMPLED | {"temperature": 0.5}, "trajectory", False),
+    ({"model": "n", "temperature": 1.0}, "trajectory", False),
+    (SAMPLED, "none", False),
+    (None, "trajectory", False),
+]
+
+
+@pytest.mark.parametrize("sampling, level, stops", CASES, ids=str)
+def test_logprobs_far_from_the_references_stop_only_where_it_is_said_to_have_sampled(sampling, level, stops, caplog):
     members, reference = episodes(9), ReferenceName("m", lambda: None)
     rows = [Row("1+1=", "2", 1.0, True, sampling=sampling, source=e.source) for e in members]
     for e in members:
