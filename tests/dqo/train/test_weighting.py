@@ -136,6 +136,7 @@ def test_checkpoints_of_better_days_stay(files):
     with_sampling(files)
     with pytest.raises(UserError, match="checkpoint-4 is kept"):
         run(files, learning_rate=0.3, max_steps=60, save_steps=4, save_total_limit=1, value_warmup_steps=4)
+    assert [path.name for path in (files / "out").glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 def test_auto_weighs_samples_of_the_reference_and_no_others(files, capsys):
