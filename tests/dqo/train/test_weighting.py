@@ -29,7 +29,7 @@ from dqo.train.weighting import (
     check_behavior,
     weights_at_start,
 )
-from tests.dqo.helpers import arguments, episodes
+from tests.dqo.helpers import arguments, episodes, tokenizer
 
 CONFIG = load_options(["--dataset_name", "x", "--model_name_or_path", "y"]).train
 
@@ -176,6 +176,21 @@ def test_a_run_goes_on_with_the_level_that_it_began_with(files, capsys):
     run(files, max_steps=12, save_steps=5, save_total_limit=5)
     assert "trajectory (is_level auto), because the run that goes on has chosen so" in capsys.readouterr().out
     assert (files / "out" / "checkpoint-12" / "model.safetensors").read_bytes() == whole
+
+
+def test_auto_leaves_out_weights_that_are_next_to_nothing_from_the_start(files):
+    """Stored by a sampler that was certain of all it wrote, as at a low temperature."""
+    lines = [json.loads(line) for line in (files / "rollouts.jsonl").read_text().splitlines()]
+    ids = [tokenizer()(line["completion"])["input_ids"] + [tokenizer().eos_token_id] for line in lines]
+    rows = [line | {"completion_ids": i, "logprobs": [-0.01] * len(i)} for line, i in zip(lines, ids)]
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run(files, max_steps=1)
+    assert (
+        record(files)["is_level"] == "none" and "because at step 0 weights of whole responses" in record(files)["said"]
+    )
+    run(files, max_steps=1, is_level="trajectory", output_dir=files / "given")
+    assert record(files, "given")["is_level"] == "trajectory" and record(files, "given")["at_start"]["mean"] < LEAST
+    assert "eval_weighted_loss" in (files / "given" / "metrics.jsonl").read_text()
 
 
 SAMPLED = {"model": "m", "temperature": 1.0}
