@@ -120,12 +120,15 @@ def _warnings(runs: list[StoredRun]) -> list[str]:
 
 
 def _notes(runs: list[StoredRun]) -> list[str]:
+    weighed = [record["said"] for run in runs if (record := run.record.get("importance_weights"))]
+    notes = [f"I{said[1:]}." for said in dict.fromkeys(weighed)]  # importance weights: ...
     held_out = {run.record["data"]["held_out_sha256"] for run in runs if "data" in run.record}
     if len(held_out) < 2:
-        return []
+        return notes
     return [
+        *notes,
         "The held-out rows are not the same in all runs: each seed holds out prompts of its own. With eval_dataset_name they "
-        "would be."
+        "would be.",
     ]
 
 

@@ -311,7 +311,7 @@ class Trainer:
         bar.close()
 
     def _stop_dead(self, reason: str, logged: dict[str, float], bar: tqdm) -> None:
-        """Ends a run that learns nothing any more. Checkpoints that are there stay as they are; else one is written."""
+        """Ends a run that learns nothing any more. The checkpoints of better days stay; where there is none, one is written."""
         if self.window:
             self._log_step(logged, bar)
         bar.close()
@@ -338,7 +338,8 @@ class Trainer:
         due = {
             "should_log": step % config.logging_steps == 0 or last,
             "should_evaluate": config.eval_steps > 0 and step % config.eval_steps == 0 and not last,
-            "should_save": step % config.save_steps == 0 or last,
+            # a checkpoint of weights that collapse would take the place of a better one
+            "should_save": (step % config.save_steps == 0 and not self.collapse.steps) or last,
         }
         events.step_end(step, self.position / self.per_epoch, counters["num_tokens"], due)
         self._log_and_evaluate(logged, bar)

@@ -125,11 +125,10 @@ def pair_counts(pair: float | list[float]) -> bool:
 
 
 class Weights(NamedTuple):
-    """Of the importance weights w of n samples, responses or tokens."""
+    """Of the importance weights w of n samples, responses or tokens. The effective share is (sum w)^2 / (n sum w^2): 1 where all
+    are equal, 1/n where one is all there is, and 0 where all are 0."""
 
-    effective_share: (
-        float  # (sum w)^2 / (n sum w^2): 1 where all are equal, 1/n where one is all there is, 0 where all are 0
-    )
+    effective_share: float
     mean: float
 
     @classmethod

@@ -6,7 +6,7 @@ import datetime
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +53,7 @@ from dqo.train.run_models import (
     reference_config,
     save_dtype_of,
 )
-from dqo.train.weighting import Weighting, check_behavior, chosen, reference_name, weights_at_start
+from dqo.train.weighting import Weighting, at_start, check_behavior, chosen, reference_name
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ def prepare(
         reference_columns(config, together, policy, reference, batching, identity, processes, resumed is not None)
         check_behavior(objective, together, train_rows + held_rows, sampler)
         if reference is None:
-            weighting = replace(weighting, at_start=weights_at_start(objective, distinct(groups)))
+            weighting = at_start(weighting, options.objective.weight_level, distinct(groups))
     return Prepared(
         processes,
         tokenizer,

@@ -82,6 +82,17 @@ def chosen(options: Options, rows: list[Row], reference: ReferenceName) -> Weigh
     return Weighting(objective, weights_line(option, level, behavior))
 
 
+def at_start(weighting: Weighting, option: str, episodes: list[Episode]) -> Weighting:
+    """What the weights leave of the data before the first step; is_level auto takes none where that is next to nothing, as it is
+    where another model wrote the responses, or this one at a low temperature. `option`: is_level as it was given."""
+    found = weights_at_start(weighting.objective, episodes)
+    if found is None or option != "auto" or min(found) >= LEAST:
+        return dataclasses.replace(weighting, at_start=found)
+    objective = dataclasses.replace(weighting.objective, is_level="none")  # type: ignore[call-arg]
+    why = f"at step 0 weights of whole responses would have a mean of {found.mean:.2g} and an effective share of"
+    return Weighting(objective, f"importance weights: none (is_level auto), because {why} {found.effective_share:.1%}")
+
+
 def weights_at_start(objective: Objective, episodes: list[Episode]) -> Weights | None:
     """Of the reference, with which a run begins; None where the objective weighs nothing."""
     total = torch.zeros(3, dtype=torch.float64)
@@ -164,4 +175,4 @@ class Collapse:
         )
 
     def _told(self, step: int, weights: Weights) -> str:
-        return f"at step {step} their mean is {weights.mean:.2g} (1 at the start) and {weights.effective_share:.1%} are effective"
+        return f"at step {step} their mean is {weights.mean:.2g} and {weights.effective_share:.1%} are effective"

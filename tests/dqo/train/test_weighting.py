@@ -29,7 +29,7 @@ from dqo.train.weighting import (
     check_behavior,
     weights_at_start,
 )
-from tests.dqo.helpers import arguments, episodes
+from tests.dqo.helpers import arguments, episodes, tokenizer
 
 CONFIG = load_options(["--dataset_name", "x", "--model_name_or_path", "y"]).train
 
@@ -136,6 +136,7 @@ def test_checkpoints_of_better_days_stay(files):
     with_sampling(files)
     with pytest.raises(UserError, match="checkpoint-4 is kept"):
         run(files, learning_rate=0.3, max_steps=60, save_steps=4, save_total_limit=1, value_warmup_steps=4)
+    assert [path.name for path in (files / "out").glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 def test_auto_weighs_samples_of_the_reference_and_no_others(files, capsys):
@@ -177,16 +178,35 @@ def test_a_run_goes_on_with_the_level_that_it_began_with(files, capsys):
     assert (files / "out" / "checkpoint-12" / "model.safetensors").read_bytes() == whole
 
 
+def test_auto_leaves_out_weights_that_are_next_to_nothing_from_the_start(files):
+    """Stored by a sampler that was certain of all it wrote, as at a low temperature."""
+    lines = [json.loads(line) for line in (files / "rollouts.jsonl").read_text().splitlines()]
+    ids = [tokenizer()(line["completion"])["input_ids"] + [tokenizer().eos_token_id] for line in lines]
+    rows = [line | {"completion_ids": i, "logprobs": [-0.01] * len(i)} for line, i in zip(lines, ids)]
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run(files, max_steps=1)
+    assert (
+        record(files)["is_level"] == "none" and "because at step 0 weights of whole responses" in record(files)["said"]
+    )
+    run(files, max_steps=1, is_level="trajectory", output_dir=files / "given")
+    assert record(files, "given")["is_level"] == "trajectory" and record(files, "given")["at_start"]["mean"] < LEAST
+    assert "eval_weighted_loss" in (files / "given" / "metrics.jsonl").read_text()
+
+
 SAMPLED = {"model": "m", "temperature": 1.0}
 
 
-@pytest.mark.parametrize(
-    "sampling, level, stops", [(SAMPLED, "trajectory", True), (SAMPLED | {"temperature": 0.5}, "trajectory", False),
-                               ({"model": "n", "temperature": 1.0}, "trajectory", False), (SAMPLED, "none", False), (None, "trajectory", False)], ids=str
-)  # fmt: skip
-def test_logprobs_far_from_the_reference_stop_the_run_only_where_it_is_said_to_have_made_them(
-    sampling, level, stops, caplog
-):
+CASES = [
+    (SAMPLED, "trajectory", True),
+    (SAMPLED | {"temperature": 0.5}, "trajectory", False),
+    ({"model": "n", "temperature": 1.0}, "trajectory", False),
+    (SAMPLED, "none", False),
+    (None, "trajectory", False),
+]
+
+
+@pytest.mark.parametrize("sampling, level, stops", CASES, ids=str)
+def test_logprobs_far_from_the_references_stop_only_where_it_is_said_to_have_sampled(sampling, level, stops, caplog):
     members, reference = episodes(9), ReferenceName("m", lambda: None)
     rows = [Row("1+1=", "2", 1.0, True, sampling=sampling, source=e.source) for e in members]
     for e in members:
