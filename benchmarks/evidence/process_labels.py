@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from dqo.scoring.by import episodes_of, models_of
 from dqo.scoring.rows import read_scored
 from dqo.stats import auc_interval
 from dqo.train.record import machine
-from dqo.train.token_scores import RunModels, token_scores
+from dqo.train.token_scores import token_scores
 
 RESULTS = Path(__file__).parents[1] / "results"
 COMMON = {
@@ -92,10 +92,14 @@ def write_data(data: Path, model: Path, output: Path, solutions: int, responses:
         write_rows(output / name, [as_messages(row) for row in rows] if chat else rows)
 
 
+def finished(run: Path) -> bool:
+    return (run / "report.html").exists()
+
+
 def train(method: str, model: Path, output: Path) -> Path:
     """The directory of the run; one that was stopped goes on."""
     run = output / method
-    if not (run / "report.html").exists():
+    if not finished(run):
         command = [sys.executable, "-m", "dqo", "train", "--method", method, "--model_name_or_path", str(model)]
         command += ["--dataset_name", str(output / "outcomes.jsonl"), "--output_dir", str(run)]
         options = COMMON | OPTIONS[method]
@@ -106,33 +110,34 @@ def train(method: str, model: Path, output: Path) -> Path:
     return run
 
 
-def refuse_random(models: RunModels, scores: Iterable[dict[str, np.ndarray]]) -> None:
-    """A model that knows nothing of its text tells nothing about steps, whatever it was trained on afterwards.
+def refuse_random(model: Path, labelled: Path) -> None:
+    """A model that knows nothing of text tells nothing of its steps, whatever it is trained on afterwards.
 
     Raises:
-        UserError: where the reference says less than half of what a uniform distribution leaves open.
+        UserError: where its mean log-probability of a token is below half of a uniform distribution's.
     """
-    assert models.reference is not None
-    mean = float(np.concatenate([found["ref_logprobs"] for found in scores]).mean())
-    size = models.reference.config.get_text_config().vocab_size
-    if mean < -0.5 * math.log(size):
+    models = models_of("likelihood", str(model), dtype="float32")
+    episodes = episodes_of(read_scored(str(labelled))[1][:AT_ONCE], models)
+    mean = np.concatenate([found["logprobs"] for found in token_scores(models, episodes, ["logprobs"])]).mean()
+    uniform = -math.log(models.policy.config.get_text_config().vocab_size)
+    if mean < uniform / 2:
         raise UserError(
-            f"the model's mean log-probability of a token of these solutions is {mean:.2f}, and one of random weights has "
-            f"{-math.log(size):.2f}: it was not trained on text like this (`dqo init` makes such); name a pre-trained --model"
+            f"{model}: its mean log-probability of a token of these solutions is {mean:.2f}, and one of random weights has "
+            f"{uniform:.2f}: it was not trained on text like this (`dqo init` makes such); name a pre-trained --model"
         )
 
 
 def step_scores(method: str, run: Path, output: Path) -> list[dict[str, Any]]:
     """{score: one for each step} of every labelled solution, with the sum of beta * log(pi/ref) as "total"; kept as they come."""
     path = output / f"scores-{method}.jsonl"
-    identity = {"run": model_identity(str(run), load_config(str(run))), "rows": (output / "labelled.jsonl").read_text()}
+    labelled = (output / "labelled.jsonl").read_bytes()
+    identity = {"run": model_identity(str(run), load_config(str(run))), "rows": hashlib.sha256(labelled).hexdigest()}
     with appending(path, identity, dict) as file:
         found = list(file.found)
         _, rows = read_scored(str(output / "labelled.jsonl"))
         if len(found) < len(rows):
             models = models_of("implicit", str(run), dtype="float32")
             episodes = episodes_of(rows, models)
-            refuse_random(models, token_scores(models, episodes[:AT_ONCE], NAMES))
             for first in range(len(found), len(rows), AT_ONCE):
                 part = episodes[first : first + AT_ONCE]
                 made = [
@@ -235,6 +240,8 @@ def run(arguments: argparse.Namespace) -> None:
     model = arguments.model or base_model(output)
     if not (output / "labelled.jsonl").exists():
         write_data(arguments.data, model, output, arguments.solutions, arguments.responses)
+    if not all(finished(output / method) for method in arguments.methods):
+        refuse_random(model, output / "labelled.jsonl")
     scores = {method: step_scores(method, train(method, model, output), output) for method in arguments.methods}
     rows, trained = strings(read_rows(output / "labelled.jsonl")), read_rows(output / "outcomes.jsonl")
     names = dict.fromkeys(_set_of(row) for row in rows)

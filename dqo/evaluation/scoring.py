@@ -22,6 +22,7 @@ from dqo.models.identity import check_holds_model, model_identity
 from dqo.models.policy import load_config, load_tokenizer, weights_hash
 from dqo.models.value_form import form_of
 from dqo.scoring.by import models_of
+from dqo.train.saved import find_saved
 from dqo.train.token_scores import batches_of, beta_of, load_reference, other_token, reference_of, run_options
 
 
@@ -43,6 +44,8 @@ def stored_name(scorer: str) -> str:
     name, _, path = scorer.partition(":")
     if not path:
         return scorer
+    if scorer_of(name).NEEDS & {"reference", "value_model"}:
+        find_saved(Path(path))  # refuses what is no run
     check_holds_model(path)
     told = [model_identity(path, config := load_config(path))]
     if "value_model" in scorer_of(name).NEEDS:

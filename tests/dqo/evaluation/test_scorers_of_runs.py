@@ -91,7 +91,7 @@ def test_a_search_by_a_run_goes_on_and_a_run_that_was_trained_again_is_another_s
             "likelihood:digits",
             "scorer likelihood:digits: has another tokenizer than model, .*: token . is .* of the scorer, and",
         ),
-        ("implicit:nothing", "nothing"),
+        ("implicit:nothing", "nothing: there is no such directory; name a run's output_dir"),
         ("value:plain", r"value:plain: the run has no value model \(critic/\)"),
     ],
 )
