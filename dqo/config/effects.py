@@ -16,6 +16,7 @@ def without_effect(options: Options, adapters: bool, held_out_given: bool) -> st
     config, objective = options.train, options.objective
     reasons = {
         "the method trains no value model": (objective.needs_values, ["critic_learning_rate", "value_warmup_steps"]),
+        "value_model is not implicit": (objective.value_kind == "implicit", ["implicit_beta"]),
         "the method has no reference policy": (objective.needs_reference, ["ref_cache_dir"]),
         "no adapters are trained": (adapters, ["lora_r", "lora_alpha", "lora_target_modules"]),
         "the evaluation rows are given": (not held_out_given, ["eval_fraction"]),
@@ -30,10 +31,11 @@ def without_effect(options: Options, adapters: bool, held_out_given: bool) -> st
         "step rewards are not used": (config.process_reward not in (None, "none"), ["process_coef"]),
         "report_to is none": (config.report_to != "none", ["run_name", "project"]),
     }
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    values = options.flat()
+    defaults = {field.name: field.default for part in (TrainConfig, objective) for field in dataclasses.fields(part)}
     found = []
     for reason, (used, names) in reasons.items():
-        idle = [n for n in names if n in options.sources and getattr(config, n) != defaults[n]]
+        idle = [n for n in names if n in options.sources and n in values and values[n] != defaults[n]]
         if idle and not used:
             found.append(f"{', '.join(idle)} ({reason})")
     return f"these options have no effect: {'; '.join(found)}" if found else ""
