@@ -21,6 +21,7 @@ from dqo.models.critic import load_critic
 from dqo.models.identity import check_holds_model, model_identity
 from dqo.models.policy import load_config, load_tokenizer, weights_hash
 from dqo.models.value_form import form_of
+from dqo.models.value_source import find_value_model
 from dqo.scoring.by import models_of
 from dqo.train.saved import find_saved
 from dqo.train.token_scores import batches_of, beta_of, load_reference, other_token, reference_of, run_options
@@ -102,7 +103,7 @@ def load_models(config: EvalConfig, policy: PreTrainedModel, pad_id: int) -> Mod
                 f"scorer value: there is no value model in {path}; give --value_model DIRECTORY, the critic/ of a training run "
                 "whose method has one"
             )
-        value_model = load_critic(path, policy.device)
+        value_model = load_critic(find_value_model(path).path, policy.device)
         value_model.eval()
     of_value = value_model is not None and form_of(value_model).reads_reference
     if "reference" in needs or of_value:

@@ -26,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from dqo.objectives.base import Objective
+from dqo.objectives.base import IMPLICIT_BETA, Objective
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,13 @@ class DQO(Objective):
     value_loss: Literal["squared", "bce", "hl_gauss"] = "squared"
     """What fits the value model to returns: "squared" error, or a cross-entropy. "bce" is that of the probability of the greatest
     return against the least of the training data, "hl_gauss" that of a distribution over bins between the two."""
-    value_model: Literal["separate", "head", "none"] = "separate"
+    value_model: str = "separate"
     """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
-    hidden states. "none" takes soft values from the logsumexp."""
+    hidden states. "implicit" trains a copy of the policy whose log-ratio to the reference is the logit of success. "none" takes
+    soft values from the logsumexp. The directory of a run, of its critic/ or of a model with one label begins from the value
+    model there."""
+    implicit_beta: float = IMPLICIT_BETA
+    """The log-ratio of an implicit value model is multiplied by this."""
     kl_coef: float = 0.0
     """The exact KL to the reference, a token, is multiplied by this and added. Above 0 the reference stays in memory."""
     target_ema: float | None = None
@@ -87,6 +91,14 @@ class DQO(Objective):
             found.append(
                 ("value_loss", f"must be squared with target residual, which fits V itself, got {self.value_loss}")
             )
+        found += self.no_value_model("separate", "head", "implicit", "none")
+        if self.value_kind == "implicit":
+            if self.gamma != 1.0:
+                found.append(
+                    ("gamma", f"must be 1 with value_model implicit, which is fitted to outcomes, got {self.gamma}")
+                )
+            if self.target == "residual":
+                found.append(("target", "must be detach with value_model implicit, whose values have no gradient"))
         if self.target_ema is not None:
             if not 0 <= self.target_ema < 1:
                 found.append(("target_ema", f"must be in [0, 1) or None, got {self.target_ema}"))
@@ -98,7 +110,7 @@ class DQO(Objective):
 
     def __call__(self, stats, rows, cu_seqlens):
         from dqo.objectives.sums import Regression, mean_metric, moments, regression_metrics, response_metrics
-        from dqo.objectives.value_outputs import value_losses
+        from dqo.objectives.value_outputs import outcome_losses, value_losses
         from dqo_kernels import soft_bellman
 
         terms = soft_bellman(
@@ -127,6 +139,7 @@ class DQO(Objective):
         loss = self.policy_scale * terms.policy_loss.sum()  # eq. 4.7: w/2 (beta * delta_t - advantage)^2
         # eq. 4.6: w/2 (V(s_t) - G_t)^2
         value_loss, of_loss = value_losses(rows, terms.value_loss, terms.returns, terms.weights)
+        value_loss = outcome_losses(rows, cu_seqlens, value_loss)
         if self.target == "detach":
             loss = loss + self.value_coef * value_loss.sum()
         values = rows["values"] if self.needs_values else self.beta * (stats.lse - rows["ref_lse"])

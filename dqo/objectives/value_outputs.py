@@ -97,3 +97,9 @@ def value_losses(
     beyond = (returns - inside).abs() > 1e-6 * (high - low)  # by more than rounding
     found = losses if weights is None else weights * losses
     return found, {"returns/clipped_frac": mean_metric(beyond.to(losses.dtype))}
+
+
+def outcome_losses(rows: dict[str, Tensor], cu_seqlens: Tensor, otherwise: Tensor) -> Tensor:
+    """(B,) the loss of a value model that is fitted to the outcome of whole responses; `otherwise` where the rows have none."""
+    own = rows.get("outcome_loss")
+    return otherwise if own is None else own[cu_seqlens[1:] - 1]

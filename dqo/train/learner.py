@@ -157,21 +157,23 @@ def _objective(
 
 def _value_columns(learner: Learner, batch: Batch, hidden: Tensor) -> dict[str, Tensor]:
     """values, target_values and bootstrap, where there is a value model; value_outputs and value_range, where a cross-entropy
-    fits it. The bootstrap is a target: from the average, if there is one."""
+    fits it, or outcome_loss, on the last row of each response. The bootstrap is a target: from the average, if there is one."""
     if learner.value_model is None:
         return {}
     columns: dict[str, Tensor] = {}
-    columns["values"], end_values, outputs = valued(learner.value_model, batch, hidden, learner.bf16)
+    last = batch.cu_seqlens[1:] - 1
+    columns["values"], end_values, outputs, outcome_loss = valued(learner.value_model, batch, hidden, learner.bf16)
     if outputs is not None:
         form = form_of(learner.value_model)
         bounds = outputs.new_tensor([form.low, form.high])
         columns |= {"value_outputs": outputs, "value_range": bounds.expand(len(outputs), 2)}
+    if outcome_loss is not None:
+        columns["outcome_loss"] = torch.zeros_like(columns["values"]).index_put((last,), outcome_loss)
     if learner.target is not None:
         with torch.no_grad():
             columns["target_values"], end_values = value_rows(learner.target, batch, hidden, learner.bf16)
     if not all(e.terminated for e in batch.episodes):
         on_last_row = torch.where(batch.terminated, 0.0, end_values)
-        last = batch.cu_seqlens[1:] - 1
         columns["bootstrap"] = torch.zeros_like(columns["values"]).index_put((last,), on_last_row)
     return columns
 

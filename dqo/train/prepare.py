@@ -24,6 +24,7 @@ from dqo.data.rows import Row, check_process_reward
 from dqo.data.selection import selected, selection_fingerprint
 from dqo.errors import UserError
 from dqo.models import attention
+from dqo.models.critic import backbone
 from dqo.models.fitness import check_adapter, check_model, check_positions, check_tokenizer
 from dqo.models.lora import adapter_off, has_adapter
 from dqo.models.policy import (
@@ -39,6 +40,7 @@ from dqo.models.router import check_router
 from dqo.objectives.base import Objective
 from dqo.processes import Processes, gather_objects
 from dqo.train.checkpoint import claim_output, save_base
+from dqo.train.fitted_values import fitted_value_model
 from dqo.train.inputs import Given, read
 from dqo.train.learner import Learner
 from dqo.train.resume import OF_OBJECTIVE, TRAINED_END, found_state
@@ -59,6 +61,7 @@ logger = logging.getLogger(__name__)
 
 # Options that change neither data nor, beyond rounding, updates: a run may be continued with other values.
 FREE_OPTIONS = {
+    "preset",  # what it sets is among the options
     "per_device_train_batch_size",  # their product with the number of processes is in the identity
     "gradient_accumulation_steps",
     "gradient_checkpointing",
@@ -195,12 +198,15 @@ def prepare(
     for model in filter(None, (policy, reference)):
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
             attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
+    fitted = fitted_value_model(options, policy, reference or policy, tokenizer, some_ids)
+    if fitted is not None:
+        identity["fitted value model"] = weights_hash(fitted)
     begin = value_start(options, distinct(groups), policy if reference is None else reference)
     if begin.told:
         processes.say(begin.told)
-    learner = make_learner(options, given, policy, reference, begin)
-    for model in (policy, learner.value_model):
-        if isinstance(model, PreTrainedModel) and has_adapter(model):
+    learner = make_learner(options, given, policy, reference, begin, distinct(groups), fitted)
+    for model in filter(None, (policy, backbone(learner.value_model))):
+        if has_adapter(model):
             check_adapter(model, some_ids)
     max_tokens = config.batch_tokens(processes.device.type)
     batching = Batching(tokenizer.pad_token_id, max_tokens, processes.device, attention.packs(policy))
