@@ -88,7 +88,7 @@ def write_data(data: Path, model: Path, output: Path, solutions: int, responses:
         raise UserError(f"{data}: no labelled solution of two steps or more has at most {TESTED_LENGTH} tokens")
     trained = outcome_rows(sets, tested, responses, lambda row: fits(row, TRAINED_LENGTH), seed=0)
     chat = tokenizer.chat_template is not None
-    for name, rows in (("outcomes.jsonl", trained), ("labelled.jsonl", tested)):  # the second says that both are there
+    for name, rows in (("outcomes.jsonl", trained), ("labelled.jsonl", tested)):
         write_rows(output / name, [as_messages(row) for row in rows] if chat else rows)
 
 
@@ -238,8 +238,14 @@ def run(arguments: argparse.Namespace) -> None:
     output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     model = arguments.model or base_model(output)
-    if not (output / "labelled.jsonl").exists():
+    asked = {"data": str(arguments.data), "solutions": arguments.solutions, "responses": arguments.responses}
+    if not (output / "data.json").exists():
         write_data(arguments.data, model, output, arguments.solutions, arguments.responses)
+        (output / "data.json").write_text(json.dumps(asked))
+    if (then := json.loads((output / "data.json").read_text())) != asked:
+        raise UserError(
+            f"{output} was begun with {then}, and now it is {asked}; repeat those, or choose another directory"
+        )
     if not all(finished(output / method) for method in arguments.methods):
         refuse_random(model, output / "labelled.jsonl")
     scores = {method: step_scores(method, train(method, model, output), output) for method in arguments.methods}

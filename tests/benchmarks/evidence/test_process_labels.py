@@ -43,6 +43,11 @@ def test_a_random_model_is_refused_before_it_is_trained(arguments):
     with pytest.raises(UserError, match="one of random weights has -5.*: it was not trained on text like this"):
         process_labels.run(arguments)
     assert not (arguments.output / "dpo").exists()
+    arguments.responses = 6
+    with pytest.raises(
+        UserError, match="was begun with .*'responses': 8}, and now .*'responses': 6}; repeat those, or choose"
+    ):
+        process_labels.run(arguments)
 
 
 @pytest.mark.slow
