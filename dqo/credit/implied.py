@@ -28,7 +28,7 @@ class Implied(NamedTuple):
 class Start(NamedTuple):
     value: float  # V(s_1)
     origin: str  # OTHERS, CRITIC, OTHER_PROMPTS or ITSELF
-    count: int  # responses that it is the mean of; 0 for CRITIC
+    responses: int  # responses that it is the mean of; 0 for CRITIC
 
 
 def implied_values(advantages: ArrayLike, rewards: ArrayLike, start: float, gamma: ArrayLike = 1.0) -> Implied:
@@ -42,7 +42,7 @@ def implied_values(advantages: ArrayLike, rewards: ArrayLike, start: float, gamm
     """
     gains, discounts = _checked(advantages, rewards, gamma)
     if not (discounts > 0).all():
-        raise ValueError(f"the discount must be above 0, got {gamma}")
+        raise ValueError(f"the discount must be above 0, got {np.asarray(gamma).tolist()}")
     values = np.empty(len(gains) + 1)
     values[0] = start
     for t, (gain, discount) in enumerate(zip(gains, discounts)):

@@ -38,8 +38,11 @@ _RECORD |= {
 }
 _INSIDE = {"data": ("name", "sha256", "of", "counts", "held_out_sha256"), "model": ("name", "sha256")}
 _STEP_SCORES = ("step_ratios", "step_values", "start_step_logprobs", "start_step_entropies")  # a number for each step
-_TOGETHER = ({"steps", "first_wrong_step"}, {"ratio", "ratio_before_last", "step_ratios"})  # all are there, or none
-_TOGETHER += ({"start_logps", "start_entropy", "start_step_logprobs", "start_step_entropies"},)
+_TOGETHER: tuple[set[str], ...] = (  # all are there, or none
+    {"steps", "first_wrong_step"},
+    {"ratio", "ratio_before_last", "step_ratios"},
+    {"start_logps", "start_entropy", "start_step_logprobs", "start_step_entropies"},
+)
 _OPTIONS: dict[str, Any] = {"method": str, "seed": int, "max_steps": int}  # of config.yaml
 
 

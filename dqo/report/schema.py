@@ -76,10 +76,9 @@ class ValueTrace(_Tokens, total=False):
     implied: list[
         float
     ]  # (T + 1,) the value that the policy implies before each token, and behind the last: the remainder
-    start: dict[str, Any]  # of the implied value: value, origin, count (dqo.credit.implied.Start)
+    start: dict[str, Any]  # of the implied value: value, origin, responses (dqo.credit.implied.Start)
     step_ends: list[int]  # for each step the position behind its last token
     first_wrong_step: int | None  # counted from 0
-    implied: list[float | None]  # V before each token, and Q of the last: what the policy implies (dqo.credit.implied)
 
 
 class Change(TypedDict):

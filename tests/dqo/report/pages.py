@@ -69,7 +69,7 @@ def trace(reward=1.0, wrong=None, tokens=("1+2=3", "\n", HOSTILE, "3+3=6"), **mo
 def credit(advantages=(0.1, 0.0, 0.05, -0.3)):
     """What the policy says of the tokens of a trace."""
     implied = [0.5, *(0.5 + np.cumsum(advantages)).tolist()]
-    start = {"value": 0.5, "origin": "other responses to the prompt", "count": 3}
+    start = {"value": 0.5, "origin": "other responses to the prompt", "responses": 3}
     return {"advantages": list(advantages), "implied": implied, "start": start}
 
 

@@ -143,7 +143,7 @@ def test_traces_have_the_advantage_and_the_value_that_it_implies():
         wrong["advantages"] == [0.0, 0.0, -1.0, 0.5] and wrong["step_ends"] == [2, 4] and wrong["first_wrong_step"] == 1
     )
     start = 1.0 - 2.0 * 0.25  # R - beta * sum(delta) of the other response to the prompt
-    assert wrong["start"] == {"value": start, "origin": "other responses to the prompt", "count": 1}
+    assert wrong["start"] == {"value": start, "origin": "other responses to the prompt", "responses": 1}
     assert wrong["implied"] == [start, start, start, start - 1.0, start - 0.5]
     assert wrong["values"] == pytest.approx([0.5, 0.6, 0.4, 0.3])
 
