@@ -99,7 +99,7 @@ def add_over_processes(tensors: dict[str, Tensor], processes: Processes) -> dict
         if names:
             packed = torch.stack([tensors[n].double() for n in names]).to(processes.device)
             dist.all_reduce(packed, operation)
-            found |= dict(zip(names, packed.to(tensors[names[0]].device).float()))
+            found |= {n: total.to(tensors[n].device, tensors[n].dtype) for n, total in zip(names, packed)}
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 
@@ -21,6 +22,11 @@ def check_packages(extras: Iterable[str] = ()) -> None:
     Raises:
         UserError: one line with the cure, when a package is missing or of another version.
     """
+    _compare(frozenset(extras))
+
+
+@functools.cache  # what is installed stays as it is while a process runs, and dozens of files are read for it
+def _compare(extras: frozenset[str]) -> None:
     try:
         wanted = list(_requirements(DISTRIBUTION, extras))
     except metadata.PackageNotFoundError:

@@ -1,5 +1,5 @@
 """Without a GPU the GPU's kernels run on the CPU: Triton's in its interpreter, which has to be asked for before triton is
-imported, those in CUDA C++ emulated (kernels/cuda_emulated.py)."""
+imported (kernels/triton_interpreter.py), those in CUDA C++ emulated (kernels/cuda_emulated.py)."""
 
 import os
 import signal
@@ -22,13 +22,16 @@ import torch
 
 # Names that are nowhere are not looked for in the network, whether there is one or not.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What it adds shows after a loss of power alone; a short run waits for it forty times, as long as it computes.
+os.fsync = os.fstat
 # A shell starts what runs in the background without it, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    from tests.kernels import cuda_emulated
+    from tests.kernels import cuda_emulated, triton_interpreter
 
+    triton_interpreter.install()
     if cuda_emulated.missing() is None:
         cuda_emulated.install()
 
@@ -42,7 +45,16 @@ def pytest_xdist_make_scheduler(config, log):
         return WorkStealingScheduling(config, log)
 
 
+# Files of long tests and fixtures. Last of all, one of them would keep one worker at work while the others have none.
+LONGEST = [
+    "test_sanitizers.py", "test_run.py", "test_parallel.py", "test_vocab_parallel.py", "test_docs_commands.py",
+    "test_examples.py", "test_wheel.py", "test_signals.py", "test_library.py",
+]  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     for item in items:
         if torch.cuda.is_available():
             if item.path.name.startswith(("test_gpu", "test_triton")):  # these run on the GPU then

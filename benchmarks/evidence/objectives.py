@@ -3,8 +3,8 @@
     dqo demo --output_dir dqo-demo && python -m benchmarks.evidence.objectives dqo-demo      (about eight minutes on two cores)
 
 The same number of updates for all, at one set of options each (OPTIONS). Those of rft, dpo and dqo are the demonstration's, tried
-on another seed; those of kto, dro, oreo and of the step rewards are first guesses, so the table ranks nothing. A method that is
-not there yet is trained; the table is printed and goes to benchmarks/results/objectives.json.
+on another seed; those of kto, rebel, dro, oreo and of the step rewards are first guesses, so the table ranks nothing. A method
+that is not there yet is trained; the table is printed and goes to benchmarks/results/objectives.json.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ OPTIONS = {
     "rft": {},
     "dpo": {"beta": 0.7, "learning_rate": 6e-5, "per_device_train_batch_size": RECIPE.batch // 2},
     "kto": {"beta": 0.5},
+    "rebel": {"beta": 0.2, "per_device_train_batch_size": RECIPE.batch // 2},
     "dro": {"beta": 0.2, **WITH_VALUES},
     "oreo": {"beta": 0.2, **WITH_VALUES},
     "dqo": {"beta": 0.2, **WITH_VALUES},
@@ -51,9 +52,9 @@ OPTIONS = {
 COLUMNS = ("eval_loss", "eval_kl", "eval_rewards/margins", "eval_value/explained_variance", "eval_value/auc_end")
 
 
-def train(name: str, demonstration: Path, output: Path) -> None:
+def train(name: str, demonstration: Path, output: Path, **changes: int) -> None:
     data, base = demonstration / "data" / "rollouts.jsonl", demonstration / "base"
-    options = COMMON | OPTIONS[name]
+    options = COMMON | OPTIONS[name] | changes
     command = [sys.executable, "-m", "dqo", "train", "--method", name.partition(",")[0]]
     command += ["--dataset_name", str(data), "--model_name_or_path", str(base), "--output_dir", str(output)]
     command += [part for key, value in options.items() for part in (f"--{key}", str(value))]

@@ -18,11 +18,12 @@ from dqo.commands.check_view import view
 from dqo.config.flags import parse_flags
 from dqo.config.rows import RowOptions
 from dqo.data.advice import row_warnings
+from dqo.data.behavior import ReferenceName, known_behavior, weight_level, weights_line
 from dqo.data.episodes import Episode, make_episodes
 from dqo.data.rows import Row, check_process_reward, duplicate_count, prompt_key, read_rows
 from dqo.errors import UserError, printable
 from dqo.objectives.base import Objective
-from dqo.objectives.registry import objective_class
+from dqo.objectives.registry import DEFAULT_METHOD, objective_class
 
 PLACE = 4
 _BAR = 40  # characters of the longest bar
@@ -83,6 +84,8 @@ def check(config: CheckConfig) -> None:
     for path in config.data:
         rows = read_rows(path, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold)
         _table(path, summary(rows))
+        if line := _weights_line(rows, config, objective or objective_class(DEFAULT_METHOD)()):
+            print(printable(line))
         _warn(row_warnings(rows, config, objective))
         if config.process_reward is None and any(row.process_rewards is not None for row in rows):
             _warn(
@@ -102,6 +105,22 @@ def check(config: CheckConfig) -> None:
                 * bool(shared)
             )
         prompts[path] = {prompt_key(row) for row in rows}
+
+
+def _weights_line(rows: list[Row], config: CheckConfig, objective: Objective) -> str:
+    """What training will say of the importance weights; "" for a method without them, and where only the model can tell."""
+    path = config.model_name_or_path
+    if objective.weight_level == "none" or (path is None and any(row.logprobs is None for row in rows)):
+        return ""
+
+    def identity() -> str:
+        from dqo.models.identity import model_identity  # transformers from here on
+        from dqo.models.policy import load_config
+
+        return model_identity(str(path), load_config(str(path)))
+
+    option, behavior = objective.weight_level, known_behavior(rows, ReferenceName(path, identity))
+    return weights_line(option, weight_level(option, behavior), behavior)
 
 
 def _objective(config: CheckConfig) -> Objective | None:

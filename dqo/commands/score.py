@@ -1,4 +1,4 @@
-"""`dqo score`: outcome rewards, steps, and measured pass rates of prefixes."""
+"""`dqo score`: outcome rewards, steps, and their rewards by a model or by measured pass rates of prefixes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PLACE = 7
 
 
 def score_command(arguments: list[str], prog: str = "dqo score") -> None:
-    """Grade stored responses by a verifier."""
+    """Grade stored responses by a verifier, or their steps by a model."""
     config = parse_flags(ScoreConfig, arguments, prog)
     summary = score_rows(config, lambda text: print(text, flush=True))
     print(summary.table(config.output_file, config.verifier))

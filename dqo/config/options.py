@@ -11,14 +11,15 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
 
 from dqo.config.flags import check_flags, flag_sources, options_of_methods, take_config_files
+from dqo.config.presets import PRESETS, under
 from dqo.config.rows import RowOptions
-from dqo.config.values import brief, refuse, suggestion, typed, value_problems
+from dqo.config.values import brief, refuse, suggestion, type_hints, typed, value_problems
 from dqo.errors import UserError
 from dqo.grading.verifiers import expected_name, verifiers_help
 from dqo.objectives.base import Objective
@@ -32,6 +33,9 @@ class _RunOptions:
     """The options of TrainConfig that its help shows before those of the rows."""
 
     method: Annotated[str, tyro.conf.arg(help=methods_help())] = DEFAULT_METHOD
+    preset: str | None = None
+    """Options that are set together where nothing else sets them: "paper" is the setting of the paper on DQO. None takes the
+    defaults."""
     model_name_or_path: str | None = None
     """The causal language model to train is in this directory, or has this name on the hub."""
     ref_model_name_or_path: str | None = None
@@ -97,6 +101,15 @@ class TrainConfig(RowOptions, _RunOptions):
     """The policy is trained with this learning rate after the warm-up."""
     critic_learning_rate: float = 1e-5
     """The value model is trained with this learning rate after the warm-up."""
+    value_init: Literal["zero", "mean_return"] = "zero"
+    """Where the value model starts. With "zero" its last layer is zero, so that V is 0, or with a value_loss that is a
+    cross-entropy the middle between the least and the greatest return. With "mean_return" V is the mean return of the training
+    data."""
+    value_input: Literal["states", "ref_logprob"] = "states"
+    """What the value model reads: the tokens of a state, or beside each token of the response the reference's log-probability
+    of it too."""
+    freeze_value_model: bool = False
+    """The value model stays as it is in the directory that value_model names: it is not trained."""
     value_warmup_steps: float = 0
     """The first steps train the value model alone. A number below 1 is a share of all steps."""
     per_device_train_batch_size: int = 16
@@ -116,6 +129,8 @@ class TrainConfig(RowOptions, _RunOptions):
     """The training makes this many optimizer steps. A number above 0 takes the place of num_train_epochs."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
     """The learning rates follow this schedule after the warm-up."""
+    critic_lr_scheduler_type: Literal["constant", "linear", "cosine"] | None = None
+    """The value model's learning rate follows this schedule after the warm-up. None takes lr_scheduler_type."""
     warmup_steps: float = 0
     """The learning rates rise linearly over this many steps. A number below 1 is a share of all steps."""
     weight_decay: float = 0.0
@@ -128,6 +143,8 @@ class TrainConfig(RowOptions, _RunOptions):
     """AdamW adds this to the root of the averaged squared gradients."""
     max_grad_norm: float = 1.0
     """The gradients of the policy and of the value model are each clipped to this norm."""
+    critic_max_grad_norm: float | None = None
+    """The gradients of the value model are clipped to this norm. None takes max_grad_norm."""
 
     logging_steps: int = 10
     """A row of metrics.jsonl is written every this many steps."""
@@ -206,6 +223,8 @@ class TrainConfig(RowOptions, _RunOptions):
             need(value < 1 or value == int(value), name, "a share of all steps below 1, or a whole number of steps")
         for name in ("learning_rate", "critic_learning_rate", "num_train_epochs", "max_grad_norm", "adam_epsilon"):
             need(getattr(self, name) > 0, name, "positive")
+        norm = self.critic_max_grad_norm
+        need(norm is None or norm > 0, "critic_max_grad_norm", "positive or None")
         need(self.lora_alpha > 0, "lora_alpha", "positive")
         coefficient = self.router_aux_loss_coef or 0.0
         need(coefficient >= 0, "router_aux_loss_coef", "at least 0")
@@ -228,6 +247,7 @@ class TrainConfig(RowOptions, _RunOptions):
             "greater_is_better",
             "None without metric_for_best_model",
         )
+        need(self.preset is None or self.preset in PRESETS, "preset", f"{', '.join(PRESETS)} or None")
         need(self.eval_tasks is None or self.verifier is not None, "verifier", "set when eval_tasks is given")
         expected = expected_name(self.verifier) if self.verifier is not None else None
         need(expected is None, "verifier", expected or "")
@@ -242,17 +262,28 @@ class Options:
     objective: Objective
     sources: dict[str, str]
 
+    @property
+    def trains_values(self) -> bool:
+        """Whether a value model is trained."""
+        return self.objective.needs_values and not self.train.freeze_value_model
+
     def flat(self) -> dict[str, Any]:
         return dataclasses.asdict(self.train) | dataclasses.asdict(self.objective)
 
 
-def _objective_class(arguments: list[str], from_files: dict[str, tuple[Any, str]]) -> type[Objective]:
-    name, source = from_files.get("method", (DEFAULT_METHOD, "default"))
+def _flag(arguments: list[str], option: str) -> dict[str, tuple[Any, str]]:
+    """{option: (its last value, where from)} of flags; {} where it is not among them."""
+    found: dict[str, tuple[Any, str]] = {}
     for i, argument in enumerate(arguments):
-        if argument == "--method" and i + 1 < len(arguments):
-            name, source = arguments[i + 1], "--method"
-        elif argument.startswith("--method="):
-            name, source = argument.partition("=")[2], "--method"
+        if argument == f"--{option}" and i + 1 < len(arguments):
+            found[option] = arguments[i + 1], f"--{option}"
+        elif argument.startswith(f"--{option}="):
+            found[option] = argument.partition("=")[2], f"--{option}"
+    return found
+
+
+def _objective_class(arguments: list[str], from_files: dict[str, tuple[Any, str]]) -> type[Objective]:
+    name, source = (from_files | _flag(arguments, "method")).get("method", (DEFAULT_METHOD, "default"))
     if not isinstance(name, str):
         raise UserError(f"method must be one of {', '.join(OBJECTIVES)}, got {brief(name)} (from {source})")
     taken = {"config", "help", *(f.name for f in dataclasses.fields(TrainConfig))}
@@ -265,7 +296,7 @@ def _objective_class(arguments: list[str], from_files: dict[str, tuple[Any, str]
 
 def _checked(cls: type, name: str, value: Any, source: str) -> Any:
     try:
-        return typed(get_type_hints(cls)[name], value)
+        return typed(type_hints(cls)[name], value)
     except TypeError as error:
         raise UserError(f"{source}: {name} {error}") from error
 
@@ -288,9 +319,9 @@ def _resolve(its_class: type[Objective], given: dict[str, tuple[Any, str]]) -> t
 
 def options_of(values: dict[str, Any], source: str) -> Options:
     """Options from a dict; `source` says in messages where they come from."""
-    given = {name: (value, source) for name, value in values.items()}
+    given = under({name: (value, source) for name, value in values.items()}, {})
     train, objective = _resolve(_objective_class([], given), given)
-    options = Options(train, objective, dict.fromkeys(values, source))
+    options = Options(train, objective, {name: its_source for name, (_, its_source) in given.items()})
     check_values(options)
     return options
 
@@ -298,6 +329,7 @@ def options_of(values: dict[str, Any], source: str) -> Options:
 def load_options(arguments: list[str], prog: str = "dqo-train") -> Options:
     """The options that a command line gives. Raises a UserError, or exits with 2, and names what does not fit."""
     arguments, from_files = take_config_files(list(arguments))
+    from_files = under(from_files, _flag(arguments, "preset") | _flag(arguments, "method"))
     its_class = _objective_class(arguments, from_files)
     known = {f.name for cls in (TrainConfig, its_class) for f in dataclasses.fields(cls)}
     check_flags(arguments, known | {"config"})

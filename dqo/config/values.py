@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -100,6 +101,12 @@ def suggestion(
     return text + (f" {plain} is an option of method {', '.join(methods)}." if methods else "")
 
 
+@functools.cache
+def type_hints(cls: type) -> dict[str, Any]:
+    """The annotations of a class; they are strings, and Python compiles each of them every time."""
+    return get_type_hints(cls)
+
+
 def typed(expected: Any, value: Any) -> Any:
     """`value` as the type of an annotation. Numbers of numpy and torch, paths, and ints for floats are converted, no others.
 
@@ -148,7 +155,7 @@ def _float(value: Any) -> float:
 def value_problems(config: Any) -> list[tuple[str, str]]:
     """(field, what is wrong) of each number that is not finite or too large, and each name that no file system takes."""
     found = []
-    hints = get_type_hints(type(config))
+    hints = type_hints(config.__class__)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         optional = " or None" if type(None) in get_args(hints[field.name]) else ""
@@ -174,7 +181,7 @@ def checked_config(cls: type, given: Mapping[str, Any]) -> Any:
     Raises:
         UserError: for an unknown option, and for values that do not fit.
     """
-    hints = get_type_hints(cls)
+    hints = type_hints(cls)
     names = {field.name for field in dataclasses.fields(cls)}
     values = {}
     for name, value in given.items():

@@ -22,13 +22,12 @@ OTHERS, CRITIC, OTHER_PROMPTS, ITSELF = "other responses to the prompt", "value 
 class Implied(NamedTuple):
     values: np.ndarray  # (T + 1,) V of the state before each token, and of the state behind the last
     remainder: float  # the last of them: 0 is expected of a response that ended
-    line: np.ndarray  # (T + 1,) as it is drawn: V before each token, and Q of the last, which its reward should meet
 
 
 class Start(NamedTuple):
     value: float  # V(s_1)
     origin: str  # OTHERS, CRITIC, OTHER_PROMPTS or ITSELF
-    count: int  # type: ignore[assignment]  # responses that it is the mean of; 0 for CRITIC. It hides tuple's own
+    responses: int  # responses that it is the mean of; 0 for CRITIC
 
 
 def implied_values(advantages: ArrayLike, rewards: ArrayLike, start: float, gamma: ArrayLike = 1.0) -> Implied:
@@ -42,15 +41,12 @@ def implied_values(advantages: ArrayLike, rewards: ArrayLike, start: float, gamm
     """
     gains, discounts = _checked(advantages, rewards, gamma)
     if not (discounts > 0).all():
-        raise ValueError(f"the discount must be above 0, got {gamma!r}")
+        raise ValueError(f"the discount must be above 0, got {np.asarray(gamma).tolist()}")
     values = np.empty(len(gains) + 1)
     values[0] = start
     for t, (gain, discount) in enumerate(zip(gains, discounts)):
         values[t + 1] = (values[t] - gain) / discount
-    line = values.copy()
-    if len(gains):
-        line[-1] = values[-2] + float(np.asarray(advantages, float)[-1])
-    return Implied(values, float(values[-1]), line)
+    return Implied(values, float(values[-1]))
 
 
 def soft_return(advantages: ArrayLike, rewards: ArrayLike, gamma: ArrayLike = 1.0) -> float:

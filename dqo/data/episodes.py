@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from dqo.credit.steps import first_wrong_step
 from dqo.data.chat import clock_at
 from dqo.data.ends import ends_of
 from dqo.data.fields import FLOAT32_MAX
@@ -43,6 +44,7 @@ class Episode:
     behavior_logprobs: np.ndarray | None = None
     step_ends: list[int] = field(default_factory=list)  # index of the last token of each step
     step_rewards: list[float] = field(default_factory=list)
+    first_wrong_step: int | None = None  # that the step rewards tell of, counted from 0; see dqo.credit.steps
     ref_logprobs: np.ndarray | None = None
     ref_lse: np.ndarray | None = None
     columns: dict[str, np.ndarray] = field(default_factory=dict)  # what the objective adds, (T,) each
@@ -178,6 +180,7 @@ def _episode(tokens: Tokens, prompt_index: int, pay: _Payment) -> Episode:
         behavior_logprobs=logprobs if logprobs is None or env_mask is None else logprobs[env_mask],
         step_ends=tokens.step_ends,
         step_rewards=step_rewards,
+        first_wrong_step=first_wrong_step(step_rewards, pay.process_reward),
         env_mask=env_mask,
         turn_ends=turn_ends,
     )

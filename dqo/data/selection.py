@@ -186,6 +186,7 @@ def mismatched(episode: Episode, other: Episode, longest: int) -> Episode:
         behavior_logprobs=None,
         step_ends=[],
         step_rewards=[],
+        first_wrong_step=None,
         ref_logprobs=None,
         ref_lse=None,
         columns={},

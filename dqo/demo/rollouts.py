@@ -32,8 +32,11 @@ def write_demonstrations(task: ArithTask, recipe: Recipe, path: Path, seed: int,
     write_rows(path, [Row(prompt=p, completion=task.demonstration(p, rng), reward=1.0) for p in problems])
 
 
-def graded_rows(task: ArithTask, problem: str, texts: list[tuple[str, bool]]) -> list[Row]:
-    """Rollout rows of one problem's responses, (text, ended) each; a wrong step is worth -1 in step_rewards."""
+def graded_rows(
+    task: ArithTask, problem: str, texts: list[tuple[str, bool]], sampling: dict | None = None
+) -> list[Row]:
+    """Rollout rows of one problem's responses, (text, ended) each; a wrong step is worth -1 in step_rewards. `sampling`: what
+    sampled them."""
     rows = []
     for text, ended in texts:
         if not text.strip():
@@ -49,6 +52,7 @@ def graded_rows(task: ArithTask, problem: str, texts: list[tuple[str, bool]]) ->
                 step_rewards=[0.0 if right else -1.0 for right in grade.step_correct],
                 finish_reason="stop" if ended else "length",
                 answer=task.answer(problem),
+                sampling=sampling,
             )
         )
     return rows
@@ -57,7 +61,8 @@ def graded_rows(task: ArithTask, problem: str, texts: list[tuple[str, bool]]) ->
 def write_rollouts(task: ArithTask, recipe: Recipe, base: Path, path: Path, seed: int, problems: list[str]) -> None:
     """The base model's own samples, graded: the offline data set."""
     from dqo.models.generate import Request, Sampling, generate, in_order
-    from dqo.models.policy import load_policy, load_tokenizer
+    from dqo.models.identity import model_identity
+    from dqo.models.policy import load_config, load_policy, load_tokenizer
 
     policy, tokenizer = load_policy(str(base)), load_tokenizer(str(base))
     prompts, samples = tokenizer(problems)["input_ids"], recipe.samples
@@ -71,14 +76,23 @@ def write_rollouts(task: ArithTask, recipe: Recipe, base: Path, path: Path, seed
         )
     )
     answers = [responses[i : i + samples] for i in range(0, len(responses), samples)]
-    write_graded(task, problems, tokenizer, answers, path)
+    sampled = {
+        "model": str(base),
+        "model_hash": model_identity(str(base), load_config(str(base))),
+        "temperature": 1.0,
+        "seed": seed,
+    }
+    write_graded(task, problems, tokenizer, answers, path, sampled)
 
 
-def write_graded(task: ArithTask, problems: list[str], tokenizer, answers: list[list], path: Path) -> None:
-    """Rows of the responses that a model gave to each problem."""
+def write_graded(
+    task: ArithTask, problems: list[str], tokenizer, answers: list[list], path: Path, sampling: dict | None = None
+) -> None:
+    """Rows of the responses that a model gave to each problem. `sampling`: how it was asked, by which DQO knows its weights."""
     from dqo.models.generate import text_of  # imports torch
 
     rows = []
     for problem, responses in zip(problems, answers):
-        rows += graded_rows(task, problem, [(text_of(tokenizer, r), r.ended) for r in responses])
+        texts = [(text_of(tokenizer, r), r.ended) for r in responses]
+        rows += graded_rows(task, problem, texts, sampling)
     write_rows(path, rows)

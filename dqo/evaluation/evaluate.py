@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 from dqo.config.values import checked_config
 from dqo.data.appending import Appended, begun_under
 from dqo.data.chat import clock_at, reads_clock
+from dqo.data.episodes import Episode
 from dqo.data.prompts import Prompt
 from dqo.evaluation.compare import compared
 from dqo.evaluation.options import EvalConfig
 from dqo.evaluation.results import PROBLEMS_HASH, RESULTS, Answer, Evaluation, opened, problems_hash
-from dqo.evaluation.scoring import Models, episode_of, load_models, scores
+from dqo.evaluation.scoring import Models, episode_of, load_scorers, scorer_of, scores, stored_name
 from dqo.evaluation.search import beam_search, separating_ids, step_search
 from dqo.evaluation.summary import summary_of
 from dqo.evaluation.tasks import read_tasks, task_ids
@@ -90,7 +91,8 @@ class _Work:
     results: Appended
     pool: VerifierPool
     backend: Backend
-    models: Models | None = None
+    policy: PreTrainedModel
+    models: dict[str, Models] | None = None  # of each scorer; None: nothing has to be searched or scored
 
     def __init__(self, config: EvalConfig, problems: list[Prompt], quiet: bool):
         self.config, self.problems, self.quiet = config, problems, quiet
@@ -98,6 +100,7 @@ class _Work:
         check_holds_model(path)
         model_config, self.tokenizer = load_config(path), load_tokenizer(path)
         self.dtype = dtype_of(config.dtype, path)
+        self.scorers = {stored_name(scorer): scorer for scorer in config.scorers}
         self.binding = config.binding() | {
             "dtype": str(self.dtype).removeprefix("torch."),
             PROBLEMS_HASH: problems_hash(problems),
@@ -125,7 +128,7 @@ class _Work:
         }
         # of those that are there; others are wanted
         samples = [key for key in there if key[0] == "sampling"] if config.num_generations else []
-        unscored = any(key not in evaluation.scores.get(scorer, ()) for scorer in config.scorers for key in samples)
+        unscored = any(key not in evaluation.scores.get(scorer, ()) for scorer in self.scorers for key in samples)
         if not any(self.wanted.values()) and not unscored:
             return
         device = "cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda"
@@ -136,7 +139,15 @@ class _Work:
         if policy is None and (config.scorers or config.num_beams):
             policy = load_policy(self.path, device, self.dtype)
         if policy is not None:
-            self.models = load_models(config, policy, self.tokenizer.pad_token_id)
+            self.policy = policy
+            self.models = load_scorers(config, policy, self.tokenizer, self._separators())
+
+    def _separators(self) -> frozenset[int]:
+        """The tokens that end a step, where something reads them."""
+        kinds = [scorer_of(scorer.partition(":")[0]) for scorer in self.config.scorers]
+        if not self.config.step_beams and not any("separators" in kind.NEEDS for kind in kinds):
+            return frozenset()
+        return separating_ids(self.tokenizer, self.config.step_separator or "\n")
 
     def _decodings(self) -> dict[str, int]:
         """{decoding: answers a problem} of what the options ask for."""
@@ -144,15 +155,10 @@ class _Work:
         found = {"greedy": 1} if config.greedy else {}
         found |= {"sampling": config.num_generations} if config.num_generations else {}
         found |= {f"beam-{config.num_beams}": 1} if config.num_beams else {}
-        return found | {self._step_search(scorer): 1 for scorer in config.scorers if config.step_beams}
+        return found | {self._step_search(scorer): 1 for scorer in self.scorers if config.step_beams}
 
     def _step_search(self, scorer: str) -> str:
         return f"step-{self.config.step_beams}x{self.config.step_samples} {scorer}"
-
-    @property
-    def policy(self) -> PreTrainedModel:
-        assert self.models is not None  # what searches or scores has loaded it
-        return self.models.policy
 
     def keep(self, results: Appended, pool: VerifierPool) -> None:
         """Where answers go from now on."""
@@ -167,7 +173,7 @@ class _Work:
     def answer(self) -> None:
         """Every answer that is missing, decoding by decoding, graded and stored in pieces of a batch."""
         ways: dict[str, Callable[[list[Wanted]], Iterator[Answered]]] = {
-            self._step_search(scorer): partial(self._steps, scorer=scorer) for scorer in self.config.scorers
+            self._step_search(scorer): partial(self._steps, scorer=scorer) for scorer in self.scorers
         }
         greedy = Sampling(0.0, max_new_tokens=self.config.max_completion_length)
         ways |= {"greedy": partial(self._drawn, sampling=greedy, description="greedy")}
@@ -241,22 +247,20 @@ class _Work:
             yield wanted[at], Response(best.ids, [], best.ended), best.score
 
     def _steps(self, wanted: list[Wanted], scorer: str) -> Iterator[Answered]:
-        config, models = self.config, self.models
-        assert models is not None
-        separators = separating_ids(self.tokenizer, config.step_separator or "\n")
+        config, separators = self.config, self._separators()
         together = max(1, config.batch_size // (config.step_beams * config.step_samples))
         for begin in range(0, len(wanted), together):
             part = wanted[begin : begin + together]
             found = step_search(
-                models.policy,
+                self.policy,
                 [Request(self.prompts[problem], ("step", problem)) for problem, _ in part],
-                lambda episodes: scores(models, [scorer], episodes)[scorer],
+                partial(self._scores, scorer),
                 self._sampling,
                 beams=config.step_beams,
                 samples=config.step_samples,
                 separators=separators,
                 stop_ids=self.backend.ends.stops,
-                pad_id=models.pad_id,
+                pad_id=self.tokenizer.pad_token_id,
                 batch_size=config.batch_size,
             )
             for which, best in zip(part, found):
@@ -267,7 +271,7 @@ class _Work:
         if self.models is None or not self.config.num_generations:  # nothing is missing
             return
         samples = [answer for key, answer in sorted(self.evaluation.answers.items()) if key[0] == "sampling"]
-        for scorer in self.config.scorers:
+        for scorer in self.scorers:
             there = self.evaluation.scores.setdefault(scorer, {})
             missing = [answer for answer in samples if answer.key not in there]
             for begin in range(0, len(missing), 16 * self.config.batch_size):
@@ -276,10 +280,17 @@ class _Work:
                     episode_of(self.prompts[a.problem], a.completion_ids, a.finish_reason == "stop") for a in part
                 ]
                 description = None if self.quiet else f"score by {scorer}"
-                values = scores(self.models, [scorer], episodes, description)[scorer]
+                values = self._scores(scorer, episodes, description)
                 keys = [{"decoding": a.decoding, "problem": a.problem, "sample": a.sample} for a in part]
                 stored.append([key | {"scorer": scorer, "value": value} for key, value in zip(keys, values)])
                 there |= {answer.key: value for answer, value in zip(part, values)}
+
+    def _scores(self, scorer: str, episodes: list[Episode], description: str | None = None) -> list[float]:
+        """Of episodes by a scorer, under its name in the files."""
+        assert self.models is not None  # what searches or scores has loaded them
+        given = self.scorers[scorer]
+        name = given.partition(":")[0]
+        return scores(self.models[given], [name], episodes, description)[name]
 
 
 def _response(answer: Answer) -> Response:

@@ -68,8 +68,9 @@ class EvalConfig:
         tuple[str, ...],
         tyro.conf.arg(
             help="The samples are ranked by these scores, and the best one's accuracy is shown: likelihood is the mean "
-            "log-probability of a token; implicit is the sum of beta times log-probability of the model over the reference; "
-            "value is the value model's estimate at the last state."
+            "log-probability of a token; implicit is the sum of beta times log-probability of the model over the reference, and "
+            "implicit_min that of its lowest step; value is the value model's estimate at the last state. NAME:RUN takes the "
+            "models of another training run, such as implicit:out."
         ),
     ] = ()
     step_beams: int = 0
@@ -77,7 +78,8 @@ class EvalConfig:
     step_samples: int = 4
     """The search step by step samples this many next steps of every beginning that it keeps."""
     step_separator: str | None = None
-    """A step of the search ends with the first token that has this text in it. None takes the end of a line."""
+    """A step, of the search and of the scorer implicit_min, ends with the first token that has this text in it. None takes the
+    end of a line."""
     ref_model_name_or_path: str | None = None
     """The reference of the scorer implicit is in this directory, or has this name on the hub. None takes that of the training
     run that wrote the model."""
@@ -125,7 +127,16 @@ class EvalConfig:
         need(not 0 < self.temperature < LEAST_TEMPERATURE, "temperature", f"0, or at least {LEAST_TEMPERATURE}")
         need(self.verifier_timeout > 0, "verifier_timeout", "positive")
         need(self.step_separator != "", "step_separator", "at least one character, or None for the end of a line")
-        need(set(self.scorers) <= set(SCORER_NAMES), "scorers", f"some of {', '.join(SCORER_NAMES)}")
+        known = all(name in SCORER_NAMES and (path or not colon) for name, colon, path in map(_parts, self.scorers))
+        need(known, "scorers", f"some of {', '.join(SCORER_NAMES)}, each alone or as NAME:RUN")
+        own = {name for name, colon, _ in map(_parts, self.scorers) if not colon}
+        for option, names in (("ref_model_name_or_path", {"implicit", "implicit_min"}), ("value_model", {"value"})):
+            others = bool(self.scorers) and not own & names
+            need(
+                getattr(self, option) is None or not others,
+                option,
+                f"left out without the scorer {min(names)} of the model itself",
+            )
         need(
             not self.step_beams or bool(self.scorers), "scorers", "given with step_beams, which keeps the best by them"
         )
@@ -142,3 +153,7 @@ class EvalConfig:
         """The options that every stored answer depends on."""
         found = {name: value for name, value in vars(self).items() if name not in FREE}
         return found
+
+
+def _parts(scorer: str) -> tuple[str, str, str]:
+    return scorer.partition(":")

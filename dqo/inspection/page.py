@@ -10,11 +10,11 @@ from dqo.errors import printable
 from dqo.inspection.responses import Inspection, Response
 from dqo.inspection.terminal import implied_text, summary_of, verdict_of
 from dqo.inspection.views import LEVELS, VIEWS, levels, number_text, step_numbers
-from dqo.report.plots import trace_plot, value_limits
 from dqo.report.schema import ValueTrace
+from dqo.report.traces import limits_of, trace_plot
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_PLOT = (400, 210)  # CSS pixels: what a narrow screen shows without shrinking its letters
+_WIDE = 400  # CSS pixels: what a narrow screen shows without shrinking its letters
 
 
 def rendered(inspection: Inspection) -> str:
@@ -33,14 +33,14 @@ def rendered(inspection: Inspection) -> str:
     )
     environment.filters |= {"number": _number}
     traces = [_trace(response) for response in inspection.responses]
-    limits = value_limits(traces)
+    limits = limits_of(traces)
     return environment.get_template("inspect.html.j2").render(
         inspection=inspection,
         views={name: VIEWS[name] for name in inspection.scales},
         levels=LEVELS,
         summary=summary_of(inspection),
         responses=[
-            _shown(response, inspection.scales) | {"svg": trace_plot(trace, limits, _PLOT) if trace["tokens"] else ""}
+            _shown(response, inspection.scales) | {"svg": trace_plot(trace, limits, _WIDE) if trace["tokens"] else ""}
             for response, trace in zip(inspection.responses, traces)
         ],
     )
@@ -55,7 +55,7 @@ def _trace(response: Response) -> ValueTrace:
         "reward": float(response.rewards[-1]),
         "step_ends": [end + 1 for end in response.step_ends],
         "first_wrong_step": response.first_wrong_step,
-        "implied": [] if implied is None else [float(v) for v in implied.line],
+        "implied": [] if implied is None else [float(v) for v in implied.values],
     }
 
 

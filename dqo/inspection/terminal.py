@@ -58,7 +58,7 @@ def implied_text(response: Response) -> str:
     """Where the implied value begins, and what remains of it."""
     if response.implied is None:
         return "with a discount of 0 no value is implied"
-    start, count = response.start, response.start.count
+    start, count = response.start, response.start.responses
     origin = {
         "other responses to the prompt": f"the mean of {count} other response{'s' * (count != 1)} to the prompt",
         "value model": "the value model's, for there is no other response to the prompt",

@@ -60,17 +60,18 @@ def position_limit(config: PreTrainedConfig) -> tuple[int | None, bool]:
     return limit, not (rotary or getattr(text, "alibi", False) or text.model_type in ENDLESS)
 
 
-def check_positions(config: PreTrainedConfig, episodes: list[Episode]) -> None:
-    """Refuses episodes with more tokens than the model has positions; warns of more than it was trained on."""
+def check_positions(config: PreTrainedConfig, episodes: list[Episode], cure: str | None = None) -> None:
+    """Refuses episodes with more tokens than the model has positions; warns of more than it was trained on. `cure`: for the
+    message; None: training's."""
     limit, hard = position_limit(config)
     longer = [] if limit is None else [e for e in episodes if e.length > limit]
     if not longer:
         return
     first = f"{longer[0].source}: {longer[0].length:,} tokens of prompt and completion"
     if hard:
+        cure = cure or f"drop the rows, or cut them: --max_length {limit} --allow_truncation"
         raise UserError(
-            f"{first}, and the model has {limit:,} positions ({len(longer):,} of {len(episodes):,} responses are longer); drop "
-            f"the rows, or cut them: --max_length {limit} --allow_truncation"
+            f"{first}, and the model has {limit:,} positions ({len(longer):,} of {len(episodes):,} responses are longer); {cure}"
         )
     logger.warning(
         "%s; the model was made for %s positions, and %s of %s responses are longer",
@@ -132,8 +133,16 @@ def check_room(
 
 @torch.no_grad()
 def check_model(model: PreTrainedModel, ids: list[int], pad_id: int) -> None:
-    """Refuses a model that cannot be trained here, by running it on `ids`, two tokens at least: one that differs from itself,
-    changes its own weights, sees tokens to the right or another row of its batch, or does more to its logits than a head."""
+    """Refuses a model that cannot be trained here, by running it on `ids`, two tokens at least: what `check_trunk` refuses, and
+    one that does more to its logits than a head."""
+    check_trunk(model, ids, pad_id)
+    check_head(model, ids)
+
+
+@torch.no_grad()
+def check_trunk(model: PreTrainedModel, ids: list[int], pad_id: int) -> None:
+    """Refuses a model that differs from itself, changes its own weights, sees tokens to the right or another row of its batch, or
+    has no gradient."""
     name, n = type(model).__name__, len(ids) // 2
     versions = [parameter._version for parameter in model.parameters()]
     with _readable_failure(name), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
@@ -164,7 +173,6 @@ def check_model(model: PreTrainedModel, ids: list[int], pad_id: int) -> None:
             "supported"
         )
     _check_backward(model, ids)
-    check_head(model, ids)
 
 
 @torch.enable_grad()

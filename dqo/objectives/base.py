@@ -13,6 +13,7 @@ None of these files imports torch before it is called: `--help` and the checks o
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from dqo_kernels import TokenStats
 
 UNITS = ("token", "response", "group")
+VALUE_KINDS = ("separate", "head", "implicit", "none")
+IMPLICIT_BETA = 0.5  # the default of implicit_beta
 MODELS = ("policy", "critic")
 
 
@@ -122,8 +125,14 @@ class Objective:
 
     @property
     def value_kind(self) -> str:
-        """Which value model is made: "separate", "head" or "none"; the option value_model where there is one."""
+        """Which value model is made, one of VALUE_KINDS, or the directory that it begins from; the option value_model where there
+        is one."""
         return getattr(self, "value_model", "none")
+
+    @property
+    def values_loss(self) -> str:
+        """What fits the value model: "squared", "bce" or "hl_gauss"; the option value_loss where there is one."""
+        return getattr(self, "value_loss", "squared")
 
     @property
     def needs_values(self) -> bool:
@@ -146,14 +155,20 @@ class Objective:
         return getattr(self, "discount", "tokens")
 
     @property
+    def weight_level(self) -> str:
+        """Over what its importance weights are products: the option is_level where there is one; "none": it has no weights.
+        Where it is "auto" the trainer sets is_level, by what the rows tell of the policy that wrote them."""
+        return getattr(self, "is_level", "none")
+
+    @property
     def values_decay(self) -> float | None:
         """Decay of the moving average of the value model; None: there is none. The option target_ema where there is one."""
         return getattr(self, "target_ema", None)
 
     def problems(self) -> list[tuple[str, str]]:
         """(field, what is wrong) of every value out of range."""
-        beta = getattr(self, "beta", None)
-        return [("beta", f"must be positive, got {beta}")] if beta is not None and not beta > 0 else []
+        factors = {name: getattr(self, name, None) for name in ("beta", "implicit_beta")}
+        return [(name, f"must be positive, got {x}") for name, x in factors.items() if x is not None and not x > 0]
 
     def below(self, least: float, *names: str) -> list[tuple[str, str]]:
         """(field, what is wrong) of those of these fields that are less than `least`; None passes where the type has it."""
@@ -164,6 +179,13 @@ class Objective:
             for name, value in values.items()
             if not (value is None and "None" in types[name] or value is not None and value >= least)
         ]
+
+    def no_value_model(self, *kinds: str) -> list[tuple[str, str]]:
+        """The option value_model, where it is neither one of `kinds` nor a directory."""
+        told = self.value_kind
+        if told in kinds or (told not in VALUE_KINDS and os.path.isdir(told)):
+            return []
+        return [("value_model", f"must be {', '.join(kinds)}, or the directory of a value model, got {told!r}")]
 
     def advice(self, labels: Sequence[bool]) -> list[str]:
         """Warnings, a line each, about rows with these labels."""
@@ -192,6 +214,21 @@ class Objective:
         the same on every row. So the loss does not depend on the split into micro-batches."""
         raise NotImplementedError(f"{type(self).__name__} gives companions and has no companion_sums")
 
+    def weights(self, log_ratio: Tensor, cu_seqlens: Tensor) -> Tensor | None:
+        """The importance weights, (B,) of responses or (N,) of tokens; None where it weighs nothing.
+
+        Args:
+            log_ratio: (N,) log-probabilities of the policy less those of the policy that wrote the responses.
+        """
+        return None
+
+    def evaluation(
+        self, stats: TokenStats, rows: dict[str, Tensor], cu_seqlens: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `__call__`, on held-out responses, with a loss that compares between steps and runs: without weights that the
+        policy moves."""
+        return self(stats, rows, cu_seqlens)
+
     def __call__(
         self, stats: TokenStats, rows: dict[str, Tensor], cu_seqlens: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -202,8 +239,10 @@ class Objective:
             rows: columns (N,): rewards, label (1 on every token of a response that counts as correct), turn_end (1 on the last
                 token of each turn, else 0), group (0, 1, ... of the response among those of this call), those of `prepare`, and
                 where there are such ref_logprobs, ref_lse, behavior_logprobs, values (differentiable), bootstrap (V of the last
-                state of a response that was cut, on its last row), target_values (of the value model's moving average) and
-                companion_mean.
+                state of a response that was cut, on its last row), target_values (of the value model's moving average),
+                companion_mean, and with a `values_loss` other than squared value_outputs (N, K) (differentiable in the place of
+                values) and value_range (N, 2), or of a value model that is fitted to outcomes outcome_loss (differentiable in the
+                place of values, on the last row of a response), see dqo.objectives.value_outputs.
             cu_seqlens: (B+1,) boundaries of the responses.
 
         Returns:

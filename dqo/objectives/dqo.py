@@ -12,17 +12,21 @@ eq. 4.7    L_pi = w * 1/2 ( beta * delta_t - [ r_t + gamma * G_{t+1} - V(s_t) ] 
 gamma is 1 but on the last token of a turn with discount turns. Tokens of the environment are no actions: s_{t+1} is the state in
 which the model goes on, after what the environment wrote.
 
-mu is the policy that wrote the responses: their stored log-probabilities, or the reference where there are none. V is a model of
-its own, or beta * log (sum_a exp logit_a of pi) / (the same of ref). policy_target td puts (1 - lam) * V(s_{t+1}) + lam * G_{t+1}
-in the place of G_{t+1} in 4.7, one_step V(s_{t+1}). `dqo_kernels.soft_bellman` computes G and w, and from them both squares.
+mu is the policy that wrote the responses: their stored log-probabilities, or the reference where there are none. With is_level
+auto the trainer weighs where mu is known, and w = 1 where it is not (dqo/data/behavior.py). The loss of held-out responses has
+w = 1: w falls as the policy moves away from them, and the loss would fall with it.
+
+V is a model of its own, or beta * log (sum_a exp logit_a of pi) / (the same of ref). policy_target td puts
+(1 - lam) * V(s_{t+1}) + lam * G_{t+1} in the place of G_{t+1} in 4.7, one_step V(s_{t+1}). `dqo_kernels.soft_bellman` computes G
+and w, and from them both squares.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from dqo.objectives.base import Objective
+from dqo.objectives.base import IMPLICIT_BETA, Objective
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,10 @@ class DQO(Objective):
     """What the policy regresses on: the lambda-return of the next state (the paper), its TD(lambda) form, or V."""
     target: Literal["detach", "residual"] = "detach"
     """"detach" holds the target of the soft Bellman residual fixed. "residual" trains both of its ends."""
-    is_level: Literal["trajectory", "suffix", "prefix", "token", "none"] = "trajectory"
-    """The importance weights are products over this level. "trajectory" is the paper's."""
+    is_level: Literal["auto", "trajectory", "suffix", "prefix", "token", "none"] = "auto"
+    """The importance weights are products over this level. "trajectory" is the paper's. "auto" takes it where the policy that
+    wrote the responses is known: by their logprobs, or because their sampling names the reference at temperature 1. Elsewhere it
+    takes "none"."""
     is_cap: float | None = 1.0
     """The log importance weight is at most this; 1.0 allows weights up to e. None sets no cap."""
     is_floor: float | None = None
@@ -50,9 +56,16 @@ class DQO(Objective):
     """The policy loss is multiplied by this factor."""
     value_coef: float = 1.0
     """The value loss is multiplied by this factor."""
-    value_model: Literal["separate", "head", "none"] = "separate"
+    value_loss: Literal["squared", "bce", "hl_gauss"] = "squared"
+    """What fits the value model to returns: "squared" error, or a cross-entropy. "bce" is that of the probability of the greatest
+    return against the least of the training data, "hl_gauss" that of a distribution over bins between the two."""
+    value_model: str = "separate"
     """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
-    hidden states. "none" takes soft values from the logsumexp."""
+    hidden states. "implicit" trains a copy of the policy whose log-ratio to the reference is the logit of success. "none" takes
+    soft values from the logsumexp. The directory of a run, of its critic/ or of a model with one label begins from the value
+    model there."""
+    implicit_beta: float = IMPLICIT_BETA
+    """The log-ratio of an implicit value model is multiplied by this."""
     kl_coef: float = 0.0
     """The exact KL to the reference, a token, is multiplied by this and added. Above 0 the reference stays in memory."""
     target_ema: float | None = None
@@ -74,6 +87,18 @@ class DQO(Objective):
         if self.is_cap is not None and self.is_floor is not None and self.is_floor > self.is_cap:
             found.append(("is_floor", f"must be at most is_cap = {self.is_cap}, got {self.is_floor}"))
         found += self.below(0, "kl_coef", "policy_scale", "value_coef")
+        if self.target == "residual" and self.value_loss != "squared":
+            found.append(
+                ("value_loss", f"must be squared with target residual, which fits V itself, got {self.value_loss}")
+            )
+        found += self.no_value_model("separate", "head", "implicit", "none")
+        if self.value_kind == "implicit":
+            if self.gamma != 1.0:
+                found.append(
+                    ("gamma", f"must be 1 with value_model implicit, which is fitted to outcomes, got {self.gamma}")
+                )
+            if self.target == "residual":
+                found.append(("target", "must be detach with value_model implicit, whose values have no gradient"))
         if self.target_ema is not None:
             if not 0 <= self.target_ema < 1:
                 found.append(("target_ema", f"must be in [0, 1) or None, got {self.target_ema}"))
@@ -84,7 +109,8 @@ class DQO(Objective):
         return found
 
     def __call__(self, stats, rows, cu_seqlens):
-        from dqo.objectives.sums import Regression, mean_metric, regression_metrics, response_metrics
+        from dqo.objectives.sums import Regression, mean_metric, moments, regression_metrics, response_metrics
+        from dqo.objectives.value_outputs import outcome_losses, value_losses
         from dqo_kernels import soft_bellman
 
         terms = soft_bellman(
@@ -104,26 +130,61 @@ class DQO(Objective):
             lam=self.lam,
             policy_target=self.policy_target,
             target=self.target,
-            is_level=self.is_level,
+            is_level=self._level,
             is_cap=self.is_cap,
             is_floor=self.is_floor,
             reduction="none",
         )
         # terms.returns: G_t. terms.advantages: r_t + gamma * G_{t+1} - V(s_t). terms.weights: w
         loss = self.policy_scale * terms.policy_loss.sum()  # eq. 4.7: w/2 (beta * delta_t - advantage)^2
+        # eq. 4.6: w/2 (V(s_t) - G_t)^2
+        value_loss, of_loss = value_losses(rows, terms.value_loss, terms.returns, terms.weights)
+        value_loss = outcome_losses(rows, cu_seqlens, value_loss)
         if self.target == "detach":
-            loss = loss + self.value_coef * terms.value_loss.sum()  # eq. 4.6: w/2 (V(s_t) - G_t)^2
+            loss = loss + self.value_coef * value_loss.sum()
         values = rows["values"] if self.needs_values else self.beta * (stats.lse - rows["ref_lse"])
         scaled_ratio = self.beta * (stats.logprobs - rows["ref_logprobs"])
         fitted = Regression(values, terms.returns, scaled_ratio, terms.advantages)
-        metrics = regression_metrics(terms.policy_loss, terms.value_loss, fitted) | {
+        metrics = regression_metrics(terms.policy_loss, value_loss, fitted) | {
             "sampling/importance_sampling_ratio/mean": mean_metric(terms.weights),
             "importance_weight/clipped_frac": mean_metric(self._clipped(stats, rows, cu_seqlens)),
         }
+        if self._level != "none":  # in float64: squares of weights that collapse are 0 in float32
+            metrics |= moments("importance_weight", self._units(terms.weights, cu_seqlens).double())
         if self.needs_kl:
             loss = loss + self.kl_coef * stats.kl.sum()
             metrics["loss/kl"] = mean_metric(stats.kl)
-        return loss, metrics | response_metrics(stats, rows, cu_seqlens, self.beta)
+        return loss, metrics | of_loss | response_metrics(stats, rows, cu_seqlens, self.beta)
+
+    def evaluation(self, stats, rows, cu_seqlens):
+        import torch
+
+        loss, metrics = self(stats, rows, cu_seqlens)
+        if self._level == "none":
+            return loss, metrics
+        weighted = torch.stack([loss.detach(), loss.new_tensor(float(stats.logprobs.numel()))])
+        loss, plain = replace(self, is_level="none")(stats, rows, cu_seqlens)
+        unweighted = {name: plain[name] for name in ("loss/policy", "loss/value")}
+        return loss, metrics | unweighted | {"weighted_loss": weighted}
+
+    def weights(self, log_ratio, cu_seqlens):
+        from dqo_kernels.core.packed import sequence_index
+        from dqo_kernels.soft_bellman import importance_weights
+
+        if self._level == "none":
+            return None
+        sequence = sequence_index(cu_seqlens, log_ratio.shape[0])
+        each = importance_weights(log_ratio, sequence, cu_seqlens, self._level, self.is_cap, self.is_floor)
+        return self._units(each, cu_seqlens)
+
+    @property
+    def _level(self) -> str:
+        """Called without the trainer, which chooses, "auto" is the paper's level."""
+        return "trajectory" if self.is_level == "auto" else self.is_level
+
+    def _units(self, weights, cu_seqlens):
+        """One weight for each that may differ: of a response (B,), or of a token (N,)."""
+        return weights[cu_seqlens[:-1]] if self._level == "trajectory" else weights
 
     def _discounts(self, rows):
         """(N,) gamma of every action; None where it is the same at all of them."""
@@ -141,8 +202,8 @@ class DQO(Objective):
         logprobs = stats.logprobs.detach()
         ratio = logprobs - rows.get("behavior_logprobs", rows["ref_logprobs"])
         sequence = sequence_index(cu_seqlens, logprobs.shape[0])
-        whole = importance_weights(ratio, sequence, cu_seqlens, self.is_level, None, None).log()
-        bounded = self.is_level != "none"
+        whole = importance_weights(ratio, sequence, cu_seqlens, self._level, None, None).log()
+        bounded = self._level != "none"
         above = whole > (self.is_cap + 1e-6 if bounded and self.is_cap is not None else float("inf"))
         below = whole < (self.is_floor - 1e-6 if bounded and self.is_floor is not None else -float("inf"))
         return (above | below).to(logprobs.dtype)

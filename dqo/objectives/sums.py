@@ -79,7 +79,8 @@ def response_metrics(
 
 
 def regression_metrics(policy_loss: Tensor, value_loss: Tensor, fitted: Regression) -> dict[str, Tensor]:
-    """The losses before their factors, with an entry for each unit, and what is fitted in the states.
+    """The losses before their factors, with an entry for each unit (for each response where the value model has a loss of its
+    own), and what is fitted in the states.
 
     loss/policy and loss/value are equal numbers wherever both regressions have the same residual, beta * log(pi/ref) -
     advantage = V - return (DRO, OREO, and DQO without target_ema at lam 1 and policy_target return, its defaults, or at

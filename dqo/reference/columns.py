@@ -185,17 +185,6 @@ def add_reference(
     return len(missing)
 
 
-def warn_about_behavior(episodes: list[Episode], bound: float = 0.1) -> None:
-    """Says when the stored log-probabilities are far from the reference's, as they are when the sampler's were tempered."""
-    gaps = [np.abs(e.behavior_logprobs - e.ref_logprobs) for e in episodes if e.behavior_logprobs is not None]
-    if gaps and (mean := float(np.concatenate(gaps).mean())) > bound:
-        logger.warning(
-            "logprobs in the file differ from the reference policy's by %.2f nats a token on average: another sampler, or "
-            "processed (temperature, top-p) rather than raw log-probabilities? Importance weights are made from them",
-            mean,
-        )
-
-
 def _shortened(e: Episode) -> Episode:
     """The response without its last action: nothing that a causal policy says about the others changes."""
     if e.action_count == 1:

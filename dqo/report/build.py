@@ -10,9 +10,10 @@ import numpy as np
 from dqo.errors import UserError
 from dqo.objectives.registry import DEFAULT_METHOD
 from dqo.report.groups import BASE, Groups, grouped
+from dqo.report.predictors import held_out_of
 from dqo.report.runs import StoredRun
 from dqo.report.schema import Method, Report
-from dqo.report.sections import accuracy_of, changes_of, curves_of, flips_of, held_out_of, unread_of
+from dqo.report.sections import accuracy_of, changes_of, curves_of, flips_of, unread_of
 
 
 def report_of(runs: list[StoredRun], *, names: list[str] | None = None, **given: Any) -> Report:
@@ -119,12 +120,15 @@ def _warnings(runs: list[StoredRun]) -> list[str]:
 
 
 def _notes(runs: list[StoredRun]) -> list[str]:
+    weighed = [record["said"] for run in runs if (record := run.record.get("importance_weights"))]
+    notes = [f"I{said[1:]}." for said in dict.fromkeys(weighed)]  # importance weights: ...
     held_out = {run.record["data"]["held_out_sha256"] for run in runs if "data" in run.record}
     if len(held_out) < 2:
-        return []
+        return notes
     return [
+        *notes,
         "The held-out rows are not the same in all runs: each seed holds out prompts of its own. With eval_dataset_name they "
-        "would be."
+        "would be.",
     ]
 
 

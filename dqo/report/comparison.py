@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dqo.report.formats import p_relation, percent, points, rate_text
+from dqo.report.knowledge import credit_sentences
 from dqo.report.schema import Decoding, Method, Report, ValueAUC
 from dqo.stats import Interval, Paired, accuracy_interval, mean_interval, paired_test
 
@@ -117,8 +118,9 @@ def verdict_of(
 ) -> Verdict | None:
     """What the headline method gained over the baseline, and over every other, else what the models know, else None."""
     by_name = {result.name: result for result in results}
+    known = credit_sentences(report, headline)
     if headline is None or not by_name[headline].accuracy:
-        return _knowledge_verdict(report)
+        return _knowledge_verdict(report, known)
     ours, given = by_name[headline], {method["name"]: method for method in methods}
     details = []
     for kind, rate in ours.accuracy.items():
@@ -138,6 +140,7 @@ def verdict_of(
                 for kind, test in tests.items()
             ]
             details += [f"{headline} over {name}: {'; '.join(gains)}."] if gains else []
+    details += known
     if ours.unreadable and not ours.against:
         return Verdict(
             f"No answer of {headline} or of {baseline} could be read by the verifier, so nothing is known of their difference: "
@@ -177,15 +180,17 @@ def _verdict_sentence(headline: str, baseline: str, against: dict[Decoding, Pair
     return f"{headline} {', but '.join(f'{what} ' + ' and '.join(how) for what, how in outcomes.items())}."
 
 
-def _knowledge_verdict(report: Report) -> Verdict | None:
-    """Without problems that were answered: whether the value model, or the policy, tells right responses from wrong ones."""
+def _knowledge_verdict(report: Report, known: list[str]) -> Verdict | None:
+    """Without problems that were answered: whether the policy, or the value model, tells right responses from wrong ones.
+    `known`: what the details say in its place."""
+    found = next((p for p in report.get("predictors", []) if p["name"].startswith("Implicit reward")), None)
+    if found is not None:
+        auc: ValueAUC = {"at_end": found["auc"], "interval": found["interval"]}
+        verdict = _auc_verdict("The policy's implicit reward", "AUC of log(π/ref)", auc)
+        return verdict._replace(details=known or verdict.details)
     if (value_auc := report.get("value_auc")) is not None and value_auc.get("at_end") is not None:
         return _auc_verdict("The value model", "AUC at the end of a response", value_auc)
-    found = next((p for p in report.get("predictors", []) if p["name"].startswith("Implicit reward")), None)
-    if found is None:
-        return None
-    auc: ValueAUC = {"at_end": found["auc"], "interval": found["interval"]}
-    return _auc_verdict("The policy's implicit reward", "AUC of log(π/ref)", auc)
+    return None
 
 
 def _auc_verdict(who: str, what: str, value_auc: ValueAUC) -> Verdict:

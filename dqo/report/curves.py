@@ -19,6 +19,7 @@ LEAST = {
     "rewards/accuracies": (0.0, 1.0),
     "value/explained_variance": (0.0, 1.0),
     "sampling/importance_sampling_ratio/mean": (0.0, 2.0),
+    "importance_weight/effective_sample_share": (0.0, 1.0),
     "importance_weight/clipped_frac": (0.0, 1.0),
     "grad_norm": (0.0, 0.1),
     "critic/grad_norm": (0.0, 0.1),

@@ -31,9 +31,11 @@ from dqo.report.formats import (
     plus_minus,
     points,
     points_between,
+    signed,
 )
 from dqo.report.plots import draw_all
 from dqo.report.schema import KEYS, REQUIRED, Change, Decoding, Flip, Method, Report
+from dqo.report.worse import with_loss
 from dqo.stats import Interval, Proportion, accuracy_interval, calibration_bins, pass_at_k
 
 COSTS = {"updates": "Updates", "seconds": "Seconds", "tokens_per_second": "Tokens/s"}
@@ -65,7 +67,9 @@ def rendered(report: Report) -> dict[str, str]:
     report = _plain(report)
     methods = report.get("methods", [])
     results = compare(methods, report.get("baseline"))
-    verdict = verdict_of(methods, results, headline_of(report), report.get("baseline"), report)
+    headline = headline_of(report)
+    verdict = verdict_of(methods, results, headline, report.get("baseline"), report)
+    verdict = with_loss(verdict, report, headline, any(result.against for result in results))
     return {
         "report.json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.md": _markdown(report, results, verdict),
@@ -84,9 +88,10 @@ def _warnings(report: Report) -> list[str]:
         end = sum(ends) / len(ends)
         if end < NEARLY_NOTHING:
             mean = f", the mean of {len(ends)} seeds" if len(ends) > 1 else ""
+            others = " What the policy and the value model know of held-out responses stands at the top."
             warnings.append(
-                f"The value model of {owner} ends with an explained variance of {measured(end)}{mean}: it knows "
-                "hardly more than the average return, and advantages computed from it are mostly noise."
+                f"The value model of {owner} ends with an explained variance of {measured(end)}{mean}: it knows hardly more than "
+                f"the average return, as a baseline and as a picture.{others if report.get('predictors') else ''}"
             )
     return warnings
 
@@ -128,7 +133,7 @@ def _html(report: Report, results: list[MethodResult], verdict: Verdict | None) 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for show in (percent, points, p_text, number_text, duration, measured, option_text):
+    for show in (percent, points, p_text, number_text, duration, measured, option_text, signed):
         environment.filters[show.__name__] = show
     return environment.get_template("report.html.j2").render(
         report=report,

@@ -1,16 +1,14 @@
 """The plots of the report. An interval is a tuple (mean, low, high)."""
 
 from collections.abc import Mapping
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
-from dqo.report.curves import curve_groups, with_gaps
-from dqo.report.schema import Decoding, Report, ValueTrace
-from dqo.report.svg import BAD, DOTS, GOOD, GRID, INK, MUTED, SERIES, Series, assign_series, inline_svg
-
-MOST_TRACES = 6
+from dqo.report.curves import curve_groups
+from dqo.report.schema import Decoding, Report
+from dqo.report.svg import DOTS, INK, MUTED, SERIES, Series, assign_series, inline_svg
+from dqo.report.traces import trace_views
 
 
 def draw_all(
@@ -26,11 +24,10 @@ def draw_all(
     accuracies {decoding: {method: interval}}, seeds {decoding: {method: accuracy of each run}}, passes {method: {k: interval}},
     reliability [(prediction, interval of the outcome)].
     """
-    curves, traces = report.get("curves", []), half_right(report.get("value_traces", []))
+    curves = report.get("curves", [])
     names = [method["name"] for method in report.get("methods", [])]
     names += [curve["method"] for curve in curves if curve.get("method")]
     series = assign_series(list(dict.fromkeys(names)), headline, report.get("baseline"))
-    limits = value_limits(traces)
     return {
         "series": series,
         "interval_plots": {
@@ -40,7 +37,7 @@ def draw_all(
         "sampled": list(passes),
         "curves": curve_groups(curves, series),
         "reliability_plot": reliability_plot(reliability) if reliability else "",
-        "traces": [{**trace, "svg": trace_plot(trace, limits)} for trace in traces],
+        "traces": trace_views(report.get("value_traces", [])),
     }
 
 
@@ -102,72 +99,3 @@ def reliability_plot(points: list[tuple[float, tuple]]) -> str:
         axis.set_ylabel("mean outcome")
 
     return inline_svg(draw, (350, 330), "Predicted value against outcome")
-
-
-def trace_plot(trace: ValueTrace, limits: tuple[float, float], size: tuple[int, int] = (540, 190)) -> str:
-    """The value along one response: token i spans [i, i + 1], and the value before it stands at i. An implied value comes first,
-    and the value model's, where there is one, is dashed."""
-    tokens, values, ends = trace["tokens"], with_gaps(trace["values"]), trace.get("step_ends") or []
-    implied = with_gaps(trace.get("implied") or [])
-    wrong = trace.get("first_wrong_step")
-    step_starts = [0, *ends][: len(ends)]
-
-    def draw(figure):
-        axis = figure.subplots()
-        if wrong is not None and wrong < len(ends):
-            axis.axvspan(step_starts[wrong], ends[wrong], color=BAD, alpha=0.16, linewidth=0)
-        for number, (start, end) in enumerate(zip(step_starts, ends)):
-            if end < len(tokens):
-                axis.axvline(end, color=GRID, linewidth=1)
-            label = f"{number + 1} ✗" if number == wrong else str(number + 1)
-            color = BAD if number == wrong else MUTED
-            axis.text((start + end) / 2, 1.0, label, transform=axis.get_xaxis_transform(), color=color,
-                      fontsize=9, ha="center", va="bottom")  # fmt: skip
-        right = trace["reward"] > 0
-        if len(implied):
-            axis.plot(range(len(values)), values, "--", color=SERIES[1])
-            axis.plot([len(tokens)] * 2, [implied[-1], trace["reward"]], color=INK, linewidth=1.2, linestyle=DOTS)
-            axis.plot(range(len(implied)), implied, color=SERIES[0])
-        else:
-            axis.plot([*range(len(values)), len(tokens)], [*values, trace["reward"]], color=MUTED, linewidth=1,
-                      linestyle=DOTS)  # fmt: skip
-            axis.plot(range(len(values)), values, color=SERIES[0])
-        axis.plot(len(tokens), trace["reward"], "o" if right else "X", color=GOOD if right else BAD,
-                  markersize=7, clip_on=False)  # fmt: skip
-        axis.set_xlim(0, max(len(tokens), 1))
-        axis.set_ylim(*limits)
-        axis.set_ylabel("value")
-        axis.grid(axis="x", visible=False)
-        _label_tokens(axis, tokens, size[0])
-
-    return inline_svg(draw, size, "Value along the response")
-
-
-def half_right(traces: list[ValueTrace]) -> list[ValueTrace]:
-    """At most MOST_TRACES, right and wrong ones by turns; one kind fills up what the other lacks."""
-    right = [trace for trace in traces if trace["reward"] > 0]
-    wrong = [trace for trace in traces if trace["reward"] <= 0]
-    half = MOST_TRACES // 2
-    shown_right = right[: max(half, MOST_TRACES - len(wrong))]
-    shown_wrong = wrong[: max(half, MOST_TRACES - len(right))]
-    return [trace for pair in zip_longest(shown_right, shown_wrong) for trace in pair if trace is not None]
-
-
-def value_limits(traces: list[ValueTrace]) -> tuple[float, float]:
-    """One scale for all traces, so that they can be compared."""
-    lines = [(*trace["values"], *(trace.get("implied") or ()), trace["reward"]) for trace in traces]
-    shown = [x for line in lines for x in line if x is not None]
-    low, high = min([0.0, *shown]), max([1.0, *shown])
-    return low - 0.05 * (high - low), high + 0.05 * (high - low)
-
-
-def _label_tokens(axis, tokens: list[str], wide: int) -> None:
-    shown = [token.replace("\n", "↵").replace(" ", "·")[:8] for token in tokens]
-    room = (wide - 60) / max(len(tokens), 1)
-    axis.tick_params(axis="x", length=0)
-    if room < 7:  # too many to read
-        axis.set_xlabel("token")
-        return
-    labels = axis.set_xticks(np.arange(len(tokens)) + 0.5, shown, fontsize=9, family="monospace")
-    for token, tick in zip(shown, labels):
-        tick.label1.set_rotation(0 if len(token) * 5.6 <= room else 90)

@@ -7,9 +7,11 @@ from dqo.evaluation.accuracy import Accuracy
 from dqo.evaluation.unread import unread_lines
 from dqo.models.memory import peak_gb
 from dqo.report.build import report_of
+from dqo.report.comparison import compare
 from dqo.report.page import console_table, write_report
 from dqo.report.runs import read_run
 from dqo.report.store import store_results
+from dqo.report.worse import worse_lines
 from dqo.train.run import Run
 
 
@@ -20,6 +22,7 @@ def report_run(options: Options, run: Run, accuracies: dict[str, Accuracy]) -> s
     report = report_of([read_run(run.output_dir)])
     path = write_report(run.output_dir, report)
     lines = [console_table(report["methods"], report["baseline"])] if report["methods"] else []
+    lines += [f"WARNING: {line}" for line in worse_lines(report, compare(report["methods"], report.get("baseline")))]
     for name, found in accuracies.items():
         for kind, lost in found.unread().items():
             lines += unread_lines(name, str(options.train.verifier), kind, lost)

@@ -37,6 +37,12 @@ _RECORD |= {
     "unread": dict,
 }
 _INSIDE = {"data": ("name", "sha256", "of", "counts", "held_out_sha256"), "model": ("name", "sha256")}
+_STEP_SCORES = ("step_ratios", "step_values", "start_step_logprobs", "start_step_entropies")  # a number for each step
+_TOGETHER: tuple[set[str], ...] = (  # all are there, or none
+    {"steps", "first_wrong_step"},
+    {"ratio", "ratio_before_last", "step_ratios"},
+    {"start_logps", "start_entropy", "start_step_logprobs", "start_step_entropies"},
+)
 _OPTIONS: dict[str, Any] = {"method": str, "seed": int, "max_steps": int}  # of config.yaml
 
 
@@ -191,7 +197,18 @@ def _is_answer(row: dict) -> bool:
 def _is_held_out(row: dict) -> bool:
     needed = {"prompt", "label", "reward", "prompt_length", "length"}
     told = {name: value for name, value in row.items() if name != "source"}
-    return needed <= told.keys() and all(isinstance(x, _NUMBER) for x in told.values()) and row["length"] > 0
+    wrong = told.pop("first_wrong_step", None)
+    lists = [told.pop(name) for name in _STEP_SCORES if name in told]
+    of_steps = all(isinstance(found, list) and len(found) == row.get("steps") for found in lists)
+    numbers = [*told.values(), *(x for found in lists if isinstance(found, list) for x in found)]
+    return (
+        needed <= told.keys()
+        and all(group <= row.keys() or not group & row.keys() for group in _TOGETHER)
+        and of_steps
+        and all(isinstance(x, _NUMBER) for x in numbers)
+        and (wrong is None or isinstance(wrong, int) and 0 <= wrong < told.get("steps", 0))
+        and row["length"] > 0
+    )
 
 
 def _shape(row: dict) -> list:

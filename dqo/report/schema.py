@@ -62,19 +62,23 @@ class ValueAUC(TypedDict, total=False):
     interval: list[float] | None  # [low, high] of at_end
 
 
-class _TokenValues(TypedDict):
+class _Tokens(TypedDict):
     prompt: str
     tokens: list[str]
-    values: list[float]  # values[i] is the value before tokens[i]
     reward: float
 
 
-class ValueTrace(_TokenValues, total=False):
-    """The values along one response."""
+class ValueTrace(_Tokens, total=False):
+    """The values along one response of T tokens."""
 
+    values: list[float]  # the value model's: values[i] is the value before tokens[i]
+    advantages: list[float]  # beta * log(pi/ref) of each token
+    implied: list[
+        float
+    ]  # (T + 1,) the value that the policy implies before each token, and behind the last: the remainder
+    start: dict[str, Any]  # of the implied value: value, origin, responses (dqo.credit.implied.Start)
     step_ends: list[int]  # for each step the position behind its last token
     first_wrong_step: int | None  # counted from 0
-    implied: list[float | None]  # V before each token, and Q of the last: what the policy implies (dqo.credit.implied)
 
 
 class Change(TypedDict):
@@ -86,13 +90,27 @@ class Change(TypedDict):
     methods: dict[str, list[list[float | None]]]  # {method: [before, after] of each run}
 
 
-class Predictor(TypedDict):
-    """How well something tells right held-out responses from wrong ones."""
-
+class _PredictorAUC(TypedDict):
     name: str
     method: str  # "" where it needs no model
     auc: float
     interval: list[float] | None
+    n: int
+
+
+class Predictor(_PredictorAUC, total=False):
+    """How well a score tells right held-out responses from wrong ones, and finds the first wrong step; [mean, low, high]."""
+
+    within: list[float] | None  # AUC within a prompt
+    found: list[float] | None  # share of responses whose lowest step is the first wrong one
+    found_in_half: list[float] | None  # the same among the half of the steps with the highest initial entropy
+
+
+class Chance(TypedDict):
+    """What a score finds that draws one of the steps, over the responses with a known wrong step; [mean, low, high]."""
+
+    found: list[float]
+    found_in_half: list[float] | None
     n: int
 
 
@@ -188,6 +206,7 @@ class Report(_Run, Machine, ValueFindings, total=False):
     unread: list[Unread]  # where they are many
     flips: Flips  # at most 6 of each kind are shown
     predictors: list[Predictor]
+    chance: Chance  # of finding the first wrong step
     penalised: Penalised
     data: dict[str, dict[str, float]]  # {method: counts of the responses that it was trained on, by name}
     data_sets: list[DataSet]

@@ -1,8 +1,7 @@
-"""Sections of the page from stored runs: before and after, curves, problems that changed, what predicts right responses."""
+"""Sections of the page from stored runs: before and after, curves, problems that changed."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +10,7 @@ import numpy as np
 from dqo.evaluation.unread import SMALL, cure
 from dqo.report.groups import BASE, Groups
 from dqo.report.runs import StoredRun
-from dqo.report.schema import Change, Curve, Decoding, Flip, Flips, Predictor, Unread
-from dqo.stats import auc_interval
+from dqo.report.schema import Change, Curve, Decoding, Flip, Flips, Unread
 
 CURVES = (
     "loss",
@@ -23,6 +21,7 @@ CURVES = (
     "loss/value",
     "value/explained_variance",
     "sampling/importance_sampling_ratio/mean",
+    "importance_weight/effective_sample_share",
     "importance_weight/clipped_frac",
     "grad_norm",
     "critic/grad_norm",
@@ -34,7 +33,12 @@ CHANGES: dict[str, tuple[str, Any, str]] = {
     "eval_loss": (
         "Held-out loss",
         "lower",
-        "What the method minimises; the levels of different methods do not compare.",
+        "What the method minimises, without importance weights; the levels of different methods do not compare.",
+    ),
+    "eval_weighted_loss": (
+        "Held-out loss with importance weights",
+        "",
+        "As in training. It falls by itself where the policy leaves the data.",
     ),
     "eval_rewards/margins": (
         "Held-out margin",
@@ -43,6 +47,16 @@ CHANGES: dict[str, tuple[str, Any, str]] = {
     ),
     "eval_kl": ("Held-out KL", "", "Distance from the reference on stored responses, in nats a token."),
     "eval_entropy": ("Held-out entropy", "", "How undecided the policy is at a token, in nats."),
+    "eval_credit/auc": (
+        "AUC of the implicit reward",
+        "higher",
+        "The chance that log(π/ref) of a right held-out response is above that of a wrong one; 0.5 is guessing.",
+    ),
+    "eval_credit/first_wrong_step": (
+        "First wrong step found",
+        "higher",
+        "Share of held-out responses with a wrong step whose lowest step, by log(π/ref), is the first wrong one.",
+    ),
     "eval_value/auc_end": ("AUC of the value model", "higher", "0.5 is guessing, 1 is certainty."),
 }
 
@@ -127,60 +141,3 @@ def unread_of(answered: Groups) -> list[Unread]:
                 told = {"share": lost["share"], "cure": cure(str(run.options.get("verifier")), lost)}
                 found.append({"method": name, "decoding": decoding, "examples": lost["examples"], **told})  # type: ignore[typeddict-item]
     return found
-
-
-def held_out_of(groups: Groups, headline: str) -> dict[str, Any]:
-    """The value model on held-out responses, and all that predicts which of them are right."""
-    found: dict[str, Any] = {}
-    predictors: list[Predictor] = []
-    order = [headline, *(name for name in groups if name != headline)]
-    for name in order:
-        run = next((run for run in groups[name] if run.held_out), None)
-        if run is None:
-            continue
-        rows = run.held_out
-        columns: dict[str, tuple[str, list[float]]] = {}
-        if "value_end" in rows[0]:
-            columns["Value model, at the end of a response"] = name, [row["value_end"] for row in rows]
-            columns["Value model, half-way through it"] = name, [row["value_half"] for row in rows]
-        if "ref_logps" in rows[0]:
-            columns["Implicit reward, log(π/ref) of a response"] = name, [r["logps"] - r["ref_logps"] for r in rows]
-        columns["Log-likelihood of a response, a token"] = (
-            name,
-            [r["logps"] / r["length"] for r in rows if "logps" in r],
-        )
-        if name == headline or not predictors:
-            columns["Length of the response (no model)"] = "", [float(row["length"]) for row in rows]
-            columns["Length of the prompt (no model)"] = "", [float(row["prompt_length"]) for row in rows]
-        for title, (method, scores) in columns.items():
-            if (row := _predictor(title, method, scores, rows)) is not None:
-                predictors.append(row)
-        predicted, observed = [row.get("value_start", math.nan) for row in rows], [row["reward"] for row in rows]
-        if "value_end" in rows[0] and "value_auc" not in found and all(map(math.isfinite, predicted + observed)):
-            found["value_calibration"] = {"predicted": predicted, "observed": observed}
-            found["value_traces"] = run.record.get("value_traces", [])
-            ends = {p["name"].partition(",")[2].strip(): p for p in predictors if p["name"].startswith("Value")}
-            if end := ends.get("at the end of a response"):
-                half = ends.get("half-way through it")
-                at_half = half["auc"] if half else None
-                found["value_auc"] = {"at_end": end["auc"], "at_half": at_half, "n": end["n"]}
-                found["value_auc"] |= {"interval": end["interval"]}
-    return found | ({"predictors": predictors} if predictors else {})
-
-
-def _predictor(name: str, method: str, scores: list[float], rows: list[dict]) -> Predictor | None:
-    """What needs no model may tell right responses by small numbers: its direction is taken from these very responses."""
-    if len(scores) != len(rows) or not all(map(math.isfinite, scores)):
-        return None
-    labels, groups = [bool(row["label"]) for row in rows], [row["prompt"] for row in rows]
-    found = auc_interval(scores, labels, groups)
-    if found is None:
-        return None
-    if not method and found.mean < 0.5:
-        found = auc_interval([-score for score in scores], labels, groups)
-        name = name.replace(" (", ", shorter is better (")
-    elif not method:
-        name = name.replace(" (", ", longer is better (")
-    assert found is not None
-    interval = [found.low, found.high]
-    return {"name": name, "method": method, "auc": found.mean, "interval": interval, "n": len(rows)}

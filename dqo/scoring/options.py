@@ -13,12 +13,19 @@ from dqo.grading.pool import MEMORY, TIMEOUT
 from dqo.grading.verifiers import expected_name, verifiers_help
 from dqo.scoring.steps import SPLITTERS
 
+KINDS = ("implicit", "value", "likelihood")  # of `by`
+
 
 @dataclass(frozen=True)
 class _Graded:
     data: Positional[str]
     """The responses are in this rollout file (.jsonl or .parquet), saved data set, or data set on the Hugging Face hub."""
-    verifier: Annotated[str | None, tyro.conf.arg(help=f"The verifier grades the responses. {verifiers_help()}")] = None
+    verifier: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help=f"The verifier grades the responses. {verifiers_help()} None, with by alone, leaves their rewards as they are."
+        ),
+    ] = None
     output_file: str | None = None
     """The scored rows are written to this file (.jsonl). A run that was killed goes on there."""
     answers: str | None = None
@@ -40,6 +47,19 @@ class _Graded:
 
 
 @dataclass(frozen=True)
+class _Told:
+    by: str | None = None
+    """A model rewards the steps: implicit:RUN sums beta times log-probability over the reference's, by the policy that a run
+    trained; value:RUN takes what the run's value model says after a step, over what it said before; likelihood:MODEL sums
+    log-probabilities. They become step_rewards."""
+    by_as: Literal["sums", "potentials"] = "sums"
+    """What step_rewards are made of them: sums pays each step its own, potentials adds up all steps so far, and writes
+    prompt_value, for `dqo train --process_reward potential`."""
+    ref_model_name_or_path: str | None = None
+    """The reference of implicit:RUN is in this directory, or has this name on the hub. None takes that of the run."""
+
+
+@dataclass(frozen=True)
 class _Measured:
     prefix_values: int | None = None
     """The pass rates of prefixes are measured by this many continuations of each: of the prompt, and of the end of each step that
@@ -53,7 +73,8 @@ class _Measured:
     backend: Literal["transformers", "vllm"] = "transformers"
     """This package generates the continuations. vllm needs the extra of its name."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The weights of the model that continues prefixes have this type. auto takes the one in which they are stored."""
+    """The weights of the models that continue prefixes, or reward the steps, have this type. auto takes the one in which they are
+    stored."""
     batch_size: int | None = None
     """This many continuations are generated at once. None takes 64, and 4096 for vllm."""
     temperature: float = 1.0
@@ -70,8 +91,14 @@ class _Measured:
 
 
 @dataclass(frozen=True)
-class ScoreConfig(_Measured, _Graded):
-    """Grade stored responses: outcome rewards, steps, and measured pass rates of their prefixes."""
+class ScoreConfig(_Measured, _Told, _Graded):
+    """Grade stored responses: outcome rewards, steps, and rewards of steps by a model or by measured pass rates of prefixes."""
+
+    @property
+    def told_by(self) -> tuple[str, str]:
+        """Kind and path of `by`."""
+        kind, _, path = str(self.by).partition(":")
+        return kind, path
 
     def problems(self) -> list[tuple[str, str]]:
         """(field, what is wrong) of every value out of range."""
@@ -81,12 +108,12 @@ class ScoreConfig(_Measured, _Graded):
             if not ok:
                 found.append((name, f"must be {expected}, got {getattr(self, name)}"))
 
-        for name, what in (
-            ("verifier", "what grades the responses"),
-            ("output_file", "the file of rows to write, .jsonl"),
-        ):
-            if getattr(self, name) is None:
-                found.append((name, f"is missing: {what}"))
+        if self.verifier is None and self.by is None:
+            found.append(
+                ("verifier", "is missing: what grades the responses; or give by, a model that rewards their steps")
+            )
+        if self.output_file is None:
+            found.append(("output_file", "is missing: the file of rows to write, .jsonl"))
         expected = expected_name(self.verifier) if self.verifier is not None else None
         need(expected is None, "verifier", expected or "")
         need(self.processes is None or self.processes >= 1, "processes", "at least 1")
@@ -102,10 +129,27 @@ class ScoreConfig(_Measured, _Graded):
         need(self.batch_size is None or self.batch_size >= 1, "batch_size", "at least 1")
         for name, least in (("max_completion_length", 1), ("top_k", 0), ("seed", 0)):
             need(getattr(self, name) >= least, name, f"at least {least}")
+        fields = self.__dataclass_fields__
+
+        def need_absent(name: str, why: str) -> None:
+            need(getattr(self, name) == fields[name].default, name, f"left out {why}")
+
+        if self.verifier is None:
+            for name in ("processes", "timeout", "memory_gb", "truncated", "prefix_values"):
+                need_absent(name, "without verifier, for which it is")
+        if self.by is None:
+            for name in ("by_as", "ref_model_name_or_path"):
+                need_absent(name, "without by, for which it is")
+        else:
+            kind, path = self.told_by
+            need(kind in KINDS and bool(path), "by", "implicit:RUN, value:RUN or likelihood:MODEL")
+            need_absent("prefix_values", "with by: both write step_rewards")
+            if kind != "implicit":
+                need_absent("ref_model_name_or_path", "but for implicit:RUN, which alone has a reference")
         if self.prefix_values is None:
             for name in _Measured.__dataclass_fields__:
-                given = getattr(self, name) != _Measured.__dataclass_fields__[name].default
-                need(not given, name, "left out without prefix_values, for which it is")
+                if name != "dtype" or self.by is None:
+                    need_absent(name, "without prefix_values, for which it is")
         else:
             need(
                 self.model_name_or_path is not None,

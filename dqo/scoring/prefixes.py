@@ -161,7 +161,7 @@ def _row_values(found: list[float | None], steps: int) -> Measured:
     values: list[float] = []
     for value in found:
         values.append(values[-1] if value is None else value)
-    return Measured(values[0], [*values[1:], values[-1]][:steps])
+    return Measured(values[0], [*values[1:], values[-1]][:steps], outcome_last=True)
 
 
 def prefixes_of(scored: Scored, tokens: Tokens) -> Iterator[Prefix]:

@@ -16,15 +16,16 @@ from dqo.data.sources import BadRow, read_records
 from dqo.errors import UserError
 from dqo.grading.grade import RIGHT, Grade
 
+AT_ONCE = 128  # rows whose steps a model rewards together, and that are written before it goes on
+
 
 @dataclass(frozen=True)
 class Measured:
-    """Pass rates of a row's prefixes."""
+    """What becomes prompt_value and step_rewards of a row."""
 
-    prompt: float
-    steps: list[
-        float
-    ]  # of the end of each step; of the last, which may be the response's end, that of the state before it
+    prompt: float | None  # None: the steps are paid, and are no potentials
+    steps: list[float]  # of pass rates: that of the end of each step; of the last one that of the state before it
+    outcome_last: bool = False  # the last step's becomes the outcome reward, where the response ended
 
 
 @dataclass
@@ -44,8 +45,10 @@ class Scored:
         self.values.pop("step_rewards", None)
         self.values["steps"] = steps
 
-    def written(self, grade: Grade | None, outcome: str, verifier: str, measured: Measured | None) -> dict[str, Any]:
-        """The columns with the reward of a grade (None: it stays), and with what was measured of the row's prefixes."""
+    def written(
+        self, grade: Grade | None, outcome: str, verifier: str | None, measured: Measured | None
+    ) -> dict[str, Any]:
+        """The columns with the reward of a grade (None: it stays), and with what was measured of the row's steps."""
         found = dict(self.values)
         if grade is not None:
             found.pop("label", None)
@@ -53,8 +56,11 @@ class Scored:
             told = {"verifier": verifier, "outcome": outcome, "answer": grade.answer, "error": grade.error}
             found["grading"] = {key: value for key, value in told.items() if value is not None}
         if measured is not None:
-            found["prompt_value"], steps = measured.prompt, measured.steps
-            if steps and self.row.finish_reason != "length":  # the last one ends the response, whose outcome is known
+            steps = measured.steps
+            found.pop("prompt_value", None)
+            if measured.prompt is not None:
+                found["prompt_value"] = measured.prompt
+            if measured.outcome_last and steps and self.row.finish_reason != "length":
                 steps = [*steps[:-1], float(found["reward"])]
             found["step_rewards"] = steps
         return found

@@ -1,11 +1,12 @@
-"""`dqo score`: responses of a rollout file are graded, and written again with their rewards."""
+"""`dqo score`: responses of a rollout file are graded, or their steps rewarded by a model, and written again."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from dqo.grading.grade import Grade
 from dqo.grading.pool import VerifierPool, check_problems
 from dqo.grading.verifiers import source_of
 from dqo.scoring.options import ScoreConfig
-from dqo.scoring.rows import Scored, add_answers, check_existing, fingerprint, read_scored
+from dqo.scoring.rows import AT_ONCE, Measured, Scored, add_answers, check_existing, fingerprint, read_scored
 from dqo.scoring.steps import step_splitter
-from dqo.scoring.summary import CUT, KEPT, Seen, Summary, seen
+from dqo.scoring.summary import CUT, KEPT, UNGRADED, Seen, Summary, seen
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ _AHEAD = 1024  # responses that are handed to the pool at once
 
 def score(**options: Any) -> Summary:
     """Grades the responses of a rollout file, as `dqo score` does: score(data="rollouts.jsonl", verifier="gsm8k",
+    output_file="scored.jsonl"), or rewards their steps by a model: score(data="rollouts.jsonl", by="implicit:RUN", steps="lines",
     output_file="scored.jsonl"). A call that was killed goes on where it was.
 
     Args:
@@ -51,7 +53,7 @@ def score_rows(config: ScoreConfig, say: Callable[[str], object] = logger.info) 
     Raises:
         UserError: for rows, answers or files that do not fit, before anything is graded.
     """
-    assert config.verifier is not None and config.output_file is not None  # `problems` refuses None
+    assert config.output_file is not None  # `problems` refuses None
     name, rows = read_scored(config.data)
     if Path(config.output_file).resolve() == Path(config.data).resolve():
         raise UserError(f"output_file {config.output_file} is the file that is scored; choose another")
@@ -72,44 +74,69 @@ def score_rows(config: ScoreConfig, say: Callable[[str], object] = logger.info) 
         split = step_splitter(config.steps)
         for scored in progress(rows, "split into steps"):
             scored.cut(split(scored.text))
-    with VerifierPool(config.verifier, config.processes, config.timeout, int(config.memory_gb * 2**30)) as pool:
-        asked = rows if config.prefix_values is not None else [scored for scored in rows if not _kept(scored, config)]
-        check_problems([scored.problem for scored in asked], config.verifier)
-        with appending(config.output_file, _identity(config, read), seen) as file:
-            values: Sequence[Any] = [None] * len(rows)
-            if config.prefix_values is not None and len(file.found) < len(rows):
-                from dqo.scoring.prefixes import measure  # torch from here on
+    told = None
+    if config.by is not None:
+        from dqo.scoring.by import ByModel  # torch from here on
 
-                values = measure(rows, config, pool, say)
+        told = ByModel(config, rows)
+    identity = _identity(config, read, None if told is None else told.identity)
+    with _pool(config) as pool:
+        if pool is not None:
+            asked = (
+                rows if config.prefix_values is not None else [scored for scored in rows if not _kept(scored, config)]
+            )
+            check_problems([scored.problem for scored in asked], pool.verifier)
+        with appending(config.output_file, identity, seen) as file:
+            left = len(rows) - len(file.found)
+            values: Iterable[Measured | None] = [None] * left
+            if told is not None:
+                values = told.measured(file.found, say)
+            elif pool is not None and config.prefix_values is not None and left:
+                from dqo.scoring.prefixes import measure
+
+                values = measure(rows, config, pool, say)[-left:]
             return _grade(rows, values, config, pool, file)
 
 
+def _pool(config: ScoreConfig) -> AbstractContextManager[VerifierPool | None]:
+    if config.verifier is None:
+        return nullcontext()
+    return VerifierPool(config.verifier, config.processes, config.timeout, int(config.memory_gb * 2**30))
+
+
 def _check_columns(rows: list[Scored], name: str, config: ScoreConfig) -> None:
-    if config.existing_rewards == "refuse":
+    if config.existing_rewards == "refuse" and config.verifier is not None:
         cure = "--existing_rewards keep grades the others alone, replace grades all"
         check_existing(rows, name, "reward", cure)
-    if config.existing_rewards != "replace" and (config.steps is not None or config.prefix_values is not None):
+    told = "prefix_values" if config.prefix_values is not None else "by" if config.by is not None else None
+    if config.steps is None and told is None:
+        return
+    if config.existing_rewards != "replace":
         check_existing(rows, name, "step_rewards", "--existing_rewards replace makes them again")
-    if config.steps is not None or config.prefix_values is not None:
-        several = [scored.row.source for scored in rows if is_trajectory(scored.row)]
-        if several:
-            raise UserError(
-                f"{several[0]}: its completion has turns of the model and of its environment, as {len(several):,} of "
-                f"{len(rows):,} rows of {name} have, and steps are of a completion of one turn; leave out --steps and "
-                "--prefix_values, or score those rows apart"
-            )
-    if config.prefix_values is not None and config.steps is None:
+    several = [scored.row.source for scored in rows if is_trajectory(scored.row)]
+    if several:
+        raise UserError(
+            f"{several[0]}: its completion has turns of the model and of its environment, as {len(several):,} of "
+            f"{len(rows):,} rows of {name} have, and steps are of a completion of one turn; leave out --steps"
+            f"{'' if told is None else f' and --{told}'}, or score those rows apart"
+        )
+    if config.steps is None:
         lacking = [scored.row.source for scored in rows if scored.row.steps is None]
         if lacking:
+            what = "whose ends prefix_values measures" if told == "prefix_values" else f"which {config.by} rewards"
             raise UserError(
-                f"{lacking[0]}: has no steps, whose ends prefix_values measures ({len(lacking):,} of {len(rows):,} rows have "
-                "none); give --steps lines, sentences or python:module:function"
+                f"{lacking[0]}: has no steps, {what} ({len(lacking):,} of {len(rows):,} rows have none); give --steps lines, "
+                "sentences or python:module:function"
             )
 
 
-def _identity(config: ScoreConfig, read: str) -> dict[str, Any]:
-    """What the written rows depend on."""
+def _identity(config: ScoreConfig, read: str, models: str | None) -> dict[str, Any]:
+    """What the written rows depend on. `models`: the hash of those of `by`."""
     found = dataclasses.asdict(config) | {"data": read, "command": "dqo score"}
+    if models is None:
+        found.pop("by_as")
+    else:
+        found["hash of the models of by"] = models
     for option in ("verifier", "steps"):
         found[f"source of {option}"] = source_of(found[option])
     for option in ("answers", "output_file", "processes", "batch_size", "prefix_cache", "backend"):
@@ -118,17 +145,21 @@ def _identity(config: ScoreConfig, read: str) -> dict[str, Any]:
 
 
 def _grade(
-    rows: list[Scored], values: Sequence[Any], config: ScoreConfig, pool: VerifierPool, file: Appended
+    rows: list[Scored],
+    values: Iterable[Measured | None],
+    config: ScoreConfig,
+    pool: VerifierPool | None,
+    file: Appended,
 ) -> Summary:
-    """Grades and writes the rows that the file has not got yet."""
-    assert config.verifier is not None
+    """Grades and writes the rows that the file has not got yet, with `values` of theirs."""
     known: list[Seen] = list(file.found)
     pending: list[dict] = []
     begun = time.monotonic()
-    left = list(zip(rows, values))[len(known) :]
-    for (scored, measured), (grade, outcome) in progress(zip(left, _grades(rows[len(known) :], config, pool)), "grade"):
+    left = rows[len(known) :]
+    for scored, measured, (grade, outcome) in progress(zip(left, values, _grades(left, config, pool)), "grade"):
         pending.append(scored.written(grade, outcome, config.verifier, measured))
-        if time.monotonic() - begun > _WRITTEN:
+        together = (len(known) + len(pending)) % AT_ONCE == 0  # the next row waits for the models, see `dqo.scoring.by`
+        if together or time.monotonic() - begun > _WRITTEN:
             file.append(pending)
             known += map(seen, pending)
             pending, begun = [], time.monotonic()
@@ -140,8 +171,11 @@ def _kept(scored: Scored, config: ScoreConfig) -> bool:
     return config.existing_rewards == "keep" and scored.row.reward is not None
 
 
-def _grades(rows: list[Scored], config: ScoreConfig, pool: VerifierPool) -> Iterator[tuple[Grade | None, str]]:
+def _grades(rows: list[Scored], config: ScoreConfig, pool: VerifierPool | None) -> Iterator[tuple[Grade | None, str]]:
     """The grade of each row, None where its reward stays as it is, and the outcome."""
+    if pool is None:
+        yield from ((None, UNGRADED if scored.row.reward is None else KEPT) for scored in rows)
+        return
     for start in range(0, len(rows), _AHEAD):
         some = rows[start : start + _AHEAD]
         keep = [_kept(scored, config) for scored in some]

@@ -21,10 +21,11 @@ from dqo.data.ends import ends_of
 from dqo.errors import UserError
 from dqo.files import check_room, remove_asides, sync, sync_tree, temporary, writing
 from dqo.models.adapters import adapter_base, attach, merged
-from dqo.models.critic import HEAD_FILE, score_of
+from dqo.models.critic import FORM_FILE, score_of
 from dqo.models.fitness import position_limit
 from dqo.models.lora import has_adapter, merged_state
 from dqo.models.policy import load_config, load_policy, load_tokenizer, stop_ids
+from dqo.models.value_source import HEAD_FILE, IMPLICIT_FILE
 from dqo.processes import Processes
 from dqo.reference.columns import AGREEMENT_BOUNDS
 from dqo.train import hub
@@ -34,7 +35,7 @@ from dqo.train.learner import Learner
 from dqo.train.parallel import whole_state
 from dqo.train.resume import TRAINED_END
 from dqo.train.saved import Saved, find_saved, is_checkpoint_name
-from dqo.train.saved_critic import saved_critic
+from dqo.train.saved_critic import PLAIN_FORM, saved_critic
 
 # How far a policy in another type may be from the trained one, relative to 1 + |logprob|; of bfloat16 see `AGREEMENT_BOUNDS`, and
 # float16 keeps three more bits.
@@ -170,13 +171,27 @@ def _dtype_of(saved: Saved, base: str | None) -> str:
     return name
 
 
+_NO_CLASS = [
+    ("head", HEAD_FILE, "a head on the policy's hidden states"),
+    ("implicit", IMPLICIT_FILE, "a language model beside its reference"),
+]
+
+
 def _critic_of(saved: Saved, policy: PreTrainedModel, base: str | None) -> nn.Module:
-    """The value model of a run. A checkpoint with adapters keeps what was trained of it, which goes on the base's trunk."""
-    head = saved.path / "critic" / HEAD_FILE
-    if saved.options.get("value_model") == "head" or head.exists():
+    """The value model of a run, in a class of transformers."""
+    kind = saved.options.get("value_model")
+    for name, file, what in _NO_CLASS:
+        if kind == name or (saved.path / "critic" / file).exists():
+            raise UserError(
+                f"{saved.path}: its value model is {what}, which no class of transformers describes; train with --value_model "
+                "separate, or leave --value_model out here"
+            )
+    told = {name: saved.options.get(name, plain) for name, plain in PLAIN_FORM.items()}
+    other = [f"{name} {value}" for name, value in told.items() if value != PLAIN_FORM[name]]
+    if other or (saved.path / "critic" / FORM_FILE).exists():
         raise UserError(
-            f"{saved.path}: its value model is a head on the policy's hidden states, which no class of transformers describes; "
-            "train with --value_model separate, or leave --value_model out here"
+            f"{saved.path}: its value model was trained with {' and '.join(other) or FORM_FILE}, which no class of transformers "
+            "describes; leave --value_model out here"
         )
     critic = saved_critic(saved, policy, base)
     if critic is None:

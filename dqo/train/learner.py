@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dqo.data.batches import Batch
-from dqo.models.critic import value_rows
+from dqo.models.critic import ValueHead, value_rows, valued
 from dqo.models.lora import adapter_off
 from dqo.models.policy import (
     head_inputs,
@@ -22,6 +22,7 @@ from dqo.models.policy import (
     reference_head,
 )
 from dqo.models.router import router_loss
+from dqo.models.value_form import form_of
 from dqo.objectives.base import MODELS, Objective
 from dqo.train import metrics
 from dqo_kernels import linear_row_loss
@@ -74,6 +75,31 @@ def objective_sums(
         trains: the models that get a gradient, of "policy" and "critic".
         token_share: factor of the router's auxiliary loss, where it is applied: the batch's share of the step's tokens.
     """
+    return _objective(learner, objective, batch, None, trains, loss_scale, companion_mean, token_share)
+
+
+@torch.no_grad()
+def objective_rows(
+    learner: Learner, objective: Objective, batch: Batch, companion_mean: float | None = None
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """The sums of the objective's `evaluation`, and what its one forward pass says of every row (N,): logprobs, entropy, and
+    values where there is a value model."""
+    kept: dict[str, list[Tensor]] = {}
+    loss, sums = _objective(learner, objective, batch, kept, companion_mean=companion_mean)
+    return loss, sums, {name: torch.cat(pieces) for name, pieces in kept.items()}
+
+
+def _objective(
+    learner: Learner,
+    objective: Objective,
+    batch: Batch,
+    kept: dict[str, list[Tensor]] | None,
+    trains: Collection[str] = MODELS,
+    loss_scale: float = 1.0,
+    companion_mean: float | None = None,
+    token_share: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`kept`: of an evaluation, takes what `objective_rows` says of every row, in pieces; None: of training."""
     policy, train_policy = learner.policy, "policy" in trains
     router_coef = learner.router_aux_loss_coef if train_policy else None
     wanted = {"output_router_logits": True} if router_coef else {}
@@ -93,9 +119,19 @@ def objective_sums(
     if objective.needs_kl:
         head |= _reference_head(learner, batch)
 
+    loss_of = objective if kept is None else objective.evaluation
+
     def row_loss(stats, rows, cu_seqlens):
         rows = rows | {"group": rows["group"] - rows["group"][:1]}  # a call may begin with any group of the micro-batch
-        loss, sums = metrics.checked(objective(stats, rows, cu_seqlens), type(objective).__name__)
+        loss, sums = metrics.checked(loss_of(stats, rows, cu_seqlens), type(objective).__name__)
+        if kept is not None:  # the runs of groups come in their order
+            for name, value in (
+                ("logprobs", stats.logprobs),
+                ("entropy", stats.entropy),
+                ("values", rows.get("values")),
+            ):
+                if value is not None:
+                    kept.setdefault(name, []).append(value.detach())
         return loss, sums | metrics.common(stats, rows)
 
     loss, sums = linear_row_loss(
@@ -120,18 +156,24 @@ def objective_sums(
 
 
 def _value_columns(learner: Learner, batch: Batch, hidden: Tensor) -> dict[str, Tensor]:
-    """values, target_values and bootstrap, where there is a value model. The bootstrap is a target: from the average, if there is
-    one."""
+    """values, target_values and bootstrap, where there is a value model; value_outputs and value_range, where a cross-entropy
+    fits it, or outcome_loss, on the last row of each response. The bootstrap is a target: from the average, if there is one."""
     if learner.value_model is None:
         return {}
-    columns = {}
-    columns["values"], end_values = value_rows(learner.value_model, batch, hidden, learner.bf16)
+    columns: dict[str, Tensor] = {}
+    last = batch.cu_seqlens[1:] - 1
+    columns["values"], end_values, outputs, outcome_loss = valued(learner.value_model, batch, hidden, learner.bf16)
+    if outputs is not None:
+        form = form_of(learner.value_model)
+        bounds = outputs.new_tensor([form.low, form.high])
+        columns |= {"value_outputs": outputs, "value_range": bounds.expand(len(outputs), 2)}
+    if outcome_loss is not None:
+        columns["outcome_loss"] = torch.zeros_like(columns["values"]).index_put((last,), outcome_loss)
     if learner.target is not None:
         with torch.no_grad():
             columns["target_values"], end_values = value_rows(learner.target, batch, hidden, learner.bf16)
     if not all(e.terminated for e in batch.episodes):
         on_last_row = torch.where(batch.terminated, 0.0, end_values)
-        last = batch.cu_seqlens[1:] - 1
         columns["bootstrap"] = torch.zeros_like(columns["values"]).index_put((last,), on_last_row)
     return columns
 
@@ -156,7 +198,7 @@ def companion_sums(learner: Learner, objective: Objective, batch: Batch) -> Tens
 def values_of(learner: Learner, batch: Batch) -> Tensor:
     """(N,): V of every row."""
     assert learner.value_model is not None
-    is_head = not isinstance(learner.value_model, PreTrainedModel)
+    is_head = isinstance(learner.value_model, ValueHead)
     hidden = hidden_positions(learner.policy, batch, learner.bf16) if is_head else None
     return value_rows(learner.value_model, batch, hidden, learner.bf16)[0]
 

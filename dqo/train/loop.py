@@ -20,9 +20,10 @@ from dqo.errors import UserError
 from dqo.processes import Processes
 from dqo.train import checkpoint, metrics, optim, phases
 from dqo.train.callbacks import Callbacks
-from dqo.train.damage import fault, loading
+from dqo.train.damage import checkpoints, fault, loading
 from dqo.train.engine import Engine
 from dqo.train.held_out import held_out_metrics, predictions
+from dqo.train.held_out_start import write_start
 from dqo.train.learner import update_target
 from dqo.train.not_finite import NotFinite, rows_of, stopped, wrong_gradients
 from dqo.train.parallel import wrap
@@ -30,6 +31,8 @@ from dqo.train.prepare import Prepared
 from dqo.train.recorder import Recorder
 from dqo.train.resume import stored_options
 from dqo.train.step import accumulate, companions_of
+from dqo.train.watch import Watch
+from dqo.train.weighting import Collapse
 
 # (policy, tokenizer, step, processes) -> metrics of the policy's answers to problems; every process calls it.
 Answers = Callable[[PreTrainedModel, Any, int, Processes], dict[str, float]]
@@ -42,7 +45,7 @@ class Trainer:
         self, options: Options, prepared: Prepared, callbacks: list | None = None, answers: Answers | None = None
     ):
         self.options, self.prepared, self.answers = options, prepared, answers
-        self.config, self.objective = options.train, options.objective
+        self.config, self.objective = options.train, prepared.objective
         self.learner, self.processes = prepared.learner, prepared.processes
         self.output_dir = Path(self.config.output_dir)
         self.per_epoch = math.ceil(len(prepared.groups) / prepared.per_step)  # the last step of an epoch may be short
@@ -59,6 +62,8 @@ class Trainer:
         self.train_prompts: set[str] = set()
         self.train_problems: set[bytes] = set()
         self.window: dict[str, torch.Tensor] = {}  # this process's metric sums since the last logged row
+        self.weights: metrics.Weights | None = None  # of the last step
+        self.collapse = Collapse(self.config)
         self.evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation's step and metrics
         self.compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
 
@@ -69,15 +74,23 @@ class Trainer:
                 self._load(resumed, state)
         then = state.get("derived", {})
         self.warmup = then.get("warmup", phases.as_steps(self.config.warmup_steps, self.steps))
-        critic = self.learner.value_model
+        critic = self.learner.value_model if options.trains_values else None
         self.stretches = phases.stretches(
-            self.objective, self.config.value_warmup_steps, self.steps, then.get("phases")
+            self.objective,
+            self.config.value_warmup_steps,
+            self.steps,
+            then.get("phases"),
+            frozen=self.config.freeze_value_model,
         )
         self.models = {"policy": self.learner.policy} | ({} if critic is None else {"critic": critic})
         some_unused = any(not self.models.keys() <= set(stretch.phase.trains) for stretch in self.stretches)
         module = wrap(self.learner, self.processes, self.config.bf16, some_unused)
         self.engine = Engine(module, self.learner, prepared.batching, self.processes)
-        self.rates = {"policy": self.config.learning_rate, "critic": self.config.critic_learning_rate}
+        config = self.config
+        self.rates = {"policy": config.learning_rate, "critic": config.critic_learning_rate}
+        kind, norm = config.lr_scheduler_type, config.max_grad_norm
+        self.schedules = {"policy": kind, "critic": config.critic_lr_scheduler_type or kind}
+        self.norms = {"policy": norm, "critic": config.critic_max_grad_norm or norm}
         betas = (self.config.adam_beta1, self.config.adam_beta2)
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             name: optim.make_optimizer(
@@ -91,7 +104,7 @@ class Trainer:
         models = self.learner, prepared.tokenizer
         self.callbacks = Callbacks(callbacks or [], options, *models, self.processes, self.optimizers["policy"])
         self.callbacks.state.global_step, self.callbacks.state.max_steps = self.counters["step"], self.steps
-        self.recorder = Recorder(options, self.processes, self.callbacks, self.counters)
+        self.recorder = Recorder(options, self.processes, self.callbacks, self.counters, self._watch())
         self.processes.barrier()  # metrics.jsonl is as the checkpoint says, for all of them
         self.stays_stopped = False
         if "callbacks" in state:
@@ -126,6 +139,11 @@ class Trainer:
                 f"{self.output_dir} is finished, {step} steps: nothing is trained, its evaluation is repeated"
             )
 
+    def _watch(self) -> Watch:
+        beta = getattr(self.objective, "beta", None)
+        paid = (abs(float(e.rewards.sum())) for e in self.prepared.episodes())
+        return Watch(beta=beta, largest_reward=max(paid) if self.objective.fits_rewards else None)
+
     @property
     def position(self) -> int:
         """Steps of the plan that are behind: made, or left out."""
@@ -146,15 +164,22 @@ class Trainer:
                 raise UserError(f"{name_of_step}: {error}") from error
 
         sums, tokens = self.engine.in_memory(gradients, name_of_step, groups, companions_of(groups))
+        sums, self.weights = metrics.of_step(sums, self.processes)
+        warning = self.collapse.note(step + 1, self.weights) if "policy" in trains else None
+        if warning is not None:
+            self.processes.say(f"WARNING: {warning}")
         self.window = metrics.add(self.window, sums)
         self.counters["num_tokens"] += tokens
-        factor = optim.schedule(step, self.steps, self.warmup, self.config.lr_scheduler_type)
-        logged = {"learning_rate": factor * self.rates["policy"] if "policy" in trains else 0.0}
         trained = {name: model for name, model in self.models.items() if name in trains}
+        rates = {
+            name: self.rates[name] * optim.schedule(step, self.steps, self.warmup, self.schedules[name])
+            for name in trained
+        }
+        logged = {"learning_rate": rates.get("policy", 0.0)}
         for name, model in trained.items():
             if name == "critic":
-                logged["critic/learning_rate"] = factor * self.rates["critic"]
-            norm = optim.clip(model, self.config.max_grad_norm)
+                logged["critic/learning_rate"] = rates["critic"]
+            norm = optim.clip(model, self.norms[name])
             if not math.isfinite(norm):
                 episodes = distinct(groups)
                 what = f"the gradient norm of the {name} is {norm}{wrong_gradients(model)}, on rows {rows_of(episodes)}"
@@ -162,7 +187,7 @@ class Trainer:
             logged["grad_norm" if name == "policy" else "critic/grad_norm"] = norm
         self.callbacks.call("on_pre_optimizer_step")
         for name in trained:
-            optim.update(self.optimizers[name], factor * self.rates[name])
+            optim.update(self.optimizers[name], rates[name])
         self.callbacks.call("on_optimizer_step")
         for name in trained:
             self.optimizers[name].zero_grad(set_to_none=True)
@@ -173,8 +198,11 @@ class Trainer:
 
     def held_out(self, groups: list[Group] | None = None) -> dict[str, float]:
         """Metrics of the held-out rows, or of others that the objective chose, with what compute_metrics makes of them."""
+        untrained = groups is None and self.counters["step"] == 0
         groups = self.prepared.held_out if groups is None else groups
-        found = held_out_metrics(self.engine, self.objective, groups, self.callbacks.prediction_step)
+        found, tokens = held_out_metrics(self.engine, self.objective, groups, self.callbacks.prediction_step)
+        if untrained and groups and self.processes.main:
+            write_start(self.output_dir, distinct(groups), tokens)
         if self.compute_metrics is not None and groups:
             by_name, rewards = predictions(self.engine, distinct(groups))
             prediction = EvalPrediction(by_name, rewards)  # type: ignore[arg-type]  # arrays by name, not one or a tuple
@@ -223,7 +251,9 @@ class Trainer:
         }
         self.counters |= self.recorder.position()
         state |= {"counters": self.counters, "steps": self.steps, "callbacks": self.callbacks.stored()}
-        state |= stored_options(self.options, self.warmup, self.stretches, self.prepared.save_dtype)
+        state |= stored_options(
+            self.options, self.warmup, self.stretches, self.prepared.save_dtype, self.objective.weight_level
+        )
         if self.evaluated is not None and self.evaluated[0] == self.counters["step"]:
             state["evaluation"] = self.evaluated[1]
         best = self.callbacks.state.best_model_checkpoint
@@ -280,7 +310,20 @@ class Trainer:
             counters["train_seconds"] += time.perf_counter() - begun
             self._after_step(logged, bar)
             bar.update(self.position - bar.n)
+            if (reason := self.collapse.stop(counters["step"], self.weights)) is not None:
+                self._stop_dead(reason, logged, bar)
         bar.close()
+
+    def _stop_dead(self, reason: str, logged: dict[str, float], bar: tqdm) -> None:
+        """Ends a run that learns nothing any more. The checkpoints of better days stay; where there is none, one is written."""
+        if self.window:
+            self._log_step(logged, bar)
+        bar.close()
+        if self.processes.from_main(lambda: not checkpoints(self.output_dir)):
+            self.save()
+        kept = self.processes.from_main(lambda: checkpoints(self.output_dir)[-1])
+        self.recorder.close()
+        raise UserError(f"{reason}. {kept} is kept")
 
     def _stop_by(self, number: int, bar: tqdm) -> None:
         bar.close()
@@ -299,7 +342,8 @@ class Trainer:
         due = {
             "should_log": step % config.logging_steps == 0 or last,
             "should_evaluate": config.eval_steps > 0 and step % config.eval_steps == 0 and not last,
-            "should_save": step % config.save_steps == 0 or last,
+            # a checkpoint of weights that collapse would take the place of a better one
+            "should_save": (step % config.save_steps == 0 and not self.collapse.steps) or last,
         }
         events.step_end(step, self.position / self.per_epoch, counters["num_tokens"], due)
         self._log_and_evaluate(logged, bar)

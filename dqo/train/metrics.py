@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -71,7 +71,12 @@ def common(stats: TokenStats, rows: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # Of `common`, `of_batch` and the step; what an objective gave under these names would be lost.
 _OWN = {"loss", "entropy", "kl", "router_aux_loss"}
-_OWN |= {"completions/mean_length", "completions/clipped_ratio", "data/padding_frac"}
+_OWN |= {
+    "importance_weight/effective_sample_share",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "data/padding_frac",
+}
 
 
 def checked(returned: Any, name: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -106,10 +111,12 @@ def _shape(value: Any) -> str:
 
 def over_processes(sums: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
     """Sums of all processes, also of names that only some have: an objective may leave a metric out where no response asks it."""
-    shapes = {name: value.shape for name, value in sums.items()}
-    everywhere = dict(sorted(gather_objects(list(shapes.items()), processes)))
+    kinds = {name: (value.shape, value.dtype) for name, value in sums.items()}
+    everywhere = dict(sorted(gather_objects(list(kinds.items()), processes)))
     device = next((value.device for value in sums.values()), processes.device)
-    missing = {n: torch.zeros(shape, device=device) for n, shape in everywhere.items() if n not in sums}
+    missing = {
+        n: torch.zeros(shape, dtype=dtype, device=device) for n, (shape, dtype) in everywhere.items() if n not in sums
+    }
     return add_over_processes(sums | none_of(missing), processes)
 
 
@@ -117,14 +124,47 @@ def pair_counts(pair: float | list[float]) -> bool:
     return math.isfinite(pair) if isinstance(pair, float) else pair[1] > 0
 
 
+class Weights(NamedTuple):
+    """Of the importance weights w of n samples, responses or tokens. The effective share is (sum w)^2 / (n sum w^2): 1 where all
+    are equal, 1/n where one is all there is, and 0 where all are 0."""
+
+    effective_share: float
+    mean: float
+
+    @classmethod
+    def of(cls, mean: float, mean_square: float) -> Weights:
+        return cls(mean * mean / mean_square if mean_square > 0 else 0.0, mean)
+
+
+_MEAN, _SQUARE, _SHARE = (f"importance_weight/{name}" for name in ("mean", "mean_square", "effective_sample_share"))
+
+
+def of_step(sums: dict[str, Tensor], processes: Processes) -> tuple[dict[str, Tensor], Weights | None]:
+    """A step's sums of this process, and what the importance weights of the whole step come to; None where the objective weighs
+    nothing. Mean and effective share take the place of the moments, so that a row over several steps has the mean of their
+    shares. All processes must call it."""
+    moments = {name: sums[name] for name in (_MEAN, _SQUARE) if name in sums}
+    if not moments:
+        return sums, None
+    totals = add_over_processes(moments, processes)
+    mean, mean_square = ((totals[name][0] / totals[name][1]).item() for name in (_MEAN, _SQUARE))
+    found = Weights.of(mean, mean_square)
+    share = torch.tensor([found.effective_share, 1.0], device=sums[_MEAN].device)
+    rest = {name: value for name, value in sums.items() if name not in moments}
+    return rest | {_MEAN: moments[_MEAN].float(), _SHARE: share}, found
+
+
 def finish(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Means; mean squares become standard deviations and the value model's explained variance 1 - Var(G - V) / Var(G)."""
+    """Means; mean squares become standard deviations, the effective share of the importance weights, and the value model's
+    explained variance 1 - Var(G - V) / Var(G)."""
     pairs = {name: value.tolist() for name, value in sums.items()}
     means = {
         name: pair if isinstance(pair, float) else pair[0] / pair[1]
         for name, pair in pairs.items()
         if pair_counts(pair)
     }
+    if _SQUARE in means:
+        means[_SHARE] = Weights.of(means[_MEAN], means.pop(_SQUARE)).effective_share
     variances = {}
     for square in [name for name in means if name.endswith("/mean_square")]:
         name = square.removesuffix("/mean_square")
@@ -255,8 +295,10 @@ def computed(found: Any) -> dict[str, float]:
 
 
 def on_the_bar(row: dict[str, float]) -> str:
-    """What the progress bar shows: the loss and whether the value model has learnt anything."""
+    """What the progress bar shows: the loss, what the weights leave of the data, and whether the value model learns anything."""
     shown = f"loss {row['loss']:.4g}"
+    if _SHARE in row:
+        shown += f", mean weight {row[_MEAN]:.2g}, {row[_SHARE]:.0%} effective"
     if "value/explained_variance" in row:
         shown += f", value explains {row['value/explained_variance']:.0%}"
     return shown

@@ -24,6 +24,7 @@ from dqo.data.rows import Row, check_process_reward
 from dqo.data.selection import selected, selection_fingerprint
 from dqo.errors import UserError
 from dqo.models import attention
+from dqo.models.critic import backbone
 from dqo.models.fitness import check_adapter, check_model, check_positions, check_tokenizer
 from dqo.models.lora import adapter_off, has_adapter
 from dqo.models.policy import (
@@ -39,9 +40,11 @@ from dqo.models.router import check_router
 from dqo.objectives.base import Objective
 from dqo.processes import Processes, gather_objects
 from dqo.train.checkpoint import claim_output, save_base
+from dqo.train.fitted_values import fitted_value_model
 from dqo.train.inputs import Given, read
 from dqo.train.learner import Learner
 from dqo.train.resume import OF_OBJECTIVE, TRAINED_END, found_state
+from dqo.train.returns import value_start
 from dqo.train.room import warn_of_little_room
 from dqo.train.run_models import (
     base_of,
@@ -52,11 +55,13 @@ from dqo.train.run_models import (
     reference_config,
     save_dtype_of,
 )
+from dqo.train.weighting import Weighting, at_start, check_behavior, chosen, reference_name
 
 logger = logging.getLogger(__name__)
 
 # Options that change neither data nor, beyond rounding, updates: a run may be continued with other values.
 FREE_OPTIONS = {
+    "preset",  # what it sets is among the options
     "per_device_train_batch_size",  # their product with the number of processes is in the identity
     "gradient_accumulation_steps",
     "gradient_checkpointing",
@@ -105,6 +110,12 @@ class Prepared:
     tokenized: Callable[[list[Row]], list[Episode]]  # as the options say
     reference: PreTrainedModel | None  # where it is not the initial policy
     save_dtype: torch.dtype | None  # of the final models; None: as they are trained
+    weighting: Weighting
+
+    @property
+    def objective(self) -> Objective:
+        """That of the options, with the level of its importance weights chosen."""
+        return self.weighting.objective
 
     def episodes(self) -> list[Episode]:
         """The distinct episodes that are trained on."""
@@ -124,7 +135,10 @@ def prepare(
     options: Options, given: Given, train_rows: list[Row], held_rows: list[Row], processes: Processes
 ) -> Prepared:
     """Tokenises the rows, loads the models and computes the reference columns."""
-    config, objective = options.train, options.objective
+    config = options.train
+    sampler = reference_name(options, given)
+    weighting = chosen(options, train_rows, sampler)
+    objective = weighting.objective
     tokenizer = tokenizer_of(config.model_name_or_path, given.tokenizer)
     model_config = load_config(config.model_path) if given.model is None else given.model.config
     check_tokenizer(tokenizer, train_rows + held_rows, model_config)
@@ -184,9 +198,15 @@ def prepare(
     for model in filter(None, (policy, reference)):
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
             attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
-    learner = make_learner(options, given, policy, reference)
-    for model in (policy, learner.value_model):
-        if isinstance(model, PreTrainedModel) and has_adapter(model):
+    fitted = fitted_value_model(options, policy, reference or policy, tokenizer, some_ids)
+    if fitted is not None:
+        identity["fitted value model"] = weights_hash(fitted)
+    begin = value_start(options, distinct(groups), policy if reference is None else reference)
+    if begin.told:
+        processes.say(begin.told)
+    learner = make_learner(options, given, policy, reference, begin, distinct(groups), fitted)
+    for model in filter(None, (policy, backbone(learner.value_model))):
+        if has_adapter(model):
             check_adapter(model, some_ids)
     max_tokens = config.batch_tokens(processes.device.type)
     batching = Batching(tokenizer.pad_token_id, max_tokens, processes.device, attention.packs(policy))
@@ -198,6 +218,9 @@ def prepare(
     if objective.needs_reference:
         together = distinct(groups + held_out)
         reference_columns(config, together, policy, reference, batching, identity, processes, resumed is not None)
+        check_behavior(objective, together, train_rows + held_rows, sampler)
+        if reference is None:
+            weighting = at_start(weighting, options.objective.weight_level, distinct(groups))
     return Prepared(
         processes,
         tokenizer,
@@ -211,6 +234,7 @@ def prepare(
         tokenized,
         reference,
         save_dtype,
+        weighting,
     )
 
 

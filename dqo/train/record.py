@@ -3,7 +3,8 @@
 run.json         the commands, the data's hash and counts, sizes of the models, phases, penalised steps, machine; and at the end
                  the time, the held-out metrics and the value along some responses
 answers.jsonl    a line for each problem of eval_tasks: what the model before and the model after training answered
-held_out.jsonl   a line for each held-out response: its log-probabilities, the values at three of its states, its lengths
+held_out.jsonl   a line for each held-out response: its log-probabilities, the values at three of its states, its lengths, and
+                 scores of its steps; held_out_start.jsonl has those of the initial model
 
 They are written whole, run.json before the first step and again at the end.
 """

@@ -19,9 +19,9 @@ from dqo.train.watch import Watch
 class Recorder:
     """`counters` say where metrics.jsonl goes on, and of which content. Only the first process writes."""
 
-    def __init__(self, options: Options, processes: Processes, callbacks: Callbacks, counters: dict):
+    def __init__(self, options: Options, processes: Processes, callbacks: Callbacks, counters: dict, watch: Watch):
         self.options, self.processes, self.callbacks = options, processes, callbacks
-        self.watch = Watch()
+        self.watch = watch
         self.open(counters)
 
     def open(self, counters: dict) -> None:

@@ -1,7 +1,8 @@
 """A run that goes on does so under what its checkpoint says, not under the defaults of today. Read without torch.
 
 A checkpoint's state has "options" (all of them, resolved), "defaults" (of then), "identity" (what must be the same: the options
-that change data or updates, and hashes) and "derived" (what options came to: steps of warm-up, dtype of the final models).
+that change data or updates, and hashes) and "derived" (what options came to: steps of warm-up, dtype of the final models, level
+of the importance weights).
 Earlier checkpoints have the identity alone.
 """
 
@@ -55,11 +56,13 @@ def default_values(options: Options) -> dict[str, Any]:
     return dataclasses.asdict(type(options.train)()) | dataclasses.asdict(type(options.objective)())
 
 
-def stored_options(options: Options, warmup: int, stretches: list[Stretch], save_dtype: Any) -> dict[str, Any]:
+def stored_options(
+    options: Options, warmup: int, stretches: list[Stretch], save_dtype: Any, is_level: str
+) -> dict[str, Any]:
     """What a checkpoint keeps of the options and of what they came to, as JSON gives it back."""
     dtype = None if save_dtype is None else str(save_dtype).removeprefix("torch.")
     begins = {stretch.phase.name: stretch.begin for stretch in stretches}
-    derived = {"warmup": warmup, "phases": begins, "save_dtype": dtype}
+    derived = {"warmup": warmup, "phases": begins, "save_dtype": dtype, "is_level": is_level}
     kept: dict[str, Any] = {"options": options.flat(), "defaults": default_values(options), "derived": derived}
     kept["objective source"] = source_of(type(options.objective))
     return json.loads(json.dumps(kept))

@@ -15,6 +15,7 @@ from dqo.data.overlap import trained_problems
 from dqo.data.rows import Row, prompt_key
 from dqo.models.critic import load_critic
 from dqo.models.policy import load_policy
+from dqo.objectives.base import Objective
 from dqo.processes import start
 from dqo.train.callbacks import check_callbacks
 from dqo.train.inputs import Given, check_options, load_rows
@@ -35,6 +36,7 @@ class Run:
     seconds: float  # of the steps alone
     tokens_per_second: float
     held_out: dict[str, float]
+    objective: Objective
 
 
 Rows = tuple[list[Row], list[Row]]  # to train on, held out
@@ -65,6 +67,8 @@ def begin(
     if announce:
         split = given.eval_dataset is None and options.train.eval_dataset_name is None
         processes.say(trainer.prepared.counts(options.train.eval_fraction if split else None))
+        if said := trainer.prepared.weighting.said:
+            processes.say(said)
     if processes.main:
         begin_record(trainer.output_dir, _begun(options, trainer, train_rows, held_rows))
     return trainer
@@ -80,6 +84,7 @@ def _begun(options: Options, trainer: Trainer, rows: list[Row], held_out: list[R
         "data": data_record(config, episodes, rows, held_out),
         "model": {"name": config.model_name_or_path or "given model", "sha256": prepared.identity["model"]},
         "parameters": parameters(learner.policy, learner.value_model),
+        "importance_weights": prepared.weighting.record(options.objective.weight_level),
         "penalised_steps": penalised_steps(prepared.tokenizer, episodes, config.process_reward),
         **machine(),
     }
@@ -104,4 +109,4 @@ def run_of(trainer: Trainer, held_out: dict[str, float]) -> Run:
         trainer.prepared.learner = Learner(whole_policy, value_model)
     seconds = trainer.counters["train_seconds"]
     rate = trainer.counters["num_tokens"] / seconds if seconds else 0.0
-    return Run(trainer.output_dir, trainer.prepared, trainer.steps, seconds, rate, held_out)
+    return Run(trainer.output_dir, trainer.prepared, trainer.steps, seconds, rate, held_out, trainer.objective)

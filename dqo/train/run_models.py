@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dqo.config.options import Options, TrainConfig
@@ -16,7 +17,8 @@ from dqo.data.episodes import Episode
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.architecture import recompute_activations
-from dqo.models.critic import make_value_model
+from dqo.models.critic import add_own_adapter, backbone, make_value_model
+from dqo.models.implicit_value import implicit_value_from
 from dqo.models.lora import adapter_off, add_adapter, lora_config, with_fields
 from dqo.models.policy import (
     architecture_hash,
@@ -25,13 +27,16 @@ from dqo.models.policy import (
     load_policy,
     policy_stats,
     ready,
+    weights_hash,
 )
+from dqo.objectives.base import IMPLICIT_BETA, Objective
 from dqo.processes import Processes
 from dqo.reference.cache import ReferenceCache, ReferenceId
-from dqo.reference.columns import add_reference, check_agreement, warn_about_behavior
+from dqo.reference.columns import add_reference, check_agreement
 from dqo.train.inputs import Given
 from dqo.train.learner import Learner
 from dqo.train.resume import adapter_fields, stored_derived
+from dqo.train.returns import ValueStart
 from dqo_kernels import TokenStats
 
 
@@ -85,7 +90,6 @@ def reference_columns(
     add_reference(episodes, stats_of, batching, processes, cache)
     if explicit is None and not resuming:
         check_agreement(episodes, stats_of, batching, dtype, cache)
-    warn_about_behavior(episodes)
 
 
 def bf16_problem(device: torch.device) -> str | None:
@@ -105,8 +109,17 @@ def bf16_problem(device: torch.device) -> str | None:
     )
 
 
-def make_learner(options: Options, given: Given, policy: PreTrainedModel, explicit: PreTrainedModel | None) -> Learner:
-    """The policy, with an adapter where one was asked for, and what the objective needs beside it."""
+def make_learner(
+    options: Options,
+    given: Given,
+    policy: PreTrainedModel,
+    explicit: PreTrainedModel | None,
+    begin: ValueStart,
+    episodes: list[Episode],
+    fitted: nn.Module | None = None,
+) -> Learner:
+    """The policy, with an adapter where one was asked for, and what the objective needs beside it. `begin`: a new value model;
+    `episodes` are those that are trained on; `fitted`: the value model that the run begins with."""
     config, objective = options.train, options.objective
     peft_config = given.peft_config
     if config.use_peft and peft_config is None:
@@ -115,7 +128,14 @@ def make_learner(options: Options, given: Given, policy: PreTrainedModel, explic
     torch.manual_seed(config.seed)  # of new heads and adapters, in every process and when a run goes on
     value_model = reference = target = None
     if objective.needs_values:
-        value_model = make_value_model(objective.value_kind, policy, peft_config)
+        if fitted is None:
+            value_model = _new_value_model(objective, policy, peft_config, explicit or policy, begin, episodes)
+        else:
+            value_model = fitted
+            if config.freeze_value_model:
+                value_model.requires_grad_(False)
+            elif peft_config is not None:
+                add_own_adapter(value_model, peft_config)
         if objective.values_decay is not None:
             target = copy.deepcopy(value_model)
     if objective.needs_kl:  # with an adapter the policy is its own reference
@@ -125,10 +145,27 @@ def make_learner(options: Options, given: Given, policy: PreTrainedModel, explic
     # a caller's model may have transformers' own, which works in training mode only
     asked = any(getattr(part, "gradient_checkpointing", False) for part in policy.modules())
     if config.gradient_checkpointing or asked:
-        for model in (policy, value_model):
-            if isinstance(model, PreTrainedModel):
-                recompute_activations(model)
+        for model in filter(None, (policy, backbone(value_model))):
+            recompute_activations(model)
     return Learner(policy, value_model, reference, target, config.bf16, config.router_aux_loss_coef)
+
+
+def _new_value_model(
+    objective: Objective,
+    policy: PreTrainedModel,
+    peft_config: Any,
+    reference: PreTrainedModel,
+    begin: ValueStart,
+    episodes: list[Episode],
+) -> nn.Module:
+    if objective.value_kind != "implicit":
+        return make_value_model(objective.value_kind, policy, peft_config, begin.form, begin.value)
+    outcomes = [float(e.rewards.sum()) for e in episodes]
+    beta = getattr(objective, "implicit_beta", IMPLICIT_BETA)
+    value_model = implicit_value_from(policy, outcomes, beta, weights_hash(reference, torch.float32))
+    if peft_config is not None:
+        add_own_adapter(value_model, peft_config)
+    return value_model
 
 
 def save_dtype_of(options: Options, given: Given) -> torch.dtype | None:

@@ -14,6 +14,8 @@ from dqo.models.critic import load_critic, make_value_model
 from dqo.models.lora import lora_config, plain_name, with_fields
 from dqo.train.saved import Saved
 
+PLAIN_FORM = {"value_loss": "squared", "value_input": "states"}
+
 
 def saved_critic(saved: Saved, policy: PreTrainedModel, base: str | None) -> nn.Module | None:
     """The value model beside a saved policy; None where there is none.
@@ -34,6 +36,12 @@ def saved_critic(saved: Saved, policy: PreTrainedModel, base: str | None) -> nn.
         tensors = {name.removeprefix("critic/"): tensor for name, tensor in found.items() if name.startswith("critic/")}
     if not tensors:
         return None
+    other = {name: saved.options.get(name, plain) for name, plain in PLAIN_FORM.items()}
+    if other != PLAIN_FORM:  # what its outputs mean is written with the finished run's value model
+        raise UserError(
+            f"{saved.path}: a checkpoint's value model with {' and '.join(f'{n} {v}' for n, v in other.items())} is not read; "
+            f"give the finished run, {saved.run}"
+        )
     if "outer.weight" in tensors:
         critic = make_value_model("head", policy)
     else:

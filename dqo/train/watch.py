@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+BEYOND = 3.0  # times the largest reward
+FALLEN = 0.2  # nats a token that right responses have lost on average
+
 
 class Watch:
-    """Each warning is given once. `patience` rows in a row must show the same."""
+    """Each warning is given once. `patience` rows in a row must show the same.
 
-    def __init__(self, patience: int = 3):
-        self.patience = patience
+    Args:
+        beta: of the method; None where it has none.
+        largest_reward: of a response, as it is trained on; None where the method does not fit beta * log(pi/ref) to rewards.
+    """
+
+    def __init__(self, patience: int = 3, beta: float | None = None, largest_reward: float | None = None):
+        self.patience, self.beta, self.largest_reward = patience, beta, largest_reward
         self.first_loss: float | None = None
         self.rows_of: dict[str, int] = {}  # how many rows in a row have shown it
 
@@ -35,5 +43,26 @@ class Watch:
             found.append(
                 f"the policy is {row['kl']:.3g} nats a token away from its reference (step {row['step']}): lower the learning "
                 "rate or raise beta"
+            )
+        return found + self._of_rewards(row)
+
+    def _of_rewards(self, row: dict[str, float]) -> list[str]:
+        """beta * log(pi/ref) of right and of wrong responses: where it goes when a learning rate is too high."""
+        implicit = [row[name] for name in ("rewards/chosen", "rewards/rejected") if name in row]
+        if not implicit or self.beta is None:
+            return []
+        found = []
+        largest = max(implicit, key=abs)
+        beyond = self.largest_reward is not None and abs(largest) > BEYOND * self.largest_reward
+        if self._seen("beyond rewards", beyond):
+            found.append(
+                f"the implicit reward beta * log(pi/ref) of a response is {largest:.3g} on average, and rewards are at most "
+                f"{self.largest_reward:.3g} (step {row['step']}): the policy goes where no reward sends it. Lower --learning_rate"
+            )
+        nats = row.get("rewards/chosen", 0.0) / self.beta / row["completions/mean_length"]
+        if self._seen("right ones fall", nats < -FALLEN):
+            found.append(
+                f"right responses have become less likely, by {-nats:.3g} nats a token (step {row['step']}): lower "
+                "--learning_rate or raise --beta"
             )
         return found

@@ -11,6 +11,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from dqo.requirements import check_packages
+
+check_packages()  # for all forks at once
+os.fsync = os.fstat  # see tests/conftest.py
 _CONTEXT = multiprocessing.get_context("forkserver")  # a process that imports once, runs no kernel, and forks
 _CONTEXT.set_forkserver_preload(
     ["dqo.train", "scipy.stats", "transformers.models.llama.modeling_llama", "tests.dqo.helpers", "tests.dqo.forked"]

@@ -46,6 +46,7 @@ def sources(files):
     yield datasets.Dataset.from_list(rows)
 
 
+@pytest.mark.slow
 def test_models_and_data_may_be_objects(files):
     paths = DQOTrainer(str(files / "model"), config(files, "paths"), str(files / "rollouts.jsonl"))
     expected = paths.train().metrics

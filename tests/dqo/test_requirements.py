@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from dqo import requirements
 from dqo.errors import UserError
 from dqo.requirements import check_packages
 
@@ -27,6 +28,14 @@ REQUIRES = {
 }
 VERSIONS = {"torch": "2.13.0+cpu", "transformers": "5.24.0", "peft": "0.21.2", "huggingface_hub": "2.4.0"}
 VERSIONS |= {"unrelated": "1.0"}
+
+
+@pytest.fixture(autouse=True)
+def compared_anew():
+    """An answer is kept for the whole process, and these tests change what is installed."""
+    requirements._compare.cache_clear()
+    yield
+    requirements._compare.cache_clear()
 
 
 @pytest.fixture
@@ -84,6 +93,7 @@ def test_a_pair_that_does_not_fit_is_named(installed):
         ["peft"],
         "peft 0.21.2 needs transformers<5.20, and transformers 5.24.0 is installed: pip install 'transformers<5.20'",
     )
+    requirements._compare.cache_clear()
     installed[0]["huggingface_hub"] = "1.2"
     says([], "transformers 5.24.0 needs huggingface-hub<3,>=1.3, and huggingface-hub 1.2 is installed")
 
@@ -96,10 +106,19 @@ def test_the_bounds_are_those_of_the_metadata(parts):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metadata, "requires", table.__getitem__)
         patch.setattr(metadata, "version", lambda name: version)
+        requirements._compare.cache_clear()
         if Version("2.11") <= Version(version) < Version("2.16"):
             check_packages()
         else:
             says([], f"torch {version} is installed")
+
+
+def test_the_files_of_the_packages_are_read_once_in_a_process(installed, monkeypatch):
+    check_packages(["peft"])
+    monkeypatch.setattr(metadata, "requires", lambda name: pytest.fail("read again"))
+    check_packages(["peft"])
+    with pytest.raises(pytest.fail.Exception, match="read again"):  # for another extra
+        check_packages(["flash"])
 
 
 def test_a_distribution_that_is_not_installed_has_no_bounds(installed):

@@ -42,7 +42,7 @@ def build(folder: Path, sanitizers: str = "address,undefined") -> Path:
     shutil.copy(ROOT / "setup.py", folder)
     (folder / "dqo_kernels").mkdir()
     flags = f"-fsanitize={sanitizers}"
-    env = os.environ | {"CXX": CXX, "CC": CXX, "DQO_KERNELS_LDFLAGS": flags}
+    env = os.environ | {"CXX": CXX, "CC": CXX, "DQO_KERNELS_CUDA": "0", "DQO_KERNELS_LDFLAGS": flags}
     env["DQO_KERNELS_CXXFLAGS"] = f"-O0 -g1 -fno-sanitize-recover=undefined {flags}"
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)

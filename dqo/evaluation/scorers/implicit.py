@@ -13,6 +13,10 @@ NEEDS = {"reference"}
 
 
 def score(models: Models, batch: Batch) -> Tensor:
+    return models.beta * sequence_sums(log_ratios(models, batch), batch.cu_seqlens)
+
+
+def log_ratios(models: Models, batch: Batch) -> Tensor:
+    """(N,) log pi - log ref of each token."""
     assert models.reference is not None
-    gaps = policy_stats(models.policy, batch).logprobs - policy_stats(models.reference, batch).logprobs
-    return models.beta * sequence_sums(gaps, batch.cu_seqlens)
+    return policy_stats(models.policy, batch).logprobs - policy_stats(models.reference, batch).logprobs

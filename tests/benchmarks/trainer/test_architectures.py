@@ -32,6 +32,7 @@ def test_an_architecture_is_trained_in_every_way(model_type, tmp_path):
     assert {column: cells.get(column) for column in columns} == dict.fromkeys(columns, "yes")
 
 
+@pytest.mark.slow
 def test_the_table_says_what_is_refused_and_what_fails(tmp_path, monkeypatch):
     rows = {"bert": architectures.row_of("bert", tmp_path / "bert"), "fuyu": architectures.row_of("fuyu", tmp_path)}
     assert rows["bert"]["trains"].startswith("refused: BertLMHeadModel is not causal")

@@ -152,7 +152,7 @@ HELP = """usage: dqo <command> [options]; `dqo <command> --help` for its options
   check     Check rollout files and show what training will see of them.
   init      Make a small random model with a tokenizer trained on a rollout file.
   sample    Sample responses of a model to prompts, as rollout rows.
-  score     Grade stored responses by a verifier.
+  score     Grade stored responses by a verifier, or their steps by a model.
   eval      Answer problems with a model, grade the answers, and test evaluations against each other.
   report    Write one page of one run or several, side by side.
   compare   Train several methods on one file with one budget, and write a page over all of them.

@@ -9,10 +9,12 @@ import pytest
 
 from dqo.commands.base import dqo_command
 from dqo.commands.check import CheckConfig, check, histogram, summary
-from dqo.config.options import TrainConfig
+from dqo.config.options import TrainConfig, load_options
 from dqo.data.rows import read_rows
 from dqo.errors import UserError
 from dqo.models.new import new_llama, save
+from dqo.train.inputs import Given
+from dqo.train.weighting import chosen, reference_name
 from tests.dqo.helpers import policy, tokenizer
 
 STEPPED = {"steps": [[0, 6], [6, 8]], "step_rewards": [0.25, 0.5]}
@@ -55,6 +57,26 @@ def test_the_summary_of_rows():
     }
     many = [{"prompt": "p", "completion": str(i), "reward": i / 10} for i in range(11)]
     assert summary(read_rows(many))["rewards"] == "11 values, 0 to 1 (median 0.5)"
+
+
+def test_the_importance_weights_are_those_of_training(tmp_path, model, capsys):
+    def line(rows, *arguments):
+        lines = printed(capsys, written(tmp_path, rows), "--process_reward", "none", *arguments).splitlines()
+        return next((line for line in lines if line.startswith("importance weights: ")), None)
+
+    config = load_options(["--dataset_name", "x", "--model_name_or_path", model])
+    for sampling in (
+        {"model": model, "temperature": 1.0},
+        {"model": model, "temperature": 0.5},
+        {"model": "other"},
+        None,
+    ):
+        rows = [row | {"sampling": sampling} for row in ROWS]
+        training = chosen(config, read_rows(written(tmp_path, rows)), reference_name(config, Given())).line
+        assert line(rows, "--model_name_or_path", model) == training
+        assert line(rows) is None and line(rows, "--model_name_or_path", model, "--method", "dpo") is None
+    stored = [row | {"completion_ids": [3, 4], "logprobs": [-0.5, -0.5]} for row in ROWS]
+    assert line(stored).startswith("importance weights: trajectory (is_level auto), because every row has the logprobs")
 
 
 def test_turns_and_the_tokens_of_the_environment_are_counted(tmp_path, model, capsys):

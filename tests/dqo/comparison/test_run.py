@@ -130,8 +130,8 @@ def test_a_run_that_fails_is_named_with_its_status(tmp_path, capfd):
     assert "unknown option '--betta'" in capfd.readouterr().err
 
 
-def command(files, *more) -> list[str]:
-    methods = ["--methods", "dqo,rft", "--seeds", "2", "--output_dir", str(files / "out")]
+def command(files, methods, seeds, *more) -> list[str]:
+    methods = ["--methods", ",".join(methods), "--seeds", str(seeds), "--output_dir", str(files / "out")]
     return [sys.executable, "-m", "dqo", "compare", *methods, *options(files, "--logging_steps", "1", *more)]
 
 
@@ -139,15 +139,21 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
-def test_a_comparison_that_was_ended_goes_on_without_repeating_what_is_finished(files, number):
+@pytest.mark.parametrize(
+    "number, methods, seeds",
+    [(signal.SIGKILL, ["dqo"], [42, 43]), (signal.SIGTERM, ["dqo", "rft"], [42])],
+    ids=["SIGKILL, two seeds", "SIGTERM, two methods"],
+)
+def test_a_comparison_that_was_ended_goes_on_without_repeating_what_is_finished(files, number, methods, seeds):
     tasks = [{"prompt": f"1+{i}=", "answer": "3"} for i in range(3)]
     (files / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
     more = ("--eval_tasks", str(files / "tasks.jsonl"), "--verifier", "gsm8k", "--max_completion_length", "4")
     more += ("--num_generations", "2", "--dqo.beta", "0.3")
+    words = command(files, methods, len(seeds), *more)
     with (files / "log").open("w") as log:
-        process = subprocess.Popen(command(files, *more), env=ENVIRONMENT, stdout=log, stderr=log)
-    first, second = files / "out" / "dqo-seed42", files / "out" / "dqo-seed43"
+        process = subprocess.Popen(words, env=ENVIRONMENT, stdout=log, stderr=log)
+    runs = [(method, seed) for method in methods for seed in seeds]
+    first, second = (files / "out" / f"{method}-seed{seed}" for method, seed in runs)
     deadline = time.monotonic() + 600
     while not (second / "run.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -156,25 +162,23 @@ def test_a_comparison_that_was_ended_goes_on_without_repeating_what_is_finished(
     assert process.returncode == (-9 if number == signal.SIGKILL else 143)
     assert is_finished(first)
     kept = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
-    while (
-        time.monotonic() < deadline
-    ):  # the run that it left behind ends by itself, and until then nobody else may begin
-        done = subprocess.run(command(files, *more), env=ENVIRONMENT, capture_output=True, text=True)
+    while time.monotonic() < deadline:  # the run that it left behind ends by itself; until then nobody else may begin
+        done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True)
         if "is at work in" not in done.stderr:
             break
+        time.sleep(0.5)
     assert done.returncode == 0, done.stderr
     assert f"{first} is finished" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == kept
     report = json.loads((files / "out" / "report.json").read_text())
     assert [(run["method"], run["seed"], run["state"]) for run in report["runs"]] == [
-        (method, seed, "finished") for method in ("dqo", "rft") for seed in (42, 43)
+        (*run, "finished") for run in runs
     ]
-    assert [len(method["seeds"]) for method in report["methods"]] == [2, 2, 2]
-    assert report["options_of"]["dqo"]["beta"] == 0.3 and report["warnings"] == []
-    assert (
-        "dqo compare --methods dqo,rft" in report["command"]
-        and "over seeds" in (files / "out" / "report.html").read_text()
-    )
+    counts = [len(method.get("seeds", [None])) for method in report["methods"]]
+    assert counts == [len(seeds)] * (1 + len(methods))  # the first is the base
+    assert (report["options"] | report["options_of"].get("dqo", {}))["beta"] == 0.3 and report["warnings"] == []
+    assert f"dqo compare --methods {','.join(methods)}" in report["command"]
+    assert ("over seeds" in (files / "out" / "report.html").read_text()) == (len(seeds) > 1)
 
 
 @pytest.mark.slow

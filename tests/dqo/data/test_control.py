@@ -112,6 +112,7 @@ def gain(files, shuffled):
     return float(ratio[0::2].mean() - ratio[1::2].mean())
 
 
+@pytest.mark.slow
 def test_a_run_with_shuffled_rewards_loses_its_gain_and_says_what_it_is(files, capsys):
     random = np.random.default_rng(0)
     rows = []

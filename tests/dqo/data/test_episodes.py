@@ -77,6 +77,7 @@ def test_steps_are_placed_right_when_tokens_are_longer_than_characters():
 
 def test_process_reward_none_ignores_step_rewards():
     (e,) = made([row(steps=[[0, 6], [6, 8]], step_rewards=[-1.0, 0.5])])
+    assert e.first_wrong_step == 0  # it is known all the same
     assert e.rewards.sum() == 1.0
 
 
@@ -94,7 +95,7 @@ def test_an_allowed_cut_loses_eos_and_the_steps_beyond_it():
     steps = {"steps": [[0, 6], [6, 8]], "step_rewards": [-1.0, 0.5]}
     (e,) = made([row(**steps)], max_length=11, allow_truncation=True, process_reward="additive")
     assert len(e.completion_ids) == 7 and EOS not in e.completion_ids
-    assert e.step_ends == [5] and e.step_rewards == [-1.0]
+    assert e.step_ends == [5] and e.step_rewards == [-1.0] and e.first_wrong_step == 0
 
 
 def test_ids_of_another_tokenizer_are_refused():

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dqo import DQOConfig, DQOTrainer
@@ -36,6 +36,7 @@ def test_another_problem_and_another_speaker_are_not_it(text):
     assert problem_keys("") == problem_keys([{"role": "user"}]) == set()
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.text(), st.text(alphabet=" \t\n\u2003"), st.text())
 def test_white_space_and_case_alone_make_no_other_problem(left, space, right):
     if space:

@@ -44,6 +44,13 @@ def test_it_goes_from_nothing_to_a_self_contained_report(finished):
     assert all(len(m["greedy"]) == 20 and len(m["sampling"][0]) == 2 for m in report["methods"])
 
 
+def test_dqo_weighs_the_base_models_samples(finished):
+    _, output = finished
+    record = json.loads((output / "dqo" / "run.json").read_text())["importance_weights"]
+    assert (record["is_level"], record["option"]) == ("trajectory", "auto")
+    assert record["at_start"] == {"effective_share": 1.0, "mean": 1.0}
+
+
 def test_every_method_makes_the_same_number_of_policy_updates(finished):
     _, output = finished
     steps = {m["name"]: m.get("updates") for m in json.loads((output / "report.json").read_text())["methods"]}

@@ -258,7 +258,26 @@ def test_chat_models_answer_messages(there, tmp_path):
     [
         ({"num_beams": 1}, "num_beams must be 0, or at least 2"),
         ({"step_beams": 2}, "scorers must be given with step_beams"),
-        ({"scorers": ("beauty",)}, "scorers must be some of implicit, likelihood, value"),
+        (
+            {"scorers": ("beauty",)},
+            "scorers must be some of implicit, implicit_min, likelihood, value, each alone or as NAME:RUN",
+        ),
+        (
+            {"scorers": ("beauty:run",)},
+            "scorers must be some of implicit, implicit_min, likelihood, value, each alone or as",
+        ),
+        (
+            {"scorers": ("implicit:",)},
+            "scorers must be some of implicit, implicit_min, likelihood, value, each alone or as",
+        ),
+        (
+            {"scorers": ("value:run",), "value_model": "v"},
+            "value_model must be left out without the scorer value of the model",
+        ),
+        (
+            {"scorers": ("implicit:run",), "ref_model_name_or_path": "m"},
+            "ref_model_name_or_path must be left out without the scorer implicit of the model itself",
+        ),
         ({"verifier": "gms8k"}, "verifier must be one of gsm8k"),
         ({"compare": ("a", "b")}, "model_name_or_path must be left out with compare"),
         (

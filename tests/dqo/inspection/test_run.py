@@ -38,7 +38,7 @@ def test_each_response_has_the_scores_of_the_run_and_the_value_that_the_others_i
         np.testing.assert_allclose(response.scores["value"], s["values"], atol=1e-6)
         np.testing.assert_allclose(response.step_sums, [gain[:6].sum(), gain[6:].sum()], atol=1e-6)
         start = np.mean([x for j, x in enumerate(returns) if j != i])
-        assert response.start.origin == OTHERS and response.start.count == 2
+        assert response.start.origin == OTHERS and response.start.responses == 2
         assert response.implied.values[0] == pytest.approx(start, abs=1e-6)
         assert response.implied.remainder == pytest.approx(start - returns[i], abs=1e-6)
         assert "".join(response.texts) == "1+2=3\n#6</s>"[:8] + response.texts[-1]

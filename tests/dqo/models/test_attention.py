@@ -56,8 +56,12 @@ def gradient(made, critic, objective, max_tokens=10_000, half=False):
     return (sums["loss"][0] / sums["loss"][1]).item(), gradients(*models)
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", PACKED)
+# Full attention, also in half precision; learned positions; layers with and without a window.
+OFTEN = [("llama", False), ("llama", True), ("gpt2", False), ("gemma3", False)]
+SELDOM = [(name, half) for name in PACKED for half in (False, True) if (name, half) not in OFTEN]
+
+
+@pytest.mark.parametrize("name, half", [*OFTEN, *(pytest.param(*case, marks=pytest.mark.slow) for case in SELDOM)])
 def test_loss_and_gradients_are_those_of_the_padded_batch(name, half):
     made = model(name)
     objective, critic = objective_and_critic(name, made)

@@ -69,7 +69,11 @@ WITHOUT_CLASS = [
 ]
 
 
-@pytest.mark.parametrize("model_type", [*WITHOUT_CLASS, "opt", "mamba2", "afmoe"])
+SLOW = ["gemma4_text", "qwen3_5", "falcon_h1", "mamba2", "afmoe"]  # to build and to run
+QUICK = [name for name in [*WITHOUT_CLASS, "opt"] if name not in SLOW]
+
+
+@pytest.mark.parametrize("model_type", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_every_trunk_has_a_value_model_that_loads_again(model_type, tmp_path):
     model = ready(small_model(model_type), "cpu")
     value_model, batch = value_model_from(model), collate(episodes(4), 0)

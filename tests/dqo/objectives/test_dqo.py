@@ -45,6 +45,65 @@ def test_trajectory_weights_scale_the_loss_of_their_response():
     assert metrics["importance_weight/clipped_frac"][0] == 0
 
 
+@pytest.mark.parametrize(
+    "level, units", [("trajectory", [math.exp(0.5), math.exp(-40.0)]), ("token", [0.2, 0.3, -40.0])]
+)
+def test_the_effective_share_by_hand(level, units):
+    weights = units if level == "trajectory" else [math.exp(x) for x in units]  # a response, or a token, each
+    _, metrics, _, _ = call(
+        DQO(is_level=level), [-1.0, -1.0, -41.0], [-1.2, -1.3, -1.0], [0.0] * 3, [0.0] * 3, [0, 2, 3]
+    )
+    share = sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights))
+    found = finished.finish(metrics)
+    assert found["importance_weight/effective_sample_share"] == pytest.approx(share, rel=1e-5)
+    assert found["importance_weight/mean"] == pytest.approx(sum(weights) / len(weights), rel=1e-5)
+    _, without, _, _ = call(DQO(is_level="none"), [-1.0], [-1.2], [0.0], [0.0], [0, 1])
+    assert not any(name.startswith("importance_weight/effective") for name in finished.finish(without))
+
+
+@pytest.mark.parametrize("nats", [44.0, 60.0, 400.0])
+def test_weights_that_are_hardly_there_have_a_share(nats):
+    """Their squares are 0 in float32 beyond 52 nats; beyond 103 the weights themselves are."""
+    _, metrics, _, _ = call(DQO(), [-nats, -nats - 1.0], [0.0, 0.0], [1.0] * 2, [0.0] * 2, [0, 1, 2])
+    expected = (1 + math.exp(-1)) ** 2 / (2 * (1 + math.exp(-2))) if nats < 100 else 0.0
+    assert finished.finish(metrics)["importance_weight/effective_sample_share"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_held_out_loss_does_not_fall_with_the_weights():
+    far = (
+        [-31.0, -1.0],
+        [-1.0, -1.0],
+        [0.0, 1.0],
+        [0.3, 0.6],
+        [0, 2],
+    )  # a response that has become 30 nats less likely
+
+    loss, metrics, _, _ = call(DQO(), *far)
+    assert loss < 1e-9
+    plain, _, _, _ = call(DQO(is_level="none"), *far)
+    stats = TokenStats(torch.tensor(far[0]), torch.zeros(2), torch.zeros(2))
+    rows = {"ref_logprobs": torch.tensor(far[1]), "rewards": torch.tensor(far[2]), "values": torch.tensor(far[3])}
+    for objective in (DQO(), DQO(is_level="suffix"), DQO(is_level="none")):
+        found, told = objective.evaluation(stats, rows | {"label": torch.ones(2)}, torch.tensor(far[4]))
+        assert found.item() == pytest.approx(plain.item()) and found > 1
+        assert (told["loss/policy"] + told["loss/value"])[0].item() == pytest.approx(plain.item())
+    weighted = DQO().evaluation(stats, rows | {"label": torch.ones(2)}, torch.tensor(far[4]))[1]["weighted_loss"]
+    assert weighted.tolist() == pytest.approx([loss.item(), 2.0])
+    assert "weighted_loss" not in told
+
+
+def test_the_weights_of_log_ratios_are_those_of_the_loss():
+    torch.manual_seed(2)
+    ratio, boundaries = torch.randn(6), torch.tensor([0, 2, 6])
+    for level in ("trajectory", "suffix", "prefix", "token"):
+        _, metrics, _, _ = call(DQO(is_level=level), ratio.tolist(), [0.0] * 6, [0.0] * 6, [0.0] * 6, [0, 2, 6])
+        weights = DQO(is_level=level).weights(ratio, boundaries)
+        assert weights.shape == ((2,) if level == "trajectory" else (6,))
+        mean, square = (metrics[f"importance_weight/{name}"][0].item() for name in ("mean", "mean_square"))
+        assert [mean, square] == pytest.approx([weights.sum().item(), weights.square().sum().item()], rel=1e-5)
+    assert DQO(is_level="none").weights(ratio, boundaries) is None
+
+
 def test_a_capped_weight_is_counted_as_clipped():
     _, metrics, _, _ = call(DQO(is_cap=0.3), [-1.0, -1.0], [-1.2, -1.3], [0.0, 1.0], [0.0, 0.0], [0, 2])
     assert metrics["importance_weight/clipped_frac"][0] == 2

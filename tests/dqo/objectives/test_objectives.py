@@ -70,6 +70,18 @@ def test_loss_and_metrics_are_sums_over_micro_batches(objective):
 
 
 @every_objective
+def test_the_held_out_loss_is_a_sum_over_micro_batches_and_has_no_weights(objective):
+    logits, make, rows, cu_seqlens = random_case([2, 3, 1, 4])
+    loss, metrics = objective.evaluation(make(logits), rows, cu_seqlens)
+    plain = objective
+    if objective.weight_level != "none":
+        plain = dataclasses.replace(objective, is_level="none")
+        assert metrics["weighted_loss"][0] != loss
+    assert loss == plain(make(logits), rows, cu_seqlens)[0]
+    assert all(value.shape == (2,) and not value.requires_grad for value in metrics.values())
+
+
+@every_objective
 def test_from_hidden_states_it_has_the_loss_and_gradients_of_the_logits(objective):
     lengths = [2, 3, 1, 4]
     _, _, rows, cu_seqlens = random_case(lengths)

@@ -16,9 +16,9 @@ from dqo.errors import UserError
 from dqo.models.policy import policy_stats
 from dqo.reference import columns as reference
 from dqo.reference.cache import ReferenceCache
-from dqo.reference.columns import AGREEMENT_BOUNDS, check_agreement, warn_about_behavior
+from dqo.reference.columns import AGREEMENT_BOUNDS, check_agreement
 from tests.dqo import forked
-from tests.dqo.helpers import episodes, policy
+from tests.dqo.helpers import policy
 from tests.dqo.reference.passes import IDENTITY, PER_BATCH, Counting, Rank, add, columns, fresh, same
 
 
@@ -293,15 +293,3 @@ def test_the_bound_is_that_of_the_dtype():
     with pytest.raises(UserError, match="rounding in bfloat16 explains 0.1"):
         check_agreement(members, in_bfloat16, Batching(0, PER_BATCH), dtype="bfloat16")
     assert AGREEMENT_BOUNDS.keys() == {"float32", "bfloat16"}
-
-
-def test_stored_log_probabilities_of_another_distribution_are_noticed(caplog):
-    members = episodes(9)
-    for e in members:
-        e.behavior_logprobs = e.ref_logprobs + np.float32(0.01)
-    warn_about_behavior(members)
-    assert not caplog.records
-    for e in members:
-        e.behavior_logprobs = e.ref_logprobs / np.float32(0.5)
-    warn_about_behavior(members)
-    assert "differ from the reference policy's by" in caplog.text

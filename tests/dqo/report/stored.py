@@ -25,6 +25,18 @@ def held_out_row(i: int) -> dict:
     return row | {"value_start": 0.5, "value_half": 0.5, "value_end": 0.5}
 
 
+def credited_row(i):
+    """The policy blames the wrong step of every wrong response but one in five, the value model none; the initial model doubts
+    the steps 1 and 2 of four, and the wrong one is always step 1."""
+    row = held_out_row(i)
+    wrong, missed = not row["label"], i % 10 == 9
+    blame = [0.1, -0.5, 0.1, 0.2] if wrong and not missed else [0.1, 0.1, -0.05 * wrong, 0.2]
+    total = sum(blame)
+    row |= {"steps": 4, "first_wrong_step": 1 if wrong else None, "ratio": total, "ratio_before_last": total - 0.2}
+    row |= {"step_ratios": blame, "step_values": [0.0, 0.0, 0.0, -0.1], "start_logps": -4.0, "start_entropy": 2.0}
+    return row | {"start_step_logprobs": [-0.1, -0.9, -1.0, -0.1], "start_step_entropies": [0.0, 0.5, 0.6, 0.0]}
+
+
 def stored_run(
     directory: Path,
     *,

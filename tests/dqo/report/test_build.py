@@ -9,6 +9,7 @@ import pytest
 from dqo.errors import UserError
 from dqo.report.build import report_of
 from dqo.report.page import rendered
+from dqo.report.predictors import IMPLICIT, VALUE
 from dqo.report.runs import read_run
 from tests.dqo.report.stored import PROMPTS, stored_run
 
@@ -70,9 +71,9 @@ def test_problems_that_changed_are_those_of_the_first_run(tmp_path):
 def test_lengths_stand_beside_the_value_model_as_predictors(tmp_path):
     report = built(tmp_path, {}, {"method": "kto"})
     found = {(p["name"], p["method"]): p["auc"] for p in report["predictors"]}
-    assert found[("Value model, at the end of a response", "dqo")] == 0.5
+    assert found[(VALUE, "dqo")] == 0.5
     assert found[("Length of the response, shorter is better (no model)", "")] == 1.0
-    assert found[("Implicit reward, log(π/ref) of a response", "kto")] == 1.0
+    assert found[(IMPLICIT, "kto")] == 1.0
     assert sum("no model" in name for name, _ in found) == 2  # once, not for each method
     assert report["value_auc"]["at_end"] == 0.5 and report["value_auc"]["n"] == 20
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dqo.report.curves import LEAST, axis_limits, curve_groups, mean_line
+from dqo.report.curves import LEAST, MOST_POINTS, axis_limits, curve_groups, mean_line, thin
 from dqo.report.svg import Series
 
 NUMBERS = st.lists(st.floats(-1e6, 1e6) | st.just(float("nan")), min_size=1, max_size=20)
@@ -48,3 +48,13 @@ def test_losses_of_different_methods_have_plots_of_their_own():
     ]
     groups = curve_groups(curves, {"a": Series(0), "b": Series(1)})
     assert [(group["name"], group["method"]) for group in groups] == [("loss", "a"), ("loss", "b"), ("kl", "")]
+
+
+def test_a_long_curve_is_thinned_to_means_and_keeps_its_gaps():
+    x = np.arange(10 * MOST_POINTS)
+    y = [None if i < 15 else float(i) for i in x]
+    short_x, short_y = thin(x, y)
+    assert len(short_x) == MOST_POINTS
+    assert short_x[:2] == pytest.approx([4.5, 14.5])
+    assert np.isnan(short_y[0]) and short_y[1:3] == pytest.approx([17.0, 24.5])
+    assert thin([1, 2], [3, None])[0] == pytest.approx([1, 2])

@@ -8,7 +8,7 @@ import yaml
 from dqo.errors import UserError
 from dqo.report.build import report_of
 from dqo.report.runs import read_run
-from tests.dqo.report.stored import stored_run
+from tests.dqo.report.stored import credited_row, stored_run
 
 
 def test_a_finished_run_is_read_whole(tmp_path):
@@ -134,6 +134,36 @@ def test_rows_of_other_types_are_named_with_their_line(tmp_path, file):
 
         with pytest.raises(UserError, match=rf"{file}:1: not a row that a run writes"):
             read_run(altered(path, change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 3},
+        {"steps": None},
+        {"first_wrong_step": 4},
+        {"first_wrong_step": "1"},
+        {"step_ratios": [0.0, 0.0, 0.0, None]},
+        {"step_values": 0.5},
+        {"ratio": []},
+    ],
+    ids=str,
+)
+def test_scores_of_steps_of_other_shapes_are_named_with_their_line(tmp_path, change):
+    path = stored_run(tmp_path / "a") / "held_out.jsonl"
+    rows = [credited_row(i) for i in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_run(path.parent).held_out == rows
+    for broken in (change, dict.fromkeys(change)):
+        if broken != {"first_wrong_step": None}:
+            rows[1] = credited_row(1) | broken
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            with pytest.raises(UserError, match="held_out.jsonl:2: not a row that a run writes"):
+                read_run(path.parent)
+    rows[1] = {name: value for name, value in credited_row(1).items() if name not in change}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="held_out.jsonl:2: not "):
+        read_run(path.parent)
 
 
 def test_rows_that_differ_in_what_they_have_are_named(tmp_path):

@@ -1,19 +1,23 @@
 """A run keeps what its page needs, and the page that it writes at its end is the one that `dqo report` makes."""
 
+import dataclasses
 import hashlib
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from dqo.commands.train import train_command
+from dqo.data.episodes import Episode
 from dqo.evaluation.accuracy import Accuracy, Answered, Problem
 from dqo.grading.grade import Grade
 from dqo.models.generate import Response
+from dqo.objectives import DQO, SFT
 from dqo.report.command import report
 from dqo.report.runs import read_run
-from dqo.report.store import answer_rows
-from tests.dqo.helpers import arguments, rollout_rows
+from dqo.report.store import answer_rows, held_out_row, value_traces
+from tests.dqo.helpers import arguments, rollout_rows, tokenizer
 
 
 @pytest.fixture
@@ -54,6 +58,10 @@ def test_the_page_of_a_run_is_that_of_its_directory(trained):
     assert run.warmup == 2 and len(run.answers) == 3 and run.state == "finished"
     assert [len(row["before"]["sampling"]) for row in run.answers] == [2, 2, 2]
     labels = [row["label"] for row in run.held_out]
+    kept = {"value_end", "ratio", "step_ratios", "step_values", "start_step_entropies", "first_wrong_step"}
+    assert kept <= run.held_out[0].keys()
+    assert {"values", "advantages", "implied", "start"} <= record["value_traces"][0].keys()
+    assert "eval_credit/auc" in record["held_out"] and "The value along responses" in own
     assert (
         len(labels) == record["data"]["counts"]["held_out_rows"]
         and {"value_end", "logps", "length"} <= run.held_out[0].keys()
@@ -87,3 +95,73 @@ def test_answers_are_a_row_a_problem():
         "after": {"greedy": 1, "text": "c", "sampling": [1, 1]},
     }
     assert rows[1]["prompt"] == "system: Be brief.\nuser: 1+1?"
+
+
+def responses():
+    """Two prompts of two responses: steps of two tokens, the second of each wrong one wrong."""
+    found = []
+    for i in range(4):
+        e = Episode(
+            [3, 4],
+            [5, 6, 7, 8],
+            np.array([0, 0, 0, i % 2], np.float32),
+            float(i % 2),
+            bool(i % 2),
+            True,
+            i // 2,
+            f"r{i}",
+        )
+        e.step_ends, e.first_wrong_step, e.ref_logprobs = [1, 3], None if i % 2 else 1, np.full(4, -1.0, np.float32)
+        found.append(e)
+    return found
+
+
+def said(blame, values=(0.5, 0.6, 0.4, 0.3)):
+    logprobs = np.array([-1.0, -1.0, -1.0 - blame, -1.0 + 0.25], np.float32)
+    return {"logprobs": logprobs, "entropy": np.ones(4, np.float32), "values": np.array(values, np.float32)}
+
+
+def test_a_held_out_row_has_sums_of_the_response_and_of_its_steps():
+    wrong = responses()[0]
+    row = held_out_row(wrong, said(0.5), {"start_logps": -3.0})
+    assert row["steps"] == 2 and row["first_wrong_step"] == 1 and row["logps"] == -4.25 and row["start_logps"] == -3.0
+    assert row["ratio"] == -0.25 and row["ratio_before_last"] == -0.5 and row["step_ratios"] == [0.0, -0.25]
+    assert row["step_values"] == pytest.approx([-0.1, -0.1])  # up to the state before the last token
+    assert (row["value_start"], row["value_half"], row["value_end"]) == pytest.approx((0.5, 0.6, 0.3))
+    wrong.ref_logprobs = None
+    bare = held_out_row(wrong, {name: x for name, x in said(0.5).items() if name != "values"}, {})
+    assert not {"ratio", "step_ratios", "value_end"} & bare.keys() and bare["logps"] == -4.25
+
+
+def test_traces_have_the_advantage_and_the_value_that_it_implies():
+    given = responses()
+    tokens = [said(0.5 * (not e.label)) for e in given]
+    traces = value_traces(tokenizer(), DQO(beta=2.0), given, tokens)
+    assert [trace["reward"] for trace in traces] == [0.0, 1.0]  # one of each prompt
+    wrong = next(trace for trace in traces if trace["reward"] == 0)
+    assert (
+        wrong["advantages"] == [0.0, 0.0, -1.0, 0.5] and wrong["step_ends"] == [2, 4] and wrong["first_wrong_step"] == 1
+    )
+    start = 1.0 - 2.0 * 0.25  # R - beta * sum(delta) of the other response to the prompt
+    assert wrong["start"] == {"value": start, "origin": "other responses to the prompt", "responses": 1}
+    assert wrong["implied"] == [start, start, start, start - 1.0, start - 0.5]
+    assert wrong["values"] == pytest.approx([0.5, 0.6, 0.4, 0.3])
+
+
+def test_traces_without_a_reference_are_those_of_the_value_model_and_without_both_there_are_none():
+    given = [dataclasses.replace(e, ref_logprobs=None) for e in responses()]
+    tokens = [said(0.0) for _ in given]
+    assert "advantages" not in value_traces(tokenizer(), DQO(), given, tokens)[0]
+    assert (
+        value_traces(tokenizer(), SFT(), given, [{k: x for k, x in t.items() if k != "values"} for t in tokens]) == []
+    )
+
+
+def test_discounts_of_turns_act_on_their_ends_alone():
+    given = responses()[:2]
+    for e in given:
+        e.turn_ends = [1, 3]
+    traces = value_traces(tokenizer(), DQO(beta=1.0, gamma=0.5, discount="turns"), given, [said(0.0), said(0.0)])
+    assert traces[0]["start"]["value"] == pytest.approx(
+        0.5 * (1.0 - 0.25)
+    )  # the last tokens lie behind one end of a turn

@@ -37,6 +37,12 @@ def test_advantages_are_logged_with_their_standard_deviation():
     assert found["advantages/std"] == pytest.approx(advantages.std(correction=0).item(), rel=1e-4)
 
 
+def test_the_bar_shows_what_the_weights_leave():
+    row = {"loss": 8.6e-19, "importance_weight/mean": 8e-20, "importance_weight/effective_sample_share": 0.02}
+    assert metrics.on_the_bar(row) == "loss 8.6e-19, mean weight 8e-20, 2% effective"
+    assert metrics.on_the_bar({"loss": 0.5}) == "loss 0.5"
+
+
 def test_a_variance_is_never_negative():
     rounded = {"advantages/mean": torch.tensor([1.0, 1.0]), "advantages/mean_square": torch.tensor([1.0 - 1e-7, 1.0])}
     assert metrics.finish(rounded)["advantages/std"] == 0

@@ -156,6 +156,7 @@ def test_a_critic_is_fitted_first_and_then_frozen(files):
     assert equal(stages[1][0], load_file(files / "model" / "model.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [3, 6], ids=["while the critic is fitted", "when it is frozen"])
 def test_a_run_stopped_in_any_phase_goes_on_bit_for_bit(files, monkeypatch, stopped):
     whole = run(files, max_steps=8, output_dir=files / "whole")

@@ -17,7 +17,7 @@ from dqo.objectives import DPO, DQO, DRO, KTO, OREO, REBEL, RFT, SFT
 from dqo.processes import Processes
 from dqo.reference.columns import add_reference, check_agreement
 from dqo.train.engine import Engine
-from dqo.train.held_out import held_out_metrics, traces_of
+from dqo.train.held_out import held_out_metrics, tokens_of
 from dqo.train.learner import Learner, objective_sums
 from dqo.train.run import train
 from dqo.train.step import accumulate
@@ -248,9 +248,10 @@ def test_held_out_metrics_and_values_count_actions():
     groups = [[e] for e in members]
     actions = sum(len(positions(e)) for e in members)
     assert unit_count(groups, "token") == actions
-    found = held_out_metrics(engine, DQO(), groups)
+    found, _ = held_out_metrics(engine, DQO(), groups)
     assert found["eval_completions/mean_length"] == pytest.approx(actions / len(members))
-    assert [len(trace) for trace in traces_of(learner, collate(members, 0))] == [len(positions(e)) for e in members]
+    for said, e in zip(tokens_of(learner, collate(members, 0)), members, strict=True):
+        assert {len(values) for values in said.values()} == {len(positions(e))}
 
 
 def test_companions_keep_their_turns_and_are_cut_after_an_action():

@@ -1,8 +1,8 @@
 from dqo.train.watch import Watch
 
 
-def said(rows):
-    watch = Watch()
+def said(rows, **known):
+    watch = Watch(**known)
     return [warning for step, row in enumerate(rows, start=1) for warning in watch.warnings({"step": step, **row})]
 
 
@@ -27,3 +27,18 @@ def test_a_value_model_that_explains_nothing_is_named_with_the_cure():
 def test_a_policy_far_from_its_reference_is_named():
     (warning,) = said([{"loss": 1.0, "kl": 2.5}] * 4)
     assert "2.5 nats a token away" in warning and "raise beta" in warning
+
+
+def test_implicit_rewards_far_beyond_the_rewards_are_named():
+    row = {"loss": 0.1, "rewards/chosen": -0.4, "rewards/rejected": -3.2, "completions/mean_length": 100.0}
+    (warning,) = said([row] * 5, beta=0.2, largest_reward=1.0)
+    assert "is -3.2 on average, and rewards are at most 1 (step 3)" in warning and "Lower --learning_rate" in warning
+    assert said([row] * 5, beta=0.2, largest_reward=100.0) == []  # such rewards ask for it
+    assert said([row] * 5, beta=0.2) == []  # a method that does not fit them
+
+
+def test_right_responses_that_become_unlikely_are_named():
+    row = {"loss": 0.1, "rewards/chosen": -3.0, "rewards/rejected": -4.0, "completions/mean_length": 50.0}
+    (warning,) = said([row] * 5, beta=0.2)  # 15 nats, 0.3 a token
+    assert "right responses have become less likely, by 0.3 nats a token (step 3)" in warning
+    assert said([row | {"completions/mean_length": 500.0}] * 5, beta=0.2) == []

@@ -28,8 +28,9 @@ CASES = {}
 
 
 def backends_of(processes):
-    """Without Triton for more than two: its kernels see one process's columns, and those of three are no other kind."""
-    return {name: dtype for name, dtype in BACKENDS.items() if processes == 2 or name != "triton"}
+    """Triton for two: its kernels see one process's columns, and those of three are no other kind. The others for three, where
+    one process has neighbours on both sides."""
+    return {name: dtype for name, dtype in BACKENDS.items() if (processes == 2) == (name == "triton")}
 
 
 def options_of(backend, *options):
@@ -351,7 +352,9 @@ def main(rank, processes, store, results):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     group, outcome = dist.group.WORLD, {}
     from dqo_kernels.core import dispatch
+    from tests.kernels import triton_interpreter
 
+    triton_interpreter.install()
     for backend, dtype in backends_of(processes).items():
         if dispatch.unavailable(backend) is not None:
             continue
