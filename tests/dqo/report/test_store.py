@@ -98,20 +98,20 @@ def test_answers_are_a_row_a_problem():
 
 
 def responses():
-    """Two prompts of two responses: steps of two tokens, the second of each wrong one wrong."""
+    """Two prompts of a right and a wrong response: steps of two tokens, the second of each wrong one wrong."""
     found = []
-    for i in range(4):
+    for i, right in enumerate((False, True, True, False)):
         e = Episode(
             [3, 4],
             [5, 6, 7, 8],
-            np.array([0, 0, 0, i % 2], np.float32),
-            float(i % 2),
-            bool(i % 2),
+            np.array([0, 0, 0, right], np.float32),
+            float(right),
+            right,
             True,
             i // 2,
             f"r{i}",
         )
-        e.step_ends, e.first_wrong_step, e.ref_logprobs = [1, 3], None if i % 2 else 1, np.full(4, -1.0, np.float32)
+        e.step_ends, e.first_wrong_step, e.ref_logprobs = [1, 3], None if right else 1, np.full(4, -1.0, np.float32)
         found.append(e)
     return found
 
@@ -137,7 +137,7 @@ def test_traces_have_the_advantage_and_the_value_that_it_implies():
     given = responses()
     tokens = [said(0.5 * (not e.label)) for e in given]
     traces = value_traces(tokenizer(), DQO(beta=2.0), given, tokens)
-    assert [trace["reward"] for trace in traces] == [0.0, 1.0]  # one of each prompt
+    assert [trace["reward"] for trace in traces] == [1.0, 0.0]  # one of each prompt
     wrong = next(trace for trace in traces if trace["reward"] == 0)
     assert (
         wrong["advantages"] == [0.0, 0.0, -1.0, 0.5] and wrong["step_ends"] == [2, 4] and wrong["first_wrong_step"] == 1

@@ -52,7 +52,7 @@ def test_a_trace_shows_what_the_run_kept(kept, tmp_path):
     page = write_report(tmp_path, {"title": "t", "command": "c", "value_traces": [given]}).read_text()
     text = Page(page).text
     assert ("is its advantage" in text) == ("2 ✗ −0.25" in text) == ("advantages" in kept)
-    assert ("begins at 0.50 (the mean of 3 other responses to the prompt) and leaves 0.35 behind" in text) == (
+    assert ("begins at 0.50 (the mean of 3 other responses to the prompt) and leaves +0.35 behind" in text) == (
         "implied" in kept
     )
     assert ("The dashed line is the value model’s" in text) == (set(kept) == {*credit(), "values"})
