@@ -152,11 +152,11 @@ def load_reference(name: str, policy: PreTrainedModel, tokenizer: PreTrainedToke
 def other_token(
     tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> tuple[int, str, str | None] | None:
-    """An id that stands for another token in the `other` tokenizer, with both tokens; None where they agree. Either may have
+    """The first id that stands for another token in the `other` tokenizer, with both tokens; None where they agree. Either may have
     added tokens that the other has not."""
     ids, its_ids = tokenizer.get_vocab(), other.get_vocab()
     its_tokens = {i: token for token, i in its_ids.items()}
-    for token, i in ids.items():
+    for token, i in sorted(ids.items(), key=lambda pair: pair[1]):
         if its_tokens.get(i, token) != token or its_ids.get(token, i) != i:
             return i, token, its_tokens.get(i)
     return None

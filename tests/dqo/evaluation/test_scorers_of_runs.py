@@ -89,7 +89,7 @@ def test_a_search_by_a_run_goes_on_and_a_run_that_was_trained_again_is_another_s
         ("implicit:digits", "digits has no config.yaml of a training run that names its reference"),
         (
             "likelihood:digits",
-            "scorer likelihood:digits: has another tokenizer than model, .*: token . is .* of the scorer, and",
+            "scorer likelihood:digits: has another tokenizer than model, .*: token 3 is '9' of the scorer, and '.' of the model",
         ),
         ("implicit:nothing", "nothing: there is no such directory; name a run's output_dir"),
         ("value:plain", r"value:plain: the run has no value model \(critic/\)"),
