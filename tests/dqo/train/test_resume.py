@@ -89,7 +89,8 @@ def test_a_checkpoint_keeps_all_options_their_defaults_and_what_they_came_to(fin
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     assert names | {"beta", "lam"} <= state["options"].keys() == state["defaults"].keys()
     assert state["options"]["learning_rate"] == 1e-3 and state["defaults"]["learning_rate"] == 1e-6
-    assert state["derived"] == {"warmup": 0, "phases": {"training": 0}, "save_dtype": "float32"} and state["steps"] == 4
+    assert state["derived"] == {"warmup": 0, "phases": {"training": 0}, "save_dtype": "float32", "is_level": "none"}
+    assert state["steps"] == 4
     assert state["identity"]["trained end token"] == tokenizer().eos_token_id
     assert state["identity"]["configuration"]["hidden_size"] == 16
     assert "model.embed_tokens.weight" in state["parameters"]["policy"] and state["versions"]["torch"]
