@@ -152,7 +152,7 @@ def load_reference(name: str, policy: PreTrainedModel, tokenizer: PreTrainedToke
 def other_token(
     tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> tuple[int, str, str | None] | None:
-    """The first id that stands for another token in the `other` tokenizer, with both tokens; None where they agree. Either may have
+    """The first id that is another token in the `other` tokenizer, with both tokens; None where they agree. Either may have
     added tokens that the other has not."""
     ids, its_ids = tokenizer.get_vocab(), other.get_vocab()
     its_tokens = {i: token for token, i in its_ids.items()}
