@@ -111,15 +111,18 @@ def _draw_values(axis, trace: ValueTrace) -> None:
 
 
 def _in_words(trace: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
-    """shades: of each token (whether it is blamed, percent of colour); step_sums: advantage of each step; lowest: its index."""
+    """shades: of each token (whether it is blamed, percent of colour); step_sums: advantage of each step; lowest: its index;
+    dashed: whether the value model's line is drawn beside the implied one."""
     advantages = trace.get("advantages") or []
+    dashed = bool(trace.get("implied")) and bool(trace.get("values"))
     if not advantages:
-        return {"shades": [], "step_sums": [], "lowest": None}
+        return {"shades": [], "step_sums": [], "lowest": None, "dashed": dashed}
     strength = [STRONGEST * abs(x) / limits.advantage if x is not None else 0.0 for x in advantages]
     shades = [(x is not None and x < 0, round(percent)) for x, percent in zip(advantages, strength)]
     ends = [end - 1 for end in trace.get("step_ends") or []]
     sums = step_sums(with_gaps(advantages), ends).tolist() if ends else []
-    return {"shades": shades, "step_sums": sums, "lowest": int(np.argmin(sums)) if len(sums) > 1 else None}
+    lowest = int(np.argmin(sums)) if len(sums) > 1 else None
+    return {"shades": shades, "step_sums": sums, "lowest": lowest, "dashed": dashed}
 
 
 def _label_tokens(axis, tokens: list[str], wide: int) -> None:
