@@ -149,8 +149,8 @@ def load_reference(name: str, policy: PreTrainedModel, tokenizer: PreTrainedToke
 def other_token(
     tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> tuple[int, str, str | None] | None:
-    """The first id that stands for another token in the `other` tokenizer, with both tokens; None where they agree. Either may have
-    added tokens that the other has not."""
+    """The first id that stands for another token in the `other` tokenizer, with both tokens; None where they agree. Either may
+    have added tokens that the other has not."""
     ids, its_ids = tokenizer.get_vocab(), other.get_vocab()
     its_tokens = {i: token for token, i in its_ids.items()}
     for token, i in sorted(ids.items(), key=lambda pair: pair[1]):
