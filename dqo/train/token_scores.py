@@ -4,7 +4,7 @@ under its reference, entropies, the exact KL between both, and the value model's
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from dqo.models.policy import (
     reference_head,
     weights_hash,
 )
+from dqo.models.value_form import form_of
 from dqo.sampling.backends import dtype_of
 from dqo.train.saved import Saved, find_saved
 from dqo.train.saved_critic import saved_critic
@@ -70,7 +71,7 @@ def load_run(
     Args:
         directory: a run's output_dir, a checkpoint in it, or what was exported of it.
         reference: directory or hub name of the reference; None: the run's own, see `reference_of`.
-        with_reference: False: none is looked for.
+        with_reference: False: none is looked for, unless the value model reads it.
         dtype: "float32", "bfloat16", "float16", or "auto": the one in which the policy is stored.
         device: None: the accelerator where there is one.
 
@@ -88,6 +89,8 @@ def load_run(
     tokenizer = load_tokenizer(str(path))
     policy = load_policy(base or str(path), device, dtype_of(dtype, str(path)))
     value_model = saved_critic(saved, policy, base)  # of adapters: on the trunk without the policy's
+    if name is None and value_model is not None and form_of(value_model).reads_reference:
+        name = reference_of(path, options)
     if base is not None:
         policy = merge(policy, str(path), base)
     its_reference = None if name is None else load_reference(name, policy, tokenizer)
@@ -149,8 +152,8 @@ def load_reference(name: str, policy: PreTrainedModel, tokenizer: PreTrainedToke
 def other_token(
     tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> tuple[int, str, str | None] | None:
-    """The first id that stands for another token in the `other` tokenizer, with both tokens; None where they agree. Either may
-    have added tokens that the other has not."""
+    """The first id that is another token in the `other` tokenizer, with both tokens; None where they agree. Either may have
+    added tokens that the other has not."""
     ids, its_ids = tokenizer.get_vocab(), other.get_vocab()
     its_tokens = {i: token for token, i in its_ids.items()}
     for token, i in sorted(ids.items(), key=lambda pair: pair[1]):
@@ -185,7 +188,7 @@ def batches_of(
     packed = attention.packs(model)
     batching = Batching(pad_id, _TOKENS.get(device.type, _MORE_TOKENS), device, packed)
     plan = micro_batch_plan([[episode] for episode in episodes], 1, batching.max_tokens, packed)[0] if episodes else []
-    for groups in tqdm(plan, desc=description, unit="batch", leave=False, disable=description is None):
+    for groups in tqdm(plan, desc=description, unit="batch", delay=2.0, leave=False, disable=description is None):
         assert groups is not None  # there is one process
         yield batching.collate([episode for group in groups for episode in group])
 
@@ -227,12 +230,25 @@ def _check_names(models: RunModels, names: Collection[str]) -> None:
     wants_reference = sorted(name for name in names if name.startswith("ref_") or name == "kl")
     if models.reference is None and wants_reference:
         raise UserError(f"{models.directory}: {wants_reference[0]} needs the reference; {CURE}")
-    if models.value_model is None and "values" in names:
-        raise UserError(f"{models.directory} has no value model (critic/), so it says no values of tokens")
+    if "values" in names:
+        if models.value_model is None:
+            raise UserError(f"{models.directory} has no value model (critic/), so it says no values of tokens")
+        _check_read(models, models.value_model)
     if "kl" in names and models.reference is not None:
         caps = [final_softcap(model) for model in (models.policy, models.reference)]
         if caps[0] != caps[1]:
             raise UserError(f"kl: the model caps its logits at {caps[0]}, and the reference at {caps[1]}; {CURE}")
+
+
+def _check_read(models: RunModels, value_model: nn.Module) -> None:
+    """Refuses a value model that reads the log-probabilities of another reference than the one that is there."""
+    form = form_of(value_model)
+    if not form.reads_reference:
+        return
+    if models.reference is None:
+        raise UserError(f"{models.directory}: its value model reads the reference; {CURE}")
+    if weights_hash(models.reference, torch.float32) != form.reference:
+        raise UserError(f"{models.directory}: its value model read another reference when it was trained; {CURE}")
 
 
 def _columns(models: RunModels, batch: Batch, names: Collection[str]) -> dict[str, Tensor]:
@@ -244,7 +260,8 @@ def _columns(models: RunModels, batch: Batch, names: Collection[str]) -> dict[st
         rows = hidden[batch.states]
         stats = head_stats(models.policy, rows, batch.actions)
         found |= {"logprobs": stats.logprobs, "entropy": stats.entropy, "lse": stats.lse}
-    if any(name.startswith("ref_") or name == "kl" for name in names):
+    of_value = "values" in names and models.value_model is not None and form_of(models.value_model).reads_reference
+    if of_value or any(name.startswith("ref_") or name == "kl" for name in names):
         assert models.reference is not None  # see _check_names
         ref_rows = hidden_positions(models.reference, batch)[batch.states]
         stats = head_stats(models.reference, ref_rows, batch.actions)
@@ -257,5 +274,7 @@ def _columns(models: RunModels, batch: Batch, names: Collection[str]) -> dict[st
             found["kl"] = both.kl
     if "values" in names:
         assert models.value_model is not None
+        if of_value:
+            batch = replace(batch, columns=batch.columns | {"ref_logprobs": found["ref_logprobs"]})
         found["values"] = value_rows(models.value_model, batch, hidden)[0]
     return {name: found[name] for name in names}
