@@ -186,8 +186,8 @@ def _critic_of(saved: Saved, policy: PreTrainedModel, base: str | None) -> nn.Mo
                 f"{saved.path}: its value model is {what}, which no class of transformers describes; train with --value_model "
                 "separate, or leave --value_model out here"
             )
-    told = {name: saved.options.get(name, plain) for name, plain in PLAIN_FORM.items()}
-    other = [f"{name} {value}" for name, value in told.items() if value != PLAIN_FORM[name]]
+    told = {name: saved.options.get(name, plain[0]) for name, plain in PLAIN_FORM.items()}
+    other = [f"{name} {value}" for name, value in told.items() if value not in PLAIN_FORM[name]]
     if other or (saved.path / "critic" / FORM_FILE).exists():
         raise UserError(
             f"{saved.path}: its value model was trained with {' and '.join(other) or FORM_FILE}, which no class of transformers "

@@ -14,7 +14,8 @@ from dqo.models.critic import load_critic, make_value_model
 from dqo.models.lora import lora_config, plain_name, with_fields
 from dqo.train.saved import Saved
 
-PLAIN_FORM = {"value_loss": "squared", "value_input": "states"}
+PLAIN_FORM = {"value_loss": ("squared",), "value_input": ("states",)}
+PLAIN = PLAIN_FORM | {"value_model": ("separate", "head")}
 
 
 def saved_critic(saved: Saved, policy: PreTrainedModel, base: str | None) -> nn.Module | None:
@@ -36,11 +37,11 @@ def saved_critic(saved: Saved, policy: PreTrainedModel, base: str | None) -> nn.
         tensors = {name.removeprefix("critic/"): tensor for name, tensor in found.items() if name.startswith("critic/")}
     if not tensors:
         return None
-    other = {name: saved.options.get(name, plain) for name, plain in PLAIN_FORM.items()}
-    if other != PLAIN_FORM:  # what its outputs mean is written with the finished run's value model
+    told = {name: saved.options.get(name, plain[0]) for name, plain in PLAIN.items()}
+    other = [f"{name} {value}" for name, value in told.items() if value not in PLAIN[name]]
+    if other:  # what its outputs mean, or what it is an adapter of, is told by the finished run alone
         raise UserError(
-            f"{saved.path}: a checkpoint's value model with {' and '.join(f'{n} {v}' for n, v in other.items())} is not read; "
-            f"give the finished run, {saved.run}"
+            f"{saved.path}: its value model, of {' and '.join(other)}, is whole in the finished run alone; give {saved.run}"
         )
     if "outer.weight" in tensors:
         critic = make_value_model("head", policy)

@@ -1,5 +1,6 @@
 """What a finished run says of each token, against plain forward passes; which models it finds, and which it refuses."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,10 +10,11 @@ import torch
 import yaml
 
 from dqo.config.options import load_options
+from dqo.data.batches import collate
 from dqo.errors import UserError
-from dqo.models.critic import ValueHead, load_critic
+from dqo.models.critic import ValueHead, load_critic, value_rows
 from dqo.models.new import character_tokenizer, save
-from dqo.models.policy import load_policy
+from dqo.models.policy import hidden_positions, load_policy
 from dqo.train.export import export
 from dqo.train.run import train
 from dqo.train.token_scores import NAMES, beta_of, load_run, reference_of, run_options, token_scores
@@ -135,6 +137,27 @@ def test_a_reference_of_other_tokens_or_of_later_weights_is_refused(runs, tmp_pa
     with pytest.raises(UserError, match="later has other weights than the one that .* was trained against"):
         load_run(run)
     assert load_run(run, reference=str(tmp_path / "later")).beta == 0.05
+
+
+@pytest.mark.parametrize(
+    "form", [{"value_model": "implicit"}, {"value_model": "head", "value_input": "ref_logprob"}], ids=str
+)
+def test_a_value_model_that_reads_the_reference_is_given_it(runs, form):
+    """The values are those that it has beside the reference's log-probabilities, and others beside other ones."""
+    out = trained(runs, f"reads-{form['value_model']}", **form, learning_rate=0.3, critic_learning_rate=0.3)
+    models = load_run(out, with_reference=False)
+    (found, *_) = token_scores(models, EPISODES[:1], ["values"])
+    episode = EPISODES[0]
+    known = dataclasses.replace(
+        episode, ref_logprobs=by_hand(models.policy, models.reference, episode)["ref_logprobs"].float().numpy()
+    )
+    batch = collate([known], 0)
+    hidden = hidden_positions(models.policy, batch)
+    assert found["values"] == pytest.approx(value_rows(models.value_model, batch, hidden)[0].tolist(), abs=1e-5)
+    shifted = dataclasses.replace(known, ref_logprobs=known.ref_logprobs - 1)
+    assert found["values"] != pytest.approx(value_rows(models.value_model, collate([shifted], 0), hidden)[0].tolist())
+    with pytest.raises(UserError, match="its value model read another reference when it was trained"):
+        token_scores(dataclasses.replace(models, reference=policy(7)), EPISODES[:1], ["values"])
 
 
 @pytest.mark.parametrize("where", [".", "checkpoint-4"])
