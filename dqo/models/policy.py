@@ -8,7 +8,7 @@ import logging
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -190,7 +190,7 @@ def policy_stats(policy: PreTrainedModel, batch: Batch, bf16: bool = False) -> T
     return head_stats(policy, hidden_positions(policy, batch, bf16)[batch.states], batch.actions)
 
 
-def weights_hash(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
+def weights_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     """sha256 of the parameters' names and bytes, in `dtype` where it is given."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
