@@ -130,7 +130,10 @@ class EvalConfig:
         known = all(name in SCORER_NAMES and (path or not colon) for name, colon, path in map(_parts, self.scorers))
         need(known, "scorers", f"some of {', '.join(SCORER_NAMES)}, each alone or as NAME:RUN")
         own = {name for name, colon, _ in map(_parts, self.scorers) if not colon}
-        for option, names in (("ref_model_name_or_path", {"implicit", "implicit_min"}), ("value_model", {"value"})):
+        for option, names in (
+            ("ref_model_name_or_path", {"implicit", "implicit_min", "value"}),
+            ("value_model", {"value"}),
+        ):
             others = bool(self.scorers) and not own & names
             need(
                 getattr(self, option) is None or not others,
