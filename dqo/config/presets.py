@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dqo.config.values import brief
 from dqo.errors import UserError, did_you_mean
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -47,7 +48,7 @@ def under(given: Given, flags: Given) -> Given:
         return given
     if name not in PRESETS:
         known = ", ".join(PRESETS)
-        raise UserError(f"preset must be {known}, got {name!r} (from {source}).{did_you_mean(str(name), PRESETS)}")
+        raise UserError(f"preset must be {known}, got {brief(name)} (from {source}).{did_you_mean(str(name), PRESETS)}")
     preset = PRESETS[name]
     method, its_source = (given | flags).get("method", (preset["method"], ""))
     if method != preset["method"]:

@@ -155,6 +155,7 @@ HELP = """usage: dqo <command> [options]; `dqo <command> --help` for its options
   score     Grade stored responses by a verifier, or their steps by a model.
   eval      Answer problems with a model, grade the answers, and test evaluations against each other.
   report    Write one page of one run or several, side by side.
+  inspect   Show what a finished run says of each token of stored responses.
   compare   Train several methods on one file with one budget, and write a page over all of them.
   export    Write a run's policy, its adapter merged, as transformers and vLLM load it.
   env       Print versions, devices and kernels that work here, to copy into a report of a bug.

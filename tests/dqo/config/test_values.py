@@ -98,6 +98,8 @@ def test_names_that_no_file_can_have_are_refused_from_everywhere(text, message, 
     for parameters in fields_of(str):
         cls, name, method = parameters.values
         flat = get_type_hints(cls)[name] in (str, str | None)
+        if name == "preset":
+            continue  # one of a few names, and no file's
         if method == "dqo" and flat:
             with pytest.raises(UserError, match=f"{name}.* {message}"):
                 DQOConfig(**{name: text})

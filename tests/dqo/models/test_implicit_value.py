@@ -20,7 +20,7 @@ from dqo.models.value_source import IMPLICIT_FILE
 from dqo.objectives import DQO, DRO, OREO
 from dqo.processes import Processes
 from dqo.train.engine import Engine
-from dqo.train.held_out import value_traces
+from dqo.train.held_out import of_each, tokens_of
 from dqo.train.learner import Learner, objective_sums
 from dqo.train.run import train
 from tests.dqo.helpers import arguments, episodes, gradients, policy
@@ -192,8 +192,8 @@ def value_traces_differ(found):
     """The values of held-out responses, as the report reads them, are no constant."""
     learner = found.prepared.learner
     engine = Engine(learner, learner, Batching(0, 4096), Processes(device=learner.device))
-    traces = value_traces(engine, distinct(found.prepared.held_out))
-    return len({round(v, 6) for trace in traces for v in trace}) > 3
+    tokens = of_each(engine, tokens_of, distinct(found.prepared.held_out), "values")
+    return len({round(float(v), 6) for said in tokens for v in said["values"]}) > 3
 
 
 def test_with_adapters_it_trains_its_own(files):
