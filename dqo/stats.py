@@ -90,6 +90,28 @@ def accuracy_interval(per_problem_scores: ArrayLike) -> Interval:
     return _wilson(mean, _effective_trials(mean, squared_error, least=problems, most=most))
 
 
+def clustered_interval(sums: ArrayLike, counts: ArrayLike) -> Interval:
+    """Mean of shares in [0, 1] that come in P groups of unlike sizes; `sums` and `counts` (P,) are those of each group's shares.
+
+    The groups are the independent units. The standard error is that of a ratio (Cochran 1977, 6.3), and the interval Wilson's at
+    the equivalent number of trials, as in `accuracy_interval`: at least (sum counts)^2 / sum counts^2, that of groups which are
+    wholly right or wholly wrong, and for whole sums at most their count. Of one group nothing is known of others: one trial.
+    """
+    sums, counts = np.asarray(sums, float), np.asarray(counts, float)
+    if sums.ndim != 1 or sums.shape != counts.shape or not len(sums):
+        raise ValueError(f"sums {sums.shape} and counts {counts.shape} must be (groups,) alike, and not empty")
+    if not ((counts > 0) & (sums >= 0) & (sums <= counts)).all():
+        raise ValueError("each group needs a count above 0, and a sum between 0 and its count")
+    groups, total = len(sums), counts.sum()
+    mean = float(sums.sum() / total)
+    least = float(total**2 / (counts**2).sum())
+    if groups == 1:
+        return _wilson(mean, least)
+    squared_error = float(((sums - mean * counts) ** 2).sum()) / total**2 * groups / (groups - 1)
+    most = float(total) if (sums == np.round(sums)).all() else float("inf")
+    return _wilson(mean, _effective_trials(mean, squared_error, least=least, most=most))
+
+
 def mean_interval(values: ArrayLike) -> Interval | None:
     """The mean of independent runs, values (R,), with Student's interval; None for fewer than two."""
     values = np.asarray(values, float)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from dqo.config.options import Options, TrainConfig
+from dqo.config.options import Options
+
+
+VALUE_OPTIONS = ["critic_learning_rate", "value_warmup_steps", "critic_lr_scheduler_type", "critic_max_grad_norm"]
 
 
 def without_effect(options: Options, adapters: bool, held_out_given: bool) -> str:
@@ -15,7 +18,7 @@ def without_effect(options: Options, adapters: bool, held_out_given: bool) -> st
     """
     config, objective = options.train, options.objective
     reasons = {
-        "the method trains no value model": (objective.needs_values, ["critic_learning_rate", "value_warmup_steps"]),
+        "the method trains no value model": (objective.needs_values, VALUE_OPTIONS),
         "the method has no reference policy": (objective.needs_reference, ["ref_cache_dir"]),
         "no adapters are trained": (adapters, ["lora_r", "lora_alpha", "lora_target_modules"]),
         "the evaluation rows are given": (not held_out_given, ["eval_fraction"]),
@@ -30,10 +33,11 @@ def without_effect(options: Options, adapters: bool, held_out_given: bool) -> st
         "step rewards are not used": (config.process_reward not in (None, "none"), ["process_coef"]),
         "report_to is none": (config.report_to != "none", ["run_name", "project"]),
     }
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    values = options.flat()
+    defaults = {field.name: field.default for part in (config, objective) for field in dataclasses.fields(part)}
     found = []
     for reason, (used, names) in reasons.items():
-        idle = [n for n in names if n in options.sources and getattr(config, n) != defaults[n]]
+        idle = [n for n in names if n in options.sources and values[n] != defaults[n]]
         if idle and not used:
             found.append(f"{', '.join(idle)} ({reason})")
     return f"these options have no effect: {'; '.join(found)}" if found else ""

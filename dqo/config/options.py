@@ -116,6 +116,8 @@ class TrainConfig(RowOptions, _RunOptions):
     """The training makes this many optimizer steps. A number above 0 takes the place of num_train_epochs."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
     """The learning rates follow this schedule after the warm-up."""
+    critic_lr_scheduler_type: Literal["constant", "linear", "cosine"] | None = None
+    """The value model's learning rate follows this schedule after the warm-up. None takes lr_scheduler_type."""
     warmup_steps: float = 0
     """The learning rates rise linearly over this many steps. A number below 1 is a share of all steps."""
     weight_decay: float = 0.0
@@ -128,6 +130,8 @@ class TrainConfig(RowOptions, _RunOptions):
     """AdamW adds this to the root of the averaged squared gradients."""
     max_grad_norm: float = 1.0
     """The gradients of the policy and of the value model are each clipped to this norm."""
+    critic_max_grad_norm: float | None = None
+    """The gradients of the value model are clipped to this norm. None takes max_grad_norm."""
 
     logging_steps: int = 10
     """A row of metrics.jsonl is written every this many steps."""
@@ -206,6 +210,8 @@ class TrainConfig(RowOptions, _RunOptions):
             need(value < 1 or value == int(value), name, "a share of all steps below 1, or a whole number of steps")
         for name in ("learning_rate", "critic_learning_rate", "num_train_epochs", "max_grad_norm", "adam_epsilon"):
             need(getattr(self, name) > 0, name, "positive")
+        norm = self.critic_max_grad_norm
+        need(norm is None or norm > 0, "critic_max_grad_norm", "positive or None")
         need(self.lora_alpha > 0, "lora_alpha", "positive")
         coefficient = self.router_aux_loss_coef or 0.0
         need(coefficient >= 0, "router_aux_loss_coef", "at least 0")

@@ -77,7 +77,11 @@ class Trainer:
         some_unused = any(not self.models.keys() <= set(stretch.phase.trains) for stretch in self.stretches)
         module = wrap(self.learner, self.processes, self.config.bf16, some_unused)
         self.engine = Engine(module, self.learner, prepared.batching, self.processes)
-        self.rates = {"policy": self.config.learning_rate, "critic": self.config.critic_learning_rate}
+        config = self.config
+        self.rates = {"policy": config.learning_rate, "critic": config.critic_learning_rate}
+        kind, norm = config.lr_scheduler_type, config.max_grad_norm
+        self.schedules = {"policy": kind, "critic": config.critic_lr_scheduler_type or kind}
+        self.norms = {"policy": norm, "critic": config.critic_max_grad_norm or norm}
         betas = (self.config.adam_beta1, self.config.adam_beta2)
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             name: optim.make_optimizer(
@@ -148,13 +152,16 @@ class Trainer:
         sums, tokens = self.engine.in_memory(gradients, name_of_step, groups, companions_of(groups))
         self.window = metrics.add(self.window, sums)
         self.counters["num_tokens"] += tokens
-        factor = optim.schedule(step, self.steps, self.warmup, self.config.lr_scheduler_type)
-        logged = {"learning_rate": factor * self.rates["policy"] if "policy" in trains else 0.0}
         trained = {name: model for name, model in self.models.items() if name in trains}
+        rates = {
+            name: self.rates[name] * optim.schedule(step, self.steps, self.warmup, self.schedules[name])
+            for name in trained
+        }
+        logged = {"learning_rate": rates.get("policy", 0.0)}
         for name, model in trained.items():
             if name == "critic":
-                logged["critic/learning_rate"] = factor * self.rates["critic"]
-            norm = optim.clip(model, self.config.max_grad_norm)
+                logged["critic/learning_rate"] = rates["critic"]
+            norm = optim.clip(model, self.norms[name])
             if not math.isfinite(norm):
                 episodes = distinct(groups)
                 what = f"the gradient norm of the {name} is {norm}{wrong_gradients(model)}, on rows {rows_of(episodes)}"
@@ -162,7 +169,7 @@ class Trainer:
             logged["grad_norm" if name == "policy" else "critic/grad_norm"] = norm
         self.callbacks.call("on_pre_optimizer_step")
         for name in trained:
-            optim.update(self.optimizers[name], factor * self.rates[name])
+            optim.update(self.optimizers[name], rates[name])
         self.callbacks.call("on_optimizer_step")
         for name in trained:
             self.optimizers[name].zero_grad(set_to_none=True)

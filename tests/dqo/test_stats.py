@@ -13,6 +13,7 @@ from dqo.stats import (
     auc,
     auc_interval,
     calibration_bins,
+    clustered_interval,
     paired_test,
     pass_at_k,
 )
@@ -233,3 +234,31 @@ def test_equal_predictions_share_a_calibration_bin():
 
 def test_one_differing_problem_proves_nothing():
     assert paired_test([0.5, 0.25, 1.0], [0.5, 0.5, 1.0]).p_value == 1.0
+
+
+def test_a_mean_over_groups_of_one_size_has_the_interval_of_accuracies(rng):
+    scores = (rng.uniform(size=(60, 4)) < rng.uniform(size=(60, 1))).astype(float)
+    of_groups = clustered_interval(scores.sum(axis=1), np.full(60, 4))
+    assert of_groups == pytest.approx(accuracy_interval(scores))
+
+
+def test_groups_of_unlike_sizes_weigh_as_much_as_they_hold():
+    found = clustered_interval([3, 0, 2], [3, 1, 4])
+    assert found.mean == pytest.approx(5 / 8)
+    assert 0 < found.low < found.mean < found.high < 1
+
+
+def test_of_one_group_nothing_is_known_of_others():
+    assert clustered_interval([50], [100]) == clustered_interval([1], [2]) == pytest.approx((0.5, *_one_trial(0.5)))
+
+
+def _one_trial(mean):
+    z2 = stats.norm.ppf(0.975) ** 2
+    center, half = (mean + z2 / 2) / (1 + z2), sqrt(z2) / (1 + z2) * sqrt(mean * (1 - mean) + z2 / 4)
+    return center - half, center + half
+
+
+@pytest.mark.parametrize("sums, counts", [([2], [1]), ([-1], [1]), ([0], [0]), ([], []), ([1, 1], [1])])
+def test_impossible_sums_of_groups_are_refused(sums, counts):
+    with pytest.raises(ValueError, match="group"):
+        clustered_interval(sums, counts)

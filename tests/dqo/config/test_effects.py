@@ -14,6 +14,8 @@ CASES = [
     ({"method": "sft"}, {"critic_learning_rate": 1e-3}, "the method trains no value model", {"method": "oreo"}),
     ({"method": "kto"}, {"value_warmup_steps": 5}, "the method trains no value model", {"method": "dro"}),
     ({"value_model": "none"}, {"critic_learning_rate": 1e-3}, "the method trains no value model", {}),
+    ({"method": "dpo"}, {"critic_max_grad_norm": 0.5}, "the method trains no value model", {"method": "dqo"}),
+    ({"value_model": "none"}, {"critic_lr_scheduler_type": "linear"}, "the method trains no value model", {}),
     ({"method": "rft"}, {"ref_cache_dir": "cache"}, "the method has no reference policy", {"method": "dpo"}),
     ({}, {"lora_r": 4, "lora_alpha": 3.0}, "no adapters are trained", {"use_peft": True}),
     ({}, {"lora_target_modules": ["q_proj"]}, "no adapters are trained", {"use_peft": True}),

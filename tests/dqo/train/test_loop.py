@@ -19,6 +19,7 @@ from dqo.config.options import load_options
 from dqo.errors import UserError
 from dqo.models.new import save
 from dqo.objectives import OBJECTIVES
+from dqo.train import optim
 from dqo.train.checkpoint import checkpoints
 from dqo.train.engine import Planned
 from dqo.train.run import train
@@ -39,6 +40,19 @@ def logged(directory, key="loss"):
 def weights(directory):
     files = ["model.safetensors", *(["critic/model.safetensors"] if (directory / "critic").exists() else [])]
     return {f"{file}/{name}": tensor for file in files for name, tensor in load_file(directory / file).items()}
+
+
+def test_the_value_model_has_a_schedule_and_a_bound_of_its_own(files, monkeypatch):
+    bounds = []
+    clip = optim.clip
+    monkeypatch.setattr(optim, "clip", lambda model, norm: bounds.append(norm) or clip(model, norm))
+    options = {"lr_scheduler_type": "constant", "max_grad_norm": 2, "max_steps": 3, "logging_steps": 1}
+    run(files, **options, critic_lr_scheduler_type="linear", critic_max_grad_norm=0.5)
+    assert logged(files / "out", "learning_rate") == [1e-3] * 3
+    assert logged(files / "out", "critic/learning_rate") == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])
+    assert bounds == [2, 0.5] * 3
+    run(files, **options, output_dir=files / "same")  # without them it has those of the policy
+    assert logged(files / "same", "critic/learning_rate") == [1e-2] * 3 and bounds[6:] == [2, 2] * 3
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)

@@ -1,0 +1,57 @@
+"""Scores of tokens as scores of steps.
+
+`step_ends` are those of dqo.data.episodes.Episode: the index of the last token of each step. A step has the tokens behind the end
+of the step before it, and the last step also all that follows its end, such as the end token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def step_index(step_ends: Sequence[int], length: int) -> np.ndarray:
+    """(length,) int: the step of each token. Steps that end on one token share it: it is the first one's, the others are empty.
+
+    Raises:
+        ValueError: for ends that fall or lie outside of the response.
+    """
+    ends = np.asarray(step_ends, int)
+    if ends.ndim != 1 or (np.diff(ends) < 0).any() or (len(ends) and not 0 <= ends[0] <= ends[-1] < length):
+        raise ValueError(f"step_ends must rise and lie in a response of {length} tokens, got {list(step_ends)}")
+    return np.minimum(np.searchsorted(ends, np.arange(length)), max(len(ends) - 1, 0))
+
+
+def step_sums(values: ArrayLike, step_ends: Sequence[int]) -> np.ndarray:
+    """(S,) float64: the sum of `values` (T,) over the tokens of each step; (0,) without steps."""
+    values = np.asarray(values, float)
+    index = step_index(step_ends, len(values))
+    return np.bincount(index, weights=values, minlength=len(step_ends))[: len(step_ends)]
+
+
+def step_highest(values: ArrayLike, step_ends: Sequence[int]) -> np.ndarray:
+    """(S,) float64: the highest of `values` (T,) in each step, -inf in an empty one; (0,) without steps."""
+    values = np.asarray(values, float)
+    found = np.full(len(step_ends), -np.inf)
+    if len(step_ends):
+        np.maximum.at(found, step_index(step_ends, len(values)), values)
+    return found
+
+
+def highest_half(scores: ArrayLike) -> np.ndarray:
+    """(S,) bool: the steps with the highest `scores` (S,), half of them, rounded up; of equal ones the earlier."""
+    scores = np.asarray(scores, float)
+    chosen = np.argsort(-scores, kind="stable")[: (len(scores) + 1) // 2]
+    return np.isin(np.arange(len(scores)), chosen)
+
+
+def first_wrong_step(step_rewards: Sequence[float], process_reward: str | None = None) -> int | None:
+    """The first step, counted from 0, that its reward calls wrong; None where there is none, or no step has a reward.
+
+    A wrong step has a negative reward. Where rewards are potentials (`process_reward` "potential": the share of completions from
+    there that are right), it is the first after which no completion is right.
+    """
+    wrong = (lambda reward: reward == 0) if process_reward == "potential" else (lambda reward: reward < 0)
+    return next((i for i, reward in enumerate(step_rewards) if wrong(reward)), None)
