@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dqo.credit.quality import Judged, quality_of
+from dqo.credit.steps import first_wrong_step
 from dqo.data.episodes import Episode
 from dqo.grading.arith import ArithTask
 from dqo.stats import auc
@@ -22,7 +24,7 @@ def explained_variance(predicted: np.ndarray, observed: np.ndarray) -> float:
 
 def quality_of_values(values: Sequence[np.ndarray], episodes: Sequence[Episode]) -> dict[str, float | None]:
     """Explained variance of the outcome and AUC, in the first state, in the middle, and before the last token; what V is there on
-    the mean after right and wrong responses; and whether V falls most at the first wrong step."""
+    the mean of right and wrong responses; and what the changes of V say of the steps, see `quality_of_scores`."""
     rewards, labels = np.array([e.reward for e in episodes]), np.array([e.label for e in episodes])
     at = {
         "start": np.array([v[0] for v in values]),
@@ -37,24 +39,22 @@ def quality_of_values(values: Sequence[np.ndarray], episodes: Sequence[Episode])
     found["explained_variance/all"] = explained_variance(np.concatenate(list(values)), np.repeat(rewards, lengths))
     found["mean/right"], found["mean/wrong"] = float(at["end"][labels].mean()), float(at["end"][~labels].mean())
     changes = [np.diff(v, append=v[-1:]) for v in values]  # by each token; what the last one changes is not known
-    return found | localisation(changes, episodes)
+    return found | {f"changes/{name}": value for name, value in quality_of_scores(changes, episodes).items()}
 
 
-def localisation(scores: Sequence[np.ndarray], episodes: Sequence[Episode]) -> dict[str, float]:
-    """Of the responses with a wrong step, the share whose lowest step is the first wrong one, and the chance of that.
-
-    A step's score is the sum over its tokens; what follows the last step belongs to it.
-    """
-    hits, chances = [], []
-    for of_tokens, episode in zip(scores, episodes):
-        wrong = [i for i, reward in enumerate(episode.step_rewards) if reward < 0]
-        if wrong:
-            starts = [0, *(end + 1 for end in episode.step_ends[:-1])]
-            hits.append(int(np.add.reduceat(of_tokens, starts).argmin()) == wrong[0])
-            chances.append(1 / len(starts))
-    if not hits:
-        return {}
-    return {"first_wrong_step": float(np.mean(hits)), "chance": float(np.mean(chances)), "responses": float(len(hits))}
+def quality_of_scores(scores: Sequence[np.ndarray], episodes: Sequence[Episode]) -> dict[str, float | None]:
+    """AUC of the sums, over all responses and within a prompt; the share of responses whose lowest step is the first wrong one,
+    and that of a drawn step; each with the bounds of its interval."""
+    judged = [
+        Judged(e.prompt_index, e.label, s, e.step_ends, first_wrong_step(e.step_rewards))
+        for s, e in zip(scores, episodes)
+    ]
+    found: dict[str, float | None] = {}
+    for name, interval in quality_of(judged)._asdict().items():
+        found |= {name: None, f"{name}/low": None, f"{name}/high": None}
+        if interval is not None:
+            found |= {name: interval.mean, f"{name}/low": interval.low, f"{name}/high": interval.high}
+    return found
 
 
 def pass_rates(task: ArithTask, prompt: str, completion: str) -> np.ndarray:

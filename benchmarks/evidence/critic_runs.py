@@ -3,8 +3,8 @@
     python -m benchmarks.evidence.critic_runs RUN        (RUN/spec.json says what; the result goes to RUN/result.json)
 
 A task is a base model, its graded samples to train on, and samples of other problems. That of 6-10 steps is the demonstration's.
-The base models of longer chains begin from the demonstration's, and are fitted to some longer demonstrations. Fewer entries of the
-longest one's table are hard, so that samples are right often enough.
+The base models of longer chains begin from the demonstration's, and are fitted to some longer demonstrations. In the longest task
+fewer entries of the table are hard, so that samples are right often enough.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any
 from benchmarks.evidence.methods import per_problem
 from benchmarks.evidence.objectives import COMMON
 from dqo.config.options import options_of
+from dqo.data.episodes import make_episodes
+from dqo.data.rows import read_rows
 from dqo.demo.recipe import Recipe
 from dqo.demo.rollouts import distinct_problems, rng_of, write_demonstrations, write_graded, write_rollouts
 from dqo.errors import UserError
@@ -42,6 +44,7 @@ class Task:
 
 
 RECIPE = Recipe()
+SAMPLES = 2  # of each problem, by every trained policy
 DEMONSTRATION = "6-10"
 TASKS = {
     DEMONSTRATION: Task(RECIPE),
@@ -89,7 +92,18 @@ def make_task(name: str, demonstration: Path, output: Path) -> None:
         answers = [[answered.response for answered in row] for row in found.accuracy.sampling[:count]]
         write_graded(task.arith, task.problems(seed)[:count], found.tokenizer, answers, output / "held_out.jsonl")
     accuracy = {decoding: float(per_problem(s).mean()) for decoding, s in scores.items()}
-    write_json(output / "task.json", {"name": name, "seed": seed, "base": accuracy})
+    exact = _quality_of_pass_rates(task, found.tokenizer, output / "held_out.jsonl")
+    write_json(output / "task.json", {"name": name, "seed": seed, "base": accuracy, "exact": exact})
+
+
+def _quality_of_pass_rates(task: Task, tokenizer, held_out: Path) -> dict[str, Any]:
+    """What the best critic would know: it says the demonstrator's exact chance, which the base model imitates."""
+    from benchmarks.evidence.critic_quality import pass_rates, quality_of_values
+
+    rows = read_rows(str(held_out))
+    episodes = make_episodes(rows, tokenizer, vocab_size=len(tokenizer), max_length=256)
+    rates = [pass_rates(task.arith, str(r.prompt), str(r.completion))[: e.action_count] for r, e in zip(rows, episodes)]
+    return quality_of_values(rates, episodes)
 
 
 def _make_long_task(task: Task, initial: Path, output: Path, seed: int) -> None:
@@ -119,8 +133,8 @@ def _make_long_task(task: Task, initial: Path, output: Path, seed: int) -> None:
 
 
 def run(directory: Path) -> None:
-    """Trains what spec.json says, and measures: {"task": a task's directory, "options": of `dqo train`, "evaluate": whether the
-    policy answers problems}."""
+    """Trains what spec.json says, and measures: {"task": a task's directory, "options": of `dqo train`, "evaluate_at": updates
+    after which the held-out responses are looked at, "answers": whether the policy answers problems}."""
     from transformers import TrainerCallback
 
     from dqo.data.batches import distinct
@@ -139,8 +153,9 @@ def run(directory: Path) -> None:
         def on_step_begin(self, *_, **__):
             self.begun = time.process_time()
 
-        def on_step_end(self, *_, **__):
+        def on_step_end(self, args, state, control, **_):
             self.seconds += time.process_time() - self.begun
+            control.should_evaluate |= state.global_step in spec["evaluate_at"]
 
         def on_evaluate(self, args, state, control, **_):
             found = quality(trainer, distinct(trainer.prepared.held_out))
@@ -153,22 +168,22 @@ def run(directory: Path) -> None:
     trainer.finish()
     result: dict[str, Any] = {"spec": spec, "updates": trainer.steps, "stages": stages}
     result |= {"cpu_seconds": meter.seconds, "wall_seconds": trainer.counters["train_seconds"]}
-    if spec["evaluate"]:
+    if spec["answers"]:
         from dqo.demo.report import evaluate_model
 
         told = json.loads((place / "task.json").read_text())
         task = TASKS[told["name"]]
         problems, seed = task.problems(told["seed"]), spec["options"]["seed"]
-        found = evaluate_model(directory.parent.name, directory / "run", problems, task.recipe, seed)
+        recipe = replace(task.recipe, eval_samples=SAMPLES)
+        found = evaluate_model(directory.parent.name, directory / "run", problems, recipe, seed)
         result |= found.accuracy.scores()
     write_json(directory / "result.json", result)
 
 
 def quality(trainer, episodes) -> dict[str, Any]:
     """Of the value model (soft values where there is none), and of beta * log(pi / ref) of each token."""
-    from benchmarks.evidence.critic_quality import localisation, quality_of_values
+    from benchmarks.evidence.critic_quality import quality_of_scores, quality_of_values
     from dqo.models.policy import policy_stats
-    from dqo.stats import auc
     from dqo.train.held_out import of_each
     from dqo.train.learner import values_of
 
@@ -184,8 +199,7 @@ def quality(trainer, episodes) -> dict[str, Any]:
 
     pairs = of_each(trainer.engine, of_batch, episodes, "held-out tokens")
     values, ratios = [v for v, _ in pairs], [r for _, r in pairs]
-    of_ratio = localisation(ratios, episodes) | {"auc": auc([r.sum() for r in ratios], [e.label for e in episodes])}
-    return {"value": quality_of_values(values, episodes), "log_ratio": of_ratio}
+    return {"value": quality_of_values(values, episodes), "log_ratio": quality_of_scores(ratios, episodes)}
 
 
 if __name__ == "__main__":

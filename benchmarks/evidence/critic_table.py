@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.evidence.critic_runs import DEMONSTRATION
 from benchmarks.evidence.methods import DECODINGS, per_problem
 from benchmarks.harness.environment import commit
 from dqo.stats import paired_test
@@ -16,8 +17,9 @@ from dqo.train.record import machine
 COMMAND = "python -m benchmarks.evidence.critics OUT --demonstration DIR"
 
 
-def summarise(results: Sequence[tuple[Any, dict]], bases: dict, default: str, missing: list[str]) -> dict:
-    """What goes to critics.json. `results`: each run as it was planned (stage, task, variant, seed), with its result.json."""
+def summarise(results: Sequence[tuple[Any, dict]], tasks: list[dict], default: str, missing: list[str]) -> dict:
+    """What goes to critics.json. `results`: each run as it was planned (stage, task, variant, seed), with its result.json;
+    `tasks`: the task.json of each."""
     screen = [
         {"critic": run.variant, "seed": run.seed, **stage}
         for run, found in results
@@ -26,7 +28,7 @@ def summarise(results: Sequence[tuple[Any, dict]], bases: dict, default: str, mi
         if stage["update"] > 0
     ]
     facts = {"command": COMMAND, "date": datetime.date.today().isoformat(), "commit": commit(), **machine()}
-    facts |= {"base": bases, "options": {run.variant: found["spec"]["options"] for run, found in results}}
+    facts |= {"tasks": tasks, "options": {run.variant: found["spec"]["options"] for run, found in results}}
     found = {"screen": screen, "policy": _compared(results, "policy", default)}
     found["lambda"] = _compared(results, "lambda", "lam-1.0-trajectory")
     return {**facts, **found, "not_run": missing}
@@ -48,7 +50,7 @@ def _row(task: str, variant: str, seeds: dict[int, dict], default: dict[int, dic
         row[name] = float(np.mean([run[name] for run in runs]))
     last = [run["stages"][-1] for run in runs]
     for part in ("value", "log_ratio"):
-        row[part] = {name: float(np.mean([stage[part][name] for stage in last])) for name in last[0][part]}
+        row[part] = {name: _mean([stage[part][name] for stage in last]) for name in last[0][part]}
     shared = sorted(seeds.keys() & default.keys())
     for decoding in DECODINGS:
         means = [float(per_problem(run[decoding]).mean()) for run in runs]
@@ -63,26 +65,33 @@ def _row(task: str, variant: str, seeds: dict[int, dict], default: dict[int, dic
     return row
 
 
+def _mean(values: list[float | None]) -> float | None:
+    """None where a run has none."""
+    return None if None in values else float(np.mean(values))  # type: ignore[arg-type]
+
+
 def tables(summary: dict) -> str:
     """Markdown."""
-    found = [_screen_table(summary["screen"])] if summary["screen"] else []
+    exact = [("exact chance", task["exact"]) for task in summary["tasks"] if task["name"] == DEMONSTRATION]
+    found = [_screen_table(summary["screen"], exact)] if summary["screen"] else []
     found += [_policy_table(summary[stage]) for stage in ("policy", "lambda") if summary[stage]]
     if summary["not_run"]:
         found.append(f"Not run: {len(summary['not_run'])} runs, which are named in critics.json.")
     return "\n\n".join(found)
 
 
-def _screen_table(rows: list[dict]) -> str:
+def _screen_table(rows: list[dict], exact: list[tuple[str, dict]]) -> str:
     head = (
         "| critic | updates | CPU s | explains, start | half | end | AUC, half | end | wrong step lowest | by chance |"
     )
     lines = [head, "|---" * 10 + "|"]
-    for row in rows:
-        of = row["value"]
-        cells = [row["critic"], str(row["update"]), f"{row['cpu_seconds']:.0f}"]
+    found = [((name, "", ""), quality) for name, quality in exact]
+    found += [((row["critic"], str(row["update"]), f"{row['cpu_seconds']:.0f}"), row["value"]) for row in rows]
+    for names, of in found:
+        cells = list(names)
         cells += [f"{of[f'explained_variance/{place}']:.3f}" for place in ("start", "half", "end")]
         cells += [f"{of[f'auc/{place}']:.2f}" for place in ("half", "end")]
-        cells += [f"{of[name]:.0%}" for name in ("first_wrong_step", "chance")]
+        cells += [f"{of[f'changes/first_wrong_step{which}']:.0%}" for which in ("", "_chance")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -99,6 +108,7 @@ def _policy_table(rows: list[dict]) -> str:
             of = row[decoding]
             cells.append(f"{100 * of['minus_default']:+.1f} ({of['p_value']:.1g})" if "p_value" in of else "")
         cells += [str(row["updates"]), f"{row['cpu_seconds']:.0f}", f"{row['value']['explained_variance/end']:.3f}"]
-        cells += [f"{row[part]['first_wrong_step']:.0%}" for part in ("value", "log_ratio")]
+        cells.append(f"{row['value']['changes/first_wrong_step']:.0%}")
+        cells.append(f"{row['log_ratio']['first_wrong_step']:.0%}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

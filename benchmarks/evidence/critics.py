@@ -27,9 +27,11 @@ from benchmarks.evidence.critic_table import summarise, tables
 from benchmarks.evidence.objectives import COMMON
 
 RESULTS = Path(__file__).parents[1] / "results"
-DQO = COMMON | {"method": "dqo", "beta": 0.2, "critic_learning_rate": 1e-3, "save_steps": 10_000, "eval_fraction": 0.0}
+DQO = COMMON | {"method": "dqo", "beta": 0.2, "critic_learning_rate": 1e-3, "lam": 1.0, "is_level": "trajectory"}
+DQO |= {"save_steps": 10_000}  # a run that is killed begins anew
 POLICY_UPDATES = 128
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
+LOOKS = (64, 128, 256)  # updates after which a critic that is trained alone is looked at, beside the last
 EPOCH = 64  # updates of 256 responses, of the demonstration's 16,384
 
 # The critics, as options of `dqo train`. {screen} is the directory of the screen's runs.
@@ -67,7 +69,7 @@ class Planned:
     variant: str
     seed: int
     options: dict[str, Any]
-    evaluate: bool  # whether the policy answers problems
+    evaluate_at: tuple[int, ...]  # updates after which the critic's knowledge is measured, beside the last
 
     def directory(self, output: Path) -> Path:
         return output / self.stage / self.task / self.variant / f"seed-{self.seed}"
@@ -77,25 +79,25 @@ def planned(stage: str) -> list[Planned]:
     """The stage's runs, the most telling first."""
     if stage == "screen":
         return [
-            Planned(stage, DEMONSTRATION, name, TUNING_SEED, _critic_alone(*screened), False)
+            Planned(stage, DEMONSTRATION, name, TUNING_SEED, _critic_alone(*screened), LOOKS)
             for name, screened in SCREEN.items()
         ]
     if stage == "policy":
         return [
-            Planned(stage, task, name, seed, _with_policy(options), True)
+            Planned(stage, task, name, seed, _with_policy(options), ())
             for task in TASKS
             for seed in SEEDS
             for name, options in POLICY.items()
         ]
     return [
-        Planned(stage, DEMONSTRATION, name, seed, _with_policy(options), True)
+        Planned(stage, DEMONSTRATION, name, seed, _with_policy(options), ())
         for seed in SEEDS
         for name, options in LAMBDA.items()
     ]
 
 
 def _critic_alone(options: dict[str, Any], updates: int) -> dict[str, Any]:
-    return options | {"max_steps": updates, "value_warmup_steps": updates, "eval_steps": EPOCH}
+    return options | {"max_steps": updates, "value_warmup_steps": updates}
 
 
 def _with_policy(options: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +110,12 @@ def spec_of(run: Planned, output: Path) -> dict[str, Any]:
     own = {k: v.format(screen=output / "screen") if isinstance(v, str) else v for k, v in run.options.items()}
     files = {"model_name_or_path": "base", "dataset_name": "rollouts.jsonl", "eval_dataset_name": "held_out.jsonl"}
     places = {name: str(task / file) for name, file in (files | {"ref_cache_dir": "ref_cache"}).items()}
-    return {"task": str(task), "options": DQO | own | places | {"seed": run.seed}, "evaluate": run.evaluate}
+    return {
+        "task": str(task),
+        "options": DQO | own | places | {"seed": run.seed},
+        "evaluate_at": list(run.evaluate_at),
+        "answers": run.stage != "screen",
+    }
 
 
 def result_of(run: Planned, output: Path) -> dict[str, Any] | None:
@@ -168,10 +175,10 @@ def main() -> None:
     output = arguments.output.resolve()
     failed = [] if arguments.table else go_on(wanted, output, arguments.demonstration)
     results = [(run, found) for run in every if (found := result_of(run, output)) is not None]
-    bases = {name: json.loads(path.read_text())["base"] for name in TASKS
-             if (path := output / "tasks" / name / "task.json").exists()}  # fmt: skip
+    files = [output / "tasks" / name / "task.json" for name in TASKS]
+    tasks = [json.loads(path.read_text()) for path in files if path.exists()]
     missing = [f"{run.stage} {run.task} {run.variant} {run.seed}" for run in every if result_of(run, output) is None]
-    summary = summarise(results, bases, DEFAULT, missing)
+    summary = summarise(results, tasks, DEFAULT, missing)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "critics.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(tables(summary))
