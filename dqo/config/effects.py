@@ -19,6 +19,7 @@ def without_effect(options: Options, adapters: bool, held_out_given: bool) -> st
     config, objective = options.train, options.objective
     reasons = {
         "the method trains no value model": (objective.needs_values, VALUE_OPTIONS),
+        "value_model is not implicit": (objective.value_kind == "implicit", ["implicit_beta"]),
         "the method has no reference policy": (objective.needs_reference, ["ref_cache_dir"]),
         "no adapters are trained": (adapters, ["lora_r", "lora_alpha", "lora_target_modules"]),
         "the evaluation rows are given": (not held_out_given, ["eval_fraction"]),
@@ -37,7 +38,7 @@ def without_effect(options: Options, adapters: bool, held_out_given: bool) -> st
     defaults = {field.name: field.default for part in (config, objective) for field in dataclasses.fields(part)}
     found = []
     for reason, (used, names) in reasons.items():
-        idle = [n for n in names if n in options.sources and values[n] != defaults[n]]
+        idle = [n for n in names if n in options.sources and n in values and values[n] != defaults[n]]
         if idle and not used:
             found.append(f"{', '.join(idle)} ({reason})")
     return f"these options have no effect: {'; '.join(found)}" if found else ""

@@ -21,7 +21,8 @@ from dqo.errors import UserError
 from dqo.evaluation.options import EvalConfig
 from dqo.models import attention
 from dqo.models.critic import load_critic
-from dqo.models.policy import load_policy
+from dqo.models.implicit_value import ImplicitValue
+from dqo.models.policy import load_policy, weights_hash
 
 _TOKENS = {"cpu": 4096}  # of a batch, padding included
 _MORE_TOKENS = 16_384
@@ -60,19 +61,28 @@ def load_models(config: EvalConfig, policy: PreTrainedModel, pad_id: int) -> Mod
             )
         value_model = load_critic(path, policy.device)
         value_model.eval()
-    if "reference" in needs:
-        name, beta = reference_of(config)
-        reference = load_policy(name, policy.device, policy.dtype)
+    of_value = isinstance(value_model, ImplicitValue)
+    if "reference" in needs or of_value:
+        scorer = "scorer implicit" if "reference" in needs else "scorer value"
+        name, beta = reference_of(config, scorer)
+        reference = load_policy(name, policy.device, torch.float32 if of_value else policy.dtype)
         sizes = [model.config.get_text_config().vocab_size for model in (policy, reference)]
         if sizes[0] != sizes[1]:
+            raise UserError(f"{scorer}: the reference {name} has {sizes[1]:,} tokens, and the model has {sizes[0]:,}")
+        if (
+            isinstance(value_model, ImplicitValue)
+            and weights_hash(reference, torch.float32) != value_model.scale.reference
+        ):
             raise UserError(
-                f"scorer implicit: the reference {name} has {sizes[1]:,} tokens, and the model has {sizes[0]:,}"
+                f"scorer value: the value model in {path} was fitted with another reference than {name}; give that one as "
+                "--ref_model_name_or_path"
             )
     return Models(policy, pad_id, value_model, reference, beta)
 
 
-def reference_of(config: EvalConfig) -> tuple[str, float]:
-    """The reference policy's name and beta: as given, else those of the training run that wrote the model's directory."""
+def reference_of(config: EvalConfig, scorer: str = "scorer implicit") -> tuple[str, float]:
+    """The reference policy's name and beta: as given, else those of the training run that wrote the model's directory. `scorer`
+    needs it, for messages."""
     directory = Path(str(config.model_name_or_path))
     found: dict[str, Any] = {}
     for folder in (directory, directory.parent):  # a run's output_dir, or a checkpoint in it
@@ -81,7 +91,7 @@ def reference_of(config: EvalConfig) -> tuple[str, float]:
     name = config.ref_model_name_or_path or found.get("ref_model_name_or_path") or found.get("model_name_or_path")
     if name is None:
         raise UserError(
-            f"scorer implicit: {directory} has no config.yaml of a training run that names its reference; give "
+            f"{scorer}: {directory} has no config.yaml of a training run that names its reference; give "
             "--ref_model_name_or_path"
         )
     beta = config.beta if config.beta is not None else found.get("beta")

@@ -2,10 +2,11 @@
 
     separate   the policy's trunk, copied, with one zero output a token; a transformers token-classification model
     head       a two-layer perceptron on the policy's detached hidden states, its last layer zero
+    implicit   a language model, whose log-ratio to the reference tells how likely success is (implicit_value.py)
 
-Both say V = 0 at the start. `separate` is saved as AutoModelForTokenClassification (num_labels=1), as other trainers load a
-critic; where transformers has no such class for an architecture, `load_critic` makes it of the trunk and transformers' generic
-head. `head` as critic/value_head.safetensors, which no class of transformers describes.
+The first two say V = 0 at the start. `separate` is saved as AutoModelForTokenClassification (num_labels=1), as other trainers
+load a critic; where transformers has no such class for an architecture, `load_critic` makes it of the trunk and transformers'
+generic head. `head` as critic/value_head.safetensors, which no class of transformers describes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import copy
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,6 +30,7 @@ from transformers.modeling_layers import GenericForTokenClassification
 
 from dqo.data.batches import Batch
 from dqo.errors import UserError
+from dqo.models.implicit_value import IMPLICIT_FILE, ImplicitValue, load_implicit_value, save_implicit_value
 from dqo.models.lora import add_adapter
 from dqo.models.policy import hidden_positions, ready
 
@@ -126,13 +128,38 @@ def value_model_from(policy: PreTrainedModel) -> PreTrainedModel:
     return ready(value_model, policy.device)
 
 
+def backbone(value_model: nn.Module | None) -> PreTrainedModel | None:
+    """The model of transformers in a value model; None in a ValueHead, which reads the policy's hidden states."""
+    found = value_model.model if isinstance(value_model, ImplicitValue) else value_model
+    return found if isinstance(found, PreTrainedModel) else None
+
+
+class Valued(NamedTuple):
+    """What a value model says of a batch, float32."""
+
+    values: Tensor  # (N,) V(s_t) of every row
+    ends: Tensor  # (B,) V(s_{T+1}) after the last action of every episode
+    loss: Tensor | None = (
+        None  # (B,) what it is fitted by, where that is a loss of its own; its values have no gradient then
+    )
+
+
 def value_rows(
     value_model: nn.Module, batch: Batch, hidden: Tensor | None = None, bf16: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """V(s_t) of every row (N,), and V(s_{T+1}) after the last action of every episode (B,), float32.
+    """V(s_t) of every row (N,), and V(s_{T+1}) after the last action of every episode (B,), float32; see `valued`."""
+    return valued(value_model, batch, hidden, bf16)[:2]
 
-    `hidden` are the policy's (P, D) hidden states, which a ValueHead reads without a gradient to them.
+
+def valued(value_model: nn.Module, batch: Batch, hidden: Tensor | None = None, bf16: bool = False) -> Valued:
+    """What a value model says of a batch.
+
+    Args:
+        hidden: the policy's (P, D) hidden states, which a ValueHead reads without a gradient to them.
     """
+    if isinstance(value_model, ImplicitValue):
+        before, after = value_model.logits(batch, bf16)
+        return Valued(*value_model.values(before, after, batch), value_model.loss(after, batch))
     wanted = torch.cat([batch.states, batch.end_states])
     if isinstance(value_model, ValueHead):
         assert hidden is not None
@@ -142,8 +169,7 @@ def value_rows(
         score = score_of(value_model)
         own = hidden_positions(value_model, batch, bf16)[wanted]
         values = nn.functional.linear(own.to(score.weight.dtype), score.weight, score.bias)[:, 0]
-    rows, ends = values.float().split([len(batch.states), len(batch.end_states)])
-    return rows, ends
+    return Valued(*values.float().split([len(batch.states), len(batch.end_states)]))
 
 
 def save_value_model(value_model: nn.Module, state: dict[str, Tensor], directory: Path) -> None:
@@ -151,6 +177,9 @@ def save_value_model(value_model: nn.Module, state: dict[str, Tensor], directory
     if isinstance(value_model, ValueHead):
         directory.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, directory / HEAD_FILE)
+        return
+    if isinstance(value_model, ImplicitValue):
+        save_implicit_value(value_model, state, directory)
         return
     with torch.device("meta"):
         # without adapters or shards: only its names and config are used
@@ -166,6 +195,8 @@ def load_critic(path: Path, device: torch.device | str = "cpu") -> nn.Module:
         head = ValueHead(state["inner.weight"].shape[0])
         head.load_state_dict(state)
         return head.to(device)
+    if (path / IMPLICIT_FILE).exists():
+        return load_implicit_value(path, device)
     config, classifier = _classifier(AutoConfig.from_pretrained(path))
     loaded: Any = classifier.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
     value_model, loading = loaded

@@ -184,12 +184,12 @@ def policy_stats(policy: PreTrainedModel, batch: Batch, bf16: bool = False) -> T
     return head_stats(policy, hidden_positions(policy, batch, bf16)[batch.states], batch.actions)
 
 
-def weights_hash(model: PreTrainedModel) -> str:
-    """sha256 of the parameters' names and bytes."""
+def weights_hash(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
+    """sha256 of the parameters' names and bytes; in float32 a model has one hash, in whatever type of its files it is loaded."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().to(dtype=dtype).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

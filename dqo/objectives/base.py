@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from dqo_kernels import TokenStats
 
 UNITS = ("token", "response", "group")
+VALUE_KINDS = ("separate", "head", "implicit", "none")
+IMPLICIT_BETA = 0.5  # the default of implicit_beta
 MODELS = ("policy", "critic")
 
 
@@ -122,7 +124,7 @@ class Objective:
 
     @property
     def value_kind(self) -> str:
-        """Which value model is made: "separate", "head" or "none"; the option value_model where there is one."""
+        """Which value model is made, one of VALUE_KINDS; the option value_model where there is one."""
         return getattr(self, "value_model", "none")
 
     @property
@@ -152,8 +154,8 @@ class Objective:
 
     def problems(self) -> list[tuple[str, str]]:
         """(field, what is wrong) of every value out of range."""
-        beta = getattr(self, "beta", None)
-        return [("beta", f"must be positive, got {beta}")] if beta is not None and not beta > 0 else []
+        factors = {name: getattr(self, name, None) for name in ("beta", "implicit_beta")}
+        return [(name, f"must be positive, got {x}") for name, x in factors.items() if x is not None and not x > 0]
 
     def below(self, least: float, *names: str) -> list[tuple[str, str]]:
         """(field, what is wrong) of those of these fields that are less than `least`; None passes where the type has it."""
@@ -201,9 +203,10 @@ class Objective:
             stats: of N response tokens, those of the environment left out: logprobs, lse, entropy (N,); kl where `needs_kl`.
             rows: columns (N,): rewards, label (1 on every token of a response that counts as correct), turn_end (1 on the last
                 token of each turn, else 0), group (0, 1, ... of the response among those of this call), those of `prepare`, and
-                where there are such ref_logprobs, ref_lse, behavior_logprobs, values (differentiable), bootstrap (V of the last
-                state of a response that was cut, on its last row), target_values (of the value model's moving average) and
-                companion_mean.
+                where there are such ref_logprobs, ref_lse, behavior_logprobs, values (differentiable, unless there is
+                value_loss), bootstrap (V of the last state of a response that was cut, on its last row), target_values (of the
+                value model's moving average), value_loss (of a value model with a loss of its own, differentiable, a
+                response's on its last row; see `sums.value_losses`) and companion_mean.
             cu_seqlens: (B+1,) boundaries of the responses.
 
         Returns:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from dqo.objectives.base import Objective
+from dqo.objectives.base import IMPLICIT_BETA, Objective
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,12 @@ class DQO(Objective):
     """The policy loss is multiplied by this factor."""
     value_coef: float = 1.0
     """The value loss is multiplied by this factor."""
-    value_model: Literal["separate", "head", "none"] = "separate"
+    value_model: Literal["separate", "head", "implicit", "none"] = "separate"
     """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
-    hidden states. "none" takes soft values from the logsumexp."""
+    hidden states. "implicit" trains a copy of the policy whose log-ratio to the reference is the logit of success. "none" takes
+    soft values from the logsumexp."""
+    implicit_beta: float = IMPLICIT_BETA
+    """The log-ratio of an implicit value model is multiplied by this."""
     kl_coef: float = 0.0
     """The exact KL to the reference, a token, is multiplied by this and added. Above 0 the reference stays in memory."""
     target_ema: float | None = None
@@ -74,6 +77,13 @@ class DQO(Objective):
         if self.is_cap is not None and self.is_floor is not None and self.is_floor > self.is_cap:
             found.append(("is_floor", f"must be at most is_cap = {self.is_cap}, got {self.is_floor}"))
         found += self.below(0, "kl_coef", "policy_scale", "value_coef")
+        if self.value_kind == "implicit":
+            if self.gamma != 1.0:
+                found.append(
+                    ("gamma", f"must be 1 with value_model implicit, which is fitted to outcomes, got {self.gamma}")
+                )
+            if self.target == "residual":
+                found.append(("target", "must be detach with value_model implicit, whose values have no gradient"))
         if self.target_ema is not None:
             if not 0 <= self.target_ema < 1:
                 found.append(("target_ema", f"must be in [0, 1) or None, got {self.target_ema}"))
@@ -84,7 +94,7 @@ class DQO(Objective):
         return found
 
     def __call__(self, stats, rows, cu_seqlens):
-        from dqo.objectives.sums import Regression, mean_metric, regression_metrics, response_metrics
+        from dqo.objectives.sums import Regression, mean_metric, regression_metrics, response_metrics, value_losses
         from dqo_kernels import soft_bellman
 
         terms = soft_bellman(
@@ -111,12 +121,13 @@ class DQO(Objective):
         )
         # terms.returns: G_t. terms.advantages: r_t + gamma * G_{t+1} - V(s_t). terms.weights: w
         loss = self.policy_scale * terms.policy_loss.sum()  # eq. 4.7: w/2 (beta * delta_t - advantage)^2
+        value_loss = value_losses(rows, cu_seqlens, terms.value_loss)  # eq. 4.6: w/2 (V(s_t) - G_t)^2
         if self.target == "detach":
-            loss = loss + self.value_coef * terms.value_loss.sum()  # eq. 4.6: w/2 (V(s_t) - G_t)^2
+            loss = loss + self.value_coef * value_loss.sum()
         values = rows["values"] if self.needs_values else self.beta * (stats.lse - rows["ref_lse"])
         scaled_ratio = self.beta * (stats.logprobs - rows["ref_logprobs"])
         fitted = Regression(values, terms.returns, scaled_ratio, terms.advantages)
-        metrics = regression_metrics(terms.policy_loss, terms.value_loss, fitted) | {
+        metrics = regression_metrics(terms.policy_loss, value_loss, fitted) | {
             "sampling/importance_sampling_ratio/mean": mean_metric(terms.weights),
             "importance_weight/clipped_frac": mean_metric(self._clipped(stats, rows, cu_seqlens)),
         }

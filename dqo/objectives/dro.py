@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from dqo.objectives.base import Objective
+from dqo.objectives.base import IMPLICIT_BETA, Objective
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,11 @@ class DRO(Objective):
     """The policy loss is multiplied by this factor. None takes the paper's 1 / beta."""
     value_coef: float = 1.0
     """The value loss is multiplied by this factor."""
-    value_model: Literal["separate", "head"] = "separate"
+    value_model: Literal["separate", "head", "implicit"] = "separate"
     """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
-    hidden states."""
+    hidden states. "implicit" trains a copy of the policy whose log-ratio to the reference is the logit of success."""
+    implicit_beta: float = IMPLICIT_BETA
+    """The log-ratio of an implicit value model is multiplied by this."""
 
     fits_rewards: ClassVar[bool] = True
 
@@ -33,13 +35,14 @@ class DRO(Objective):
         return super().problems() + self.below(0, "policy_scale", "value_coef")
 
     def __call__(self, stats, rows, cu_seqlens):
-        from dqo.objectives.sums import regression_metrics, response_metrics, response_regression
+        from dqo.objectives.sums import regression_metrics, response_metrics, response_regression, value_losses
 
         fitted = response_regression(
             stats, rows, cu_seqlens, self.beta
         )  # scaled_ratio is beta * S, its target R - V(x)
         policy_loss = 0.5 * (fitted.scaled_ratio - fitted.advantages).square()  # (B,) eq. 8
         value_loss = 0.5 * (fitted.values - fitted.returns).square()  # (B,) eq. 7
+        value_loss = value_losses(rows, cu_seqlens, value_loss)
         scale = 1.0 / self.beta if self.policy_scale is None else self.policy_scale
         metrics = regression_metrics(policy_loss, value_loss, fitted)
         metrics |= response_metrics(stats, rows, cu_seqlens, self.beta)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from dqo.objectives.base import Objective
+from dqo.objectives.base import IMPLICIT_BETA, Objective
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,11 @@ class OREO(Objective):
     """Which states count: "token" takes the state of every token (the paper), "response" the first of each response."""
     value_coef: float = 1.0
     """The value loss is multiplied by this factor."""
-    value_model: Literal["separate", "head"] = "separate"
+    value_model: Literal["separate", "head", "implicit"] = "separate"
     """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
-    hidden states."""
+    hidden states. "implicit" trains a copy of the policy whose log-ratio to the reference is the logit of success."""
+    implicit_beta: float = IMPLICIT_BETA
+    """The log-ratio of an implicit value model is multiplied by this."""
 
     fits_rewards: ClassVar[bool] = True
 
@@ -39,10 +41,11 @@ class OREO(Objective):
         return super().problems() + self.below(0, "alpha", "value_coef")
 
     def __call__(self, stats, rows, cu_seqlens):
-        from dqo.objectives.sums import mean_metric, regression_metrics, response_metrics, sequence_means
+        from dqo.objectives.sums import mean_metric, regression_metrics, response_metrics, sequence_means, value_losses
 
         terms = self._tokens if self.level == "token" else self._responses
         policy_loss, value_loss, fitted = terms(stats, rows, cu_seqlens)  # the losses (B,)
+        value_loss = value_losses(rows, cu_seqlens, value_loss)
         metrics = regression_metrics(policy_loss, value_loss, fitted)
         metrics |= response_metrics(stats, rows, cu_seqlens, self.beta)
         loss = policy_loss.sum() + self.value_coef * value_loss.sum()

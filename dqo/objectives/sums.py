@@ -40,6 +40,12 @@ def response_regression(stats: TokenStats, rows: dict[str, Tensor], cu_seqlens: 
     return Regression(values, outcome - scaled_ratio.detach(), scaled_ratio, outcome - values.detach())
 
 
+def value_losses(rows: dict[str, Tensor], cu_seqlens: Tensor, regression: Tensor) -> Tensor:
+    """What the value model is fitted by: (B,) its own loss where it has one, otherwise its `regression` to returns."""
+    own = rows.get("value_loss")
+    return regression if own is None else own[cu_seqlens[1:] - 1]
+
+
 def mean_metric(x: Tensor, where: Tensor | None = None) -> Tensor:
     """(2,): [sum, count] of x, over `where` when given."""
     x = x.detach()
@@ -79,7 +85,8 @@ def response_metrics(
 
 
 def regression_metrics(policy_loss: Tensor, value_loss: Tensor, fitted: Regression) -> dict[str, Tensor]:
-    """The losses before their factors, with an entry for each unit, and what is fitted in the states.
+    """The losses before their factors, with an entry for each unit (for each response where the value model has a loss of its
+    own), and what is fitted in the states.
 
     loss/policy and loss/value are equal numbers wherever both regressions have the same residual, beta * log(pi/ref) -
     advantage = V - return (DRO, OREO, and DQO without target_ema at lam 1 and policy_target return, its defaults, or at

@@ -2,7 +2,7 @@
 
 base_model/      config.json model.safetensors                what the policy's adapter is of, where that lies nowhere else
 checkpoint-600/  config.json model.safetensors tokenizer*     the policy; with LoRA its adapter, in peft's layout
-                 critic/                                      the value model, AutoModelForTokenClassification
+                 critic/                                      the value model, AutoModelForTokenClassification if separate
                  adapters.safetensors                         LoRA: what is trained of policy and value model
                  target.safetensors                           the value model's moving average, where there is one
                  optimizer.safetensors                        AdamW states of both
@@ -148,9 +148,9 @@ def save_models(
     policy = in_dtype(learner.policy, whole_state(learner.policy), dtype)
     critic = None
     if learner.value_model is not None and value_model:
-        critic = learner.value_model.state_dict()
-        if has_adapter(learner.value_model):
-            critic = merged_state(learner.value_model)
+        critic = (
+            merged_state(learner.value_model) if has_adapter(learner.value_model) else whole_state(learner.value_model)
+        )
         critic = in_dtype(learner.value_model, {name: whole(tensor) for name, tensor in critic.items()}, dtype)
     if processes.main:
         if has_adapter(learner.policy):

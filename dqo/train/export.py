@@ -23,8 +23,9 @@ from dqo.data.ends import ends_of
 from dqo.errors import UserError
 from dqo.files import check_room, remove_asides, sync, sync_tree, temporary, writing
 from dqo.models.adapters import adapter_base, attach, merged
-from dqo.models.critic import load_critic, make_value_model, score_of
+from dqo.models.critic import HEAD_FILE, load_critic, make_value_model, score_of
 from dqo.models.fitness import position_limit
+from dqo.models.implicit_value import IMPLICIT_FILE
 from dqo.models.lora import has_adapter, lora_config, merged_state, plain_name, with_fields
 from dqo.models.policy import load_config, load_policy, load_tokenizer, stop_ids
 from dqo.processes import Processes
@@ -171,14 +172,22 @@ def _dtype_of(saved: Saved, base: str | None) -> str:
     return name
 
 
+_NO_CLASS = [
+    ("head", HEAD_FILE, "a head on the policy's hidden states"),
+    ("implicit", IMPLICIT_FILE, "a language model beside its reference"),
+]
+
+
 def _critic_of(saved: Saved, policy: PreTrainedModel, base: str | None) -> nn.Module:
     """The value model of a run. A checkpoint with adapters keeps what was trained of it, which goes on the base's trunk."""
     folder, adapters = saved.path / "critic", saved.path / "adapters.safetensors"
-    if saved.options.get("value_model") == "head" or (folder / "value_head.safetensors").exists():
-        raise UserError(
-            f"{saved.path}: its value model is a head on the policy's hidden states, which no class of transformers describes; "
-            "train with --value_model separate, or leave --value_model out here"
-        )
+    told = saved.options.get("value_model")
+    for kind, file, what in _NO_CLASS:
+        if told == kind or (folder / file).exists():
+            raise UserError(
+                f"{saved.path}: its value model is {what}, which no class of transformers describes; train with --value_model "
+                "separate, or leave --value_model out here"
+            )
     if folder.is_dir():
         return load_critic(folder)
     tensors = {}

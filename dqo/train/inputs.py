@@ -17,6 +17,7 @@ from dqo.data.rows import Row, check_process_reward, prompt_key, read_rows, spli
 from dqo.errors import UserError
 from dqo.files import is_aside
 from dqo.models.objects import check_objects
+from dqo.objectives.base import VALUE_KINDS
 from dqo.objectives.registry import OBJECTIVES
 from dqo.requirements import check_packages
 from dqo.train.damage import STATE_FILE
@@ -56,8 +57,12 @@ def check_options(options: Options, given: Given | None = None) -> None:
         )
     if config.ref_model_name_or_path is not None and not options.objective.needs_reference:
         raise UserError(f"method {config.method} has no reference policy; remove --ref_model_name_or_path")
-    if (kind := options.objective.value_kind) not in ("separate", "head", "none"):
-        raise UserError(f"method {config.method} has the value_kind {kind!r}; it is one of separate, head, none")
+    if (kind := options.objective.value_kind) not in VALUE_KINDS:
+        raise UserError(f"method {config.method} has the value_kind {kind!r}; it is one of {', '.join(VALUE_KINDS)}")
+    if kind == "implicit" and not options.objective.needs_reference:
+        raise UserError(
+            f"method {config.method} has no reference policy, which value_model implicit compares itself with"
+        )
     check_phases(options.objective, config.value_warmup_steps)
     check_objects(given.model, given.ref_model, given.tokenizer, adapters)
     if given.peft_config is not None:

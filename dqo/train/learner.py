@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dqo.data.batches import Batch
-from dqo.models.critic import value_rows
+from dqo.models.critic import ValueHead, value_rows, valued
 from dqo.models.lora import adapter_off
 from dqo.models.policy import head_inputs, head_of, hidden_and_router, hidden_positions, policy_stats
 from dqo.models.router import router_loss
@@ -113,18 +113,20 @@ def objective_sums(
 
 
 def _value_columns(learner: Learner, batch: Batch, hidden: Tensor) -> dict[str, Tensor]:
-    """values, target_values and bootstrap, where there is a value model. The bootstrap is a target: from the average, if there is
-    one."""
+    """values, target_values and bootstrap, where there is a value model, and value_loss, where it has a loss of its own, on the
+    last row of each response. The bootstrap is a target: from the average, if there is one."""
     if learner.value_model is None:
         return {}
-    columns = {}
-    columns["values"], end_values = value_rows(learner.value_model, batch, hidden, learner.bf16)
+    columns: dict[str, Tensor] = {}
+    columns["values"], end_values, own_loss = valued(learner.value_model, batch, hidden, learner.bf16)
+    last = batch.cu_seqlens[1:] - 1
+    if own_loss is not None:
+        columns["value_loss"] = torch.zeros_like(columns["values"]).index_put((last,), own_loss)
     if learner.target is not None:
         with torch.no_grad():
             columns["target_values"], end_values = value_rows(learner.target, batch, hidden, learner.bf16)
     if not all(e.terminated for e in batch.episodes):
         on_last_row = torch.where(batch.terminated, 0.0, end_values)
-        last = batch.cu_seqlens[1:] - 1
         columns["bootstrap"] = torch.zeros_like(columns["values"]).index_put((last,), on_last_row)
     return columns
 
@@ -151,7 +153,7 @@ def companion_sums(learner: Learner, objective: Objective, batch: Batch) -> Tens
 def values_of(learner: Learner, batch: Batch) -> Tensor:
     """(N,): V of every row."""
     assert learner.value_model is not None
-    is_head = not isinstance(learner.value_model, PreTrainedModel)
+    is_head = isinstance(learner.value_model, ValueHead)
     hidden = hidden_positions(learner.policy, batch, learner.bf16) if is_head else None
     return value_rows(learner.value_model, batch, hidden, learner.bf16)[0]
 

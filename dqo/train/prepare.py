@@ -24,6 +24,7 @@ from dqo.data.rows import Row, check_process_reward
 from dqo.data.selection import selected, selection_fingerprint
 from dqo.errors import UserError
 from dqo.models import attention
+from dqo.models.critic import backbone
 from dqo.models.fitness import check_adapter, check_model, check_positions, check_tokenizer
 from dqo.models.lora import adapter_off, has_adapter
 from dqo.models.policy import (
@@ -184,9 +185,9 @@ def prepare(
     for model in filter(None, (policy, reference)):
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
             attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
-    learner = make_learner(options, given, policy, reference)
-    for model in (policy, learner.value_model):
-        if isinstance(model, PreTrainedModel) and has_adapter(model):
+    learner = make_learner(options, given, policy, reference, distinct(groups))
+    for model in filter(None, (policy, backbone(learner.value_model))):
+        if has_adapter(model):
             check_adapter(model, some_ids)
     max_tokens = config.batch_tokens(processes.device.type)
     batching = Batching(tokenizer.pad_token_id, max_tokens, processes.device, attention.packs(policy))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dqo.config.options import Options, TrainConfig
@@ -16,7 +17,8 @@ from dqo.data.episodes import Episode
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.architecture import recompute_activations
-from dqo.models.critic import make_value_model
+from dqo.models.critic import backbone, make_value_model
+from dqo.models.implicit_value import implicit_value_from
 from dqo.models.lora import adapter_off, add_adapter, lora_config, with_fields
 from dqo.models.policy import (
     architecture_hash,
@@ -25,7 +27,9 @@ from dqo.models.policy import (
     load_policy,
     policy_stats,
     ready,
+    weights_hash,
 )
+from dqo.objectives.base import IMPLICIT_BETA, Objective
 from dqo.processes import Processes
 from dqo.reference.cache import ReferenceCache, ReferenceId
 from dqo.reference.columns import add_reference, check_agreement, warn_about_behavior
@@ -105,8 +109,15 @@ def bf16_problem(device: torch.device) -> str | None:
     )
 
 
-def make_learner(options: Options, given: Given, policy: PreTrainedModel, explicit: PreTrainedModel | None) -> Learner:
-    """The policy, with an adapter where one was asked for, and what the objective needs beside it."""
+def make_learner(
+    options: Options,
+    given: Given,
+    policy: PreTrainedModel,
+    explicit: PreTrainedModel | None,
+    episodes: list[Episode],
+) -> Learner:
+    """The policy, with an adapter where one was asked for, and what the objective needs beside it. `episodes` are those that are
+    trained on."""
     config, objective = options.train, options.objective
     peft_config = given.peft_config
     if config.use_peft and peft_config is None:
@@ -115,7 +126,7 @@ def make_learner(options: Options, given: Given, policy: PreTrainedModel, explic
     torch.manual_seed(config.seed)  # of new heads and adapters, in every process and when a run goes on
     value_model = reference = target = None
     if objective.needs_values:
-        value_model = make_value_model(objective.value_kind, policy, peft_config)
+        value_model = _value_model(objective, policy, peft_config, explicit or policy, episodes)
         if objective.values_decay is not None:
             target = copy.deepcopy(value_model)
     if objective.needs_kl:  # with an adapter the policy is its own reference
@@ -125,10 +136,19 @@ def make_learner(options: Options, given: Given, policy: PreTrainedModel, explic
     # a caller's model may have transformers' own, which works in training mode only
     asked = any(getattr(part, "gradient_checkpointing", False) for part in policy.modules())
     if config.gradient_checkpointing or asked:
-        for model in (policy, value_model):
-            if isinstance(model, PreTrainedModel):
-                recompute_activations(model)
+        for model in filter(None, (policy, backbone(value_model))):
+            recompute_activations(model)
     return Learner(policy, value_model, reference, target, config.bf16, config.router_aux_loss_coef)
+
+
+def _value_model(
+    objective: Objective, policy: PreTrainedModel, peft_config: Any, reference: PreTrainedModel, episodes: list[Episode]
+) -> nn.Module:
+    if objective.value_kind != "implicit":
+        return make_value_model(objective.value_kind, policy, peft_config)
+    outcomes = [float(e.rewards.sum()) for e in episodes]
+    beta = getattr(objective, "implicit_beta", IMPLICIT_BETA)
+    return implicit_value_from(policy, outcomes, beta, weights_hash(reference, torch.float32), peft_config)
 
 
 def save_dtype_of(options: Options, given: Given) -> torch.dtype | None:

@@ -3,12 +3,15 @@ of a beginning after its last token."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, where
 
 from dqo.data.batches import Batch
 from dqo.evaluation.scoring import Models
 from dqo.models.critic import ValueHead, value_rows
-from dqo.models.policy import hidden_positions
+from dqo.models.implicit_value import ImplicitValue
+from dqo.models.policy import hidden_positions, policy_stats
 
 NEEDS = {"value_model"}
 
@@ -16,5 +19,8 @@ NEEDS = {"value_model"}
 def score(models: Models, batch: Batch) -> Tensor:
     assert models.value_model is not None
     hidden = hidden_positions(models.policy, batch) if isinstance(models.value_model, ValueHead) else None
+    if isinstance(models.value_model, ImplicitValue):
+        assert models.reference is not None  # load_models has found it
+        batch = replace(batch, columns=batch.columns | {"ref_logprobs": policy_stats(models.reference, batch).logprobs})
     rows, after = value_rows(models.value_model, batch, hidden)
     return where(batch.terminated, rows[batch.cu_seqlens[1:] - 1], after)

@@ -237,7 +237,12 @@ def test_a_directory_in_use_is_refused_and_an_empty_one_taken(runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting, part", [("head", "its value model is a head"), ("none", "has no value model (critic/)")]
+    "setting, part",
+    [
+        ("head", "its value model is a head"),
+        ("implicit", "its value model is a language model beside its reference"),
+        ("none", "has no value model (critic/)"),
+    ],
 )
 def test_a_value_model_of_no_class_and_a_missing_one_are_refused(runs, tmp_path, setting, part):
     train(
