@@ -37,13 +37,16 @@ EPOCH = 64  # updates of 256 responses, of the demonstration's 16,384
 # The critics, as options of `dqo train`. {screen} is the directory of the screen's runs.
 SEPARATE: dict[str, Any] = {"value_model": "separate"}
 HEAD: dict[str, Any] = {"value_model": "head"}
+IMPLICIT: dict[str, Any] = {"value_model": "implicit", "critic_learning_rate": 3e-4}
 # {name: (options, updates)}; the learning rate is constant: what is found after 64, 128 ... updates is what shorter runs find
 SCREEN: dict[str, tuple[dict[str, Any], int]] = {
     "separate-1e-3": (SEPARATE, 8 * EPOCH),
     "head-1e-3": (HEAD, 4 * EPOCH),
     "head-3e-3": (HEAD | {"critic_learning_rate": 3e-3}, 4 * EPOCH),
-    "separate-3e-4": (SEPARATE | {"critic_learning_rate": 3e-4}, 8 * EPOCH),
+    "implicit-3e-4": (IMPLICIT, 2 * EPOCH),
     "separate-3e-3": (SEPARATE | {"critic_learning_rate": 3e-3}, 4 * EPOCH),
+    "separate-3e-4": (SEPARATE | {"critic_learning_rate": 3e-4}, 8 * EPOCH),
+    "implicit-1e-4": (IMPLICIT | {"critic_learning_rate": 1e-4}, 2 * EPOCH),
 }
 DEFAULT = "separate"
 # {name: options}; those of value_warmup_steps come before the policy's updates
@@ -53,6 +56,7 @@ POLICY: dict[str, dict[str, Any]] = {
     "head": HEAD,
     "head-warm": HEAD | {"value_warmup_steps": EPOCH},
     "none": {"value_model": "none"},
+    "implicit": IMPLICIT | {"value_warmup_steps": EPOCH},
 }
 WINNER = "head"
 LAMBDA = {
