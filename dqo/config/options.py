@@ -97,6 +97,13 @@ class TrainConfig(RowOptions, _RunOptions):
     """The policy is trained with this learning rate after the warm-up."""
     critic_learning_rate: float = 1e-5
     """The value model is trained with this learning rate after the warm-up."""
+    value_init: Literal["zero", "mean_return"] = "zero"
+    """Where the value model starts. With "zero" its last layer is zero, so that V is 0, or with a value_loss that is a
+    cross-entropy the middle between the least and the greatest return. With "mean_return" V is the mean return of the training
+    data."""
+    value_input: Literal["states", "ref_logprob"] = "states"
+    """What the value model reads: the tokens of a state, or beside each token of the response the reference's log-probability
+    of it too."""
     value_warmup_steps: float = 0
     """The first steps train the value model alone. A number below 1 is a share of all steps."""
     per_device_train_batch_size: int = 16

@@ -21,8 +21,8 @@ from dqo.errors import UserError
 from dqo.evaluation.options import EvalConfig
 from dqo.models import attention
 from dqo.models.critic import load_critic
-from dqo.models.implicit_value import ImplicitValue
 from dqo.models.policy import load_policy, weights_hash
+from dqo.models.value_form import form_of
 
 _TOKENS = {"cpu": 4096}  # of a batch, padding included
 _MORE_TOKENS = 16_384
@@ -61,7 +61,7 @@ def load_models(config: EvalConfig, policy: PreTrainedModel, pad_id: int) -> Mod
             )
         value_model = load_critic(path, policy.device)
         value_model.eval()
-    of_value = isinstance(value_model, ImplicitValue)
+    of_value = value_model is not None and form_of(value_model).reads_reference
     if "reference" in needs or of_value:
         scorer = "scorer implicit" if "reference" in needs else "scorer value"
         name, beta = reference_of(config, scorer)
@@ -69,13 +69,11 @@ def load_models(config: EvalConfig, policy: PreTrainedModel, pad_id: int) -> Mod
         sizes = [model.config.get_text_config().vocab_size for model in (policy, reference)]
         if sizes[0] != sizes[1]:
             raise UserError(f"{scorer}: the reference {name} has {sizes[1]:,} tokens, and the model has {sizes[0]:,}")
-        if (
-            isinstance(value_model, ImplicitValue)
-            and weights_hash(reference, torch.float32) != value_model.scale.reference
-        ):
+        read = None if value_model is None else form_of(value_model).reference
+        if of_value and weights_hash(reference, torch.float32) != read:
             raise UserError(
-                f"scorer value: the value model in {path} was fitted with another reference than {name}; give that one as "
-                "--ref_model_name_or_path"
+                f"scorer value: the value model in {path} read another reference than {name} when it was trained; give that one "
+                "as --ref_model_name_or_path"
             )
     return Models(policy, pad_id, value_model, reference, beta)
 

@@ -4,19 +4,24 @@
     head       a two-layer perceptron on the policy's detached hidden states, its last layer zero
     implicit   a language model, whose log-ratio to the reference tells how likely success is (implicit_value.py)
 
-The first two say V = 0 at the start. `separate` is saved as AutoModelForTokenClassification (num_labels=1), as other trainers
-load a critic; where transformers has no such class for an architecture, `load_critic` makes it of the trunk and transformers'
-generic head. `head` as critic/value_head.safetensors, which no class of transformers describes.
+The first two say V = 0 at the start, or what the bias of their last layer was set to. `separate` is saved as
+AutoModelForTokenClassification (num_labels=1), as other trainers load a critic; where transformers has no such class for an
+architecture, `load_critic` makes it of the trunk and transformers' generic head. `head` as critic/value_head.safetensors, which
+no class of transformers describes. What another value_loss or value_input than the default needs (value_form.py) lies beside the
+first in critic/value_form.safetensors, and in the second.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -33,33 +38,64 @@ from dqo.errors import UserError
 from dqo.models.implicit_value import IMPLICIT_FILE, ImplicitValue, load_implicit_value, save_implicit_value
 from dqo.models.lora import add_adapter
 from dqo.models.policy import hidden_positions, ready
+from dqo.models.value_form import ValueForm, form_from, form_of, surprisal_at_positions, surprisal_of_states
+from dqo.objectives.value_outputs import outputs_for
 
 HEAD_FILE = "value_head.safetensors"
+FORM_FILE = "value_form.safetensors"
+DIRECTION = "surprisal_direction"  # the parameter that is added to the embedding of an action, times its surprisal
 
 
 class ValueHead(nn.Module):
-    """(..., D) hidden states -> (...) values."""
+    """(..., D) hidden states, with the two columns of `surprisal_of_states` behind them where its form reads the reference ->
+    (..., K) outputs."""
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, hidden_size: int, form: ValueForm | None = None):
         super().__init__()
-        self.inner = nn.Linear(hidden_size, hidden_size)
-        self.outer = nn.Linear(hidden_size, 1)
+        self.value_form = form or ValueForm()
+        self.inner = nn.Linear(hidden_size + 2 * self.value_form.reads_reference, hidden_size)
+        self.outer = nn.Linear(hidden_size, self.value_form.outputs)
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.outer(nn.functional.gelu(self.inner(hidden.to(self.inner.weight.dtype))))[..., 0]
+        return self.outer(nn.functional.gelu(self.inner(hidden.to(self.inner.weight.dtype))))
 
 
-def make_value_model(kind: str, policy: PreTrainedModel, peft_config=None) -> nn.Module:
-    """A value model of `kind` for `policy`, which has no adapter yet; with `peft_config` its own adapter and head are trained."""
+def make_value_model(
+    kind: str, policy: PreTrainedModel, peft_config=None, form: ValueForm | None = None, start: float | None = None
+) -> nn.Module:
+    """A value model of `kind` for `policy`, which has no adapter yet; with `peft_config` its own adapter and head are trained.
+
+    Args:
+        start: V of every state at first; None: the last layer is zero.
+    """
+    form = form or ValueForm()
     if kind == "head":
-        return ValueHead(_width(policy)).to(policy.device)
-    value_model = value_model_from(policy)
-    if peft_config is not None:
-        add_adapter(value_model, peft_config)
-        score_of(value_model).requires_grad_(True).float()
+        value_model: nn.Module = ValueHead(_width(policy), form).to(policy.device)
+    else:
+        value_model = value_model_from(policy, form)
+        if peft_config is not None:
+            add_adapter(value_model, peft_config)
+            score_of(value_model).requires_grad_(True).float()
+            if form.reads_reference:
+                direction = value_model.get_parameter(DIRECTION).requires_grad_(True)
+                direction.data = direction.data.float()
+    if start is not None:
+        _start_at(value_model, form, start)
     return value_model
+
+
+@torch.no_grad()
+def _start_at(value_model: nn.Module, form: ValueForm, value: float) -> None:
+    """Sets the bias of the last layer."""
+    last = value_model.outer if isinstance(value_model, ValueHead) else score_of(value_model)
+    if last.bias is None:
+        raise UserError(
+            f"value_init mean_return sets the bias of the last layer, and {type(value_model).__name__} has none; use "
+            "--value_init zero"
+        )
+    last.bias.copy_(outputs_for(form.loss, value, form.low, form.high))
 
 
 def _width(policy: PreTrainedModel) -> int:
@@ -68,8 +104,9 @@ def _width(policy: PreTrainedModel) -> int:
 
 
 def score_of(value_model: nn.Module) -> nn.Linear:
-    """The last layer of a token-classification model with one label."""
-    return [m for m in value_model.modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
+    """The last layer of a token-classification model."""
+    outputs = form_of(value_model).outputs
+    return [m for m in value_model.modules() if isinstance(m, nn.Linear) and m.out_features == outputs][-1]
 
 
 def _classifier(config: PreTrainedConfig) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
@@ -98,14 +135,16 @@ def _generic_classifier(config_class: type[PreTrainedConfig]) -> type[PreTrained
     return type(name, (GenericForTokenClassification, family), fields)
 
 
-def value_model_from(policy: PreTrainedModel) -> PreTrainedModel:
-    """A separate value model: the policy's trunk, copied, with one zero output a token, so that V = 0 at the start.
+def value_model_from(policy: PreTrainedModel, form: ValueForm | None = None) -> PreTrainedModel:
+    """A separate value model: the policy's trunk, copied, with zero outputs of a token: one, so that V = 0 at the start, or those
+    of `form`.
 
     Raises:
         UserError: for a decoder that transformers has no model of without its encoder or its head.
     """
     config, classifier = _classifier(copy.deepcopy(policy.config))
-    config.num_labels, config.classifier_dropout = 1, 0.0
+    form = form or ValueForm()
+    config.num_labels, config.classifier_dropout = form.outputs, 0.0
     config.architectures = None
     value_model = classifier._from_config(config, dtype=policy.dtype)
     trunk = value_model.base_model
@@ -116,6 +155,7 @@ def value_model_from(policy: PreTrainedModel) -> PreTrainedModel:
             "--value_model head or --value_model none"
         )
     trunk.load_state_dict(own.state_dict())
+    _take_form(value_model, form)
     score = score_of(value_model)
     if score.in_features != _width(policy):
         raise UserError(
@@ -134,14 +174,39 @@ def backbone(value_model: nn.Module | None) -> PreTrainedModel | None:
     return found if isinstance(found, PreTrainedModel) else None
 
 
+def _take_form(value_model: PreTrainedModel, form: ValueForm, direction: Tensor | None = None) -> None:
+    """Makes a separate value model one of this form; `direction` is zero in a new one."""
+    value_model.value_form = form  # type: ignore[assignment]  # torch types any attribute
+    if form.reads_reference:
+        like = value_model.get_input_embeddings().weight[0].detach()  # type: ignore[index]
+        value = torch.zeros_like(like) if direction is None else direction.to(like)
+        value_model.register_parameter(DIRECTION, nn.Parameter(value))
+
+
+@contextmanager
+def _surprisal_added(value_model: PreTrainedModel, batch: Batch) -> Iterator[None]:
+    """The embedding of each action is moved along the learned direction, by the action's surprisal."""
+    if not form_of(value_model).reads_reference:
+        yield
+        return
+    direction, surprisal = value_model.get_parameter(DIRECTION), surprisal_at_positions(batch)[..., None]
+    embeddings: Any = value_model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(
+        lambda module, ids, embedded: embedded + (surprisal * direction).to(embedded.dtype)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class Valued(NamedTuple):
     """What a value model says of a batch, float32."""
 
-    values: Tensor  # (N,) V(s_t) of every row
+    values: Tensor  # (N,) V(s_t) of every row; without a gradient where there are outputs or a loss
     ends: Tensor  # (B,) V(s_{T+1}) after the last action of every episode
-    loss: Tensor | None = (
-        None  # (B,) what it is fitted by, where that is a loss of its own; its values have no gradient then
-    )
+    outputs: Tensor | None = None  # (N, K) what a cross-entropy fits, with a gradient; None: the values are fitted
+    loss: Tensor | None = None  # (B,) of a value model that is fitted to outcomes
 
 
 def value_rows(
@@ -152,31 +217,38 @@ def value_rows(
 
 
 def valued(value_model: nn.Module, batch: Batch, hidden: Tensor | None = None, bf16: bool = False) -> Valued:
-    """What a value model says of a batch.
+    """What a value model says of a batch, which has ref_logprobs where the model reads them.
 
     Args:
         hidden: the policy's (P, D) hidden states, which a ValueHead reads without a gradient to them.
     """
     if isinstance(value_model, ImplicitValue):
         before, after = value_model.logits(batch, bf16)
-        return Valued(*value_model.values(before, after, batch), value_model.loss(after, batch))
-    wanted = torch.cat([batch.states, batch.end_states])
+        return Valued(*value_model.values(before, after, batch), loss=value_model.loss(after, batch))
+    wanted, form = torch.cat([batch.states, batch.end_states]), form_of(value_model)
     if isinstance(value_model, ValueHead):
         assert hidden is not None
-        values = value_model(hidden.detach()[wanted])
+        inputs = hidden.detach()[wanted]
+        if form.reads_reference:
+            inputs = torch.cat([inputs.float(), surprisal_of_states(batch)], dim=-1)
+        outputs = value_model(inputs)
     else:
         assert isinstance(value_model, PreTrainedModel)
         score = score_of(value_model)
-        own = hidden_positions(value_model, batch, bf16)[wanted]
-        values = nn.functional.linear(own.to(score.weight.dtype), score.weight, score.bias)[:, 0]
-    return Valued(*values.float().split([len(batch.states), len(batch.end_states)]))
+        with _surprisal_added(value_model, batch):
+            own = hidden_positions(value_model, batch, bf16)[wanted]
+        outputs = nn.functional.linear(own.to(score.weight.dtype), score.weight, score.bias)
+    rows, ends = outputs.float().split([len(batch.states), len(batch.end_states)])
+    if form.loss == "squared":
+        return Valued(form.values(rows), form.values(ends))
+    return Valued(form.values(rows.detach()), form.values(ends.detach()), rows)
 
 
 def save_value_model(value_model: nn.Module, state: dict[str, Tensor], directory: Path) -> None:
     """`state` is the whole state dict, adapters merged."""
     if isinstance(value_model, ValueHead):
         directory.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, directory / HEAD_FILE)
+        _save(state, directory / HEAD_FILE, form_of(value_model))
         return
     if isinstance(value_model, ImplicitValue):
         save_implicit_value(value_model, state, directory)
@@ -185,14 +257,30 @@ def save_value_model(value_model: nn.Module, state: dict[str, Tensor], directory
         # without adapters or shards: only its names and config are used
         plain: Any = type(value_model)(value_model.config)
         plain.to(next(iter(state.values())).dtype)
-    plain.save_pretrained(directory, state_dict=state)
+    form = form_of(value_model)
+    plain.save_pretrained(directory, state_dict={name: x for name, x in state.items() if name != DIRECTION})
+    if form != ValueForm():
+        _save({name: x for name, x in state.items() if name == DIRECTION}, directory / FORM_FILE, form)
+
+
+def _save(state: dict[str, Tensor], path: Path, form: ValueForm) -> None:
+    metadata = None if form == ValueForm() else {"value_form": form.dumped()}
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata)
+
+
+def _saved_form(path: Path) -> ValueForm:
+    """Of a file that `_save` wrote; the plain form where there is none."""
+    if not path.exists():
+        return ValueForm()
+    with safe_open(path, "pt") as file:
+        return form_from((file.metadata() or {}).get("value_form"))
 
 
 def load_critic(path: Path, device: torch.device | str = "cpu") -> nn.Module:
     """A saved value model; one without its trained head is refused, not re-initialised."""
     if (path / HEAD_FILE).exists():
         state = load_file(path / HEAD_FILE)
-        head = ValueHead(state["inner.weight"].shape[0])
+        head = ValueHead(state["inner.weight"].shape[0], _saved_form(path / HEAD_FILE))
         head.load_state_dict(state)
         return head.to(device)
     if (path / IMPLICIT_FILE).exists():
@@ -204,4 +292,6 @@ def load_critic(path: Path, device: torch.device | str = "cpu") -> nn.Module:
         raise UserError(
             f"{path} has no {', '.join(sorted(loading['missing_keys']))}; refusing to start from a random head"
         )
+    form = _saved_form(path / FORM_FILE)
+    _take_form(value_model, form, load_file(path / FORM_FILE)[DIRECTION] if form.reads_reference else None)
     return ready(value_model, device)

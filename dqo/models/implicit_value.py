@@ -30,6 +30,7 @@ from dqo.data.batches import Batch
 from dqo.errors import UserError
 from dqo.models.lora import add_adapter
 from dqo.models.policy import head_stats, hidden_positions, load_policy
+from dqo.models.value_form import ValueForm
 from dqo_kernels.core.packed import prefix_sum, sequence_index
 
 IMPLICIT_FILE, START_FILE = "implicit_value.json", "value_start.safetensors"
@@ -59,6 +60,7 @@ class ImplicitValue(nn.Module):
         super().__init__()
         width = model.get_output_embeddings().weight.shape[1]
         self.model, self.scale = model, scale
+        self.value_form = ValueForm(input="ref_logprob", reference=scale.reference)
         self.start = nn.Linear(width, 1).to(model.device)
         nn.init.zeros_(self.start.weight)
         nn.init.zeros_(self.start.bias)
@@ -67,9 +69,13 @@ class ImplicitValue(nn.Module):
         """Of success: (N,) before each token, and (B,) after the last one of each response; float32, differentiable.
 
         Raises:
-            KeyError: for a batch without ref_logprobs, which whoever loads such a model adds.
+            UserError: for a batch without ref_logprobs.
         """
         cu_seqlens, columns = batch.cu_seqlens, batch.columns
+        if "ref_logprobs" not in columns:
+            raise UserError(
+                "an implicit value model compares itself with the reference, and these responses have no log-probabilities of it"
+            )
         hidden = hidden_positions(self.model, batch, bf16)[batch.states]
         logprobs = head_stats(self.model, hidden, batch.actions).logprobs
         start = self.start(hidden[cu_seqlens[:-1]].to(self.start.weight.dtype))[:, 0].float()

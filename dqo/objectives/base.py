@@ -128,6 +128,11 @@ class Objective:
         return getattr(self, "value_model", "none")
 
     @property
+    def values_loss(self) -> str:
+        """What fits the value model: "squared", "bce" or "hl_gauss"; the option value_loss where there is one."""
+        return getattr(self, "value_loss", "squared")
+
+    @property
     def needs_values(self) -> bool:
         """It reads values."""
         return self.value_kind != "none"
@@ -203,10 +208,11 @@ class Objective:
             stats: of N response tokens, those of the environment left out: logprobs, lse, entropy (N,); kl where `needs_kl`.
             rows: columns (N,): rewards, label (1 on every token of a response that counts as correct), turn_end (1 on the last
                 token of each turn, else 0), group (0, 1, ... of the response among those of this call), those of `prepare`, and
-                where there are such ref_logprobs, ref_lse, behavior_logprobs, values (differentiable, unless there is
-                value_loss), bootstrap (V of the last state of a response that was cut, on its last row), target_values (of the
-                value model's moving average), value_loss (of a value model with a loss of its own, differentiable, a
-                response's on its last row; see `sums.value_losses`) and companion_mean.
+                where there are such ref_logprobs, ref_lse, behavior_logprobs, values (differentiable), bootstrap (V of the last
+                state of a response that was cut, on its last row), target_values (of the value model's moving average),
+                companion_mean, and with a `values_loss` other than squared value_outputs (N, K) (differentiable in the place of
+                values) and value_range (N, 2), or of a value model that is fitted to outcomes outcome_loss (differentiable in the
+                place of values, on the last row of a response), see dqo.objectives.value_outputs.
             cu_seqlens: (B+1,) boundaries of the responses.
 
         Returns:

@@ -50,6 +50,9 @@ class DQO(Objective):
     """The policy loss is multiplied by this factor."""
     value_coef: float = 1.0
     """The value loss is multiplied by this factor."""
+    value_loss: Literal["squared", "bce", "hl_gauss"] = "squared"
+    """What fits the value model to returns: "squared" error, or a cross-entropy. "bce" is that of the probability of the greatest
+    return against the least of the training data, "hl_gauss" that of a distribution over bins between the two."""
     value_model: Literal["separate", "head", "implicit", "none"] = "separate"
     """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
     hidden states. "implicit" trains a copy of the policy whose log-ratio to the reference is the logit of success. "none" takes
@@ -77,6 +80,10 @@ class DQO(Objective):
         if self.is_cap is not None and self.is_floor is not None and self.is_floor > self.is_cap:
             found.append(("is_floor", f"must be at most is_cap = {self.is_cap}, got {self.is_floor}"))
         found += self.below(0, "kl_coef", "policy_scale", "value_coef")
+        if self.target == "residual" and self.value_loss != "squared":
+            found.append(
+                ("value_loss", f"must be squared with target residual, which fits V itself, got {self.value_loss}")
+            )
         if self.value_kind == "implicit":
             if self.gamma != 1.0:
                 found.append(
@@ -94,7 +101,8 @@ class DQO(Objective):
         return found
 
     def __call__(self, stats, rows, cu_seqlens):
-        from dqo.objectives.sums import Regression, mean_metric, regression_metrics, response_metrics, value_losses
+        from dqo.objectives.sums import Regression, mean_metric, regression_metrics, response_metrics
+        from dqo.objectives.value_outputs import outcome_losses, value_losses
         from dqo_kernels import soft_bellman
 
         terms = soft_bellman(
@@ -121,7 +129,9 @@ class DQO(Objective):
         )
         # terms.returns: G_t. terms.advantages: r_t + gamma * G_{t+1} - V(s_t). terms.weights: w
         loss = self.policy_scale * terms.policy_loss.sum()  # eq. 4.7: w/2 (beta * delta_t - advantage)^2
-        value_loss = value_losses(rows, cu_seqlens, terms.value_loss)  # eq. 4.6: w/2 (V(s_t) - G_t)^2
+        # eq. 4.6: w/2 (V(s_t) - G_t)^2
+        value_loss, of_loss = value_losses(rows, terms.value_loss, terms.returns, terms.weights)
+        value_loss = outcome_losses(rows, cu_seqlens, value_loss)
         if self.target == "detach":
             loss = loss + self.value_coef * value_loss.sum()
         values = rows["values"] if self.needs_values else self.beta * (stats.lse - rows["ref_lse"])
@@ -134,7 +144,7 @@ class DQO(Objective):
         if self.needs_kl:
             loss = loss + self.kl_coef * stats.kl.sum()
             metrics["loss/kl"] = mean_metric(stats.kl)
-        return loss, metrics | response_metrics(stats, rows, cu_seqlens, self.beta)
+        return loss, metrics | of_loss | response_metrics(stats, rows, cu_seqlens, self.beta)
 
     def _discounts(self, rows):
         """(N,) gamma of every action; None where it is the same at all of them."""

@@ -23,6 +23,9 @@ class DRO(Objective):
     """The policy loss is multiplied by this factor. None takes the paper's 1 / beta."""
     value_coef: float = 1.0
     """The value loss is multiplied by this factor."""
+    value_loss: Literal["squared", "bce", "hl_gauss"] = "squared"
+    """What fits the value model to returns: "squared" error, or a cross-entropy. "bce" is that of the probability of the greatest
+    return against the least of the training data, "hl_gauss" that of a distribution over bins between the two."""
     value_model: Literal["separate", "head", "implicit"] = "separate"
     """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
     hidden states. "implicit" trains a copy of the policy whose log-ratio to the reference is the logit of success."""
@@ -35,15 +38,17 @@ class DRO(Objective):
         return super().problems() + self.below(0, "policy_scale", "value_coef")
 
     def __call__(self, stats, rows, cu_seqlens):
-        from dqo.objectives.sums import regression_metrics, response_metrics, response_regression, value_losses
+        from dqo.objectives.sums import regression_metrics, response_metrics, response_regression
+        from dqo.objectives.value_outputs import outcome_losses, value_losses
 
         fitted = response_regression(
             stats, rows, cu_seqlens, self.beta
         )  # scaled_ratio is beta * S, its target R - V(x)
         policy_loss = 0.5 * (fitted.scaled_ratio - fitted.advantages).square()  # (B,) eq. 8
-        value_loss = 0.5 * (fitted.values - fitted.returns).square()  # (B,) eq. 7
-        value_loss = value_losses(rows, cu_seqlens, value_loss)
+        squared = 0.5 * (fitted.values - fitted.returns).square()  # (B,) eq. 7
+        value_loss, of_loss = value_losses(rows, squared, fitted.returns, at=cu_seqlens[:-1])
+        value_loss = outcome_losses(rows, cu_seqlens, value_loss)
         scale = 1.0 / self.beta if self.policy_scale is None else self.policy_scale
-        metrics = regression_metrics(policy_loss, value_loss, fitted)
+        metrics = regression_metrics(policy_loss, value_loss, fitted) | of_loss
         metrics |= response_metrics(stats, rows, cu_seqlens, self.beta)
         return scale * policy_loss.sum() + self.value_coef * value_loss.sum(), metrics

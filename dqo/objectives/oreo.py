@@ -25,6 +25,9 @@ class OREO(Objective):
     """Which states count: "token" takes the state of every token (the paper), "response" the first of each response."""
     value_coef: float = 1.0
     """The value loss is multiplied by this factor."""
+    value_loss: Literal["squared", "bce", "hl_gauss"] = "squared"
+    """What fits the value model to returns: "squared" error, or a cross-entropy. "bce" is that of the probability of the greatest
+    return against the least of the training data, "hl_gauss" that of a distribution over bins between the two."""
     value_model: Literal["separate", "head", "implicit"] = "separate"
     """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
     hidden states. "implicit" trains a copy of the policy whose log-ratio to the reference is the logit of success."""
@@ -41,12 +44,13 @@ class OREO(Objective):
         return super().problems() + self.below(0, "alpha", "value_coef")
 
     def __call__(self, stats, rows, cu_seqlens):
-        from dqo.objectives.sums import mean_metric, regression_metrics, response_metrics, sequence_means, value_losses
+        from dqo.objectives.sums import mean_metric, regression_metrics, response_metrics, sequence_means
+        from dqo.objectives.value_outputs import outcome_losses
 
         terms = self._tokens if self.level == "token" else self._responses
-        policy_loss, value_loss, fitted = terms(stats, rows, cu_seqlens)  # the losses (B,)
-        value_loss = value_losses(rows, cu_seqlens, value_loss)
-        metrics = regression_metrics(policy_loss, value_loss, fitted)
+        policy_loss, value_loss, fitted, of_loss = terms(stats, rows, cu_seqlens)  # the losses (B,)
+        value_loss = outcome_losses(rows, cu_seqlens, value_loss)
+        metrics = regression_metrics(policy_loss, value_loss, fitted) | of_loss
         metrics |= response_metrics(stats, rows, cu_seqlens, self.beta)
         loss = policy_loss.sum() + self.value_coef * value_loss.sum()
         if self.needs_kl:
@@ -58,6 +62,7 @@ class OREO(Objective):
         """Eqs. 9 and 8 with their means over the tokens: advantages are R_t - V_t - sg[beta * sum_{i>t} delta_i], returns
         R_t - beta * sum_{i>=t} delta_i."""
         from dqo.objectives.sums import Regression, sequence_means
+        from dqo.objectives.value_outputs import value_losses
         from dqo_kernels import soft_bellman
 
         terms = soft_bellman(
@@ -71,15 +76,20 @@ class OREO(Objective):
             is_level="none",
             reduction="none",
         )
+        of_states, of_loss = value_losses(rows, terms.value_loss, terms.returns)
         policy_loss, value_loss = (  # there they have a factor 1/2
-            2.0 * sequence_means(loss, cu_seqlens) for loss in (terms.policy_loss, terms.value_loss)
+            2.0 * sequence_means(loss, cu_seqlens) for loss in (terms.policy_loss, of_states)
         )
         scaled_ratio = self.beta * (stats.logprobs - rows["ref_logprobs"])
-        return policy_loss, value_loss, Regression(rows["values"], terms.returns, scaled_ratio, terms.advantages)
+        fitted = Regression(rows["values"], terms.returns, scaled_ratio, terms.advantages)
+        return policy_loss, value_loss, fitted, of_loss
 
     def _responses(self, stats, rows, cu_seqlens):
         """The same at t = 1 alone, where the policy's part has the whole sum without sg."""
         from dqo.objectives.sums import response_regression
+        from dqo.objectives.value_outputs import value_losses
 
         fitted = response_regression(stats, rows, cu_seqlens, self.beta)
-        return (fitted.scaled_ratio - fitted.advantages).square(), (fitted.values - fitted.returns).square(), fitted
+        squared = 0.5 * (fitted.values - fitted.returns).square()
+        of_states, of_loss = value_losses(rows, squared, fitted.returns, at=cu_seqlens[:-1])
+        return (fitted.scaled_ratio - fitted.advantages).square(), 2.0 * of_states, fitted, of_loss

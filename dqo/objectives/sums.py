@@ -40,12 +40,6 @@ def response_regression(stats: TokenStats, rows: dict[str, Tensor], cu_seqlens: 
     return Regression(values, outcome - scaled_ratio.detach(), scaled_ratio, outcome - values.detach())
 
 
-def value_losses(rows: dict[str, Tensor], cu_seqlens: Tensor, regression: Tensor) -> Tensor:
-    """What the value model is fitted by: (B,) its own loss where it has one, otherwise its `regression` to returns."""
-    own = rows.get("value_loss")
-    return regression if own is None else own[cu_seqlens[1:] - 1]
-
-
 def mean_metric(x: Tensor, where: Tensor | None = None) -> Tensor:
     """(2,): [sum, count] of x, over `where` when given."""
     x = x.detach()

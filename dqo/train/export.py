@@ -23,7 +23,7 @@ from dqo.data.ends import ends_of
 from dqo.errors import UserError
 from dqo.files import check_room, remove_asides, sync, sync_tree, temporary, writing
 from dqo.models.adapters import adapter_base, attach, merged
-from dqo.models.critic import HEAD_FILE, load_critic, make_value_model, score_of
+from dqo.models.critic import FORM_FILE, HEAD_FILE, load_critic, make_value_model, score_of
 from dqo.models.fitness import position_limit
 from dqo.models.implicit_value import IMPLICIT_FILE
 from dqo.models.lora import has_adapter, lora_config, merged_state, plain_name, with_fields
@@ -176,18 +176,26 @@ _NO_CLASS = [
     ("head", HEAD_FILE, "a head on the policy's hidden states"),
     ("implicit", IMPLICIT_FILE, "a language model beside its reference"),
 ]
+_PLAIN_VALUES = {"value_loss": "squared", "value_input": "states"}
 
 
 def _critic_of(saved: Saved, policy: PreTrainedModel, base: str | None) -> nn.Module:
     """The value model of a run. A checkpoint with adapters keeps what was trained of it, which goes on the base's trunk."""
     folder, adapters = saved.path / "critic", saved.path / "adapters.safetensors"
-    told = saved.options.get("value_model")
-    for kind, file, what in _NO_CLASS:
-        if told == kind or (folder / file).exists():
+    kind = saved.options.get("value_model")
+    for name, file, what in _NO_CLASS:
+        if kind == name or (folder / file).exists():
             raise UserError(
                 f"{saved.path}: its value model is {what}, which no class of transformers describes; train with --value_model "
                 "separate, or leave --value_model out here"
             )
+    told = {name: saved.options.get(name, plain) for name, plain in _PLAIN_VALUES.items()}
+    other = [f"{name} {value}" for name, value in told.items() if value != _PLAIN_VALUES[name]]
+    if other or (folder / FORM_FILE).exists():
+        raise UserError(
+            f"{saved.path}: its value model was trained with {' and '.join(other) or FORM_FILE}, which no class of transformers "
+            "describes; leave --value_model out here"
+        )
     if folder.is_dir():
         return load_critic(folder)
     tensors = {}

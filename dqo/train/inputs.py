@@ -63,6 +63,7 @@ def check_options(options: Options, given: Given | None = None) -> None:
         raise UserError(
             f"method {config.method} has no reference policy, which value_model implicit compares itself with"
         )
+    check_value_options(options)
     check_phases(options.objective, config.value_warmup_steps)
     check_objects(given.model, given.ref_model, given.tokenizer, adapters)
     if given.peft_config is not None:
@@ -79,6 +80,21 @@ def check_options(options: Options, given: Given | None = None) -> None:
         raise UserError(f"output_dir {used} is in use; choose another, or --resume_from_checkpoint auto to go on there")
     if not (used / "config.yaml").exists() and not list(used.glob(f"checkpoint-*/{STATE_FILE}")):
         raise UserError(f"output_dir {used} holds other files; choose a new or empty directory")
+
+
+def check_value_options(options: Options) -> None:
+    """Of a value model: what its kind, or a method without a reference, cannot do."""
+    config, objective = options.train, options.objective
+    if not objective.needs_values:
+        return
+    given = {"value_loss": objective.values_loss, "value_init": config.value_init, "value_input": config.value_input}
+    plain = {"value_loss": "squared", "value_init": "zero", "value_input": "states"}
+    changed = [name for name in given if given[name] != plain[name]]
+    if changed and (kind := objective.value_kind) not in ("separate", "head"):
+        name = changed[0]
+        raise UserError(f"{name} {given[name]} is for value_model separate or head, not {kind}; leave one of them out")
+    if "value_input" in changed and not objective.needs_reference:
+        raise UserError(f"method {config.method} has no reference policy, which value_input ref_logprob reads")
 
 
 def read(config: TrainConfig, source: Any) -> list[Row]:

@@ -15,6 +15,7 @@ from dqo.models.critic import ValueHead, value_rows, valued
 from dqo.models.lora import adapter_off
 from dqo.models.policy import head_inputs, head_of, hidden_and_router, hidden_positions, policy_stats
 from dqo.models.router import router_loss
+from dqo.models.value_form import form_of
 from dqo.objectives.base import MODELS, Objective
 from dqo.train import metrics
 from dqo_kernels import linear_row_loss
@@ -113,15 +114,19 @@ def objective_sums(
 
 
 def _value_columns(learner: Learner, batch: Batch, hidden: Tensor) -> dict[str, Tensor]:
-    """values, target_values and bootstrap, where there is a value model, and value_loss, where it has a loss of its own, on the
-    last row of each response. The bootstrap is a target: from the average, if there is one."""
+    """values, target_values and bootstrap, where there is a value model; value_outputs and value_range, where a cross-entropy
+    fits it, or outcome_loss, on the last row of each response. The bootstrap is a target: from the average, if there is one."""
     if learner.value_model is None:
         return {}
     columns: dict[str, Tensor] = {}
-    columns["values"], end_values, own_loss = valued(learner.value_model, batch, hidden, learner.bf16)
     last = batch.cu_seqlens[1:] - 1
-    if own_loss is not None:
-        columns["value_loss"] = torch.zeros_like(columns["values"]).index_put((last,), own_loss)
+    columns["values"], end_values, outputs, outcome_loss = valued(learner.value_model, batch, hidden, learner.bf16)
+    if outputs is not None:
+        form = form_of(learner.value_model)
+        bounds = outputs.new_tensor([form.low, form.high])
+        columns |= {"value_outputs": outputs, "value_range": bounds.expand(len(outputs), 2)}
+    if outcome_loss is not None:
+        columns["outcome_loss"] = torch.zeros_like(columns["values"]).index_put((last,), outcome_loss)
     if learner.target is not None:
         with torch.no_grad():
             columns["target_values"], end_values = value_rows(learner.target, batch, hidden, learner.bf16)

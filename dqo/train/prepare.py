@@ -43,6 +43,7 @@ from dqo.train.checkpoint import claim_output, save_base
 from dqo.train.inputs import Given, read
 from dqo.train.learner import Learner
 from dqo.train.resume import OF_OBJECTIVE, TRAINED_END, found_state
+from dqo.train.returns import value_start
 from dqo.train.room import warn_of_little_room
 from dqo.train.run_models import (
     base_of,
@@ -185,7 +186,10 @@ def prepare(
     for model in filter(None, (policy, reference)):
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
             attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
-    learner = make_learner(options, given, policy, reference, distinct(groups))
+    begin = value_start(options, distinct(groups), policy if reference is None else reference)
+    if begin.told:
+        processes.say(begin.told)
+    learner = make_learner(options, given, policy, reference, begin, distinct(groups))
     for model in filter(None, (policy, backbone(learner.value_model))):
         if has_adapter(model):
             check_adapter(model, some_ids)

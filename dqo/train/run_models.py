@@ -36,6 +36,7 @@ from dqo.reference.columns import add_reference, check_agreement, warn_about_beh
 from dqo.train.inputs import Given
 from dqo.train.learner import Learner
 from dqo.train.resume import adapter_fields, stored_derived
+from dqo.train.returns import ValueStart
 from dqo_kernels import TokenStats
 
 
@@ -114,10 +115,11 @@ def make_learner(
     given: Given,
     policy: PreTrainedModel,
     explicit: PreTrainedModel | None,
+    begin: ValueStart,
     episodes: list[Episode],
 ) -> Learner:
-    """The policy, with an adapter where one was asked for, and what the objective needs beside it. `episodes` are those that are
-    trained on."""
+    """The policy, with an adapter where one was asked for, and what the objective needs beside it. `begin`: its value model;
+    `episodes` are those that are trained on."""
     config, objective = options.train, options.objective
     peft_config = given.peft_config
     if config.use_peft and peft_config is None:
@@ -126,7 +128,7 @@ def make_learner(
     torch.manual_seed(config.seed)  # of new heads and adapters, in every process and when a run goes on
     value_model = reference = target = None
     if objective.needs_values:
-        value_model = _value_model(objective, policy, peft_config, explicit or policy, episodes)
+        value_model = _value_model(objective, policy, peft_config, explicit or policy, begin, episodes)
         if objective.values_decay is not None:
             target = copy.deepcopy(value_model)
     if objective.needs_kl:  # with an adapter the policy is its own reference
@@ -142,10 +144,15 @@ def make_learner(
 
 
 def _value_model(
-    objective: Objective, policy: PreTrainedModel, peft_config: Any, reference: PreTrainedModel, episodes: list[Episode]
+    objective: Objective,
+    policy: PreTrainedModel,
+    peft_config: Any,
+    reference: PreTrainedModel,
+    begin: ValueStart,
+    episodes: list[Episode],
 ) -> nn.Module:
     if objective.value_kind != "implicit":
-        return make_value_model(objective.value_kind, policy, peft_config)
+        return make_value_model(objective.value_kind, policy, peft_config, begin.form, begin.value)
     outcomes = [float(e.rewards.sum()) for e in episodes]
     beta = getattr(objective, "implicit_beta", IMPLICIT_BETA)
     return implicit_value_from(policy, outcomes, beta, weights_hash(reference, torch.float32), peft_config)

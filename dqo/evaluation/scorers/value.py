@@ -10,8 +10,8 @@ from torch import Tensor, where
 from dqo.data.batches import Batch
 from dqo.evaluation.scoring import Models
 from dqo.models.critic import ValueHead, value_rows
-from dqo.models.implicit_value import ImplicitValue
 from dqo.models.policy import hidden_positions, policy_stats
+from dqo.models.value_form import form_of
 
 NEEDS = {"value_model"}
 
@@ -19,7 +19,7 @@ NEEDS = {"value_model"}
 def score(models: Models, batch: Batch) -> Tensor:
     assert models.value_model is not None
     hidden = hidden_positions(models.policy, batch) if isinstance(models.value_model, ValueHead) else None
-    if isinstance(models.value_model, ImplicitValue):
+    if form_of(models.value_model).reads_reference:
         assert models.reference is not None  # load_models has found it
         batch = replace(batch, columns=batch.columns | {"ref_logprobs": policy_stats(models.reference, batch).logprobs})
     rows, after = value_rows(models.value_model, batch, hidden)

@@ -16,6 +16,13 @@ CASES = [
     ({"value_model": "none"}, {"critic_learning_rate": 1e-3}, "the method trains no value model", {}),
     ({"method": "dpo"}, {"critic_max_grad_norm": 0.5}, "the method trains no value model", {"method": "dqo"}),
     ({"value_model": "none"}, {"critic_lr_scheduler_type": "linear"}, "the method trains no value model", {}),
+    (
+        {"value_model": "none"},
+        {"value_init": "mean_return", "value_loss": "bce"},
+        "the method trains no value model",
+        {},
+    ),
+    ({"method": "kto"}, {"value_input": "ref_logprob"}, "the method trains no value model", {"method": "dro"}),
     ({"method": "rft"}, {"ref_cache_dir": "cache"}, "the method has no reference policy", {"method": "dpo"}),
     ({}, {"lora_r": 4, "lora_alpha": 3.0}, "no adapters are trained", {"use_peft": True}),
     ({}, {"lora_target_modules": ["q_proj"]}, "no adapters are trained", {"use_peft": True}),

@@ -1,14 +1,21 @@
 """Scores against the models' own forward pass; where their models are found."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 import yaml
 
+from dqo.data.batches import collate
 from dqo.errors import UserError
 from dqo.evaluation.options import SCORER_NAMES, EvalConfig
 from dqo.evaluation.scoring import Models, episode_of, load_models, reference_of, scorer_of, scores
-from dqo.models.critic import ValueHead, make_value_model, save_value_model, score_of
-from tests.dqo.helpers import policy
+from dqo.models.critic import ValueHead, make_value_model, save_value_model, score_of, value_rows
+from dqo.models.new import save
+from dqo.models.policy import hidden_positions, weights_hash
+from dqo.models.value_form import ValueForm
+from tests.dqo.helpers import policy, tokenizer
 
 RESPONSES = [([1, 3, 4], [5, 6, 7, 2], True), ([1, 8], [9, 4], False), ([1, 5, 5, 6, 3], [11, 2], True)]
 EPISODES = [episode_of(*response) for response in RESPONSES]
@@ -89,3 +96,31 @@ def test_the_value_model_of_a_run_is_found_beside_its_policy(tmp_path):
     save_value_model(critic, critic.state_dict(), tmp_path / "critic")
     found = load_models(config(tmp_path, scorers=("value",)), model, 0)
     assert isinstance(found.value_model, ValueHead)
+
+
+@pytest.mark.parametrize("kind", ["separate", "head"])
+def test_a_value_model_that_reads_the_reference_is_given_the_one_it_knew(tmp_path, kind):
+    model, reference = policy(0), policy(1)
+    save(reference, tokenizer(), tmp_path / "reference")
+    save(policy(2), tokenizer(), tmp_path / "another")
+    critic = make_value_model(kind, model, form=ValueForm(input="ref_logprob", reference=weights_hash(reference)))
+    torch.manual_seed(0)
+    for parameter in list(critic.parameters())[-2:] + [p for p in critic.parameters() if p.dim() == 1]:
+        torch.nn.init.normal_(parameter)
+    save_value_model(critic, critic.state_dict(), tmp_path / "critic")
+    options = {"scorers": ("value",), "value_model": str(tmp_path / "critic")}
+    with pytest.raises(UserError, match="scorer value: .* no config.yaml .*give --ref_model_name_or_path"):
+        load_models(config(tmp_path, **options), model, 0)
+    with pytest.raises(UserError, match="scorer value: .*read another reference than .*another when it was trained"):
+        load_models(config(tmp_path, **options, ref_model_name_or_path=str(tmp_path / "another")), model, 0)
+    given = config(tmp_path, **options, ref_model_name_or_path=str(tmp_path / "reference"))
+    found = scores(load_models(given, model, 0), ["value"], EPISODES)["value"]
+    known = [
+        dataclasses.replace(e, ref_logprobs=np.array(logprobs(reference, *response[:2]), np.float32))
+        for e, response in zip(EPISODES, RESPONSES)
+    ]
+    batch = collate(known, 0)
+    hidden = hidden_positions(model, batch)
+    rows, ends = value_rows(critic, batch, hidden)
+    expected = torch.where(batch.terminated, rows[batch.cu_seqlens[1:] - 1], ends)
+    assert found == pytest.approx(expected.tolist(), abs=1e-5)

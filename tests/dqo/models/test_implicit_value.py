@@ -123,7 +123,7 @@ def test_it_comes_back_from_its_files_bit_for_bit_and_loads_in_plain_transformer
     again, batch = load_critic(tmp_path), batch_of()
     assert again.scale == value_model.scale
     for one, two in zip(valued(again, batch), valued(value_model, batch)):
-        assert torch.equal(one, two)
+        assert one is two or torch.equal(one, two)
     assert torch.equal(
         policy_stats(load_policy(str(tmp_path)), batch).logprobs, policy_stats(value_model.model, batch).logprobs
     )
@@ -183,7 +183,7 @@ def test_a_run_trains_it_saves_it_and_goes_on_bit_for_bit(files, caplog):
     config = EvalConfig(model_name_or_path=str(out), scorers=("value",))
     models = load_models(config, load_policy(str(out)), 0)
     assert weights_hash(models.reference) == weights_hash(load_policy(str(files / "model")))
-    with pytest.raises(UserError, match="scorer value: the value model in .*critic was fitted with another reference"):
+    with pytest.raises(UserError, match="scorer value: the value model in .*critic read another reference than"):
         load_models(replace(config, ref_model_name_or_path=str(out)), load_policy(str(out)), 0)
 
 
