@@ -37,6 +37,14 @@ EPOCH = 64  # updates of 256 responses, of the demonstration's 16,384
 # The critics, as options of `dqo train`. {screen} is the directory of the screen's runs.
 SEPARATE: dict[str, Any] = {"value_model": "separate"}
 HEAD: dict[str, Any] = {"value_model": "head"}
+FORMS: dict[str, dict[str, Any]] = {  # of a separate critic
+    "ref_logprob": {"value_input": "ref_logprob"},
+    "bce": {"value_loss": "bce"},
+    "hl_gauss": {"value_loss": "hl_gauss"},
+    "mean_return": {"value_init": "mean_return"},
+    "cosine": {"critic_lr_scheduler_type": "cosine"},
+    "bce-ref_logprob": {"value_loss": "bce", "value_input": "ref_logprob"},
+}
 IMPLICIT: dict[str, Any] = {"value_model": "implicit", "critic_learning_rate": 3e-4}
 # {name: (options, updates)}; the learning rate is constant: what is found after 64, 128 ... updates is what shorter runs find
 SCREEN: dict[str, tuple[dict[str, Any], int]] = {
@@ -48,6 +56,11 @@ SCREEN: dict[str, tuple[dict[str, Any], int]] = {
     "separate-3e-4": (SEPARATE | {"critic_learning_rate": 3e-4}, 8 * EPOCH),
     "implicit-1e-4": (IMPLICIT | {"critic_learning_rate": 1e-4}, 2 * EPOCH),
 }
+SCREEN |= {
+    f"{name}-{rate}": (SEPARATE | form | {"critic_learning_rate": float(rate)}, 2 * EPOCH)
+    for rate in ("1e-3", "3e-3")
+    for name, form in FORMS.items()
+}
 DEFAULT = "separate"
 # {name: options}; those of value_warmup_steps come before the policy's updates
 POLICY: dict[str, dict[str, Any]] = {
@@ -57,6 +70,11 @@ POLICY: dict[str, dict[str, Any]] = {
     "head-warm": HEAD | {"value_warmup_steps": EPOCH},
     "none": {"value_model": "none"},
     "implicit": IMPLICIT | {"value_warmup_steps": EPOCH},
+    "head-mean_return": HEAD | {"value_init": "mean_return"},
+    "mean_return": SEPARATE | FORMS["mean_return"] | {"value_warmup_steps": EPOCH},
+    "ref_logprob": SEPARATE | FORMS["ref_logprob"] | {"value_warmup_steps": EPOCH},
+    "bce": SEPARATE | FORMS["bce"] | {"value_warmup_steps": EPOCH},
+    "hl_gauss": SEPARATE | FORMS["hl_gauss"] | {"value_warmup_steps": EPOCH},
 }
 WINNER = "head"
 LAMBDA = {
