@@ -105,7 +105,7 @@ def _budget(method: str, common: list[Flag], own: list[Flag]) -> tuple[list[str]
     if config.max_steps <= 0:
         raise UserError("give --max_steps, the updates that every method makes: an epoch of pairs is none of responses")
     changes: dict[str, Any] = {}
-    if objective.needs_values and config.value_warmup_steps:
+    if options.trains_values and config.value_warmup_steps:
         warmup = as_steps(config.value_warmup_steps, config.max_steps)
         changes |= {"value_warmup_steps": warmup, "max_steps": config.max_steps + warmup}
     size = objective.group_size or 1

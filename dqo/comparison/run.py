@@ -239,7 +239,7 @@ def _described(firsts: list[Options], seeds: int) -> str:
     lines = []
     for options in firsts:
         config = options.train
-        warmup = int(config.value_warmup_steps) if options.objective.needs_values else 0
+        warmup = int(config.value_warmup_steps) if options.trains_values else 0
         updates = config.max_steps - warmup
         size = options.objective.group_size or 1
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps

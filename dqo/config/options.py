@@ -17,6 +17,7 @@ import tyro
 import yaml
 
 from dqo.config.flags import check_flags, flag_sources, options_of_methods, take_config_files
+from dqo.config.presets import PRESETS, under
 from dqo.config.rows import RowOptions
 from dqo.config.values import brief, refuse, suggestion, typed, value_problems
 from dqo.errors import UserError
@@ -32,6 +33,9 @@ class _RunOptions:
     """The options of TrainConfig that its help shows before those of the rows."""
 
     method: Annotated[str, tyro.conf.arg(help=methods_help())] = DEFAULT_METHOD
+    preset: str | None = None
+    """Options that are set together where nothing else sets them: "paper" is the setting of the paper on DQO. None takes the
+    defaults."""
     model_name_or_path: str | None = None
     """The causal language model to train is in this directory, or has this name on the hub."""
     ref_model_name_or_path: str | None = None
@@ -104,6 +108,8 @@ class TrainConfig(RowOptions, _RunOptions):
     value_input: Literal["states", "ref_logprob"] = "states"
     """What the value model reads: the tokens of a state, or beside each token of the response the reference's log-probability
     of it too."""
+    freeze_value_model: bool = False
+    """The value model stays as it is in the directory that value_model names: it is not trained."""
     value_warmup_steps: float = 0
     """The first steps train the value model alone. A number below 1 is a share of all steps."""
     per_device_train_batch_size: int = 16
@@ -241,6 +247,7 @@ class TrainConfig(RowOptions, _RunOptions):
             "greater_is_better",
             "None without metric_for_best_model",
         )
+        need(self.preset is None or self.preset in PRESETS, "preset", f"{', '.join(PRESETS)} or None")
         need(self.eval_tasks is None or self.verifier is not None, "verifier", "set when eval_tasks is given")
         expected = expected_name(self.verifier) if self.verifier is not None else None
         need(expected is None, "verifier", expected or "")
@@ -255,17 +262,28 @@ class Options:
     objective: Objective
     sources: dict[str, str]
 
+    @property
+    def trains_values(self) -> bool:
+        """Whether a value model is trained."""
+        return self.objective.needs_values and not self.train.freeze_value_model
+
     def flat(self) -> dict[str, Any]:
         return dataclasses.asdict(self.train) | dataclasses.asdict(self.objective)
 
 
-def _objective_class(arguments: list[str], from_files: dict[str, tuple[Any, str]]) -> type[Objective]:
-    name, source = from_files.get("method", (DEFAULT_METHOD, "default"))
+def _flag(arguments: list[str], option: str) -> dict[str, tuple[Any, str]]:
+    """{option: (its last value, where from)} of flags; {} where it is not among them."""
+    found: dict[str, tuple[Any, str]] = {}
     for i, argument in enumerate(arguments):
-        if argument == "--method" and i + 1 < len(arguments):
-            name, source = arguments[i + 1], "--method"
-        elif argument.startswith("--method="):
-            name, source = argument.partition("=")[2], "--method"
+        if argument == f"--{option}" and i + 1 < len(arguments):
+            found[option] = arguments[i + 1], f"--{option}"
+        elif argument.startswith(f"--{option}="):
+            found[option] = argument.partition("=")[2], f"--{option}"
+    return found
+
+
+def _objective_class(arguments: list[str], from_files: dict[str, tuple[Any, str]]) -> type[Objective]:
+    name, source = (from_files | _flag(arguments, "method")).get("method", (DEFAULT_METHOD, "default"))
     if not isinstance(name, str):
         raise UserError(f"method must be one of {', '.join(OBJECTIVES)}, got {brief(name)} (from {source})")
     taken = {"config", "help", *(f.name for f in dataclasses.fields(TrainConfig))}
@@ -301,9 +319,9 @@ def _resolve(its_class: type[Objective], given: dict[str, tuple[Any, str]]) -> t
 
 def options_of(values: dict[str, Any], source: str) -> Options:
     """Options from a dict; `source` says in messages where they come from."""
-    given = {name: (value, source) for name, value in values.items()}
+    given = under({name: (value, source) for name, value in values.items()}, {})
     train, objective = _resolve(_objective_class([], given), given)
-    options = Options(train, objective, dict.fromkeys(values, source))
+    options = Options(train, objective, {name: its_source for name, (_, its_source) in given.items()})
     check_values(options)
     return options
 
@@ -311,6 +329,7 @@ def options_of(values: dict[str, Any], source: str) -> Options:
 def load_options(arguments: list[str], prog: str = "dqo-train") -> Options:
     """The options that a command line gives. Raises a UserError, or exits with 2, and names what does not fit."""
     arguments, from_files = take_config_files(list(arguments))
+    from_files = under(from_files, _flag(arguments, "preset") | _flag(arguments, "method"))
     its_class = _objective_class(arguments, from_files)
     known = {f.name for cls in (TrainConfig, its_class) for f in dataclasses.fields(cls)}
     check_flags(arguments, known | {"config"})

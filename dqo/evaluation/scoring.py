@@ -23,6 +23,7 @@ from dqo.models import attention
 from dqo.models.critic import load_critic
 from dqo.models.policy import load_policy, weights_hash
 from dqo.models.value_form import form_of
+from dqo.models.value_source import find_value_model
 
 _TOKENS = {"cpu": 4096}  # of a batch, padding included
 _MORE_TOKENS = 16_384
@@ -59,7 +60,7 @@ def load_models(config: EvalConfig, policy: PreTrainedModel, pad_id: int) -> Mod
                 f"scorer value: there is no value model in {path}; give --value_model DIRECTORY, the critic/ of a training run "
                 "whose method has one"
             )
-        value_model = load_critic(path, policy.device)
+        value_model = load_critic(find_value_model(path).path, policy.device)
         value_model.eval()
     of_value = value_model is not None and form_of(value_model).reads_reference
     if "reference" in needs or of_value:

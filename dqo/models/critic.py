@@ -28,6 +28,7 @@ from transformers import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
+    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -35,13 +36,13 @@ from transformers.modeling_layers import GenericForTokenClassification
 
 from dqo.data.batches import Batch
 from dqo.errors import UserError
-from dqo.models.implicit_value import IMPLICIT_FILE, ImplicitValue, load_implicit_value, save_implicit_value
+from dqo.models.implicit_value import ImplicitValue, load_implicit_value, save_implicit_value
 from dqo.models.lora import add_adapter
 from dqo.models.policy import hidden_positions, ready
 from dqo.models.value_form import ValueForm, form_from, form_of, surprisal_at_positions, surprisal_of_states
+from dqo.models.value_source import HEAD_FILE, IMPLICIT_FILE
 from dqo.objectives.value_outputs import outputs_for
 
-HEAD_FILE = "value_head.safetensors"
 FORM_FILE = "value_form.safetensors"
 DIRECTION = "surprisal_direction"  # the parameter that is added to the embedding of an action, times its surprisal
 
@@ -76,14 +77,23 @@ def make_value_model(
     else:
         value_model = value_model_from(policy, form)
         if peft_config is not None:
-            add_adapter(value_model, peft_config)
-            score_of(value_model).requires_grad_(True).float()
-            if form.reads_reference:
-                direction = value_model.get_parameter(DIRECTION).requires_grad_(True)
-                direction.data = direction.data.float()
+            add_own_adapter(value_model, peft_config)
     if start is not None:
         _start_at(value_model, form, start)
     return value_model
+
+
+def add_own_adapter(value_model: nn.Module, peft_config: Any) -> None:
+    """An adapter is trained on its trunk, and what turns hidden states into values is trained whole; so is a ValueHead."""
+    trunk = backbone(value_model)
+    if trunk is None:
+        return
+    add_adapter(trunk, peft_config)
+    last = value_model.start if isinstance(value_model, ImplicitValue) else score_of(value_model)
+    last.requires_grad_(True).float()
+    if trunk is value_model and form_of(value_model).reads_reference:
+        direction = value_model.get_parameter(DIRECTION).requires_grad_(True)
+        direction.data = direction.data.float()
 
 
 @torch.no_grad()
@@ -135,6 +145,24 @@ def _generic_classifier(config_class: type[PreTrainedConfig]) -> type[PreTrained
     return type(name, (GenericForTokenClassification, family), fields)
 
 
+def _on_trunk_of(model: PreTrainedModel, form: ValueForm) -> PreTrainedModel:
+    """A token-classification model of this form on a copy of the model's trunk; its score is anything."""
+    config, classifier = _classifier(copy.deepcopy(model.config))
+    config.num_labels, config.classifier_dropout = form.outputs, 0.0
+    config.architectures = None
+    value_model = classifier._from_config(config, dtype=model.dtype)
+    trunk = value_model.base_model
+    own = next((part for part in model.modules() if type(part) is type(trunk)), None)  # the text model of several
+    if own is None:
+        raise UserError(
+            f"transformers has no model of {type(model.base_model).__name__} alone, so it has no separate value model here; use "
+            "--value_model head or --value_model none"
+        )
+    trunk.load_state_dict(own.state_dict())
+    _take_form(value_model, form)
+    return value_model
+
+
 def value_model_from(policy: PreTrainedModel, form: ValueForm | None = None) -> PreTrainedModel:
     """A separate value model: the policy's trunk, copied, with zero outputs of a token: one, so that V = 0 at the start, or those
     of `form`.
@@ -142,20 +170,7 @@ def value_model_from(policy: PreTrainedModel, form: ValueForm | None = None) -> 
     Raises:
         UserError: for a decoder that transformers has no model of without its encoder or its head.
     """
-    config, classifier = _classifier(copy.deepcopy(policy.config))
-    form = form or ValueForm()
-    config.num_labels, config.classifier_dropout = form.outputs, 0.0
-    config.architectures = None
-    value_model = classifier._from_config(config, dtype=policy.dtype)
-    trunk = value_model.base_model
-    own = next((part for part in policy.modules() if type(part) is type(trunk)), None)  # the text model of several
-    if own is None:
-        raise UserError(
-            f"transformers has no model of {type(policy.base_model).__name__} alone, so it has no separate value model here; use "
-            "--value_model head or --value_model none"
-        )
-    trunk.load_state_dict(own.state_dict())
-    _take_form(value_model, form)
+    value_model = _on_trunk_of(policy, form or ValueForm())
     score = score_of(value_model)
     if score.in_features != _width(policy):
         raise UserError(
@@ -285,13 +300,30 @@ def load_critic(path: Path, device: torch.device | str = "cpu") -> nn.Module:
         return head.to(device)
     if (path / IMPLICIT_FILE).exists():
         return load_implicit_value(path, device)
-    config, classifier = _classifier(AutoConfig.from_pretrained(path))
-    loaded: Any = classifier.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
-    value_model, loading = loaded
+    config = AutoConfig.from_pretrained(path)
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return ready(_of_reward_model(_whole(AutoModelForSequenceClassification, path, config)), device)
+    config, classifier = _classifier(config)
+    value_model, form = _whole(classifier, path, config), _saved_form(path / FORM_FILE)
+    _take_form(value_model, form, load_file(path / FORM_FILE)[DIRECTION] if form.reads_reference else None)
+    return ready(value_model, device)
+
+
+def _whole(loader: Any, path: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    model, loading = loader.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
     if loading["missing_keys"]:
         raise UserError(
             f"{path} has no {', '.join(sorted(loading['missing_keys']))}; refusing to start from a random head"
         )
-    form = _saved_form(path / FORM_FILE)
-    _take_form(value_model, form, load_file(path / FORM_FILE)[DIRECTION] if form.reads_reference else None)
-    return ready(value_model, device)
+    return model
+
+
+def _of_reward_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The score that a sequence classifier gives the last token, given to every token."""
+    value_model, theirs = _on_trunk_of(model, ValueForm()), score_of(model)
+    score = score_of(value_model)
+    with torch.no_grad():
+        score.weight.copy_(theirs.weight)
+        if score.bias is not None:
+            score.bias.copy_(torch.zeros_like(score.bias) if theirs.bias is None else theirs.bias)
+    return value_model

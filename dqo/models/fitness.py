@@ -132,8 +132,16 @@ def check_room(
 
 @torch.no_grad()
 def check_model(model: PreTrainedModel, ids: list[int], pad_id: int) -> None:
-    """Refuses a model that cannot be trained here, by running it on `ids`, two tokens at least: one that differs from itself,
-    changes its own weights, sees tokens to the right or another row of its batch, or does more to its logits than a head."""
+    """Refuses a model that cannot be trained here, by running it on `ids`, two tokens at least: what `check_trunk` refuses, and
+    one that does more to its logits than a head."""
+    check_trunk(model, ids, pad_id)
+    check_head(model, ids)
+
+
+@torch.no_grad()
+def check_trunk(model: PreTrainedModel, ids: list[int], pad_id: int) -> None:
+    """Refuses a model that differs from itself, changes its own weights, sees tokens to the right or another row of its batch, or
+    has no gradient."""
     name, n = type(model).__name__, len(ids) // 2
     versions = [parameter._version for parameter in model.parameters()]
     with _readable_failure(name), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
@@ -164,7 +172,6 @@ def check_model(model: PreTrainedModel, ids: list[int], pad_id: int) -> None:
             "supported"
         )
     _check_backward(model, ids)
-    check_head(model, ids)
 
 
 @torch.enable_grad()

@@ -28,12 +28,12 @@ from transformers import PreTrainedModel
 
 from dqo.data.batches import Batch
 from dqo.errors import UserError
-from dqo.models.lora import add_adapter
 from dqo.models.policy import head_stats, hidden_positions, load_policy
 from dqo.models.value_form import ValueForm
+from dqo.models.value_source import IMPLICIT_FILE
 from dqo_kernels.core.packed import prefix_sum, sequence_index
 
-IMPLICIT_FILE, START_FILE = "implicit_value.json", "value_start.safetensors"
+START_FILE = "value_start.safetensors"
 _MODEL, _START = "model.", "start."  # in front of the names of its parameters
 
 
@@ -103,9 +103,9 @@ def running_sums(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def implicit_value_from(
-    policy: PreTrainedModel, outcomes: Sequence[float], beta: float, reference: str, peft_config: Any = None
+    policy: PreTrainedModel, outcomes: Sequence[float], beta: float, reference: str
 ) -> ImplicitValue:
-    """Begins as `policy`, which has no adapter yet; with `peft_config` an adapter of its own and c are trained.
+    """Begins as `policy`, which has no adapter yet.
 
     Args:
         outcomes: R of every response that is trained on.
@@ -120,10 +120,7 @@ def implicit_value_from(
             f"value_model implicit: every response earns {low:g} in all, so that nothing tells success from failure; choose "
             "another --value_model"
         )
-    model = copy.deepcopy(policy).requires_grad_(True)
-    if peft_config is not None:
-        add_adapter(model, peft_config)
-    found = ImplicitValue(model, Scale(beta, low, high, reference))
+    found = ImplicitValue(copy.deepcopy(policy).requires_grad_(True), Scale(beta, low, high, reference))
     share = min(max((mean - low) / (high - low), 0.01), 0.99)
     nn.init.constant_(found.start.bias, math.log(share / (1.0 - share)))
     return found

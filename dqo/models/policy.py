@@ -8,7 +8,7 @@ import logging
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -184,7 +184,7 @@ def policy_stats(policy: PreTrainedModel, batch: Batch, bf16: bool = False) -> T
     return head_stats(policy, hidden_positions(policy, batch, bf16)[batch.states], batch.actions)
 
 
-def weights_hash(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
+def weights_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     """sha256 of the parameters' names and bytes; in float32 a model has one hash, in whatever type of its files it is loaded."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

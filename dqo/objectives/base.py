@@ -13,6 +13,7 @@ None of these files imports torch before it is called: `--help` and the checks o
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -124,7 +125,8 @@ class Objective:
 
     @property
     def value_kind(self) -> str:
-        """Which value model is made, one of VALUE_KINDS; the option value_model where there is one."""
+        """Which value model is made, one of VALUE_KINDS, or the directory that it begins from; the option value_model where there
+        is one."""
         return getattr(self, "value_model", "none")
 
     @property
@@ -171,6 +173,13 @@ class Objective:
             for name, value in values.items()
             if not (value is None and "None" in types[name] or value is not None and value >= least)
         ]
+
+    def no_value_model(self, *kinds: str) -> list[tuple[str, str]]:
+        """The option value_model, where it is neither one of `kinds` nor a directory."""
+        told = self.value_kind
+        if told in kinds or (told not in VALUE_KINDS and os.path.isdir(told)):
+            return []
+        return [("value_model", f"must be {', '.join(kinds)}, or the directory of a value model, got {told!r}")]
 
     def advice(self, labels: Sequence[bool]) -> list[str]:
         """Warnings, a line each, about rows with these labels."""

@@ -53,10 +53,11 @@ class DQO(Objective):
     value_loss: Literal["squared", "bce", "hl_gauss"] = "squared"
     """What fits the value model to returns: "squared" error, or a cross-entropy. "bce" is that of the probability of the greatest
     return against the least of the training data, "hl_gauss" that of a distribution over bins between the two."""
-    value_model: Literal["separate", "head", "implicit", "none"] = "separate"
+    value_model: str = "separate"
     """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
     hidden states. "implicit" trains a copy of the policy whose log-ratio to the reference is the logit of success. "none" takes
-    soft values from the logsumexp."""
+    soft values from the logsumexp. The directory of a run, of its critic/ or of a model with one label begins from the value
+    model there."""
     implicit_beta: float = IMPLICIT_BETA
     """The log-ratio of an implicit value model is multiplied by this."""
     kl_coef: float = 0.0
@@ -84,6 +85,7 @@ class DQO(Objective):
             found.append(
                 ("value_loss", f"must be squared with target residual, which fits V itself, got {self.value_loss}")
             )
+        found += self.no_value_model("separate", "head", "implicit", "none")
         if self.value_kind == "implicit":
             if self.gamma != 1.0:
                 found.append(

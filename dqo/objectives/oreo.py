@@ -28,9 +28,10 @@ class OREO(Objective):
     value_loss: Literal["squared", "bce", "hl_gauss"] = "squared"
     """What fits the value model to returns: "squared" error, or a cross-entropy. "bce" is that of the probability of the greatest
     return against the least of the training data, "hl_gauss" that of a distribution over bins between the two."""
-    value_model: Literal["separate", "head", "implicit"] = "separate"
+    value_model: str = "separate"
     """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
-    hidden states. "implicit" trains a copy of the policy whose log-ratio to the reference is the logit of success."""
+    hidden states. "implicit" trains a copy of the policy whose log-ratio to the reference is the logit of success. The directory
+    of a run, of its critic/ or of a model with one label begins from the value model there."""
     implicit_beta: float = IMPLICIT_BETA
     """The log-ratio of an implicit value model is multiplied by this."""
 
@@ -41,7 +42,8 @@ class OREO(Objective):
         return self.alpha > 0
 
     def problems(self) -> list[tuple[str, str]]:
-        return super().problems() + self.below(0, "alpha", "value_coef")
+        found = super().problems() + self.below(0, "alpha", "value_coef")
+        return found + self.no_value_model("separate", "head", "implicit")
 
     def __call__(self, stats, rows, cu_seqlens):
         from dqo.objectives.sums import mean_metric, regression_metrics, response_metrics, sequence_means

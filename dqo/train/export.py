@@ -23,11 +23,12 @@ from dqo.data.ends import ends_of
 from dqo.errors import UserError
 from dqo.files import check_room, remove_asides, sync, sync_tree, temporary, writing
 from dqo.models.adapters import adapter_base, attach, merged
-from dqo.models.critic import FORM_FILE, HEAD_FILE, load_critic, make_value_model, score_of
+from dqo.models.critic import FORM_FILE, load_critic, make_value_model, score_of
 from dqo.models.fitness import position_limit
-from dqo.models.implicit_value import IMPLICIT_FILE
 from dqo.models.lora import has_adapter, lora_config, merged_state, plain_name, with_fields
 from dqo.models.policy import load_config, load_policy, load_tokenizer, stop_ids
+from dqo.models.value_source import HEAD_FILE, IMPLICIT_FILE
+from dqo.objectives.base import VALUE_KINDS
 from dqo.processes import Processes
 from dqo.reference.columns import AGREEMENT_BOUNDS
 from dqo.train import hub
@@ -198,6 +199,11 @@ def _critic_of(saved: Saved, policy: PreTrainedModel, base: str | None) -> nn.Mo
         )
     if folder.is_dir():
         return load_critic(folder)
+    if isinstance(kind, str) and kind not in VALUE_KINDS:
+        raise UserError(
+            f"{saved.path}: its value model is an adapter of the one in {kind}, and is merged in the run's directory alone; "
+            "export the run, or leave --value_model out here"
+        )
     tensors = {}
     if base is not None and adapters.exists():
         found = load_file(adapters)

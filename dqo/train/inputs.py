@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 from dataclasses import dataclass, field
@@ -11,12 +12,14 @@ from typing import Any
 from dqo.config.effects import without_effect
 from dqo.config.lora import check_lora_config, check_lora_options
 from dqo.config.options import Options, TrainConfig
+from dqo.config.values import refuse
 from dqo.data.advice import row_warnings
 from dqo.data.control import with_shuffled_rewards
 from dqo.data.rows import Row, check_process_reward, prompt_key, read_rows, split_by_prompt
 from dqo.errors import UserError
 from dqo.files import is_aside
 from dqo.models.objects import check_objects
+from dqo.models.value_source import find_value_model
 from dqo.objectives.base import VALUE_KINDS
 from dqo.objectives.registry import OBJECTIVES
 from dqo.requirements import check_packages
@@ -57,14 +60,9 @@ def check_options(options: Options, given: Given | None = None) -> None:
         )
     if config.ref_model_name_or_path is not None and not options.objective.needs_reference:
         raise UserError(f"method {config.method} has no reference policy; remove --ref_model_name_or_path")
-    if (kind := options.objective.value_kind) not in VALUE_KINDS:
-        raise UserError(f"method {config.method} has the value_kind {kind!r}; it is one of {', '.join(VALUE_KINDS)}")
-    if kind == "implicit" and not options.objective.needs_reference:
-        raise UserError(
-            f"method {config.method} has no reference policy, which value_model implicit compares itself with"
-        )
+    _check_value_model(options)
     check_value_options(options)
-    check_phases(options.objective, config.value_warmup_steps)
+    check_phases(options.objective, config.value_warmup_steps, config.freeze_value_model)
     check_objects(given.model, given.ref_model, given.tokenizer, adapters)
     if given.peft_config is not None:
         check_lora_config(given.peft_config)
@@ -95,6 +93,33 @@ def check_value_options(options: Options) -> None:
         raise UserError(f"{name} {given[name]} is for value_model separate or head, not {kind}; leave one of them out")
     if "value_input" in changed and not objective.needs_reference:
         raise UserError(f"method {config.method} has no reference policy, which value_input ref_logprob reads")
+
+
+def _check_value_model(options: Options) -> None:
+    config, objective = options.train, options.objective
+    kind, fitted = objective.value_kind, None
+    if kind not in VALUE_KINDS:
+        if not Path(kind).is_dir():
+            kinds = ", ".join(VALUE_KINDS)
+            raise UserError(
+                f"method {config.method} has the value_kind {kind!r}; it is one of {kinds}, or the directory of a value model"
+            )
+        fitted = find_value_model(kind)
+    if "implicit" in (kind, fitted and fitted.form):
+        if not objective.needs_reference:
+            raise UserError(
+                f"method {config.method} has no reference policy, which an implicit value model is compared with"
+            )
+        if fitted is not None and hasattr(objective, "value_model"):  # what the word implicit would be refused with
+            as_word: Any = {"value_model": "implicit"}
+            refuse(dataclasses.replace(objective, **as_word).problems(), options.sources)
+    if config.freeze_value_model:
+        if fitted is None:
+            raise UserError(
+                f"freeze_value_model needs a value model that was fitted: give --value_model DIRECTORY (of a run), not {kind}"
+            )
+        if objective.values_decay is not None:
+            raise UserError("target_ema must be None with freeze_value_model: what is frozen has no moving average")
 
 
 def read(config: TrainConfig, source: Any) -> list[Row]:

@@ -69,9 +69,13 @@ class Trainer:
                 self._load(resumed, state)
         then = state.get("derived", {})
         self.warmup = then.get("warmup", phases.as_steps(self.config.warmup_steps, self.steps))
-        critic = self.learner.value_model
+        critic = self.learner.value_model if options.trains_values else None
         self.stretches = phases.stretches(
-            self.objective, self.config.value_warmup_steps, self.steps, then.get("phases")
+            self.objective,
+            self.config.value_warmup_steps,
+            self.steps,
+            then.get("phases"),
+            frozen=self.config.freeze_value_model,
         )
         self.models = {"policy": self.learner.policy} | ({} if critic is None else {"critic": critic})
         some_unused = any(not self.models.keys() <= set(stretch.phase.trains) for stretch in self.stretches)

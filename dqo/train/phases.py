@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import NamedTuple
 
@@ -26,8 +27,14 @@ def as_steps(value: float, total: int) -> int:
     return math.ceil(value * total) if 0 < value < 1 else int(value)
 
 
-def check_phases(objective: Objective, value_warmup: float) -> None:
-    """Refuses phases that the trainer cannot run.
+def _without_critic(phases: Sequence[Phase]) -> list[Phase]:
+    """The phases of a run whose value model is frozen: those that train something else, without it."""
+    kept = [(phase, tuple(name for name in phase.trains if name != "critic")) for phase in phases]
+    return [dataclasses.replace(phase, trains=trains) for phase, trains in kept if trains]
+
+
+def check_phases(objective: Objective, value_warmup: float, frozen: bool = False) -> None:
+    """Refuses phases that the trainer cannot run. `frozen`: whether the value model is.
 
     Raises:
         UserError: that names the phase.
@@ -61,21 +68,28 @@ def check_phases(objective: Objective, value_warmup: float) -> None:
         number = isinstance(steps, Real) and not isinstance(steps, bool) and 0 <= steps < math.inf
         if steps is not None and not (number and (steps < 1 or steps == int(steps))):
             raise UserError(f"{name} has {steps!r} steps; expected a whole number of at least 0, or a share below 1")
+    if frozen and not _without_critic(phases[-1:]):
+        raise UserError(
+            f"phase {names[-1]!r} of {type(objective).__name__} trains the value model alone, and freeze_value_model is on"
+        )
 
 
 def stretches(
-    objective: Objective, value_warmup: float, total: int, then: dict[str, int] | None = None
+    objective: Objective, value_warmup: float, total: int, then: dict[str, int] | None = None, frozen: bool = False
 ) -> list[Stretch]:
     """The phases of `total` steps that have a step, each with its first; warns where the policy is trained in none.
 
     Args:
         then: {name: first step} of the same phases in the checkpoint that the run goes on from.
+        frozen: whether the value model is: phases that train it alone are left out.
 
     Raises:
         UserError: where these have other names than now.
     """
     found, begin = [], 0
-    planned = objective.phases(value_warmup)
+    planned: Sequence[Phase] = objective.phases(value_warmup)
+    if frozen:
+        planned = _without_critic(planned)
     for phase in planned:
         steps = total - begin if phase.steps is None else as_steps(phase.steps, total)
         if steps > 0:

@@ -40,6 +40,7 @@ from dqo.models.router import check_router
 from dqo.objectives.base import Objective
 from dqo.processes import Processes, gather_objects
 from dqo.train.checkpoint import claim_output, save_base
+from dqo.train.fitted_values import fitted_value_model
 from dqo.train.inputs import Given, read
 from dqo.train.learner import Learner
 from dqo.train.resume import OF_OBJECTIVE, TRAINED_END, found_state
@@ -59,6 +60,7 @@ logger = logging.getLogger(__name__)
 
 # Options that change neither data nor, beyond rounding, updates: a run may be continued with other values.
 FREE_OPTIONS = {
+    "preset",  # what it sets is among the options
     "per_device_train_batch_size",  # their product with the number of processes is in the identity
     "gradient_accumulation_steps",
     "gradient_checkpointing",
@@ -186,10 +188,13 @@ def prepare(
     for model in filter(None, (policy, reference)):
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
             attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
+    fitted = fitted_value_model(options, policy, reference or policy, tokenizer, some_ids)
+    if fitted is not None:
+        identity["fitted value model"] = weights_hash(fitted)
     begin = value_start(options, distinct(groups), policy if reference is None else reference)
     if begin.told:
         processes.say(begin.told)
-    learner = make_learner(options, given, policy, reference, begin, distinct(groups))
+    learner = make_learner(options, given, policy, reference, begin, distinct(groups), fitted)
     for model in filter(None, (policy, backbone(learner.value_model))):
         if has_adapter(model):
             check_adapter(model, some_ids)

@@ -17,7 +17,7 @@ from dqo.data.episodes import Episode
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.architecture import recompute_activations
-from dqo.models.critic import backbone, make_value_model
+from dqo.models.critic import add_own_adapter, backbone, make_value_model
 from dqo.models.implicit_value import implicit_value_from
 from dqo.models.lora import adapter_off, add_adapter, lora_config, with_fields
 from dqo.models.policy import (
@@ -117,9 +117,10 @@ def make_learner(
     explicit: PreTrainedModel | None,
     begin: ValueStart,
     episodes: list[Episode],
+    fitted: nn.Module | None = None,
 ) -> Learner:
-    """The policy, with an adapter where one was asked for, and what the objective needs beside it. `begin`: its value model;
-    `episodes` are those that are trained on."""
+    """The policy, with an adapter where one was asked for, and what the objective needs beside it. `begin`: a new value model;
+    `episodes` are those that are trained on; `fitted`: the value model that the run begins with."""
     config, objective = options.train, options.objective
     peft_config = given.peft_config
     if config.use_peft and peft_config is None:
@@ -128,7 +129,14 @@ def make_learner(
     torch.manual_seed(config.seed)  # of new heads and adapters, in every process and when a run goes on
     value_model = reference = target = None
     if objective.needs_values:
-        value_model = _value_model(objective, policy, peft_config, explicit or policy, begin, episodes)
+        if fitted is None:
+            value_model = _new_value_model(objective, policy, peft_config, explicit or policy, begin, episodes)
+        else:
+            value_model = fitted
+            if config.freeze_value_model:
+                value_model.requires_grad_(False)
+            elif peft_config is not None:
+                add_own_adapter(value_model, peft_config)
         if objective.values_decay is not None:
             target = copy.deepcopy(value_model)
     if objective.needs_kl:  # with an adapter the policy is its own reference
@@ -143,7 +151,7 @@ def make_learner(
     return Learner(policy, value_model, reference, target, config.bf16, config.router_aux_loss_coef)
 
 
-def _value_model(
+def _new_value_model(
     objective: Objective,
     policy: PreTrainedModel,
     peft_config: Any,
@@ -155,7 +163,10 @@ def _value_model(
         return make_value_model(objective.value_kind, policy, peft_config, begin.form, begin.value)
     outcomes = [float(e.rewards.sum()) for e in episodes]
     beta = getattr(objective, "implicit_beta", IMPLICIT_BETA)
-    return implicit_value_from(policy, outcomes, beta, weights_hash(reference, torch.float32), peft_config)
+    value_model = implicit_value_from(policy, outcomes, beta, weights_hash(reference, torch.float32))
+    if peft_config is not None:
+        add_own_adapter(value_model, peft_config)
+    return value_model
 
 
 def save_dtype_of(options: Options, given: Given) -> torch.dtype | None:

@@ -14,8 +14,9 @@ from dqo.errors import UserError
 from dqo.evaluation.options import EvalConfig
 from dqo.evaluation.scoring import Models, episode_of, load_models, scores
 from dqo.models.critic import load_critic, save_value_model, valued
-from dqo.models.implicit_value import IMPLICIT_FILE, START_FILE, implicit_value_from
+from dqo.models.implicit_value import START_FILE, implicit_value_from
 from dqo.models.policy import load_policy, policy_stats, weights_hash
+from dqo.models.value_source import IMPLICIT_FILE
 from dqo.objectives import DQO, DRO, OREO
 from dqo.processes import Processes
 from dqo.train.engine import Engine

@@ -5,6 +5,7 @@ import torch
 
 from dqo.objectives import DQO, DRO
 from dqo.train import metrics as finished
+from dqo_kernels import soft_bellman
 from tests.dqo.objectives.packed import differences, random_case, stats_of
 
 
@@ -101,3 +102,34 @@ def test_the_gradient_agrees_with_differences():
 def test_options_out_of_range_are_named():
     assert [name for name, _ in DRO(beta=0.0).problems()] == ["beta"]
     assert DRO().problems() == []
+
+
+def test_the_value_that_the_live_policy_implies_is_no_baseline_of_its_own():
+    """V(s_{t+1}) = V(s_t) + beta * delta_t - r_t makes each residual V(s_1) + beta * sum(delta) - R: the residual of the response
+    as one action. So DQO with that V has the gradient of DRO, and a V that is to help comes from elsewhere."""
+    logits, make, rows, cu_seqlens = random_case([3, 1, 4])
+    starts, beta, lengths = torch.tensor([0.3, -0.2, 0.7], dtype=torch.float64), 0.4, cu_seqlens.diff()
+    logits.requires_grad_()
+    stats = make(logits)
+    flow = (beta * (stats.logprobs - rows["ref_logprobs"]) - rows["rewards"]).detach()
+    before = torch.cat([piece.cumsum(0) - piece for piece in flow.split(lengths.tolist())])
+    values = starts.repeat_interleave(lengths) + before
+    terms = soft_bellman(
+        stats.logprobs,
+        rows["ref_logprobs"],
+        rows["rewards"],
+        values,
+        cu_seqlens,
+        beta=beta,
+        lam=1.0,
+        is_level="none",
+        reduction="none",
+    )
+    whole = starts + torch.stack([piece.sum() for piece in flow.split(lengths.tolist())])
+    assert torch.allclose(values - terms.returns, whole.repeat_interleave(lengths))
+    scaled_ratio = beta * (stats.logprobs - rows["ref_logprobs"]).detach()
+    assert torch.allclose(scaled_ratio - terms.advantages, whole.repeat_interleave(lengths))
+    rows = rows | {"values": values}
+    both = [DQO(beta=beta, is_level="none"), DRO(beta=beta, policy_scale=1.0)]
+    found = [torch.autograd.grad(objective(make(logits), rows, cu_seqlens)[0], logits)[0] for objective in both]
+    assert torch.allclose(found[0], found[1]) and found[0].abs().max() > 1e-3

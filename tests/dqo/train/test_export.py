@@ -260,6 +260,14 @@ def test_a_value_model_of_no_class_and_a_missing_one_are_refused(runs, tmp_path,
     export(tmp_path / "out", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name, value", [("value_loss", "bce"), ("value_input", "ref_logprob")])
+def test_a_value_model_of_another_form_is_refused(runs, tmp_path, name, value):
+    options = {"model_name_or_path": runs / "model", "dataset_name": runs / "rollouts.jsonl", name: value}
+    train(load_options(arguments(tmp_path, max_steps=1, **options)))
+    part = f"its value model was trained with {name} {value}, which no class of transformers describes"
+    refused(tmp_path / "out", tmp_path / "whole", part, value_model=True)
+
+
 # ----------------------------------------------------------------------------------------------- whole or not there
 
 

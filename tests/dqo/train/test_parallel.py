@@ -28,6 +28,13 @@ RUNS = {
     "sft": {"method": "sft"},
     "kto": {"method": "kto"},  # with the mean over the companions of the whole step
     "oreo": {"method": "oreo"},  # with the reference's logits
+    "form": {
+        "value_loss": "hl_gauss",
+        "value_input": "ref_logprob",
+        "value_init": "mean_return",
+        "value_warmup_steps": 2,
+        "max_steps": 6,
+    },
     "average": {"target_ema": 0.8, "lam": 0.5},
     "packed": {"padding_free": "True", "max_batch_tokens": 60},
     "adapter": {"use_peft": True, "lora_r": 2, "kl_coef": 0.1},
