@@ -76,6 +76,10 @@ POLICY: dict[str, dict[str, Any]] = {
     "bce": SEPARATE | FORMS["bce"] | {"value_warmup_steps": EPOCH},
     "hl_gauss": SEPARATE | FORMS["hl_gauss"] | {"value_warmup_steps": EPOCH},
 }
+# Critics that the screen has fitted, on its task alone
+FROZEN = {
+    "implicit-frozen": {"value_model": "{screen}/6-10/implicit-3e-4/seed-100/run", "freeze_value_model": True},
+}
 WINNER = "head"
 LAMBDA = {
     f"lam-{lam}-{level}": POLICY[WINNER] | {"lam": lam, "is_level": level}
@@ -109,7 +113,7 @@ def planned(stage: str) -> list[Planned]:
             Planned(stage, task, name, seed, _with_policy(options), ())
             for task in TASKS
             for seed in SEEDS
-            for name, options in POLICY.items()
+            for name, options in (POLICY | (FROZEN if task == DEMONSTRATION else {})).items()
         ]
     return [
         Planned(stage, DEMONSTRATION, name, seed, _with_policy(options), ())
@@ -181,7 +185,7 @@ def main() -> None:
     parser.add_argument("--demonstration", type=Path, default=Path("dqo-demo"), help="a finished one")
     parser.add_argument("--stage", nargs="+", choices=stages, default=list(stages))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--variants", nargs="+", choices=list(SCREEN | POLICY | LAMBDA))
+    parser.add_argument("--variants", nargs="+", choices=list(SCREEN | POLICY | FROZEN | LAMBDA))
     parser.add_argument("--seeds", nargs="+", type=int, default=[TUNING_SEED, *SEEDS])
     parser.add_argument("--table", action="store_true", help="run nothing")
     arguments = parser.parse_args()
