@@ -45,6 +45,8 @@ FORMS: dict[str, dict[str, Any]] = {  # of a separate critic
     "cosine": {"critic_lr_scheduler_type": "cosine"},
     "bce-ref_logprob": {"value_loss": "bce", "value_input": "ref_logprob"},
 }
+# The mean return of the data, everywhere and for ever: a control that knows nothing
+CONSTANT = HEAD | {"value_init": "mean_return", "critic_learning_rate": 1e-12}
 IMPLICIT: dict[str, Any] = {"value_model": "implicit", "critic_learning_rate": 3e-4}
 # {name: (options, updates)}; the learning rate is constant: what is found after 64, 128 ... updates is what shorter runs find
 SCREEN: dict[str, tuple[dict[str, Any], int]] = {
@@ -69,6 +71,9 @@ POLICY: dict[str, dict[str, Any]] = {
     "head": HEAD,
     "head-warm": HEAD | {"value_warmup_steps": EPOCH},
     "none": {"value_model": "none"},
+    "constant": CONSTANT,
+    "constant-warm": CONSTANT
+    | {"value_warmup_steps": EPOCH},  # nothing is learned in the warm-up; the data come in its order
     "implicit": IMPLICIT | {"value_warmup_steps": EPOCH},
     "head-mean_return": HEAD | {"value_init": "mean_return"},
     "mean_return": SEPARATE | FORMS["mean_return"] | {"value_warmup_steps": EPOCH},
