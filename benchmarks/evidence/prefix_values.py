@@ -29,12 +29,12 @@ from dqo.demo.rollouts import distinct_problems, rng_of
 from dqo.grading.arith import ArithTask
 from dqo.grading.pool import VerifierPool
 from dqo.models.policy import load_tokenizer
-from dqo.report import findings
 from dqo.sampling.backends import load_backend
 from dqo.scoring.options import ScoreConfig
 from dqo.scoring.prefixes import Measurement, prefixes_of
 from dqo.scoring.rows import Scored, read_scored
 from dqo.scoring.steps import line_steps
+from dqo.train.record import machine
 
 RESULTS = Path(__file__).parents[1] / "results"
 RECIPE = Recipe()
@@ -123,7 +123,7 @@ def main() -> None:
         "command": " ".join(["python -m benchmarks.evidence.prefix_values", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        **findings.machine(),
+        **machine(),
         "seconds": {str(FEW): few_seconds, str(MANY): many_seconds},
         "summary": summary(found),
         "rows": found,
