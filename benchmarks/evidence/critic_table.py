@@ -28,7 +28,7 @@ def summarise(results: Sequence[tuple[Any, dict]], tasks: list[dict], default: s
         if stage["update"] > 0
     ]
     facts = {"command": COMMAND, "date": datetime.date.today().isoformat(), "commit": commit(), **machine()}
-    facts |= {"tasks": tasks, "options": {run.variant: found["spec"]["options"] for run, found in results}}
+    facts |= {"tasks": tasks, "options": {run.variant: run.options for run, _ in results}}
     found = {"screen": screen, "policy": _compared(results, "policy", default)}
     found["lambda"] = _compared(results, "lambda", "lam-1.0-trajectory")
     return {**facts, **found, "not_run": missing}

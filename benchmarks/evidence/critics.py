@@ -209,7 +209,7 @@ def main() -> None:
     files = [output / "tasks" / name / "task.json" for name in TASKS]
     tasks = [json.loads(path.read_text()) for path in files if path.exists()]
     missing = [f"{run.stage} {run.task} {run.variant} {run.seed}" for run in every if result_of(run, output) is None]
-    summary = summarise(results, tasks, DEFAULT, missing)
+    summary = summarise(results, tasks, DEFAULT, missing) | {"options_of_all": DQO}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "critics.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(tables(summary))
