@@ -53,6 +53,7 @@ def _trace(response: Response) -> ValueTrace:
         "tokens": [printable(response.texts[place]) for place in response.actions],
         "values": [float(v) for v in response.scores.get("value", ())],
         "reward": float(response.rewards[-1]),
+        "label": response.label,
         "step_ends": [end + 1 for end in response.step_ends],
         "first_wrong_step": response.first_wrong_step,
         "implied": [] if implied is None else [float(v) for v in implied.values],

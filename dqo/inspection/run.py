@@ -20,7 +20,7 @@ from dqo.inspection.responses import Inspection, Response, chosen, siblings
 from dqo.inspection.views import VIEWS, scale_of
 from dqo.objectives.registry import objective_class
 from dqo.train.run_rows import discounts_of, episodes_of
-from dqo.train.token_scores import RunModels, load_run, token_scores
+from dqo.train.token_scores import RunModels, load_run, run_options, token_scores
 
 _SCORES = ("logprobs", "ref_logprobs", "lse", "ref_lse", "kl")
 
@@ -55,7 +55,8 @@ def inspect(
     page = None if output_file is None else _page_path(Path(output_file), overwrite)
     if responses < 1:
         raise UserError(f"responses must be at least 1, got {responses}")
-    all_rows = read_rows(dataset_name)
+    threshold = run_options(Path(run)).get("reward_threshold")
+    all_rows = read_rows(dataset_name, **({} if threshold is None else {"reward_threshold": threshold}))
     shown = chosen(all_rows, responses, [str(line) for line in rows])
     others = siblings(all_rows, shown)
     models = load_run(run, reference=ref_model_name_or_path, dtype=dtype, device="cpu" if use_cpu else None)
@@ -94,7 +95,9 @@ def _inspection(models: RunModels, shown: list[Row], others: list[Row], quiet: b
     views = [name for name in VIEWS if name in found[0].scores]
     scales = {name: scale_of(VIEWS[name], [r.scores[name] for r in found]) for name in views}
     method = str(models.options.get("method", "unknown"))
-    return Inspection(str(models.directory), method, models.beta, found, scales, _notes(models, found, method))
+    return Inspection(
+        str(models.directory), method, models.beta, found, scales, _notes(models, found, episodes, method)
+    )
 
 
 def _response(
@@ -123,7 +126,7 @@ def _response(
     )
 
 
-def _notes(models: RunModels, responses: list[Response], method: str) -> list[str]:
+def _notes(models: RunModels, responses: list[Response], episodes: list[Episode], method: str) -> list[str]:
     notes = []
     if models.options.get("beta") is None:
         who = f"Method {method} has no beta" if models.options else f"{models.directory} does not tell the run's beta"
@@ -139,6 +142,11 @@ def _notes(models: RunModels, responses: list[Response], method: str) -> list[st
     if without:
         which = "the rows have" if without == len(responses) else f"{without} of {len(responses)} rows have"
         notes.append(f"There are no sums of steps where {which} no steps: dqo score --steps lines writes them.")
+    paid = {float(x) for e in episodes for x in e.step_rewards}
+    if models.options.get("process_reward") != "potential" and paid and min(paid) == 0 < max(paid):
+        notes.append(
+            "No step reward is negative, and a step with 0 does not count as wrong: labels that are 0 and 1 mark none."
+        )
     if any(r.step_ends and not r.labelled for r in responses):
         notes.append("Where steps have no labels (step_rewards), which one is wrong is not known.")
     return notes

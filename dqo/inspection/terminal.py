@@ -48,7 +48,9 @@ def verdict_of(response: Response) -> str:
     sums = response.step_sums
     lowest = f"the lowest step is {low + 1} ({number_text('advantage', sums[low])})"
     if wrong is None:
-        return lowest + (", and no step is wrong" if response.labelled else "; which one is wrong is not known")
+        return lowest + (
+            ", and no step reward calls one wrong" if response.labelled else "; which one is wrong is not known"
+        )
     if low == wrong:
         return f"{lowest}, the first wrong one"
     return f"{lowest}; the first wrong one is {wrong + 1} ({number_text('advantage', sums[wrong])})"

@@ -71,6 +71,7 @@ class _Tokens(TypedDict):
 class ValueTrace(_Tokens, total=False):
     """The values along one response of T tokens."""
 
+    label: bool  # whether it is right; without one a reward above 0 is
     values: list[float]  # the value model's: values[i] is the value before tokens[i]
     advantages: list[float]  # beta * log(pi/ref) of each token
     implied: list[

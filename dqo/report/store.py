@@ -138,6 +138,7 @@ def _trace(tokenizer, episode: Episode) -> ValueTrace:
         "prompt": tokenizer.decode(episode.prompt_ids, skip_special_tokens=True),
         "tokens": [tokenizer.decode([token]) for token in episode.action_ids],
         "reward": episode.reward,
+        "label": episode.label,
         "step_ends": [end + 1 for end in episode.step_ends],
         "first_wrong_step": episode.first_wrong_step,
     }

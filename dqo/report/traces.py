@@ -29,17 +29,24 @@ def trace_views(traces: list[ValueTrace]) -> list[dict[str, Any]]:
     """Those that are shown, with their pictures and what the page writes below them."""
     shown = half_right(traces)
     limits = limits_of(shown)
-    return [{**trace, "svg": trace_plot(trace, limits), **_in_words(trace, limits)} for trace in shown]
+    return [
+        {**trace, "right": is_right(trace), "svg": trace_plot(trace, limits), **_in_words(trace, limits)}
+        for trace in shown
+    ]
 
 
 def half_right(traces: list[ValueTrace]) -> list[ValueTrace]:
     """At most MOST_TRACES, right and wrong ones by turns; one kind fills up what the other lacks."""
-    right = [trace for trace in traces if trace["reward"] > 0]
-    wrong = [trace for trace in traces if trace["reward"] <= 0]
+    right = [trace for trace in traces if is_right(trace)]
+    wrong = [trace for trace in traces if not is_right(trace)]
     half = MOST_TRACES // 2
     shown_right = right[: max(half, MOST_TRACES - len(wrong))]
     shown_wrong = wrong[: max(half, MOST_TRACES - len(right))]
     return [trace for pair in zip_longest(shown_right, shown_wrong) for trace in pair if trace is not None]
+
+
+def is_right(trace: ValueTrace) -> bool:
+    return trace.get("label", trace["reward"] > 0)
 
 
 def limits_of(traces: list[ValueTrace]) -> Limits:
@@ -106,7 +113,7 @@ def _draw_values(axis, trace: ValueTrace) -> None:
     if len(before):
         axis.plot(range(len(before)), before, color=SERIES[0])
         axis.plot([len(before) - 1, length], [before[-1], reward], color=MUTED, linewidth=1, linestyle=DOTS)
-    right = reward > 0
+    right = is_right(trace)
     axis.plot(length, reward, "o" if right else "X", color=GOOD if right else BAD, markersize=7, clip_on=False)
 
 

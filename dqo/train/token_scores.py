@@ -3,6 +3,7 @@ under its reference, entropies, the exact KL between both, and the value model's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from dqo.train.saved_critic import saved_critic
 from dqo_kernels import linear_token_stats
 
 NAMES = ("logprobs", "ref_logprobs", "entropy", "ref_entropy", "lse", "ref_lse", "kl", "values")
+NUMBERS = {"beta", "gamma", "process_coef", "reward_scale", "reward_shift", "reward_threshold"}  # that scores read
 CURE = "give --ref_model_name_or_path"
 _TOKENS = {"cpu": 4096}  # of a batch, padding included
 _MORE_TOKENS = 16_384
@@ -100,11 +102,26 @@ def load_run(
 
 
 def run_options(directory: Path) -> dict[str, Any]:
-    """The options of the run whose output_dir this is, or of which it is a checkpoint; {} where no config.yaml tells them."""
+    """The options of the run whose output_dir this is, or of which it is a checkpoint; {} where no config.yaml tells them.
+
+    Raises:
+        UserError: for a config.yaml that cannot be read, or has something else where scores read a number.
+    """
     for folder in (directory, directory.parent):
         if (folder / "config.yaml").is_file():
-            return {name: value for name, (value, _) in read_options(str(folder / "config.yaml")).items()}
+            told = read_options(str(folder / "config.yaml"))
+            for name in NUMBERS & told.keys():
+                _check_number(name, *told[name])
+            return {name: value for name, (value, _) in told.items()}
     return {}
+
+
+def _check_number(name: str, value: Any, where: str) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if value is not None and not number:
+        raise UserError(
+            f"{where}: {name} is {value!r}, and a run has a number there; write the one that it was trained with"
+        )
 
 
 def beta_of(options: dict[str, Any]) -> float:

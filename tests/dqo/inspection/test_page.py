@@ -83,3 +83,13 @@ def test_scales_levels_and_numbers_of_steps():
     assert step_numbers(VIEWS["value"], values, [0, 2]).tolist() == [1.0, 4.0]
     assert [number_text("advantage", x) for x in (0.1, -0.0001)] == ["+0.100", "0.000"]
     assert [number_text("kl", x) for x in (0.1, -0.1)] == ["0.100", "-0.100"]
+
+
+def test_a_response_is_marked_by_its_label_and_not_by_the_pay_of_its_last_token():
+    def drawn(label):
+        html = rendered(
+            inspection(response([0.1, 0.2], label=label, reward=1.0))
+        )  # a potential leaves the last token 0
+        return html[html.index("<svg") : html.rindex("</svg>")]
+
+    assert drawn(True) != drawn(False)

@@ -122,3 +122,26 @@ def test_a_row_that_is_longer_than_the_model_is_named(tmp_path):
     ):
         inspect(tmp_path / "out", rows)
     assert len(inspect(tmp_path / "out", rows[:1]).responses) == 1
+
+
+def test_right_is_what_was_right_in_the_run(place, tmp_path):
+    make_run(tmp_path, reward_threshold=0.2)
+    rows = [{"prompt": "1+2+3=", "completion": "1+2=3\n#6", "reward": reward} for reward in (0.3, 0.1)]
+    found = inspect(tmp_path / "out", rows, rows=[1, 2])
+    assert [r.label for r in found.responses] == [True, False]
+
+
+def test_labels_of_0_and_1_are_said_to_mark_no_step(place, tmp_path):
+    row = {"prompt": "1+2+3=", "completions": ["1+2=3", "#6"], "labels": [True, False]}
+    assert any("a step with 0 does not count as wrong" in note for note in inspect(place / "out", [row]).notes)
+    make_run(tmp_path, process_reward="potential")
+    found = inspect(tmp_path / "out", [row])
+    assert found.responses[0].first_wrong_step == 1 and not any("0 and 1" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("option", ["beta", "gamma", "reward_threshold", "process_coef"])
+@pytest.mark.parametrize("value", ["abc", float("nan"), True, [1]])
+def test_a_config_with_something_else_where_a_number_stands_is_refused(option, value, place, tmp_path):
+    make_run(tmp_path, critic=False, **{option: value})
+    with pytest.raises(UserError, match=f"config.yaml:\\d+: {option} is .*; write the one that it was trained with"):
+        inspect(tmp_path / "out", place / "rows.jsonl", responses=1)

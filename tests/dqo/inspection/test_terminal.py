@@ -56,7 +56,7 @@ def test_what_is_said_of_the_lowest_step():
     sums = [0.5, -0.5, -0.25]
     assert verdict_of(response(sums, [0, 1, 2], 1)) == "the lowest step is 2 (-0.500), the first wrong one"
     assert verdict_of(response(sums, [0, 1, 2], 2)).endswith("; the first wrong one is 3 (-0.250)")
-    assert verdict_of(response(sums, [0, 1, 2], labelled=True)).endswith(", and no step is wrong")
+    assert verdict_of(response(sums, [0, 1, 2], labelled=True)).endswith(", and no step reward calls one wrong")
     assert verdict_of(response(sums, [0, 1, 2])).endswith("; which one is wrong is not known")
     assert verdict_of(response(sums)) == "" and summary_of(inspection(response(sums, [0, 1, 2]))) == []
 

@@ -138,6 +138,7 @@ def test_traces_have_the_advantage_and_the_value_that_it_implies():
     tokens = [said(0.5 * (not e.label)) for e in given]
     traces = value_traces(tokenizer(), DQO(beta=2.0), given, tokens)
     assert [trace["reward"] for trace in traces] == [1.0, 0.0]  # one of each prompt
+    assert [trace["label"] for trace in traces] == [True, False]
     wrong = next(trace for trace in traces if trace["reward"] == 0)
     assert (
         wrong["advantages"] == [0.0, 0.0, -1.0, 0.5] and wrong["step_ends"] == [2, 4] and wrong["first_wrong_step"] == 1

@@ -61,3 +61,13 @@ def test_a_trace_shows_what_the_run_kept(kept, tmp_path):
     marked = re.search(r"<(?:mark|b)[^>]*>(.*)</(?:mark|b)>", written, re.DOTALL).group(1)
     shown = " ".join(Page(f"<p>{marked}</p>").texts)
     assert " ".join(HOSTILE.split()) in " ".join(shown.split()) and shown.endswith("3+3=6") and "1+2" not in shown
+
+
+def test_a_response_is_right_by_its_label_and_not_by_the_sign_of_its_reward(tmp_path):
+    given = [trace(0.3) | {"label": False}, trace(0.0) | {"label": True}]
+    assert [t["label"] for t in half_right(given)] == [True, False]
+    page = write_report(tmp_path, {"title": "t", "command": "c", "value_traces": given}).read_text()
+    assert page.index("✓ right") < page.index("✗ wrong")
+    assert page.count("✓ right") == page.count("✗ wrong") == 1
+    alike = [trace_plot(trace(0.0) | {"label": label}, limits_of(given)) for label in (True, False)]
+    assert alike[0] != alike[1] and trace_plot(trace(0.0), limits_of(given)) == alike[1]
