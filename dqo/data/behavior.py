@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from dqo.data.rows import Row
 
+_ADVICE = "; where it was the reference at temperature 1, give --is_level trajectory"
+
 
 class Known(NamedTuple):
     """Whether the log-probabilities of the policy that wrote the responses are known, and by what, as a clause."""
@@ -42,10 +44,7 @@ def not_of_reference(rows: Sequence[Row], reference: ReferenceName) -> str | Non
     for row in rows:
         told = row.sampling or {}
         if "model" not in told and "model_hash" not in told:
-            return (
-                f"nothing tells which policy wrote {row.source}; where it was the reference at temperature 1, give --is_level "
-                "trajectory"
-            )
+            return f"nothing tells which policy wrote {row.source}{_ADVICE}"
         if "model_hash" in told:
             identity = identity or [reference.identity()]
             same = told["model_hash"] == identity[0]
@@ -87,4 +86,4 @@ def weights_line(option: str, level: str, behavior: Known) -> str:
     if option == "none":
         return begin
     assumed = "" if behavior.known else ", which takes every row for a sample of the reference at temperature 1"
-    return f"{begin}{assumed}; {behavior.why}"
+    return f"{begin}{assumed}; {behavior.why.removesuffix(_ADVICE)}"

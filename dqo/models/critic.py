@@ -40,10 +40,9 @@ from dqo.models.implicit_value import ImplicitValue, load_implicit_value, save_i
 from dqo.models.lora import add_adapter
 from dqo.models.policy import hidden_positions, ready
 from dqo.models.value_form import ValueForm, form_from, form_of, surprisal_at_positions, surprisal_of_states
-from dqo.models.value_source import HEAD_FILE, IMPLICIT_FILE
+from dqo.models.value_source import FORM_FILE, HEAD_FILE, IMPLICIT_FILE
 from dqo.objectives.value_outputs import outputs_for
 
-FORM_FILE = "value_form.safetensors"
 DIRECTION = "surprisal_direction"  # the parameter that is added to the embedding of an action, times its surprisal
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from dqo.errors import UserError
 
 HEAD_FILE, IMPLICIT_FILE = "value_head.safetensors", "implicit_value.json"
+FORM_FILE = "value_form.safetensors"  # of a separate one: its value_loss and value_input
 _CLASSIFIERS = ("ForTokenClassification", "ForSequenceClassification")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -76,6 +77,6 @@ def _form(path: Path) -> str:
             f"value_model {path} is {what}, which gives no value to a state; "
             "name a run's output_dir, its critic/, or a model for token or sequence classification with one label"
         )
-    if labels != 1:
+    if labels != 1 and not (path / FORM_FILE).is_file():  # of hl_gauss they are bins
         raise UserError(f"value_model {path} is {names[0]} with {labels} labels; a value model has one")
     return "separate"

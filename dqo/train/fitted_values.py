@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from dataclasses import asdict
 
 import torch
 from torch import nn
@@ -14,10 +16,11 @@ from dqo.models import attention
 from dqo.models.critic import ValueHead, backbone, load_critic
 from dqo.models.fitness import check_trunk
 from dqo.models.implicit_value import ImplicitValue
-from dqo.models.policy import weights_hash
+from dqo.models.policy import architecture, weights_hash
 from dqo.models.value_form import form_of
 from dqo.models.value_source import ValueSource, find_value_model
 from dqo.objectives.base import VALUE_KINDS
+from dqo.train.damage import loading
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,8 @@ def fitted_value_model(
     if kind in VALUE_KINDS:
         return None
     source = find_value_model(kind)
-    value_model = load_critic(source.path, policy.device)
+    with loading(source.path):
+        value_model = load_critic(source.path, policy.device)
     name, form, trunk = f"value_model {source.path}", form_of(value_model), backbone(value_model)
     fits_itself = form.loss == "squared" and not isinstance(value_model, ImplicitValue)
     if getattr(options.objective, "target", None) == "residual" and not fits_itself:
@@ -59,6 +63,16 @@ def fitted_value_model(
     if attention.packs(policy):
         attention.enable(trunk)
     return value_model
+
+
+def configuration_of(value_model: nn.Module) -> dict:
+    """What makes values of its weights, as JSON gives it back: two value models of one hash may differ in it."""
+    trunk = backbone(value_model)
+    found = {} if trunk is None else architecture(trunk.config)
+    found["value form"] = asdict(form_of(value_model))
+    if isinstance(value_model, ImplicitValue):
+        found["scale"] = asdict(value_model.scale)
+    return json.loads(json.dumps(found))
 
 
 def _check_width(name: str, head: nn.Module, policy: PreTrainedModel) -> None:

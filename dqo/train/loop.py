@@ -119,6 +119,7 @@ class Trainer:
 
     def _load(self, resumed: Path, state: dict) -> None:
         self.counters |= state["counters"]
+        self.collapse.steps = state.get("collapse", 0)
         # checkpoints that do not tell were made when epochs were rounded to the nearest step
         nearest = (
             self.config.max_steps if self.config.max_steps > 0 else round(self.config.num_train_epochs * self.per_epoch)
@@ -142,7 +143,8 @@ class Trainer:
     def _watch(self) -> Watch:
         beta = getattr(self.objective, "beta", None)
         paid = (abs(float(e.rewards.sum())) for e in self.prepared.episodes())
-        return Watch(beta=beta, largest_reward=max(paid) if self.objective.fits_rewards else None)
+        largest = max(paid) if self.objective.fits_rewards else None
+        return Watch(beta=beta, largest_reward=largest, trains_values=self.options.trains_values)
 
     @property
     def position(self) -> int:
@@ -248,6 +250,7 @@ class Trainer:
         state: dict[str, Any] = {
             "identity": self.prepared.identity,
             "window": {name: pair.tolist() for name, pair in window.items()},
+            "collapse": self.collapse.steps,
         }
         self.counters |= self.recorder.position()
         state |= {"counters": self.counters, "steps": self.steps, "callbacks": self.callbacks.stored()}

@@ -40,10 +40,10 @@ from dqo.models.router import check_router
 from dqo.objectives.base import Objective
 from dqo.processes import Processes, gather_objects
 from dqo.train.checkpoint import claim_output, save_base
-from dqo.train.fitted_values import fitted_value_model
+from dqo.train.fitted_values import configuration_of, fitted_value_model
 from dqo.train.inputs import Given, read
 from dqo.train.learner import Learner
-from dqo.train.resume import OF_OBJECTIVE, TRAINED_END, found_state
+from dqo.train.resume import FITTED, OF_OBJECTIVE, TRAINED_END, found_state
 from dqo.train.returns import value_start
 from dqo.train.room import warn_of_little_room
 from dqo.train.run_models import (
@@ -200,7 +200,7 @@ def prepare(
             attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
     fitted = fitted_value_model(options, policy, reference or policy, tokenizer, some_ids)
     if fitted is not None:
-        identity["fitted value model"] = weights_hash(fitted)
+        identity |= {"fitted value model": weights_hash(fitted), FITTED: configuration_of(fitted)}
     begin = value_start(options, distinct(groups), policy if reference is None else reference)
     if begin.told:
         processes.say(begin.told)

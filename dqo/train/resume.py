@@ -28,7 +28,13 @@ logger = logging.getLogger(__name__)
 PLACE = {"output_dir", "resume_from_checkpoint", "dry_run", "use_cpu", "fsdp", "attn_implementation", "padding_free"}
 # Arguments of DQOTrainer as well, which are no options then.
 NAMED = ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "eval_dataset_name")
-CONFIGURATIONS = ("configuration", "reference configuration")  # of the models, among a run's identity
+FITTED = "configuration of the fitted value model"
+# Of the models, among a run's identity: {key: (model, its file), for messages}.
+CONFIGURATIONS = {
+    "configuration": ("model", "config.json"),
+    "reference configuration": ("reference model", "config.json"),
+    FITTED: ("value model that it began with", "directory"),
+}
 TRAINED_END = "trained end token"
 # What the objective says of itself; another version of a class may say something else under the same options.
 OF_OBJECTIVE = ("groups, columns and companions", "unit of the loss", "value model")
@@ -172,9 +178,9 @@ def check_configurations(checkpoint: Path, saved: dict, identity: dict, same_tra
         names = old.keys() | new.keys() if same_transformers else old.keys() & new.keys()
         changed = [f"{n} {old.get(n)!r} then, {new.get(n)!r} now" for n in sorted(names) if old.get(n) != new.get(n)]
         if changed:
-            model = "model" if key == CONFIGURATIONS[0] else "reference model"
+            model, file = CONFIGURATIONS[key]
             raise UserError(
-                f"{checkpoint}: the configuration of the {model} has changed since: {'; '.join(changed)}. Put its config.json "
+                f"{checkpoint}: the configuration of the {model} has changed since: {'; '.join(changed)}. Put its {file} "
                 "back, or choose another --output_dir"
             )
 

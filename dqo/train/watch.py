@@ -12,10 +12,18 @@ class Watch:
     Args:
         beta: of the method; None where it has none.
         largest_reward: of a response, as it is trained on; None where the method does not fit beta * log(pi/ref) to rewards.
+        trains_values: whether a value model is trained; else V is a frozen one's, or a soft value.
     """
 
-    def __init__(self, patience: int = 3, beta: float | None = None, largest_reward: float | None = None):
+    def __init__(
+        self,
+        patience: int = 3,
+        beta: float | None = None,
+        largest_reward: float | None = None,
+        trains_values: bool = True,
+    ):
         self.patience, self.beta, self.largest_reward = patience, beta, largest_reward
+        self.trains_values = trains_values
         self.first_loss: float | None = None
         self.rows_of: dict[str, int] = {}  # how many rows in a row have shown it
 
@@ -35,9 +43,12 @@ class Watch:
             )
         explained = row.get("value/explained_variance")
         if explained is not None and self._seen("worthless values", explained <= 0.0):
+            cure = "raise critic_learning_rate, or let it learn first with value_warmup_steps"
+            if not self.trains_values:
+                cure = "none is trained here; choose another --value_model, or train it"
             found.append(
                 f"the value model explains nothing of the returns (explained variance {explained:.3g} at step {row['step']}): "
-                "raise critic_learning_rate, or let it learn first with value_warmup_steps"
+                f"{cure}"
             )
         if self._seen("far away", row.get("kl", 0.0) > 1.0):
             found.append(

@@ -23,6 +23,8 @@ CASES = [
         {},
     ),
     ({"method": "kto"}, {"value_input": "ref_logprob"}, "the method trains no value model", {"method": "dro"}),
+    ({"value_model": ".", "freeze_value_model": True}, {"value_coef": 3.0}, "the value model is frozen", {}),
+    ({"value_model": "."}, {"implicit_beta": 0.9}, "no new value model is implicit", {"value_model": "implicit"}),
     ({"method": "rft"}, {"ref_cache_dir": "cache"}, "the method has no reference policy", {"method": "dpo"}),
     ({}, {"lora_r": 4, "lora_alpha": 3.0}, "no adapters are trained", {"use_peft": True}),
     ({}, {"lora_target_modules": ["q_proj"]}, "no adapters are trained", {"use_peft": True}),

@@ -91,5 +91,7 @@ def test_an_explicit_level_wins_and_says_what_it_assumes():
         "importance weights: none (is_level auto), because no row has"
     )
     assert "takes every row for a sample of the reference" in weights_line("suffix", "suffix", unknown)
+    assert "give --is_level" in weights_line("auto", "none", unknown)
+    assert "give --is_level" not in weights_line("suffix", "suffix", unknown)  # it is given
     assert "takes every row" not in weights_line("suffix", "suffix", known)
     assert weights_line("none", "none", known) == "importance weights: none (is_level none)"

@@ -32,6 +32,12 @@ def test_a_run_its_critic_and_a_foreign_model_are_found_with_their_tokenizer(tmp
         assert (find_value_model(tmp_path / form).form, find_value_model(inner).path) == (form, inner)
 
 
+def test_the_bins_of_another_value_loss_are_no_labels(tmp_path):
+    with pytest.raises(UserError, match="with 2 labels"):
+        find_value_model(made(tmp_path, config__json=TWO))
+    assert find_value_model(made(tmp_path, value_form__safetensors="")).form == "separate"
+
+
 TWO = {"architectures": ["A_ForTokenClassification"], "id2label": {"0": "a", "1": "b"}}
 
 

@@ -1,5 +1,6 @@
 """Runs that begin from a value model in a directory, and runs that keep it as it is."""
 
+import json
 import shutil
 
 import pytest
@@ -21,6 +22,7 @@ from dqo.models.critic import load_critic, make_value_model, save_value_model, s
 from dqo.models.implicit_value import implicit_value_from
 from dqo.models.new import character_tokenizer
 from dqo.models.policy import load_policy, weights_hash
+from dqo.models.value_form import ValueForm, form_of
 from dqo.objectives import DQO, DRO
 from dqo.objectives.base import Phase
 from dqo.train import phases
@@ -91,6 +93,48 @@ def test_a_run_goes_on_from_the_value_model_that_it_began_with_or_not_at_all(fil
         run(files, where)
     run(files, files / "out", "--freeze_value_model", output_dir=files / "third", max_steps=1)  # a run's directory
     assert same(ended, tensors(files / "third" / "critic"))
+
+
+@pytest.mark.parametrize("form", [ValueForm("hl_gauss", 0.0, 1.0), ValueForm("bce", 0.0, 1.0), ValueForm()], ids=str)
+def test_value_models_of_every_value_loss_go_on_elsewhere(files, form):
+    value_model = make_value_model("separate", policy(), form=form, start=0.25)
+    save_value_model(value_model, value_model.state_dict(), files / "critic")
+    found = run(files, files / "critic", "--freeze_value_model", max_steps=1)
+    assert same(tensors(files / "critic"), tensors(files / "out" / "critic"))
+    assert form_of(found.prepared.learner.value_model) == form
+    assert found.held_out["eval_value/max"] == pytest.approx(0.25, abs=1e-5)
+
+
+def edited(path, name, value):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+
+
+def test_a_run_does_not_go_on_with_a_value_model_that_is_read_otherwise(files):
+    """Its weights are the same."""
+    where = fitted(files, "implicit")
+    run(files, where, "--freeze_value_model", max_steps=2)
+    edited(where / "implicit_value.json", "high", 3.0)
+    with pytest.raises(
+        UserError, match="of the value model that it began with has changed since: scale.high 1.0 then, 3.0"
+    ):
+        run(files, where, "--freeze_value_model", max_steps=2)
+    edited(where / "implicit_value.json", "high", 1.0)
+    edited(where / "config.json", "rms_norm_eps", 0.5)
+    with pytest.raises(UserError, match="rms_norm_eps .* then, 0.5 now. Put its directory back"):
+        run(files, where, "--freeze_value_model", max_steps=2)
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [("head", "value_head.safetensors"), ("separate", "model.safetensors"), ("implicit", "model.safetensors")],
+)
+def test_a_damaged_value_model_is_named(files, kind, name):
+    where = fitted(files, kind)
+    content = (where / name).read_bytes()
+    (where / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=f"{where}.* (damaged|cut or altered)") as caught:
+        run(files, where)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.slow

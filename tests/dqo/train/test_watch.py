@@ -24,6 +24,11 @@ def test_a_value_model_that_explains_nothing_is_named_with_the_cure():
     assert "explained variance -0.2 at step 3" in warning and "value_warmup_steps" in warning
 
 
+def test_what_is_not_trained_gets_no_advice_on_its_training():
+    (warning,) = said([{"loss": 1.0, "value/explained_variance": -0.2}] * 6, trains_values=False)
+    assert "choose another --value_model" in warning and "critic_learning_rate" not in warning
+
+
 def test_a_policy_far_from_its_reference_is_named():
     (warning,) = said([{"loss": 1.0, "kl": 2.5}] * 4)
     assert "2.5 nats a token away" in warning and "raise beta" in warning

@@ -130,6 +130,8 @@ def test_a_run_whose_policy_leaves_its_data_stops_with_the_cure(files, capsys):
     assert held_out[-1]["eval_weighted_loss"] < 1e-3 * held_out[0]["eval_weighted_loss"]  # it looks learnt
     assert held_out[-1]["eval_loss"] > 0.5 * held_out[0]["eval_loss"]  # and is not
     assert [row for row in rows if "loss" in row][-1]["step"] == int(kept.name.removeprefix("checkpoint-"))
+    with pytest.raises(UserError, match="have collapsed for 11 steps"):  # the same command gets no ten steps more
+        run(files, learning_rate=0.3, reward_scale=100, max_steps=60, eval_steps=5)
 
 
 def test_checkpoints_of_better_days_stay(files):
