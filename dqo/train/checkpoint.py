@@ -222,8 +222,7 @@ def save_checkpoint(
         if processes.main:
             for name, tensors in (("adapters", adapters), ("target", target), ("optimizer", optimizer)):
                 if tensors:
-                    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-                    save_file(contiguous, beside / f"{name}.safetensors")
+                    save_file(_apart(tensors), beside / f"{name}.safetensors")
             write_state(beside, state | {"parameters": names, "versions": versions()})
     if processes.main:
         for old in surplus(checkpoints(output_dir), keep, best):
@@ -231,6 +230,16 @@ def save_checkpoint(
         remove_asides(output_dir)
     processes.barrier()
     return final
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous, and none in the memory of another: tied weights are written under each of their names."""
+    found, places = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        found[name] = tensor.clone() if tensor.data_ptr() in places else tensor
+        places.add(tensor.data_ptr())
+    return found
 
 
 def surplus(found: list[Path], keep: int, best: Path | None) -> list[Path]:

@@ -12,6 +12,10 @@ FILES = (
     "model-00001-of-00002.safetensors",
     "tokenizer.json",
     "chat_template.jinja",
+    "value_head.safetensors",
+    "value_form.safetensors",
+    "implicit_value.json",
+    "value_start.safetensors",
 )
 
 

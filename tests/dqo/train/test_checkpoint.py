@@ -3,6 +3,7 @@ import torch
 
 from dqo.errors import UserError
 from dqo.models.critic import value_model_from
+from dqo.models.implicit_value import implicit_value_from
 from dqo.processes import Processes
 from dqo.train import checkpoint, optim
 from dqo.train.learner import Learner
@@ -45,6 +46,22 @@ def test_optimizer_states_come_back_bit_for_bit(tmp_path):
         before, after = (checkpoint.optimizer_tensors({name: o[name]}) for o in (saved, fresh))
         assert before.keys() == after.keys() and before
         assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_average_of_an_implicit_value_model_comes_back_with_its_tied_weights(tmp_path):
+    def made(seed):
+        model = policy(seed)
+        model.tie_weights()
+        parts = [implicit_value_from(model, [0.0, 1.0], 0.5, "a") for _ in range(2)]
+        return Learner(model, parts[0], target=parts[1])
+
+    learner, other = made(0), made(1)
+    assert learner.policy.get_output_embeddings().weight is learner.policy.get_input_embeddings().weight
+    state = {"counters": {}, "identity": {}}
+    checkpoint.save_checkpoint(tmp_path, 1, learner, tokenizer(), {}, state, 1, ALONE)
+    checkpoint.load_models(tmp_path / "checkpoint-1", other)
+    expected = learner.target.state_dict()
+    assert all(torch.equal(x, expected[name]) for name, x in other.target.state_dict().items())
 
 
 def test_old_checkpoints_are_deleted_and_partial_ones_are_not_seen(tmp_path):
