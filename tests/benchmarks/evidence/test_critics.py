@@ -1,7 +1,6 @@
 """The experiments with critics: what is measured, that they go on, and one of them on a tiny model."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,10 +51,7 @@ def test_every_run_has_options_of_the_trainer_and_the_same_updates_of_the_policy
             (run.directory(tmp_path) / "run").mkdir(parents=True)
     one_each = {(run.stage, run.variant): run for run in runs}.values()
     for run in one_each:
-        told = critics.spec_of(run, tmp_path)["options"]
-        if (fitted := Path(told.get("value_model", "none"))).is_absolute():  # of another run, made before this one
-            fitted.mkdir(parents=True, exist_ok=True)
-        options = options_of(told | {"output_dir": "out"}, run.variant).train
+        options = options_of(critics.spec_of(run, tmp_path)["options"] | {"output_dir": "out"}, run.variant).train
         policy_updates = options.max_steps - options.value_warmup_steps
         assert policy_updates == (0 if run.stage == "screen" else critics.POLICY_UPDATES), run
 
