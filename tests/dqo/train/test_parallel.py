@@ -57,7 +57,7 @@ def flags(files, output, **changes):
 
 def launch(*command):
     environment = {"OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*LAUNCH, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*LAUNCH, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
