@@ -6,20 +6,22 @@ import hashlib
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from dqo.data.checks import Common, checked
-from dqo.data.forms import Record, check_columns, to_flat
-from dqo.data.sources import BadRow, progress, read_records
+from dqo.data.forms import Record, Shapes, check_columns, needed, to_flat
+from dqo.data.sources import BadRow, Source, open_source
 from dqo.data.turns import turn_count
 from dqo.errors import UserError
 from dqo.files import replacing
 
 logger = logging.getLogger(__name__)
 
+Say = Callable[[int, str], None]
 _LISTED = 10  # problems in one message
 _NAMED = 9  # further rows that are named with a problem
 
@@ -93,46 +95,86 @@ def read_rows(
     Raises:
         UserError: naming the first ten rows that do not fit, each with its file and line.
     """
-    name, records, problems = read_records(source)
-    return rows_of(
-        name, records, problems, skip_bad_rows=skip_bad_rows, reward_threshold=reward_threshold, scored=scored
-    )
+    return _rows(open_source(source), skip_bad_rows, reward_threshold, scored)
 
 
-def rows_of(
-    name: str,
-    records: list[Record],
-    problems: list[BadRow],
-    *,
-    skip_bad_rows: bool = False,
-    reward_threshold: float = 0.5,
-    scored: bool = True,
-) -> list[Row]:
+def rows_of(name: str, records: list[Record], problems: list[BadRow], *, scored: bool = True) -> list[Row]:
     """The rows of records as `read_records` returns them; see `read_rows`."""
-    flat, rows, problems = [], [], list(problems)
-    if records:
-        form = check_columns(name, records, scored)
-        if form != "flat":
-            logger.info("%s: read as %s rows", name, form)
-        for record in records:
-            try:
-                flat.extend(to_flat(record, form, reward_threshold))
-            except UserError as error:
-                problems.append(BadRow(record.index, record.source, str(error)))
-    common = Common.of(flat)
-    for record in progress(flat, f"check {name}"):
-        try:
-            rows.append(Row(**checked(record, common, reward_threshold, scored), source=record.source))
-        except UserError as error:
-            problems.append(BadRow(record.index, record.source, str(error)))
-    if problems:
-        message = report(name, problems, len(rows) + len(problems))
-        if not skip_bad_rows or not rows:
-            # an option of training; `dqo score` drops no row
-            usable = f"\n{len(rows)} rows fit: --skip_bad_rows goes on with them" if rows and scored else ""
-            raise UserError(message + usable)
-        logger.warning("%s\nThey are dropped; %d rows are left", message, len(rows))
+    return _rows(Source(name, lambda: chain(problems, records)), scored=scored)
+
+
+def _rows(
+    source: Source, skip_bad_rows: bool = False, reward_threshold: float = 0.5, scored: bool = True
+) -> list[Row]:
+    rows: list[Row] = []
+    problems: list[BadRow] = []
+    for item in checked_rows(source, reward_threshold, scored, logger.log):
+        if isinstance(item, Row):
+            rows.append(item)
+        else:
+            problems.append(item)
+    refuse(source.name, problems, len(rows), skip_bad_rows, scored, logger.log)
     return rows
+
+
+def checked_rows(source: Source, reward_threshold: float, scored: bool, say: Say) -> Iterator[Row | BadRow]:
+    """The rows of a source one by one, and why others are none, in their order. The source is read twice or three times: what
+    rows have in common is known after the first.
+
+    Args:
+        say: called with a level of `logging` and a line.
+
+    Raises:
+        UserError: for columns that rows cannot have.
+    """
+    shapes = Shapes()
+    for item in source.items():
+        if isinstance(item, Record):
+            shapes.note(item)
+    if not shapes.all:
+        yield from (item for item in source.items() if isinstance(item, BadRow))
+        return
+    form, unused = check_columns(source.name, shapes, scored)
+    if unused:
+        say(logging.WARNING, unused)
+    if form != "flat":
+        say(logging.INFO, f"{source.name}: read as {form} rows")
+
+    def flat_records() -> Iterator[Record | BadRow]:
+        for item in source.items():
+            if isinstance(item, BadRow):
+                yield item
+                continue
+            shapes.tidy(item)
+            try:
+                yield from to_flat(item, form, reward_threshold)
+            except UserError as error:
+                yield BadRow(item.index, item.source, str(error))
+
+    if form in ("flat", "oreo"):
+        common = Common.of_shapes(shapes.all, needed(form))
+    else:
+        common = Common.of(item for item in flat_records() if isinstance(item, Record))
+    for item in flat_records():
+        if isinstance(item, BadRow):
+            yield item
+            continue
+        try:
+            yield Row(**checked(item, common, reward_threshold, scored), source=item.source)
+        except UserError as error:
+            yield BadRow(item.index, item.source, str(error))
+
+
+def refuse(name: str, problems: list[BadRow], fit: int, skip_bad_rows: bool, scored: bool, say: Say) -> None:
+    """Raises for rows that do not fit, or says that they are dropped. `fit`: how many do."""
+    if not problems:
+        return
+    message = report(name, problems, fit + len(problems))
+    if not skip_bad_rows or not fit:
+        # an option of training; `dqo score` drops no row
+        usable = f"\n{fit} rows fit: --skip_bad_rows goes on with them" if fit and scored else ""
+        raise UserError(message + usable)
+    say(logging.WARNING, f"{message}\nThey are dropped; {fit} rows are left")
 
 
 def report(name: str, problems: list[BadRow], total: int) -> str:
