@@ -26,7 +26,8 @@ import numpy as np
 
 from benchmarks.evidence.objectives import COMMON, OPTIONS, RECIPE, train
 from benchmarks.harness.environment import commit
-from dqo.data.episodes import Episode, make_episodes
+from dqo.data.episode import Episode
+from dqo.data.episodes import make_episodes
 from dqo.data.rows import Row, read_rows
 from dqo.demo.rollouts import distinct_problems, graded_rows, rng_of
 from dqo.grading.arith import ArithTask, Entry

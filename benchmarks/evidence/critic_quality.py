@@ -12,7 +12,7 @@ import numpy as np
 
 from dqo.credit.quality import Judged, quality_of
 from dqo.credit.steps import first_wrong_step
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.grading.arith import ArithTask
 from dqo.stats import auc
 

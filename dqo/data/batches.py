@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 
 Group = list[Episode]  # episodes that stay together: one, a pair, or a list
 # Columns (N,) of a batch that are not the objective's; those in the second line come from the models.
@@ -144,14 +144,15 @@ def groups_of(episodes: list[Episode], size: int) -> list[Group]:
     return [episodes[i : i + size] for i in range(0, len(episodes), size)]
 
 
-def distinct(groups: list[Group]) -> list[Episode]:
+def distinct(groups: Sequence[Group]) -> Sequence[Episode]:
     """The episodes of all groups, each once: pairs may share responses."""
-    return list({id(e): e for group in groups for e in group}.values())
+    made = getattr(groups, "distinct", None)  # of groups that are made when they are read
+    return list({id(e): e for group in groups for e in group}.values()) if made is None else made()
 
 
-def epoch_order(count: int, epoch: int, seed: int) -> list[int]:
+def epoch_order(count: int, epoch: int, seed: int) -> np.ndarray:
     """The permutation of one epoch, from (seed, epoch) alone, so that a cursor is enough to resume."""
-    return np.random.default_rng([seed, epoch]).permutation(count).tolist()
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def _tokens(group: Group) -> int:

@@ -171,8 +171,8 @@ class Shapes:
 
 
 def check_columns(name: str, shapes: Shapes, scored: bool = True) -> tuple[str, str]:
-    """The form of most rows, and a line on columns that nothing reads ("" where there are none). `scored`: flat rows need a reward
-    or a label.
+    """The form of most rows, and a line on columns that nothing reads ("" where there are none). `scored`: flat rows need a
+    reward or a label.
 
     Raises:
         UserError: for a column that looks like a misspelling, and for a needed column that no row has.

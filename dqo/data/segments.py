@@ -5,7 +5,7 @@ DIRECTORY/whole.json                    written last: what is known of all rows;
 DIRECTORY/lock                          held by the process that writes
 
 A segment is whole when it exists, so a killed writer loses the one that it was filling. A table that nothing else shall find lies
-in memory while it is small, and then in temporary files without names.
+in memory while it is small, and then in a temporary file without a name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dqo.files import remove_asides, write_whole, writing
 logger = logging.getLogger(__name__)
 
 IN_MEMORY = 2**25  # bytes of a table that lies in no directory of its own
-MAPPED = 8  # segments that are mapped at the same time: pages of a mapped file count as memory of the process
+MAPPED = 32  # segments that are mapped at the same time: pages of a mapped file count as memory of the process
 _WHOLE = "whole.json"
 _HEADER, _CHECKSUM = "header", "crc32"
 _TYPES: dict[str, Any] = {"U8": np.uint8, "I8": np.int8, "I32": np.int32, "I64": np.int64, "U64": np.uint64}
@@ -53,15 +53,15 @@ class Damaged(Exception):
     """A file is not what was written."""
 
 
-def mapped(file: IO[bytes]) -> tuple[Arrays, dict[str, str]]:
-    """The tensors of a safetensors file as arrays on its pages, and its metadata.
+def mapped(file: IO[bytes], begin: int = 0, end: int | None = None) -> tuple[Arrays, dict[str, str]]:
+    """The tensors of a safetensors file, or of one inside a file, as arrays on its pages, and its metadata.
 
     Raises:
         Damaged: when the file has not the size that its header tells, or has no header.
     """
     try:
-        size = os.fstat(file.fileno()).st_size
-        file.seek(0)
+        size = (os.fstat(file.fileno()).st_size if end is None else end) - begin
+        file.seek(begin)
         length = int.from_bytes(file.read(8), "little")
         told = json.loads(file.read(length)) if length < size else None
         if not isinstance(told, dict):
@@ -69,11 +69,13 @@ def mapped(file: IO[bytes]) -> tuple[Arrays, dict[str, str]]:
         metadata = told.pop("__metadata__", {})
         if size != 8 + length + max((tensor["data_offsets"][1] for tensor in told.values()), default=0):
             raise Damaged("it is cut off")
-        content = np.memmap(file, np.uint8, "r", offset=8 + length) if size > 8 + length else np.zeros(0, np.uint8)
+        content = np.zeros(0, np.uint8)
+        if size > 8 + length:
+            content = np.memmap(file, np.uint8, "r", begin + 8 + length, size - 8 - length)
         found = {}
         for name, tensor in told.items():
-            begin, end = tensor["data_offsets"]
-            found[name] = np.asarray(content[begin:end]).view(_TYPES[tensor["dtype"]]).reshape(tensor["shape"])
+            first, last = tensor["data_offsets"]
+            found[name] = np.asarray(content[first:last]).view(_TYPES[tensor["dtype"]]).reshape(tensor["shape"])
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged("its header cannot be read") from error
     return found, metadata
@@ -93,7 +95,8 @@ class Segments:
         self.directory = directory
         self.count = 0
         self._memory: dict[int, Segment] = {}  # of a small table without a directory
-        self._files: dict[int, IO[bytes]] = {}  # of a larger one; they have no names
+        self._file: IO[bytes] | None = None  # of a larger one; it has no name
+        self._begins: dict[int, tuple[int, int]] = {}  # where a segment begins and ends in it
         self._mapped: OrderedDict[int, Segment] = OrderedDict()
 
     def __len__(self) -> int:
@@ -146,18 +149,21 @@ class Segments:
             return
         self._memory[number] = Segment(arrays, header)
         held = sum(array.nbytes for segment in self._memory.values() for array in segment.arrays.values())
-        if held > IN_MEMORY or self._files:
-            for number, segment in self._memory.items():
-                with writing(Path(tempfile.gettempdir())):
-                    file = tempfile.TemporaryFile(prefix="dqo-rows-")
-                    file.write(_content(segment.arrays, segment.header))
-                    file.flush()
-                self._files[number] = file
-            self._memory.clear()
+        if held <= IN_MEMORY and self._file is None:
+            return
+        with writing(Path(tempfile.gettempdir())):
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="dqo-rows-")  # noqa: SIM115  # open as long as the table
+            for other, segment in self._memory.items():
+                begin = self._file.seek(0, os.SEEK_END)
+                self._file.write(_content(segment.arrays, segment.header))
+                self._begins[other] = begin, self._file.tell()
+            self._file.flush()
+        self._memory.clear()
 
     def _open(self, number: int, check: bool = False) -> Segment:
-        if number in self._files:
-            arrays, metadata = mapped(self._files[number])
+        if self._file is not None:
+            arrays, metadata = mapped(self._file, *self._begins[number])
         else:
             with self._path(number).open("rb") as file:
                 arrays, metadata = mapped(file)

@@ -156,7 +156,8 @@ def _from_parquet(path: Path) -> Iterator[Record | BadRow]:
             raise UserError(f"{path}: has the column {name!r} more than once; keep one")
         with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
             for batch in file.iter_batches(_BATCH):
-                for index, row in enumerate(batch.to_pylist(), start=index + 1):
+                for row in batch.to_pylist():
+                    index += 1
                     yield Record(index, f"{path.name}:{index}", _without_nulls(row))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet: {error}") from error

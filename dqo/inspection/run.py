@@ -10,7 +10,7 @@ import numpy as np
 
 from dqo.credit.implied import Start, implied_values, soft_return, starts
 from dqo.credit.steps import first_wrong_step
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.data.ids import token_texts
 from dqo.data.rows import Row, read_rows
 from dqo.errors import UserError

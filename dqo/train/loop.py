@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import EvalPrediction, PreTrainedModel
@@ -16,6 +17,10 @@ from transformers import EvalPrediction, PreTrainedModel
 from dqo import signals
 from dqo.config.options import Options
 from dqo.data.batches import Group, distinct, epoch_order
+from dqo.data.episodes import totals
+from dqo.data.overlap import trained_problems
+from dqo.data.rows import Row
+from dqo.data.stored import column
 from dqo.errors import UserError
 from dqo.processes import Processes
 from dqo.train import checkpoint, metrics, optim, phases
@@ -59,8 +64,7 @@ class Trainer:
             "train_seconds": 0.0,
             "metrics_position": 0,
         }
-        self.train_prompts: set[str] = set()
-        self.train_problems: set[bytes] = set()
+        self.train_rows: Sequence[Row] = ()
         self.window: dict[str, torch.Tensor] = {}  # this process's metric sums since the last logged row
         self.weights: metrics.Weights | None = None  # of the last step
         self.collapse = Collapse(self.config)
@@ -142,9 +146,17 @@ class Trainer:
 
     def _watch(self) -> Watch:
         beta = getattr(self.objective, "beta", None)
-        paid = (abs(float(e.rewards.sum())) for e in self.prepared.episodes())
-        largest = max(paid) if self.objective.fits_rewards else None
+        largest = max(map(abs, totals(self.prepared.episodes()))) if self.objective.fits_rewards else None
         return Watch(beta=beta, largest_reward=largest, trains_values=self.options.trains_values)
+
+    @property
+    def train_prompts(self) -> np.ndarray:
+        """Hashes of the prompts that are trained on."""
+        return column(self.train_rows, "prompt")
+
+    @property
+    def train_problems(self) -> set[bytes]:
+        return trained_problems(self.train_rows)
 
     @property
     def position(self) -> int:
@@ -297,7 +309,7 @@ class Trainer:
         bar = tqdm(
             total=self.steps, initial=self.position, desc=description, unit="step", disable=not self.processes.main
         )
-        order_epoch, order = -1, []
+        order_epoch, order = -1, np.zeros(0, np.int64)
         self.recorder.start(counters)
         while self.position < self.steps and not events.control.should_training_stop:
             epoch, index = divmod(self.position, self.per_epoch)

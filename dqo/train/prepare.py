@@ -5,23 +5,27 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dqo.config.lora import described
 from dqo.config.options import Options, TrainConfig
-from dqo.data.batches import Batching, Group, distinct
+from dqo.data.batches import Batching, Group, distinct, epoch_order
 from dqo.data.chat import reads_clock
 from dqo.data.ends import ends_of
-from dqo.data.episodes import Episode, fingerprint, make_episodes
-from dqo.data.rows import Row, check_process_reward
-from dqo.data.selection import selected, selection_fingerprint
+from dqo.data.episode import Episode
+from dqo.data.episodes import Episodes, Joined, open_episodes
+from dqo.data.rows import Row
+from dqo.data.selection import EpisodeColumns, Groups, data_fingerprint, selected, selection_fingerprint
+from dqo.data.together import check_process_reward
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.critic import backbone
@@ -39,10 +43,11 @@ from dqo.models.policy import (
 from dqo.models.router import check_router
 from dqo.objectives.base import Objective
 from dqo.processes import Processes, gather_objects
-from dqo.train.checkpoint import claim_output, save_base
+from dqo.train.checkpoint import claim_output, read_state, save_base
 from dqo.train.fitted_values import configuration_of, fitted_value_model
 from dqo.train.inputs import Given, read
 from dqo.train.learner import Learner
+from dqo.train.optim import steps_of
 from dqo.train.resume import FITTED, OF_OBJECTIVE, TRAINED_END, found_state
 from dqo.train.returns import value_start
 from dqo.train.room import warn_of_little_room
@@ -76,6 +81,7 @@ FREE_OPTIONS = {
     "output_dir",
     "resume_from_checkpoint",
     "ref_cache_dir",
+    "row_cache_dir",
     "dry_run",
     "save_dtype",
     "save_steps",
@@ -102,12 +108,12 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     learner: Learner
     batching: Batching  # of the policy
-    groups: list[Group]
+    groups: Sequence[Group]  # each is made when it is read
     held_out: list[Group]
     identity: dict  # hashes and options that a continued run must share
     per_step: int  # groups of an optimizer step
     resumed: Path | None  # the checkpoint to go on from
-    tokenized: Callable[[list[Row]], list[Episode]]  # as the options say
+    tokenized: Callable[[Sequence[Row]], list[Episode]]  # as the options say
     reference: PreTrainedModel | None  # where it is not the initial policy
     save_dtype: torch.dtype | None  # of the final models; None: as they are trained
     weighting: Weighting
@@ -117,7 +123,7 @@ class Prepared:
         """That of the options, with the level of its importance weights chosen."""
         return self.weighting.objective
 
-    def episodes(self) -> list[Episode]:
+    def episodes(self) -> Sequence[Episode]:
         """The distinct episodes that are trained on."""
         return distinct(self.groups)
 
@@ -125,14 +131,15 @@ class Prepared:
         """How much is trained on and held out, a line each; `eval_fraction`: the share of the prompts that was asked for."""
         lines = []
         for name, episodes in (("training on", self.episodes()), ("held out", distinct(self.held_out))):
-            prompts, tokens = len({e.prompt_index for e in episodes}), sum(e.length for e in episodes)
+            columns = EpisodeColumns(episodes)
+            prompts, tokens = len(np.unique(columns.prompt)), int(columns.tokens.sum())
             lines.append(f"{name}: {len(episodes):,} responses to {prompts:,} prompts, {tokens:,} tokens")
         share = "" if eval_fraction is None else f" (eval_fraction {eval_fraction:g} is a share of the prompts)"
         return "\n".join(lines) + share
 
 
 def prepare(
-    options: Options, given: Given, train_rows: list[Row], held_rows: list[Row], processes: Processes
+    options: Options, given: Given, train_rows: Sequence[Row], held_rows: Sequence[Row], processes: Processes
 ) -> Prepared:
     """Tokenises the rows, loads the models and computes the reference columns."""
     config = options.train
@@ -141,7 +148,8 @@ def prepare(
     objective = weighting.objective
     tokenizer = tokenizer_of(config.model_name_or_path, given.tokenizer)
     model_config = load_config(config.model_path) if given.model is None else given.model.config
-    check_tokenizer(tokenizer, train_rows + held_rows, model_config)
+    for rows in (train_rows, held_rows):
+        check_tokenizer(tokenizer, rows, model_config)
     vocab_size = model_config.get_text_config().vocab_size
 
     ref_config = reference_config(config, given, vocab_size)
@@ -149,15 +157,18 @@ def prepare(
 
     stops = stop_ids(given.model or config.model_path)
 
-    def tokenized(rows: list[Row]) -> list[Episode]:
+    def placed(rows: Sequence[Row]) -> Episodes:
         made = on_tokens(rows, options, tokenizer, vocab_size, stops, template_time)
         for its_config in filter(None, (model_config, ref_config)):
             check_positions(its_config, made)
         return made
 
+    def tokenized(rows: Sequence[Row]) -> list[Episode]:
+        return list(placed(rows))
+
     if (config.bf16 or config.dtype == "bfloat16") and (slow := bf16_problem(processes.device)):
         logger.warning(slow)
-    groups = selected(objective, tokenized(train_rows))
+    groups = selected(objective, placed(train_rows))
     if not groups:
         raise UserError(f"method {config.method}: {objective.nothing_left}")
     held_out = _held_out(objective, tokenized(held_rows)) if held_rows else []
@@ -178,7 +189,7 @@ def prepare(
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes.world
     options_that_bind = {name: value for name, value in options.flat().items() if name not in FREE_OPTIONS}
     identity = {
-        "data": fingerprint(chain(*groups)),
+        "data": same_for_all(data_fingerprint(groups), processes),
         "model": weights_hash(policy),
         "responses or pairs a step": per_step,
         "options": json.loads(json.dumps(options_that_bind)),  # as a checkpoint gives them back
@@ -216,11 +227,14 @@ def prepare(
     if has_adapter(policy) and not policy.name_or_path and processes.main:
         save_base(policy, Path(base_of(policy, config)), again=resumed is None)
     if objective.needs_reference:
-        together = distinct(groups + held_out)
+        visited = distinct(_visited(groups, config, per_step, resumed))
+        together = Joined(visited, distinct(held_out))
         reference_columns(config, together, policy, reference, batching, identity, processes, resumed is not None)
-        check_behavior(objective, together, train_rows + held_rows, sampler)
+        if isinstance(groups, Groups):
+            groups.episodes.take_reference(visited)
+        check_behavior(objective, together, chain(train_rows, held_rows), sampler)
         if reference is None:
-            weighting = at_start(weighting, options.objective.weight_level, distinct(groups))
+            weighting = at_start(weighting, options.objective.weight_level, visited)
     return Prepared(
         processes,
         tokenizer,
@@ -238,18 +252,45 @@ def prepare(
     )
 
 
+def _visited(groups: Sequence[Group], config: TrainConfig, per_step: int, resumed: Path | None) -> Sequence[Group]:
+    """The groups that the run's steps read, in the order of the data: all, but of a run that ends within its first epoch."""
+    per_epoch = math.ceil(len(groups) / per_step)
+    steps = config.max_steps if config.max_steps > 0 else steps_of(config.num_train_epochs, per_epoch)
+    if resumed is not None:  # checkpoints that do not tell were made when steps were counted otherwise
+        steps = max(steps, read_state(resumed).get("steps", per_epoch))
+    if steps >= per_epoch or not isinstance(groups, Groups):
+        return groups
+    return groups.take(np.sort(epoch_order(len(groups), 0, config.seed)[: steps * per_step]))
+
+
+def same_for_all(fingerprint: str, processes: Processes) -> str:
+    """The fingerprint of the data.
+
+    Raises:
+        UserError: when a process has others.
+    """
+    found = gather_objects([fingerprint], processes)
+    if len(set(found)) > 1:
+        other = next(rank for rank, of in enumerate(found) if of != found[0])
+        raise UserError(
+            f"process {other} has other data than process 0: dataset_name must be one file that all machines see, or equal "
+            "copies of it, with the same tokenizer"
+        )
+    return fingerprint
+
+
 def on_tokens(
-    rows: list[Row],
+    rows: Sequence[Row],
     options: Options,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
     stops: list[int],
     template_time: datetime.datetime | None,
-) -> list[Episode]:
+) -> Episodes:
     """Rows as the options say. `stops`: end tokens of the model's generation_config. `template_time`: what chat templates take
     for now; None: the clock."""
     config = options.train
-    return make_episodes(
+    return open_episodes(
         rows,
         tokenizer,
         vocab_size=vocab_size,
@@ -275,7 +316,9 @@ class Evaluated(NamedTuple):
     objective: list[Group]  # as the objective chose them
 
 
-def evaluation_episodes(options: Options, given: Given, prepared: Prepared, source: Any) -> tuple[Evaluated, list[Row]]:
+def evaluation_episodes(
+    options: Options, given: Given, prepared: Prepared, source: Any
+) -> tuple[Evaluated, Sequence[Row]]:
     """Further rows, with their reference columns, when training has begun.
 
     Args:
@@ -333,7 +376,7 @@ def _template_time(config: TrainConfig, tokenizer, processes: Processes) -> date
 def _held_out(objective: Objective, episodes: list[Episode]) -> list[Group]:
     """The objective's groups; none, with a warning, where the episodes are too few for it."""
     try:
-        found = selected(objective, episodes)
+        found = list(selected(objective, episodes))
     except UserError as error:
         found, reason = [], str(error)
     else:

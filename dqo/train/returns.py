@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -9,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from dqo.config.options import Options
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
+from dqo.data.episodes import Episodes
 from dqo.errors import UserError
 from dqo.models.policy import weights_hash
 from dqo.models.value_form import ValueForm
@@ -28,10 +30,14 @@ class Returns(NamedTuple):
     high: float
 
 
-def returns_of(objective: Objective, episodes: list[Episode]) -> Returns:
+def returns_of(objective: Objective, episodes: Sequence[Episode]) -> Returns:
     """Of what is paid from a state on, discounted as the objective does. Responses that were cut are left out where others are
     not: what would have followed is unknown."""
-    episodes = [e for e in episodes if e.terminated] or episodes
+    if isinstance(episodes, Episodes):
+        ended = episodes.terminated
+        episodes = episodes.take(ended) if ended.any() and not ended.all() else episodes
+    else:
+        episodes = [e for e in episodes if e.terminated] or episodes
     pieces = []
     for begin in range(0, len(episodes), _TOGETHER):
         some = episodes[begin : begin + _TOGETHER]
@@ -57,7 +63,7 @@ class ValueStart(NamedTuple):
     told: str | None = None
 
 
-def value_start(options: Options, episodes: list[Episode], reference: PreTrainedModel) -> ValueStart:
+def value_start(options: Options, episodes: Sequence[Episode], reference: PreTrainedModel) -> ValueStart:
     """As the options ask. `episodes` are those that are trained on; `reference` is the reference policy.
 
     Raises:

@@ -6,13 +6,13 @@ accelerate launch --multi_gpu --num_processes 2 -m dqo.train --dataset_name ... 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dqo.config.launcher import obey
 from dqo.config.options import Options
-from dqo.data.overlap import trained_problems
-from dqo.data.rows import Row, prompt_key
+from dqo.data.rows import Row
 from dqo.models.critic import load_critic
 from dqo.models.policy import load_policy
 from dqo.objectives.base import Objective
@@ -39,7 +39,7 @@ class Run:
     objective: Objective
 
 
-Rows = tuple[list[Row], list[Row]]  # to train on, held out
+Rows = tuple[Sequence[Row], Sequence[Row]]  # to train on, held out
 
 
 def begin(
@@ -62,8 +62,7 @@ def begin(
     train_rows, held_rows = rows or load_rows(options, given)
     processes = start(options.train.use_cpu, options.train.fsdp)
     trainer = Trainer(options, prepare(options, given, train_rows, held_rows, processes), given.callbacks, answers)
-    trainer.train_prompts = {prompt_key(row) for row in train_rows}
-    trainer.train_problems = trained_problems(train_rows)
+    trainer.train_rows = train_rows
     if announce:
         split = given.eval_dataset is None and options.train.eval_dataset_name is None
         processes.say(trainer.prepared.counts(options.train.eval_fraction if split else None))
@@ -74,7 +73,7 @@ def begin(
     return trainer
 
 
-def _begun(options: Options, trainer: Trainer, rows: list[Row], held_out: list[Row]) -> dict:
+def _begun(options: Options, trainer: Trainer, rows: Sequence[Row], held_out: Sequence[Row]) -> dict:
     """What run.json says of a run before its first step."""
     prepared, learner, config = trainer.prepared, trainer.learner, options.train
     episodes = prepared.episodes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dqo.config.options import Options, TrainConfig
 from dqo.data.batches import Batch, Batching
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
+from dqo.data.episodes import Episodes, Joined, totals
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.architecture import recompute_activations
@@ -32,7 +34,7 @@ from dqo.models.policy import (
 from dqo.objectives.base import IMPLICIT_BETA, Objective
 from dqo.processes import Processes
 from dqo.reference.cache import ReferenceCache, ReferenceId
-from dqo.reference.columns import add_reference, check_agreement
+from dqo.reference.columns import check_agreement, fill, key_of, reference_entries
 from dqo.train.inputs import Given
 from dqo.train.learner import Learner
 from dqo.train.resume import adapter_fields, stored_derived
@@ -67,7 +69,7 @@ def explicit_reference(config: TrainConfig, given: Given, device: torch.device) 
 
 def reference_columns(
     config: TrainConfig,
-    episodes: list[Episode],
+    episodes: Sequence[Episode],
     policy: PreTrainedModel,
     explicit: PreTrainedModel | None,
     batching: Batching,
@@ -75,7 +77,8 @@ def reference_columns(
     processes: Processes,
     resuming: bool,
 ) -> None:
-    """ref_logprobs and ref_lse of every episode, from the cache where it has them; checked where they can be."""
+    """ref_logprobs and ref_lse of every episode, from the cache where it has them; checked where they can be. Episodes that are
+    made when they are read have them from then on."""
     model = policy if explicit is None else explicit
     dtype = "bfloat16" if config.bf16 or model.dtype == torch.bfloat16 else "float32"
     numbers = ReferenceId(identity["reference"], architecture_hash(model), dtype, final_softcap(model))
@@ -87,7 +90,12 @@ def reference_columns(
             return policy_stats(model, batch, config.bf16)
 
     batching = replace(batching, packed=attention.packs(model))
-    add_reference(episodes, stats_of, batching, processes, cache)
+    entries, _ = reference_entries(episodes, stats_of, batching, processes, cache)
+    for part in episodes.parts if isinstance(episodes, Joined) else [episodes]:
+        if isinstance(part, Episodes):
+            part.set_reference(entries, key_of)
+        else:
+            fill(part, entries)
     if explicit is None and not resuming:
         check_agreement(episodes, stats_of, batching, dtype, cache)
 
@@ -115,7 +123,7 @@ def make_learner(
     policy: PreTrainedModel,
     explicit: PreTrainedModel | None,
     begin: ValueStart,
-    episodes: list[Episode],
+    episodes: Sequence[Episode],
     fitted: nn.Module | None = None,
 ) -> Learner:
     """The policy, with an adapter where one was asked for, and what the objective needs beside it. `begin`: a new value model;
@@ -156,11 +164,11 @@ def _new_value_model(
     peft_config: Any,
     reference: PreTrainedModel,
     begin: ValueStart,
-    episodes: list[Episode],
+    episodes: Sequence[Episode],
 ) -> nn.Module:
     if objective.value_kind != "implicit":
         return make_value_model(objective.value_kind, policy, peft_config, begin.form, begin.value)
-    outcomes = [float(e.rewards.sum()) for e in episodes]
+    outcomes = totals(episodes)
     beta = getattr(objective, "implicit_beta", IMPLICIT_BETA)
     value_model = implicit_value_from(policy, outcomes, beta, weights_hash(reference, torch.float32))
     if peft_config is not None:

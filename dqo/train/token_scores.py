@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dqo.config.sources import read_options
 from dqo.data.batches import Batch, Batching, micro_batch_plan
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.adapters import adapter_base, merge

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dqo.commands.train import train_command
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.evaluation.accuracy import Accuracy, Answered, Problem
 from dqo.grading.grade import Grade
 from dqo.models.generate import Response

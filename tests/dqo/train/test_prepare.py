@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from dqo.config.options import load_options
-from dqo.data.batches import collate
+from dqo.data import segments, stored, table
+from dqo.data.batches import collate, epoch_order
 from dqo.errors import UserError
 from dqo.models.new import save
 from dqo.models.policy import policy_stats
 from dqo.processes import Processes
 from dqo.reference.cache import _name_of
 from dqo.train.checkpoint import STATE_FILE
-from dqo.train.inputs import Given, check_options, load_rows
-from dqo.train.prepare import prepare
+from dqo.train.inputs import ROW_CACHE, Given, check_options, load_rows
+from dqo.train.prepare import prepare, same_for_all
 from dqo.train.run import train
 from tests.dqo.helpers import policy, rollout_rows, tokenizer
 
@@ -35,7 +36,7 @@ def options_of(files, **changes):
         "model_name_or_path": files / "model",
         "output_dir": files / "out",
         "per_device_train_batch_size": 8,
-        "max_steps": 2,
+        "max_steps": 4,  # an epoch
     } | changes
     return load_options([part for name, value in settings.items() for part in (f"--{name}", str(value))])
 
@@ -207,3 +208,41 @@ def test_the_models_end_tokens_and_skipped_rows_reach_training(files, caplog):
     episodes = prepare(options, Given(), *load_rows(options), Processes()).episodes()
     assert {e.completion_ids[-1] for e in episodes} == {7} and len(episodes) == len(rows) - 1
     assert "They are dropped; 31 rows are left" in caplog.text
+
+
+def test_a_run_that_ends_within_its_first_epoch_asks_the_reference_of_the_rows_that_it_reads_alone(files, forwards):
+    found = prepared(files, max_steps=2, eval_fraction=0)
+    read = epoch_order(len(found.groups), 0, 42)[:16].tolist()
+    known = {i for i, (e,) in enumerate(found.groups) if e.ref_logprobs is not None}
+    assert set(read) <= known and len(known) < len(found.groups) == 32
+    longer = prepared(files, max_steps=4, eval_fraction=0, output_dir=files / "longer")
+    assert all(e.ref_logprobs is not None for e in longer.episodes())
+
+
+def test_a_run_on_rows_that_lie_in_tables_on_the_disk_is_the_run_on_rows_in_memory(files, monkeypatch):
+    def result(name, **changes):
+        train(options_of(files, output_dir=files / name, max_steps=6, logging_steps=1, eval_fraction=0.2, **changes))
+        rows = [json.loads(line) for line in (files / name / "metrics.jsonl").read_text().splitlines()]
+        record = json.loads((files / name / "run.json").read_text())["data"]
+        timed = ("perf/", "memory")
+        return record, [{k: v for k, v in row.items() if not any(part in k for part in timed)} for row in rows]
+
+    expected = result("memory")
+    assert not (files / "memory" / ROW_CACHE).exists()
+    for module in (stored, table):
+        monkeypatch.setattr(module, "ROWS", 5)
+    monkeypatch.setattr(stored, "SHARED_FROM", 0)
+    monkeypatch.setattr(segments, "MAPPED", 2)
+    killed = files / "disk" / ROW_CACHE  # a preparation that was killed leaves no more
+    killed.mkdir(parents=True)
+    assert result("disk") == expected
+    assert {path.name.partition("-")[0] for path in killed.iterdir()} == {"rows", "tokens"}
+    before = {path: path.stat().st_mtime_ns for path in killed.rglob("*.safetensors")}
+    assert result("shared", row_cache_dir=killed) == expected
+    assert {path: path.stat().st_mtime_ns for path in killed.rglob("*.safetensors")} == before
+
+
+def test_processes_that_found_other_data_are_refused(monkeypatch):
+    monkeypatch.setattr("dqo.train.prepare.gather_objects", lambda items, _: ["a", *items, "b"])
+    with pytest.raises(UserError, match="^process 2 has other data than process 0: dataset_name must be one file"):
+        same_for_all("a", Processes())
