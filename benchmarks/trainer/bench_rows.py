@@ -100,8 +100,7 @@ def commands(file: Path, model: str, output: Path, processes: int) -> dict[str, 
         "eval_fraction": 0.0005,
         "use_cpu": True,
     }
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     train = [sys.executable, *(launch if processes > 1 else []), "-m", "dqo.train"]
     train += [part for name, value in options.items() for part in (f"--{name}", str(value)) if value is not True]
     train += [f"--{name}" for name, value in options.items() if value is True]

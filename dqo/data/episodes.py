@@ -371,7 +371,7 @@ def open_episodes(
     ends = ends_of(tokenizer, stop_ids, messages=not isinstance(rows[0].prompt, str))
     if table is None:
         table = token_table(rows, tokenizer, ends, vocab_size, template_time)
-    index = np.arange(rows.total) if rows.index is None else rows.index
+    index = np.arange(rows.total) if rows.chosen is None else rows.chosen
     place_of = np.full(rows.total, -1, np.int32)
     place_of[index] = np.arange(len(rows), dtype=np.int32)
     places = place_of[table.column("row")]

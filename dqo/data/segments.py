@@ -84,7 +84,7 @@ def mapped(file: IO[bytes], begin: int = 0, end: int | None = None) -> tuple[Arr
 def _checksum(arrays: Arrays) -> str:
     found = 0
     for _, array in sorted(arrays.items()):
-        found = zlib.crc32(memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b"", found)
+        found = zlib.crc32(np.ascontiguousarray(array).data.cast("B") if array.size else b"", found)
     return f"{found:08x}"
 
 

@@ -91,15 +91,15 @@ class StoredRows(Sequence[Row]):
     """Rows of a table, all or some of them, in any order.
 
     Args:
-        total: rows of the table. index: int64 (n,) the rows of the table; None: all of them.
+        total: rows of the table. chosen: int64 (n,) the rows of the table; None: all of them.
         moved: where reward and label, or what is paid, come from other rows.
     """
 
-    def __init__(self, segments: Segments, total: int, index: np.ndarray | None = None, moved: Moved | None = None):
-        self.segments, self.total, self.index, self.moved = segments, total, index, moved
+    def __init__(self, segments: Segments, total: int, chosen: np.ndarray | None = None, moved: Moved | None = None):
+        self.segments, self.total, self.chosen, self.moved = segments, total, chosen, moved
 
     def __len__(self) -> int:
-        return self.total if self.index is None else len(self.index)
+        return self.total if self.chosen is None else len(self.chosen)
 
     @overload
     def __getitem__(self, i: int) -> Row: ...
@@ -111,7 +111,7 @@ class StoredRows(Sequence[Row]):
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         i %= len(self)
-        row = self._row(i if self.index is None else int(self.index[i]))
+        row = self._row(i if self.chosen is None else int(self.chosen[i]))
         if self.moved is None:
             return row
         other = self._row(int(self.moved.rows[i]))
@@ -139,14 +139,14 @@ class StoredRows(Sequence[Row]):
     def take(self, indices: np.ndarray) -> StoredRows:
         """Some of the rows. `indices`: integers, or bool (n,)."""
         indices = np.flatnonzero(indices) if indices.dtype == bool else indices
-        index = indices if self.index is None else self.index[indices]
+        index = indices if self.chosen is None else self.chosen[indices]
         moved = None if self.moved is None else self.moved._replace(rows=self.moved.rows[indices])
         return StoredRows(self.segments, self.total, index, moved)
 
     def with_moved(self, source: np.ndarray, names: tuple[str, ...]) -> StoredRows:
         """The rows with these fields of others: those of row source[i] in row i."""
-        rows = source if self.index is None else self.index[source]
-        return StoredRows(self.segments, self.total, self.index, Moved(rows, names))
+        rows = source if self.chosen is None else self.chosen[source]
+        return StoredRows(self.segments, self.total, self.chosen, Moved(rows, names))
 
     def column(self, name: str) -> np.ndarray:
         """(n,), see `_COLUMNS`."""
@@ -157,9 +157,9 @@ class StoredRows(Sequence[Row]):
     def _origin(self, name: str) -> np.ndarray | None:
         """The rows of the table that have a column's values."""
         if self.moved is None:
-            return self.index
+            return self.chosen
         moves = name in self.moved.names or (name == "paid" and "step_rewards" in self.moved.names)
-        return self.moved.rows if moves else self.index
+        return self.moved.rows if moves else self.chosen
 
     def process_rewards(self) -> np.ndarray:
         """float64: those of all rows, one behind the other; `column("paid")` has their numbers."""
@@ -233,17 +233,19 @@ def stored(rows: Sequence[Row]) -> StoredRows:
 
 
 def _opened(source: Source, segments: Segments, skip_bad_rows: bool, reward_threshold: float) -> StoredRows:
-    with segments.alone():
-        told = segments.whole()
-        if told is None:
-            told = _write(source, segments, skip_bad_rows, reward_threshold)
-        else:
-            for level, text in told["said"]:
-                logger.log(level, text)
+    told = segments.whole()
+    if told is None:
+        with segments.alone():
+            told = segments.whole()  # another process may have written it meanwhile
+            if told is None:
+                return StoredRows(segments, _write(source, segments, skip_bad_rows, reward_threshold))
+    for level, text in told["said"]:
+        logger.log(level, text)
     return StoredRows(segments, told["rows"])
 
 
-def _write(source: Source, segments: Segments, skip_bad_rows: bool, reward_threshold: float) -> dict[str, Any]:
+def _write(source: Source, segments: Segments, skip_bad_rows: bool, reward_threshold: float) -> int:
+    """Returns the number of rows."""
     said: list[tuple[int, str]] = []
     problems: list[BadRow] = []
     pending: list[Row] = []
@@ -264,9 +266,8 @@ def _write(source: Source, segments: Segments, skip_bad_rows: bool, reward_thres
     refuse(source.name, problems, count + len(pending), skip_bad_rows, True, say)
     if pending:
         segments.put(count // ROWS, _arrays(pending, segments.directory is not None), {})
-    told = {"rows": count + len(pending), "said": said}
-    segments.finish(told)
-    return told
+    segments.finish({"rows": count + len(pending), "said": said})
+    return count + len(pending)
 
 
 def _arrays(rows: Sequence[Row], shared: bool) -> Arrays:

@@ -113,14 +113,15 @@ def token_table(
         depends = [FORMAT, rows.segments.directory and rows.segments.directory.name, told, ends.trained]
         directory = table_directory(rows.root, "tokens", *depends, sorted(ends.stops), vocab_size)
     segments, whole = Segments(directory), StoredRows(rows.segments, rows.total)
-    with segments.alone():
-        if segments.whole() is None:
-            with clock_at(template_time):
-                for number, begin in enumerate(range(0, rows.total, ROWS)):
-                    if segments.find(number) is None:
-                        chunk = tokenize_chunk(whole[begin : begin + ROWS], tokenizer, ends, vocab_size)
-                        segments.put(number, *_packed(chunk))
-            segments.finish({})
+    if segments.whole() is None:
+        with segments.alone():
+            if segments.whole() is None:  # another process may have written it meanwhile
+                with clock_at(template_time):
+                    for number, begin in enumerate(range(0, rows.total, ROWS)):
+                        if segments.find(number) is None:
+                            chunk = tokenize_chunk(whole[begin : begin + ROWS], tokenizer, ends, vocab_size)
+                            segments.put(number, *_packed(chunk))
+                segments.finish({})
     return TokenTable(segments, rows.total, ends)
 
 

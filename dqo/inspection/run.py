@@ -12,7 +12,8 @@ from dqo.credit.implied import Start, implied_values, soft_return, starts
 from dqo.credit.steps import first_wrong_step
 from dqo.data.episode import Episode
 from dqo.data.ids import token_texts
-from dqo.data.rows import Row, read_rows
+from dqo.data.rows import Row
+from dqo.data.stored import open_rows
 from dqo.errors import UserError
 from dqo.files import write_whole, writing
 from dqo.inspection.page import rendered
@@ -56,7 +57,7 @@ def inspect(
     if responses < 1:
         raise UserError(f"responses must be at least 1, got {responses}")
     threshold = run_options(Path(run)).get("reward_threshold")
-    all_rows = read_rows(dataset_name, **({} if threshold is None else {"reward_threshold": threshold}))
+    all_rows = open_rows(dataset_name, **({} if threshold is None else {"reward_threshold": threshold}))
     shown = chosen(all_rows, responses, [str(line) for line in rows])
     others = siblings(all_rows, shown)
     models = load_run(run, reference=ref_model_name_or_path, dtype=dtype, device="cpu" if use_cpu else None)

@@ -73,7 +73,7 @@ PAYMENTS = [
     {"process_reward": "additive", "process_coef": 0.5, "reward_scale": 2.0},
     {"process_reward": "potential", "gamma": 0.9, "discount": "turns", "truncation": "bootstrap"},
     {"max_length": 9, "allow_truncation": True, "truncation": "bootstrap", "reward_shift": -0.5},
-    {"max_length": 9, "allow_truncation": True, "truncation": "drop"},
+    {"truncation": "drop"},
 ]
 
 
