@@ -26,6 +26,7 @@ from dqo.config.options import Options, check_values, options_of
 from dqo.config.sampling import SampleConfig
 from dqo.config.values import checked_config
 from dqo.data.overlap import check_unseen, trained_problems
+from dqo.data.stored import column
 from dqo.environment import env as env
 from dqo.errors import UserError, did_you_mean
 from dqo.evaluation.during import answering
@@ -218,7 +219,7 @@ class DQOTrainer:
             check_options(self.options, self.given)
             rows = load_rows(self.options, self.given) if tasks else None
         if tasks:
-            trained = trained_problems(rows[0]) if rows else self._begin().train_problems
+            trained = trained_problems(rows[0] if rows else self._begin().train_rows)
             names = (
                 str(self.options.train.eval_tasks),
                 self.options.train.dataset_name or "the rows that are trained on",
@@ -255,7 +256,7 @@ class DQOTrainer:
         groups = None
         if eval_dataset is not None:
             found, rows = evaluation_episodes(self.options, self.given, trainer.prepared, eval_dataset)
-            shared_prompts(trainer.train_prompts, rows, "eval_dataset", "the rows that are trained on")
+            shared_prompts(column(trainer.train_rows, "prompt"), rows, "eval_dataset", "the rows that are trained on")
             groups = found.objective
         metrics = trainer.held_out(groups)
         trainer.callbacks.evaluated(metrics)

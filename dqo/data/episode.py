@@ -7,7 +7,9 @@ step. Of several turns only the tokens that the model wrote are actions: arrays 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -178,3 +180,55 @@ def paid(tokens: Tokens, prompt_index: int, pay: Payment) -> Episode:
         env_mask=env_mask,
         turn_ends=turn_ends,
     )
+
+
+def mismatched(episode: Episode, other: Episode, longest: int) -> Episode:
+    """The prompt of one with the completion of the other, cut where both would have more than `longest` tokens, and after its
+    first action at the earliest."""
+    room = max(longest - len(episode.prompt_ids), int(other.actions[0]) + 1)
+    completion, env_mask, actions = first_tokens(other.completion_ids, other.env_mask, room)
+    return replace(
+        episode,
+        completion_ids=completion,
+        rewards=np.zeros(actions, dtype=np.float32),
+        reward=0.0,
+        label=False,
+        terminated=True,
+        source=f"{episode.source} with the completion of {other.source}",
+        behavior_logprobs=None,
+        step_ends=[],
+        step_rewards=[],
+        first_wrong_step=None,
+        ref_logprobs=None,
+        ref_lse=None,
+        columns={},
+        companion=None,
+        env_mask=env_mask,
+        turn_ends=[end for end in other.turn_ends if end < actions],
+    )
+
+
+def content_of(e: Episode) -> bytes:
+    """Everything that training reads of the data of a response."""
+    parts = [
+        np.asarray([len(e.prompt_ids), len(e.completion_ids), e.terminated, e.label], np.int64).tobytes(),
+        np.asarray(e.prompt_ids + e.completion_ids, np.int64).tobytes(),
+        e.rewards.tobytes(),
+    ]
+    if e.behavior_logprobs is not None:
+        parts.append(e.behavior_logprobs.tobytes())
+    if e.env_mask is not None:
+        parts.append(e.env_mask.tobytes() + np.asarray(e.turn_ends, np.int64).tobytes())
+    return b"".join(parts)
+
+
+def fingerprint(episodes: Iterable[Episode]) -> str:
+    """sha256 of everything that training reads of the data; a resumed run must find the same."""
+    return digest_of(map(content_of, episodes))
+
+
+def digest_of(contents: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()

@@ -7,10 +7,8 @@ log-probabilities) is kept beside the table, and is on an episode whenever it is
 from __future__ import annotations
 
 import datetime
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 from typing import Any, overload
@@ -18,7 +16,7 @@ from typing import Any, overload
 import numpy as np
 
 from dqo.data.ends import ends_of
-from dqo.data.episode import Episode, Payment, cut, first_tokens, paid
+from dqo.data.episode import Episode, Payment, content_of, cut, mismatched, paid
 from dqo.data.fields import FLOAT32_MAX
 from dqo.data.rows import Row
 from dqo.data.sources import BadRow
@@ -253,7 +251,7 @@ class Episodes(Sequence[Episode]):
             count = len(ids) - prompt
             other = len(piece(arrays, "logprobs", place)) or len(piece(arrays, "mask", place))
             if not plain[i] or other or count > 2**16:
-                yield _content(self._bare(i))
+                yield content_of(self._bare(i))
                 continue
             told = np.array([prompt, count, terminated[i], label[i]], np.int64).tobytes()
             yield told + ids.astype(np.int64).tobytes() + zeros[: 4 * (count - 1)] + outcomes[i].tobytes()
@@ -298,32 +296,6 @@ def _by_first(key: np.ndarray) -> np.ndarray:
     rank = np.empty(len(first), np.int32)
     rank[np.argsort(first, kind="stable")] = np.arange(len(first), dtype=np.int32)
     return rank[inverse]
-
-
-def mismatched(episode: Episode, other: Episode, longest: int) -> Episode:
-    """The prompt of one with the completion of the other, cut where both would have more than `longest` tokens, and after its
-    first action at the earliest."""
-    room = max(longest - len(episode.prompt_ids), int(other.actions[0]) + 1)
-    completion, env_mask, actions = first_tokens(other.completion_ids, other.env_mask, room)
-    return replace(
-        episode,
-        completion_ids=completion,
-        rewards=np.zeros(actions, dtype=np.float32),
-        reward=0.0,
-        label=False,
-        terminated=True,
-        source=f"{episode.source} with the completion of {other.source}",
-        behavior_logprobs=None,
-        step_ends=[],
-        step_rewards=[],
-        first_wrong_step=None,
-        ref_logprobs=None,
-        ref_lse=None,
-        columns={},
-        companion=None,
-        env_mask=env_mask,
-        turn_ends=[end for end in other.turn_ends if end < actions],
-    )
 
 
 def open_episodes(
@@ -410,29 +382,3 @@ def open_episodes(
 def make_episodes(rows: Sequence[Row], tokenizer, **options: Any) -> list[Episode]:
     """The episodes of few rows as a list; see `open_episodes`."""
     return list(open_episodes(rows, tokenizer, **options))
-
-
-def _content(e: Episode) -> bytes:
-    """Everything that training reads of the data of a response."""
-    parts = [
-        np.asarray([len(e.prompt_ids), len(e.completion_ids), e.terminated, e.label], np.int64).tobytes(),
-        np.asarray(e.prompt_ids + e.completion_ids, np.int64).tobytes(),
-        e.rewards.tobytes(),
-    ]
-    if e.behavior_logprobs is not None:
-        parts.append(e.behavior_logprobs.tobytes())
-    if e.env_mask is not None:
-        parts.append(e.env_mask.tobytes() + np.asarray(e.turn_ends, np.int64).tobytes())
-    return b"".join(parts)
-
-
-def fingerprint(episodes: Iterable[Episode]) -> str:
-    """sha256 of everything that training reads of the data; a resumed run must find the same."""
-    return digest_of(map(_content, episodes))
-
-
-def digest_of(contents: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for content in contents:
-        digest.update(content)
-    return digest.hexdigest()

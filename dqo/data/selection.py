@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from dqo.data.batches import COLUMNS, Group
-from dqo.data.episode import Episode
-from dqo.data.episodes import Episodes, digest_of, fingerprint, mismatched
+from dqo.data.episode import Episode, digest_of, fingerprint, mismatched
+from dqo.data.episodes import Episodes
 from dqo.errors import UserError
 from dqo.objectives.base import Columns, Objective, Selection
 

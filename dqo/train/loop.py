@@ -18,9 +18,7 @@ from dqo import signals
 from dqo.config.options import Options
 from dqo.data.batches import Group, distinct, epoch_order
 from dqo.data.episodes import totals
-from dqo.data.overlap import trained_problems
 from dqo.data.rows import Row
-from dqo.data.stored import column
 from dqo.errors import UserError
 from dqo.processes import Processes
 from dqo.train import checkpoint, metrics, optim, phases
@@ -148,15 +146,6 @@ class Trainer:
         beta = getattr(self.objective, "beta", None)
         largest = max(map(abs, totals(self.prepared.episodes()))) if self.objective.fits_rewards else None
         return Watch(beta=beta, largest_reward=largest, trains_values=self.options.trains_values)
-
-    @property
-    def train_prompts(self) -> np.ndarray:
-        """Hashes of the prompts that are trained on."""
-        return column(self.train_rows, "prompt")
-
-    @property
-    def train_problems(self) -> set[bytes]:
-        return trained_problems(self.train_rows)
 
     @property
     def position(self) -> int:

@@ -9,8 +9,8 @@ import pytest
 
 from dqo.data import segments, stored, table
 from dqo.data.ends import ends_of
-from dqo.data.episode import Payment, cut, paid
-from dqo.data.episodes import fingerprint, open_episodes
+from dqo.data.episode import Payment, cut, fingerprint, paid
+from dqo.data.episodes import open_episodes
 from dqo.data.rows import read_rows
 from dqo.data.selection import EpisodeColumns, Groups, data_fingerprint, selected, selection_fingerprint
 from dqo.data.stored import open_rows
