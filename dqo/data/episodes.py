@@ -201,7 +201,7 @@ class Episodes(Sequence[Episode]):
         """float32 (n,): the sum of each one's rewards."""
         found = self._outcomes.astype(np.float32)
         for i in np.flatnonzero(~self._outcomes_alone).tolist():
-            found[i] = self[i].rewards.sum()
+            found[i] = self._bare(i).rewards.sum()
         return found
 
     def check_pay(self) -> None:
