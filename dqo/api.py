@@ -38,6 +38,7 @@ from dqo.objectives.base import Objective
 from dqo.objectives.registry import DEFAULT_METHOD, method_of, methods_table
 from dqo.report.command import report as report
 from dqo.report.run import report_run
+from dqo.sampling.backends import launched_for
 from dqo.sampling.run import Sampled, sample_rows
 from dqo.scoring.run import score  # noqa: F401
 from dqo.train import checkpoint, hub
@@ -115,7 +116,8 @@ def sample(quiet: bool = False, **options: Any) -> Sampled:
     Raises:
         UserError: for options, prompts or a model that do not fit, before any work.
     """
-    return sample_rows(checked_config(SampleConfig, options), quiet)
+    config = checked_config(SampleConfig, options)
+    return sample_rows(config, quiet, launched_for("dqo sample", config.backend, config.use_cpu))
 
 
 class DQOTrainer:

@@ -124,6 +124,21 @@ def obey(options: Options, environment: Mapping[str, str] = os.environ) -> Optio
     return obeyed
 
 
+def whole_models(command: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """For a command that has the whole model in each process: whether the launcher asks for the CPU.
+
+    Raises:
+        UserError: for settings that shard a model, or choose its precision.
+    """
+    _refuse_settings(environment)
+    if _on(environment, "ACCELERATE_USE_FSDP"):
+        why = f"{command} has the whole model in each process; launch it without --use_fsdp"
+        _refuse("ACCELERATE_USE_FSDP", environment["ACCELERATE_USE_FSDP"], why)
+    if environment.get("ACCELERATE_MIXED_PRECISION", "no").strip().lower() == "bf16":
+        _refuse("ACCELERATE_MIXED_PRECISION", "bf16", f"{command} has no autocast; give it --dtype bfloat16")
+    return _on(environment, "ACCELERATE_USE_CPU")
+
+
 def blocks_to_shard(environment: Mapping[str, str] = os.environ) -> set[str]:
     """Class names of FSDP_TRANSFORMER_CLS_TO_WRAP; none: the model's own."""
     names = environment.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "") if _on(environment, "ACCELERATE_USE_FSDP") else ""
