@@ -131,12 +131,17 @@ def test_right_is_what_was_right_in_the_run(place, tmp_path):
     assert [r.label for r in found.responses] == [True, False]
 
 
-def test_labels_of_0_and_1_are_said_to_mark_no_step(place, tmp_path):
-    row = {"prompt": "1+2+3=", "completions": ["1+2=3", "#6"], "labels": [True, False]}
-    assert any("a step with 0 does not count as wrong" in note for note in inspect(place / "out", [row]).notes)
-    make_run(tmp_path, process_reward="potential")
-    found = inspect(tmp_path / "out", [row])
-    assert found.responses[0].first_wrong_step == 1 and not any("0 and 1" in note for note in found.notes)
+@pytest.mark.parametrize("process_reward", [None, "none", "additive", "potential"])
+def test_labels_mark_the_wrong_step_whatever_they_were_paid_for(process_reward, tmp_path):
+    make_run(tmp_path, critic=False, process_reward=process_reward)
+
+    def first_wrong(*labels):
+        rows = [{"prompt": f"{i}+2+3=", "completions": ["1+2=3", "#6"], "labels": of} for i, of in enumerate(labels)]
+        return inspect(tmp_path / "out", rows, rows=[1]).responses[0].first_wrong_step
+
+    assert first_wrong([True, False]) == first_wrong([1, 0], [1, 1]) == first_wrong([1, -1]) == 1
+    assert first_wrong([1, 0], [-1, 1]) is None  # by another row 0 is neutral here
+    assert first_wrong([1, 1], [0, 1]) is None
 
 
 @pytest.mark.parametrize("option", ["beta", "gamma", "reward_threshold", "process_coef"])

@@ -207,3 +207,16 @@ def test_the_models_end_tokens_and_skipped_rows_reach_training(files, caplog):
     episodes = prepare(options, Given(), *load_rows(options), Processes()).episodes()
     assert {e.completion_ids[-1] for e in episodes} == {7} and len(episodes) == len(rows) - 1
     assert "They are dropped; 31 rows are left" in caplog.text
+
+
+def test_held_out_rows_have_the_marks_of_the_whole_file(files):
+    rows = [{"prompt": f"{i}+2=", "completions": ["1", "2"], "labels": [1, 0]} for i in range(12)]
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = prepared(files, process_reward="none", eval_fraction=0.3)
+    assert {e.first_wrong_step for (e,) in found.held_out + found.groups} == {1}
+    trained = {e.source for (e,) in found.groups}
+    at = next(i for i in range(12) if f"rollouts.jsonl:{i + 1}" in trained)
+    rows[at] |= {"labels": [1, -1]}  # of a row that is trained on: 0 is neutral in this file
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = prepared(files, process_reward="none", eval_fraction=0.3, output_dir=files / "again")
+    assert found.held_out and {e.first_wrong_step for (e,) in found.held_out} == {None}
