@@ -144,9 +144,15 @@ def test_labels_mark_the_wrong_step_whatever_they_were_paid_for(process_reward, 
     assert first_wrong([1, 1], [0, 1]) is None
 
 
-@pytest.mark.parametrize("option", ["beta", "gamma", "reward_threshold", "process_coef"])
-@pytest.mark.parametrize("value", ["abc", float("nan"), True, [1]])
-def test_a_config_with_something_else_where_a_number_stands_is_refused(option, value, place, tmp_path):
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("beta", -0.1, "beta must be positive, got -0.1"),
+        ("process_reward", "odd", "process_reward must be .*, got 'odd'"),
+        ("method", "dqq", "method must be one of .*, or package.module:Class, got 'dqq'"),
+    ],
+)
+def test_a_run_whose_options_were_altered_is_refused(option, value, said, place, tmp_path):
     make_run(tmp_path, critic=False, **{option: value})
-    with pytest.raises(UserError, match=f"config.yaml:\\d+: {option} is .*; write the one that it was trained with"):
+    with pytest.raises(UserError, match=f"config.yaml:\\d+: {said}; write what the run was trained with"):
         inspect(tmp_path / "out", place / "rows.jsonl", responses=1)
