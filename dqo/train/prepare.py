@@ -138,7 +138,10 @@ def prepare(
     """Tokenises the rows, loads the models and computes the reference columns."""
     config = options.train
     sampler = reference_name(options, given)
-    weighting = chosen(options, train_rows, sampler)
+    one_file = config.eval_dataset_name is None and given.eval_dataset is None  # of which the held-out rows are a part
+    weighting = chosen(
+        options, train_rows + held_rows if one_file else train_rows, sampler
+    )  # as `dqo check` says of it
     objective = weighting.objective
     tokenizer = tokenizer_of(config.model_name_or_path, given.tokenizer)
     model_config = load_config(config.model_path) if given.model is None else given.model.config
@@ -158,7 +161,6 @@ def prepare(
 
     if (config.bf16 or config.dtype == "bfloat16") and (slow := bf16_problem(processes.device)):
         logger.warning(slow)
-    one_file = config.eval_dataset_name is None and given.eval_dataset is None
     marks = Marks.of_rows(chain(train_rows, held_rows), config.process_reward) if one_file else None
     groups = selected(objective, tokenized(train_rows, marks))
     if not groups:
