@@ -20,6 +20,7 @@ from dqo.config.rows import RowOptions
 from dqo.data.advice import row_warnings
 from dqo.data.behavior import ReferenceName, known_behavior, weight_level, weights_line
 from dqo.data.episodes import Episode, make_episodes
+from dqo.data.marks import Marks
 from dqo.data.rows import Row, check_process_reward, duplicate_count, prompt_key, read_rows
 from dqo.errors import UserError, printable
 from dqo.objectives.base import Objective
@@ -83,7 +84,7 @@ def check(config: CheckConfig) -> None:
     prompts: dict[str, set[str]] = {}
     for path in config.data:
         rows = read_rows(path, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold)
-        _table(path, summary(rows))
+        _table(path, summary(rows, config.process_reward))
         if line := _weights_line(rows, config, objective or objective_class(DEFAULT_METHOD)()):
             print(printable(line))
         _warn(row_warnings(rows, config, objective))
@@ -139,8 +140,8 @@ def _objective(config: CheckConfig) -> Objective | None:
     return objective
 
 
-def summary(rows: list[Row]) -> dict[str, str]:
-    """What rows hold, without a tokenizer; name -> text."""
+def summary(rows: list[Row], process_reward: str | None = None) -> dict[str, str]:
+    """What rows hold, without a tokenizer; name -> text. `process_reward`: the option."""
     rewards = Counter(row.reward for row in rows)
     by_prompt = _rewards_by_prompt(rows)
     mixed = sum(len(found) > 1 for found in by_prompt.values())
@@ -167,6 +168,10 @@ def summary(rows: list[Row]) -> dict[str, str]:
         found["steps"] = f"{_range(counts)} a row, in {len(stepped):,} rows"
         if paid:
             found["step rewards"] = f"{_mix(Counter(paid))}; mean {statistics.fmean(paid):.3g}"
+            marks = Marks.of_rows(rows, process_reward)
+            wrong = sum(marks.first_wrong(row) is not None for row in stepped)
+            how = {"negative": "by a reward below 0", "zero": "by a reward of 0", "none": "by no reward"}[marks.steps]
+            found["wrong steps"] = f"marked {how}, in {wrong:,} rows"
     optional = ("prompt_value", "completion_ids", "logprobs", "answer", "prompt_id", "sampling", "grading")
     present = {name: sum(getattr(row, name) is not None for row in rows) for name in optional}
     found["other fields"] = ", ".join(f"{name} {count:,}" for name, count in present.items() if count) or "none"

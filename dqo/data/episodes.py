@@ -21,6 +21,7 @@ from dqo.credit.steps import first_wrong_step
 from dqo.data.chat import clock_at
 from dqo.data.ends import ends_of
 from dqo.data.fields import FLOAT32_MAX
+from dqo.data.marks import Marks
 from dqo.data.rows import Row
 from dqo.data.tokens import Tokens, tokenize_rows
 from dqo.errors import UserError
@@ -44,7 +45,7 @@ class Episode:
     behavior_logprobs: np.ndarray | None = None
     step_ends: list[int] = field(default_factory=list)  # index of the last token of each step
     step_rewards: list[float] = field(default_factory=list)
-    first_wrong_step: int | None = None  # that the step rewards tell of, counted from 0; see dqo.credit.steps
+    first_wrong_step: int | None = None  # that the step rewards mark, counted from 0; see dqo.data.marks
     ref_logprobs: np.ndarray | None = None
     ref_lse: np.ndarray | None = None
     columns: dict[str, np.ndarray] = field(default_factory=dict)  # what the objective adds, (T,) each
@@ -108,6 +109,7 @@ class _Payment:
     truncation: str
     scale: float
     shift: float
+    marks: Marks
 
 
 def shaping(
@@ -180,7 +182,7 @@ def _episode(tokens: Tokens, prompt_index: int, pay: _Payment) -> Episode:
         behavior_logprobs=logprobs if logprobs is None or env_mask is None else logprobs[env_mask],
         step_ends=tokens.step_ends,
         step_rewards=step_rewards,
-        first_wrong_step=first_wrong_step(step_rewards, pay.process_reward),
+        first_wrong_step=first_wrong_step(step_rewards, pay.marks.of(row)),
         env_mask=env_mask,
         turn_ends=turn_ends,
     )
@@ -203,6 +205,7 @@ def make_episodes(
     allow_truncation: bool = False,
     reward_scale: float = 1.0,
     reward_shift: float = 0.0,
+    marks: Marks | None = None,
 ) -> list[Episode]:
     """Tokenises rows.
 
@@ -221,6 +224,7 @@ def make_episodes(
         truncation: of responses that did not end, "terminal" (paid as they are), "bootstrap" (no outcome reward, V of the
             last state instead) or "drop".
         reward_scale, reward_shift: the outcome reward becomes scale * reward + shift.
+        marks: which step rewards say that a step is wrong; None: what these rows tell of it.
 
     Raises:
         UserError: naming the row, for prompts or completions that cannot be placed on tokens.
@@ -242,7 +246,8 @@ def make_episodes(
         logger.warning("%d responses that did not end are dropped (truncation=drop)", len(tokenized) - len(kept))
     if not kept:
         raise UserError("no response is left to train on")
-    pay = _Payment(process_reward, process_coef, gamma, discount, truncation, reward_scale, reward_shift)
+    marks = marks or Marks.of_rows(rows, process_reward)
+    pay = _Payment(process_reward, process_coef, gamma, discount, truncation, reward_scale, reward_shift, marks)
     indices: dict[str, int] = {}
     episodes = []
     for tokens in kept:

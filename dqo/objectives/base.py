@@ -13,7 +13,6 @@ None of these files imports torch before it is called: `--help` and the checks o
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -167,8 +166,8 @@ class Objective:
 
     def problems(self) -> list[tuple[str, str]]:
         """(field, what is wrong) of every value out of range."""
-        factors = {name: getattr(self, name, None) for name in ("beta", "implicit_beta")}
-        return [(name, f"must be positive, got {x}") for name, x in factors.items() if x is not None and not x > 0]
+        beta = getattr(self, "beta", None)
+        return [] if beta is None or beta > 0 else [("beta", f"must be positive, got {beta}")]
 
     def below(self, least: float, *names: str) -> list[tuple[str, str]]:
         """(field, what is wrong) of those of these fields that are less than `least`; None passes where the type has it."""
@@ -179,13 +178,6 @@ class Objective:
             for name, value in values.items()
             if not (value is None and "None" in types[name] or value is not None and value >= least)
         ]
-
-    def no_value_model(self, *kinds: str) -> list[tuple[str, str]]:
-        """The option value_model, where it is neither one of `kinds` nor a directory."""
-        told = self.value_kind
-        if told in kinds or (told not in VALUE_KINDS and os.path.isdir(told)):
-            return []
-        return [("value_model", f"must be {', '.join(kinds)}, or the directory of a value model, got {told!r}")]
 
     def advice(self, labels: Sequence[bool]) -> list[str]:
         """Warnings, a line each, about rows with these labels."""

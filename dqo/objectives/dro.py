@@ -10,34 +10,27 @@ On responses of one token it is DQO.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from dqo.objectives.base import IMPLICIT_BETA, Objective
+from dqo.objectives.value_options import ValueOptions
 
 
 @dataclass(frozen=True)
-class DRO(Objective):
+class _Options:
+    """Those before the value model's."""
+
     beta: float = 0.1
     """The KL temperature (the paper's tau) multiplies log(pi/ref)."""
     policy_scale: float | None = None
     """The policy loss is multiplied by this factor. None takes the paper's 1 / beta."""
-    value_coef: float = 1.0
-    """The value loss is multiplied by this factor."""
-    value_loss: Literal["squared", "bce", "hl_gauss"] = "squared"
-    """What fits the value model to returns: "squared" error, or a cross-entropy. "bce" is that of the probability of the greatest
-    return against the least of the training data, "hl_gauss" that of a distribution over bins between the two."""
-    value_model: str = "separate"
-    """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
-    hidden states. "implicit" trains a copy of the policy whose log-ratio to the reference is the logit of success. The directory
-    of a run, of its critic/ or of a model with one label begins from the value model there."""
-    implicit_beta: float = IMPLICIT_BETA
-    """The log-ratio of an implicit value model is multiplied by this."""
 
+
+@dataclass(frozen=True)
+class DRO(ValueOptions, _Options):
     fits_rewards: ClassVar[bool] = True
 
     def problems(self) -> list[tuple[str, str]]:
-        found = super().problems() + self.below(0, "policy_scale", "value_coef")
-        return found + self.no_value_model("separate", "head", "implicit")
+        return super().problems() + self.below(0, "policy_scale")
 
     def __call__(self, stats, rows, cu_seqlens):
         from dqo.objectives.sums import regression_metrics, response_metrics, response_regression

@@ -12,29 +12,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from dqo.objectives.base import IMPLICIT_BETA, Objective
+from dqo.objectives.value_options import ValueOptions
 
 
 @dataclass(frozen=True)
-class OREO(Objective):
+class _Options:
+    """Those before the value model's."""
+
     beta: float = 0.03
     """The KL temperature multiplies log(pi/ref)."""
     alpha: float = 0.01
     """The exact KL to the reference is multiplied by this and added. Above 0 the reference stays in memory."""
     level: Literal["token", "response"] = "token"
     """Which states count: "token" takes the state of every token (the paper), "response" the first of each response."""
-    value_coef: float = 1.0
-    """The value loss is multiplied by this factor."""
-    value_loss: Literal["squared", "bce", "hl_gauss"] = "squared"
-    """What fits the value model to returns: "squared" error, or a cross-entropy. "bce" is that of the probability of the greatest
-    return against the least of the training data, "hl_gauss" that of a distribution over bins between the two."""
-    value_model: str = "separate"
-    """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
-    hidden states. "implicit" trains a copy of the policy whose log-ratio to the reference is the logit of success. The directory
-    of a run, of its critic/ or of a model with one label begins from the value model there."""
-    implicit_beta: float = IMPLICIT_BETA
-    """The log-ratio of an implicit value model is multiplied by this."""
 
+
+@dataclass(frozen=True)
+class OREO(ValueOptions, _Options):
     fits_rewards: ClassVar[bool] = True
 
     @property
@@ -42,8 +36,7 @@ class OREO(Objective):
         return self.alpha > 0
 
     def problems(self) -> list[tuple[str, str]]:
-        found = super().problems() + self.below(0, "alpha", "value_coef")
-        return found + self.no_value_model("separate", "head", "implicit")
+        return super().problems() + self.below(0, "alpha")
 
     def __call__(self, stats, rows, cu_seqlens):
         from dqo.objectives.sums import mean_metric, regression_metrics, response_metrics, sequence_means

@@ -20,6 +20,7 @@ from dqo.data.batches import Batching, Group, distinct
 from dqo.data.chat import reads_clock
 from dqo.data.ends import ends_of
 from dqo.data.episodes import Episode, fingerprint, make_episodes
+from dqo.data.marks import Marks
 from dqo.data.rows import Row, check_process_reward
 from dqo.data.selection import selected, selection_fingerprint
 from dqo.errors import UserError
@@ -137,7 +138,10 @@ def prepare(
     """Tokenises the rows, loads the models and computes the reference columns."""
     config = options.train
     sampler = reference_name(options, given)
-    weighting = chosen(options, train_rows, sampler)
+    one_file = config.eval_dataset_name is None and given.eval_dataset is None  # of which the held-out rows are a part
+    weighting = chosen(
+        options, train_rows + held_rows if one_file else train_rows, sampler
+    )  # as `dqo check` says of it
     objective = weighting.objective
     tokenizer = tokenizer_of(config.model_name_or_path, given.tokenizer)
     model_config = load_config(config.model_path) if given.model is None else given.model.config
@@ -149,18 +153,19 @@ def prepare(
 
     stops = stop_ids(given.model or config.model_path)
 
-    def tokenized(rows: list[Row]) -> list[Episode]:
-        made = on_tokens(rows, options, tokenizer, vocab_size, stops, template_time)
+    def tokenized(rows: list[Row], marks: Marks | None = None) -> list[Episode]:
+        made = on_tokens(rows, options, tokenizer, vocab_size, stops, template_time, marks)
         for its_config in filter(None, (model_config, ref_config)):
             check_positions(its_config, made)
         return made
 
     if (config.bf16 or config.dtype == "bfloat16") and (slow := bf16_problem(processes.device)):
         logger.warning(slow)
-    groups = selected(objective, tokenized(train_rows))
+    marks = Marks.of_rows(chain(train_rows, held_rows), config.process_reward) if one_file else None
+    groups = selected(objective, tokenized(train_rows, marks))
     if not groups:
         raise UserError(f"method {config.method}: {objective.nothing_left}")
-    held_out = _held_out(objective, tokenized(held_rows)) if held_rows else []
+    held_out = _held_out(objective, tokenized(held_rows, marks)) if held_rows else []
     policy = given.model
     if policy is None:
         dtype = getattr(torch, config.dtype)
@@ -245,9 +250,10 @@ def on_tokens(
     vocab_size: int,
     stops: list[int],
     template_time: datetime.datetime | None,
+    marks: Marks | None = None,
 ) -> list[Episode]:
     """Rows as the options say. `stops`: end tokens of the model's generation_config. `template_time`: what chat templates take
-    for now; None: the clock."""
+    for now; None: the clock. `marks`: of wrong steps; None: what these rows tell."""
     config = options.train
     return make_episodes(
         rows,
@@ -265,6 +271,7 @@ def on_tokens(
         allow_truncation=config.allow_truncation,
         reward_scale=config.reward_scale,
         reward_shift=config.reward_shift,
+        marks=marks,
     )
 
 

@@ -3,7 +3,6 @@ under its reference, entropies, the exact KL between both, and the value model's
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dqo.config.sources import read_options
+from dqo.config.stored import stored_options_of
 from dqo.data.batches import Batch, Batching, micro_batch_plan
 from dqo.data.episodes import Episode
 from dqo.errors import UserError
@@ -41,7 +40,6 @@ from dqo.train.saved_critic import saved_critic
 from dqo_kernels import linear_token_stats
 
 NAMES = ("logprobs", "ref_logprobs", "entropy", "ref_entropy", "lse", "ref_lse", "kl", "values")
-NUMBERS = {"beta", "gamma", "process_coef", "reward_scale", "reward_shift", "reward_threshold"}  # that scores read
 CURE = "give --ref_model_name_or_path"
 _TOKENS = {"cpu": 4096}  # of a batch, padding included
 _MORE_TOKENS = 16_384
@@ -105,23 +103,12 @@ def run_options(directory: Path) -> dict[str, Any]:
     """The options of the run whose output_dir this is, or of which it is a checkpoint; {} where no config.yaml tells them.
 
     Raises:
-        UserError: for a config.yaml that cannot be read, or has something else where scores read a number.
+        UserError: for a config.yaml that cannot be read, or has what training would refuse.
     """
     for folder in (directory, directory.parent):
         if (folder / "config.yaml").is_file():
-            told = read_options(str(folder / "config.yaml"))
-            for name in NUMBERS & told.keys():
-                _check_number(name, *told[name])
-            return {name: value for name, (value, _) in told.items()}
+            return stored_options_of(str(folder / "config.yaml"))
     return {}
-
-
-def _check_number(name: str, value: Any, where: str) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if value is not None and not number:
-        raise UserError(
-            f"{where}: {name} is {value!r}, and a run has a number there; write the one that it was trained with"
-        )
 
 
 def beta_of(options: dict[str, Any]) -> float:
