@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dqo.objectives.base import Objective
 from dqo_kernels import TokenStats
 from dqo_kernels.core.packed import sequence_index
 
@@ -20,6 +21,13 @@ def sequence_sums(x: Tensor, cu_seqlens: Tensor) -> Tensor:
 def sequence_means(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(B,): mean of the rows of each sequence."""
     return sequence_sums(x, cu_seqlens) / cu_seqlens.diff()
+
+
+def discounts(objective: Objective, rows: dict[str, Tensor]) -> Tensor | None:
+    """(N,) gamma of every action; None where it is the same at all of them."""
+    if objective.discount_at == "tokens" or objective.discount_factor == 1.0:
+        return None
+    return torch.where(rows["turn_end"] > 0, objective.discount_factor, 1.0)
 
 
 class Regression(NamedTuple):
