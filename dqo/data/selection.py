@@ -91,8 +91,8 @@ def _set_steps(objective: Objective, episodes: list[Episode]) -> None:
     if without:
         raise UserError(
             f"{type(objective).__name__} takes steps for actions, and {len(episodes) - len(without):,} of {len(episodes):,} "
-            f"responses have steps (the first without: {without[0].source}); `dqo score FILE --steps lines --output_file NEW` cuts "
-            "them into steps"
+            f"responses have steps (the first without: {without[0].source}); `dqo score FILE --steps lines --output_file NEW` "
+            "cuts them into steps"
         )
     for e in episodes:
         e.columns["step"] = step_index(e.step_ends, e.action_count)

@@ -24,8 +24,8 @@ def companions_of(groups: list[Group]) -> list[Group]:
 
 
 def means_of_step(engine: Engine, objective: Objective, groups: list[Group]) -> dict[str, float]:
-    """What the objective asks of the whole step before any micro-batch, {column: the same number on every row}: of the companions,
-    and of the responses. {} when it asks nothing."""
+    """What the objective asks of the whole step before any micro-batch, of the companions and of the responses: {column: the
+    number on every row}; {} when it asks nothing."""
     found: dict[str, float] = {}
     if companions := companions_of(groups):
         found |= _means(engine, companion_sums, objective, companions)

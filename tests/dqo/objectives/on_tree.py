@@ -43,14 +43,16 @@ def loss_of(objective: Objective, tree: Tree, logits: Tensor, values: Tensor, **
     return objective(stats, known, tree.cu_seqlens)[0]
 
 
-def trained(objective: Objective, tree: Tree, scale: float = 1.0, max_steps: int = 450) -> tuple[Tensor, Tensor]:
+def trained(
+    objective: Objective, tree: Tree, scale: float = 1.0, max_steps: int = 450, **columns: Tensor
+) -> tuple[Tensor, Tensor]:
     """(log_policy (S, A), values (S,)) at which an objective of the tree's beta arrives from (ref, 0), by the steps of `fit`;
     `scale` is of them. The tree is one of `alike`."""
     n = len(tree.states)
 
     def row_loss(logits: Tensor, values: Tensor) -> Tensor:
         stats = token_stats(logits, tree.actions, tree.ref_logits[tree.states], backend="reference")
-        known = rows_of(tree) | {"values": values, "target_values": values.detach()}
+        known = rows_of(tree) | {"values": values, "target_values": values.detach()} | columns
         return (scale * objective(stats, known, tree.cu_seqlens)[0] / n).expand(n)
 
     return fit(tree, row_loss, max_steps=max_steps)

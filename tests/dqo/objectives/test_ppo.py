@@ -100,8 +100,8 @@ def test_the_clip_keeps_the_policy_near_the_data():
     "change",
     [
         {"beta": 0.1}, {"gamma": 0.9}, {"lam": 0.2}, {"behavior": "reference"}, {"clip_range": 0.7}, {"clip_range": None},
-        {"value_clip": 0.7}, {"value_clip": None}, {"target_ema": None, "value_clip": None}, {"value_coef": 0.5}, {"whiten": False},
-        {"gamma": 0.9, "discount": "turns"},
+        {"value_clip": 0.7}, {"value_clip": None}, {"target_ema": None, "value_clip": None}, {"value_coef": 0.5},
+        {"whiten": False}, {"gamma": 0.9, "discount": "turns"},
     ],
 )  # fmt: skip
 def test_every_option_changes_the_gradient(change):
