@@ -47,6 +47,14 @@ class EpisodeColumns:
         return np.array([e.behavior_logprobs is not None for e in self._episodes], dtype=bool)
 
     @cached_property
+    def has_step_rewards(self) -> np.ndarray:
+        return np.array([0 < len(e.step_ends) == len(e.step_rewards) for e in self._episodes], dtype=bool)
+
+    @cached_property
+    def potential(self) -> np.ndarray:
+        return np.concatenate([_potential(e) for e in self._episodes] or [np.zeros(0)])
+
+    @cached_property
     def prompt_length(self) -> np.ndarray:
         return np.array([len(e.prompt_ids) for e in self._episodes], dtype=np.int64)
 
@@ -83,6 +91,14 @@ def selected(objective: Objective, episodes: list[Episode]) -> list[Group]:
         for e, companion in zip(episodes, np.asarray(selection.companions).tolist()):
             e.companion = None if companion < 0 else mismatched(e, episodes[companion], longest)
     return [[episodes[row] for row in np.asarray(group).tolist()] for group in selection.groups]
+
+
+def _potential(e: Episode) -> np.ndarray:
+    """(T,) of the state before each token; NaN where the file tells none."""
+    found = np.full(e.action_count, np.nan if e.prompt_value is None else e.prompt_value)
+    for end, value in zip(e.step_ends, e.step_rewards):
+        found[end + 1 :] = value
+    return found
 
 
 def _set_steps(objective: Objective, episodes: list[Episode]) -> None:

@@ -64,6 +64,15 @@ class Columns(Protocol):
         """bool: whether its log-probabilities under the policy that wrote it are stored."""
 
     @property
+    def has_step_rewards(self) -> np.ndarray:
+        """bool: whether it has steps, and a reward of each."""
+
+    @property
+    def potential(self) -> np.ndarray:
+        """float64, one for each token of all responses: of the state before the token, what the file has for the last step that
+        has ended by then, or for the prompt; NaN where it has nothing."""
+
+    @property
     def same_as(self) -> np.ndarray:
         """int64: the first row with the same prompt and the same response; its own index where there is none before."""
 
@@ -119,6 +128,10 @@ class Objective:
     """Equal rewards everywhere leave it nothing to learn: such data are refused."""
     fits_rewards: ClassVar[bool] = False
     """It fits beta * log(pi/ref) to the size of rewards, so that rewards far above beta are worth a warning."""
+    wants_process_reward: ClassVar[str | None] = None
+    """What the option process_reward must be, for a method that reads step rewards in this sense; None: anything."""
+    values_column: ClassVar[str | None] = None
+    """The column of `prepare`, of numbers between 0 and 1, that the value model is fitted to; None: it is fitted to returns."""
     nothing_left: ClassVar[str] = "no response to train on"
     """What to say when `prepare` gives no group."""
 

@@ -138,6 +138,7 @@ def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], 
     check_process_reward(rows, config.dataset_name or "the data set", config.process_reward)
     for warning in row_warnings(rows, config, options.objective):
         logger.warning(warning)
+    _check_step_rewards(options, rows)
     held_source = config.eval_dataset_name if given.eval_dataset is None else given.eval_dataset
     held_out: list[Row] = []
     if held_source is not None:
@@ -150,6 +151,19 @@ def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], 
         rows, said = with_shuffled_rewards(rows, config.seed, config.process_reward not in (None, "none"))
         logger.warning(said)
     return rows, held_out
+
+
+def _check_step_rewards(options: Options, rows: list[Row]) -> None:
+    """Refuses another sense of step rewards than the method's."""
+    wanted, told = options.objective.wants_process_reward, options.train.process_reward
+    if wanted in (None, told):
+        return
+    known = sum(row.process_rewards is not None for row in rows)
+    measured = " `dqo score FILE --prefix_values 8` measures pass rates of prefixes." if wanted == "potential" else ""
+    raise UserError(
+        f"method {options.train.method} reads step rewards in the sense of --process_reward {wanted}, and it is {told}; "
+        f"{known:,} of {len(rows):,} rows have them.{measured} Give --process_reward {wanted}"
+    )
 
 
 def shared_prompts(trained: set[str], rows: list[Row], name: str, trained_name: str) -> None:
