@@ -132,6 +132,9 @@ class Objective:
     """What the option process_reward must be, for a method that reads step rewards in this sense; None: anything."""
     values_column: ClassVar[str | None] = None
     """The column of `prepare`, of numbers between 0 and 1, that the value model is fitted to; None: it is fitted to returns."""
+    reads_models: ClassVar[tuple[str, ...]] = ()
+    """Options that name a frozen language model each. The log-probabilities of the actions under it, computed once and cached,
+    are the column OPTION_logprobs."""
     nothing_left: ClassVar[str] = "no response to train on"
     """What to say when `prepare` gives no group."""
 

@@ -60,6 +60,7 @@ def check_options(options: Options, given: Given | None = None) -> None:
         )
     if config.ref_model_name_or_path is not None and not options.objective.needs_reference:
         raise UserError(f"method {config.method} has no reference policy; remove --ref_model_name_or_path")
+    check_model_options(options)
     _check_value_model(options)
     check_value_options(options)
     check_phases(options.objective, config.value_warmup_steps, config.freeze_value_model)
@@ -78,6 +79,16 @@ def check_options(options: Options, given: Given | None = None) -> None:
         raise UserError(f"output_dir {used} is in use; choose another, or --resume_from_checkpoint auto to go on there")
     if not (used / "config.yaml").exists() and not list(used.glob(f"checkpoint-*/{STATE_FILE}")):
         raise UserError(f"output_dir {used} holds other files; choose a new or empty directory")
+
+
+def check_model_options(options: Options) -> None:
+    """Of the frozen models that a method reads."""
+    for name in options.objective.reads_models:
+        if getattr(options.objective, name) is None:
+            raise UserError(
+                f"--{name} is missing: method {options.train.method} reads the log-probabilities of that model; give its "
+                "directory, such as the output_dir of a run, or its hub name"
+            )
 
 
 def check_value_options(options: Options) -> None:

@@ -40,6 +40,7 @@ def random_case(lengths: list[int], seed: int = 0) -> tuple[Tensor, Callable[[Te
         "pass_rate": torch.linspace(0.1, 0.9, n, dtype=torch.float64),
         "outcome": torch.ones(n, dtype=torch.float64),
         "cut": torch.zeros(n, dtype=torch.float64),
+        "dpo_model_logprobs": ref.logprobs + torch.linspace(-0.3, 0.4, n, dtype=torch.float64),
         "step": torch.cat([torch.arange(length) // 2 for length in lengths]),
         "label": labels.repeat_interleave(torch.tensor(lengths)).double(),
         "companion_mean": torch.full((n,), 0.3, dtype=torch.float64),

@@ -10,7 +10,7 @@ import torch
 from dqo.config.options import load_options
 from dqo.data.selection import selected
 from dqo.errors import UserError
-from dqo.objectives import DQO, DRO, OBJECTIVES, OREO
+from dqo.objectives import DQO, DRO, OBJECTIVES, OREO, RTO
 from dqo.objectives.base import UNITS, Objective
 from dqo.train.inputs import load_rows
 from dqo_kernels import TokenStats, linear_row_loss, linear_token_stats
@@ -18,7 +18,7 @@ from tests.dqo.helpers import episodes
 from tests.dqo.objectives.packed import VOCAB, random_case
 
 CASES = [cls() for cls in OBJECTIVES.values()] + [DQO(kl_coef=0.5), DQO(value_model="none"), OREO(level="response")]
-CASES += [OREO(level="step"), DRO(value_states="all")]
+CASES += [RTO(algorithm="dqo"), OREO(level="step"), DRO(value_states="all")]
 every_objective = pytest.mark.parametrize("objective", CASES, ids=repr)
 
 
