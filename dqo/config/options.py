@@ -173,6 +173,8 @@ class TrainConfig(RowOptions, _RunOptions):
     shuffle_rewards: bool = False
     """The rows that are trained on get each other's rewards, by the seed. Such a run is a control: whatever it gains is not
     gained by the rewards. Held-out rows keep their own."""
+    normalize_rewards: bool = False
+    """The outcome rewards of the rows that are trained on get mean 0 and variance 1: it sets reward_scale and reward_shift."""
     use_cpu: bool = False
     """The training runs on the CPU although there is an accelerator."""
     fsdp: bool = False

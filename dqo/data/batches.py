@@ -21,7 +21,16 @@ from dqo.data.episodes import Episode
 Group = list[Episode]  # episodes that stay together: one, a pair, or a list
 # Columns (N,) of a batch that are not the objective's; those in the second line come from the models.
 COLUMNS = {"rewards", "label", "group", "turn_end", "behavior_logprobs", "ref_logprobs", "ref_lse"}
-COLUMNS |= {"values", "target_values", "bootstrap", "value_outputs", "value_range", "outcome_loss", "companion_mean"}
+COLUMNS |= {
+    "values",
+    "target_values",
+    "bootstrap",
+    "value_outputs",
+    "value_range",
+    "outcome_loss",
+    "companion_mean",
+    "step",
+}
 
 
 @dataclass(frozen=True)

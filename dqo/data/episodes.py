@@ -45,6 +45,7 @@ class Episode:
     behavior_logprobs: np.ndarray | None = None
     step_ends: list[int] = field(default_factory=list)  # index of the last token of each step
     step_rewards: list[float] = field(default_factory=list)
+    prompt_value: float | None = None  # as the file has it, beside step rewards that are potentials
     first_wrong_step: int | None = None  # that the step rewards mark, counted from 0; see dqo.data.marks
     ref_logprobs: np.ndarray | None = None
     ref_lse: np.ndarray | None = None
@@ -182,6 +183,7 @@ def _episode(tokens: Tokens, prompt_index: int, pay: _Payment) -> Episode:
         behavior_logprobs=logprobs if logprobs is None or env_mask is None else logprobs[env_mask],
         step_ends=tokens.step_ends,
         step_rewards=step_rewards,
+        prompt_value=row.prompt_value,
         first_wrong_step=first_wrong_step(step_rewards, pay.marks.of(row)),
         env_mask=env_mask,
         turn_ends=turn_ends,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dqo.credit.steps import step_index
 from dqo.data.batches import COLUMNS, Group
 from dqo.data.episodes import Episode, first_tokens
 from dqo.errors import UserError
@@ -42,6 +43,18 @@ class EpisodeColumns:
         return self._of("truncated", bool)
 
     @cached_property
+    def has_logprobs(self) -> np.ndarray:
+        return np.array([e.behavior_logprobs is not None for e in self._episodes], dtype=bool)
+
+    @cached_property
+    def has_step_rewards(self) -> np.ndarray:
+        return np.array([0 < len(e.step_ends) == len(e.step_rewards) for e in self._episodes], dtype=bool)
+
+    @cached_property
+    def potential(self) -> np.ndarray:
+        return np.concatenate([_potential(e) for e in self._episodes] or [np.zeros(0)])
+
+    @cached_property
     def prompt_length(self) -> np.ndarray:
         return np.array([len(e.prompt_ids) for e in self._episodes], dtype=np.int64)
 
@@ -67,6 +80,8 @@ def selected(objective: Objective, episodes: list[Episode]) -> list[Group]:
         UserError: for data that the objective refuses, and for an answer that does not fit them.
     """
     columns = EpisodeColumns(episodes)
+    if objective.needs_steps:
+        _set_steps(objective, episodes)
     selection = objective.prepare(columns)
     for problem in _problems(selection, objective, columns):
         raise UserError(f"{type(objective).__name__}.prepare gives {problem}")
@@ -76,6 +91,27 @@ def selected(objective: Objective, episodes: list[Episode]) -> list[Group]:
         for e, companion in zip(episodes, np.asarray(selection.companions).tolist()):
             e.companion = None if companion < 0 else mismatched(e, episodes[companion], longest)
     return [[episodes[row] for row in np.asarray(group).tolist()] for group in selection.groups]
+
+
+def _potential(e: Episode) -> np.ndarray:
+    """(T,) of the state before each token; NaN where the file tells none."""
+    found = np.full(e.action_count, np.nan if e.prompt_value is None else e.prompt_value)
+    for end, value in zip(e.step_ends, e.step_rewards):
+        found[end + 1 :] = value
+    return found
+
+
+def _set_steps(objective: Objective, episodes: list[Episode]) -> None:
+    """The column step."""
+    without = [e for e in episodes if not e.step_ends]
+    if without:
+        raise UserError(
+            f"{type(objective).__name__} takes steps for actions, and {len(episodes) - len(without):,} of {len(episodes):,} "
+            f"responses have steps (the first without: {without[0].source}); `dqo score FILE --steps lines --output_file NEW` "
+            "cuts them into steps"
+        )
+    for e in episodes:
+        e.columns["step"] = step_index(e.step_ends, e.action_count)
 
 
 def _holes(episode: Episode) -> bytes:

@@ -59,6 +59,19 @@ class Columns(Protocol):
         """bool: whether a length limit cut the response."""
 
     @property
+    def has_logprobs(self) -> np.ndarray:
+        """bool: whether its log-probabilities under the policy that wrote it are stored."""
+
+    @property
+    def has_step_rewards(self) -> np.ndarray:
+        """bool: whether it has steps, and a reward of each."""
+
+    @property
+    def potential(self) -> np.ndarray:
+        """float64, one for each token of all responses: of the state before the token, what the file has for the last step that
+        has ended by then, or for the prompt; NaN where it has nothing."""
+
+    @property
     def same_as(self) -> np.ndarray:
         """int64: the first row with the same prompt and the same response; its own index where there is none before."""
 
@@ -114,6 +127,13 @@ class Objective:
     """Equal rewards everywhere leave it nothing to learn: such data are refused."""
     fits_rewards: ClassVar[bool] = False
     """It fits beta * log(pi/ref) to the size of rewards, so that rewards far above beta are worth a warning."""
+    wants_process_reward: ClassVar[str | None] = None
+    """What the option process_reward must be, for a method that reads step rewards in this sense; None: anything."""
+    values_column: ClassVar[str | None] = None
+    """The column of `prepare`, of numbers between 0 and 1, that the value model is fitted to; None: it is fitted to returns."""
+    reads_models: ClassVar[tuple[str, ...]] = ()
+    """Options that name a frozen language model each. The log-probabilities of the actions under it, computed once and cached,
+    are the column OPTION_logprobs."""
     nothing_left: ClassVar[str] = "no response to train on"
     """What to say when `prepare` gives no group."""
 
@@ -141,6 +161,16 @@ class Objective:
     @property
     def needs_kl(self) -> bool:
         """It reads stats.kl, the exact KL(pi || ref) of every row, differentiable: the reference stays in memory."""
+        return False
+
+    @property
+    def needs_steps(self) -> bool:
+        """It reads step; a file with a response without steps is refused."""
+        return False
+
+    @property
+    def needs_step_sums(self) -> bool:
+        """It asks `step_sums` of the responses of every step, one forward pass more."""
         return False
 
     @property
@@ -206,6 +236,12 @@ class Objective:
         the same on every row. So the loss does not depend on the split into micro-batches."""
         raise NotImplementedError(f"{type(self).__name__} gives companions and has no companion_sums")
 
+    def step_sums(self, stats: TokenStats, rows: dict[str, Tensor], cu_seqlens: Tensor) -> dict[str, Tensor]:
+        """{name: (2,) [sum, count]} over the responses of an optimizer step, without a gradient; arguments as of `__call__`, only
+        asked where `needs_step_sums`. Those of all micro-batches and processes are added before the step's first loss; the mean
+        is the column `name`, the same on every row."""
+        raise NotImplementedError(f"{type(self).__name__} needs step_sums and has none")
+
     def weights(self, log_ratio: Tensor, cu_seqlens: Tensor) -> Tensor | None:
         """The importance weights, (B,) of responses or (N,) of tokens; None where it weighs nothing.
 
@@ -229,12 +265,14 @@ class Objective:
         Args:
             stats: of N response tokens, those of the environment left out: logprobs, lse, entropy (N,); kl where `needs_kl`.
             rows: columns (N,): rewards, label (1 on every token of a response that counts as correct), turn_end (1 on the last
-                token of each turn, else 0), group (0, 1, ... of the response among those of this call), those of `prepare`, and
-                where there are such ref_logprobs, ref_lse, behavior_logprobs, values (differentiable), bootstrap (V of the last
-                state of a response that was cut, on its last row), target_values (of the value model's moving average),
-                companion_mean, and with a `values_loss` other than squared value_outputs (N, K) (differentiable in the place of
-                values) and value_range (N, 2), or of a value model that is fitted to outcomes outcome_loss (differentiable in the
-                place of values, on the last row of a response), see dqo.objectives.value_outputs.
+                token of each turn, else 0), group (0, 1, ... of the response among those of this call), those of `prepare` and
+                of `step_sums`, where `needs_steps` step (0, 1, ... of the token's step in its response; what follows the end of
+                the last step belongs to it), and where there are such ref_logprobs, ref_lse, behavior_logprobs, values
+                (differentiable), bootstrap (V of the last state of a response that was cut, on its last row), target_values (of
+                the value model's moving average), companion_mean, and with a `values_loss` other than squared value_outputs
+                (N, K) (differentiable in the place of values) and value_range (N, 2), or of a value model that is fitted to
+                outcomes outcome_loss (differentiable in the place of values, on the last row of a response), see
+                dqo.objectives.value_outputs.
             cu_seqlens: (B+1,) boundaries of the responses.
 
         Returns:

@@ -103,7 +103,14 @@ class DQO(ValueOptions, _Options):
         return found
 
     def __call__(self, stats, rows, cu_seqlens):
-        from dqo.objectives.sums import Regression, mean_metric, moments, regression_metrics, response_metrics
+        from dqo.objectives.sums import (
+            Regression,
+            discounts,
+            mean_metric,
+            moments,
+            regression_metrics,
+            response_metrics,
+        )
         from dqo.objectives.value_outputs import outcome_losses, value_losses
         from dqo_kernels import soft_bellman
 
@@ -120,7 +127,7 @@ class DQO(ValueOptions, _Options):
             target_values=None if self.target_ema is None else rows["target_values"],
             beta=self.beta,
             gamma=self.gamma,
-            discounts=self._discounts(rows),
+            discounts=discounts(self, rows),
             lam=self.lam,
             policy_target=self.policy_target,
             target=self.target,
@@ -179,14 +186,6 @@ class DQO(ValueOptions, _Options):
     def _units(self, weights, cu_seqlens):
         """One weight for each that may differ: of a response (B,), or of a token (N,)."""
         return weights[cu_seqlens[:-1]] if self._level == "trajectory" else weights
-
-    def _discounts(self, rows):
-        """(N,) gamma of every action; None where it is the same at all of them."""
-        if self.discount == "tokens" or self.gamma == 1.0:
-            return None
-        import torch
-
-        return torch.where(rows["turn_end"] > 0, self.gamma, 1.0)
 
     def _clipped(self, stats, rows, cu_seqlens):
         """(N,) 1.0 where the log importance weight was beyond its cap or floor, by more than rounding."""

@@ -4,7 +4,10 @@ eq. 8    L_V  = mean_t (V_t - R_t + beta * sum_{i>=t} delta_i)^2                
 eq. 9    L_pi = mean_t (V_t - R_t + beta * delta_t + sg[beta * sum_{i>t} delta_i])^2 + alpha * mean_t KL_t    V held fixed
 
 delta_t = log pi(y_t|s_t) - log ref(y_t|s_t), R_t = rewards from t on, KL_t = KL(pi || ref) over the vocabulary. At the level of
-responses only t = 1 counts, and its whole sum is differentiated.
+steps an action is a step of the response: t counts those alone that begin one, delta_t is the sum over the step's tokens and
+differentiated whole, and the sums over i > t are over the later steps. At the level of responses only t = 1 counts, and its whole
+sum is differentiated. So steps of one token are the level of tokens, and one step the level of responses. For steps the paper's
+code has alpha 0.1, for responses 0.3.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ class _Options:
     """The KL temperature multiplies log(pi/ref)."""
     alpha: float = 0.01
     """The exact KL to the reference is multiplied by this and added. Above 0 the reference stays in memory."""
-    level: Literal["token", "response"] = "token"
-    """Which states count: "token" takes the state of every token (the paper), "response" the first of each response."""
+    level: Literal["token", "step", "response"] = "token"
+    """Which states count: "token" takes the state of every token (the paper), "step" those in which a step of the file begins,
+    "response" the first of each response."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,10 @@ class OREO(ValueOptions, _Options):
     def needs_kl(self) -> bool:
         return self.alpha > 0
 
+    @property
+    def needs_steps(self) -> bool:
+        return self.level == "step"
+
     def problems(self) -> list[tuple[str, str]]:
         return super().problems() + self.below(0, "alpha")
 
@@ -42,7 +50,7 @@ class OREO(ValueOptions, _Options):
         from dqo.objectives.sums import mean_metric, regression_metrics, response_metrics, sequence_means
         from dqo.objectives.value_outputs import outcome_losses
 
-        terms = self._tokens if self.level == "token" else self._responses
+        terms = self._responses if self.level == "response" else self._actions
         policy_loss, value_loss, fitted, of_loss = terms(stats, rows, cu_seqlens)  # the losses (B,)
         value_loss = outcome_losses(rows, cu_seqlens, value_loss)
         metrics = regression_metrics(policy_loss, value_loss, fitted) | of_loss
@@ -53,30 +61,34 @@ class OREO(ValueOptions, _Options):
             metrics["loss/kl"] = mean_metric(stats.kl)
         return loss, metrics
 
-    def _tokens(self, stats, rows, cu_seqlens):
-        """Eqs. 9 and 8 with their means over the tokens: advantages are R_t - V_t - sg[beta * sum_{i>t} delta_i], returns
-        R_t - beta * sum_{i>=t} delta_i."""
-        from dqo.objectives.sums import Regression, sequence_means
+    def _actions(self, stats, rows, cu_seqlens):
+        """Eqs. 9 and 8 with their means over the actions, tokens or steps: advantages are
+        R_t - V_t - sg[beta * sum_{i>t} delta_i], returns R_t - beta * sum_{i>=t} delta_i."""
+        from dqo.objectives.sums import Regression, sequence_means, steps_of
         from dqo.objectives.value_outputs import value_losses
         from dqo_kernels import soft_bellman
 
+        actions = (stats.logprobs, rows["ref_logprobs"], rows["rewards"])
+        values, cu_actions, at = rows["values"], cu_seqlens, None
+        if self.level == "step":
+            steps = steps_of(rows, cu_seqlens)
+            actions, at, cu_actions = tuple(map(steps.sums, actions)), steps.starts, steps.cu_steps
+            values = values[at]
         terms = soft_bellman(
-            stats.logprobs,
-            rows["ref_logprobs"],
-            rows["rewards"],
-            rows["values"],
-            cu_seqlens,
+            *actions,
+            values,
+            cu_actions,
             bootstrap=rows["bootstrap"][cu_seqlens[1:] - 1] if "bootstrap" in rows else None,
             beta=self.beta,
             is_level="none",
             reduction="none",
         )
-        of_states, of_loss = value_losses(rows, terms.value_loss, terms.returns)
+        of_states, of_loss = value_losses(rows, terms.value_loss, terms.returns, at=at)
         policy_loss, value_loss = (  # there they have a factor 1/2
-            2.0 * sequence_means(loss, cu_seqlens) for loss in (terms.policy_loss, of_states)
+            2.0 * sequence_means(loss, cu_actions) for loss in (terms.policy_loss, of_states)
         )
-        scaled_ratio = self.beta * (stats.logprobs - rows["ref_logprobs"])
-        fitted = Regression(rows["values"], terms.returns, scaled_ratio, terms.advantages)
+        scaled_ratio = self.beta * (actions[0] - actions[1])
+        fitted = Regression(values, terms.returns, scaled_ratio, terms.advantages)
         return policy_loss, value_loss, fitted, of_loss
 
     def _responses(self, stats, rows, cu_seqlens):

@@ -23,7 +23,7 @@ from dqo.stats import auc
 from dqo.train import metrics
 from dqo.train.engine import Engine, Planned
 from dqo.train.learner import Learner, objective_rows, values_of
-from dqo.train.step import companions_of, mean_over_companions
+from dqo.train.step import companions_of, means_of_step
 
 BAR_DELAY = 2.0  # seconds: a shorter evaluation shows no bar
 
@@ -60,12 +60,12 @@ def held_out_metrics(
     index = {id(e): i for i, e in enumerate(once)}
 
     def sums_of_all() -> tuple[dict[str, Tensor], dict[int, Tokens]]:
-        companion_mean = mean_over_companions(engine, objective, groups)
+        means = means_of_step(engine, objective, groups)
         sums: dict[str, Tensor] = {}
         said: dict[int, Tokens] = {}
         batches = Planned(groups, engine)
         for batch, counts, _ in shown(batches, engine.processes, "held-out loss"):
-            loss, more, rows = engine.module(objective_rows, objective, batch, companion_mean=companion_mean)
+            loss, more, rows = engine.module(objective_rows, objective, batch, means)
             units = float(unit_count(batch.groups, objective.unit))
             more |= {"loss": torch.stack([loss, loss.new_tensor(units)])} | metrics.of_batch(batch)
             sums = metrics.add(sums, more if counts else metrics.none_of(more))

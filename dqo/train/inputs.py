@@ -60,6 +60,7 @@ def check_options(options: Options, given: Given | None = None) -> None:
         )
     if config.ref_model_name_or_path is not None and not options.objective.needs_reference:
         raise UserError(f"method {config.method} has no reference policy; remove --ref_model_name_or_path")
+    check_model_options(options)
     _check_value_model(options)
     check_value_options(options)
     check_phases(options.objective, config.value_warmup_steps, config.freeze_value_model)
@@ -78,6 +79,16 @@ def check_options(options: Options, given: Given | None = None) -> None:
         raise UserError(f"output_dir {used} is in use; choose another, or --resume_from_checkpoint auto to go on there")
     if not (used / "config.yaml").exists() and not list(used.glob(f"checkpoint-*/{STATE_FILE}")):
         raise UserError(f"output_dir {used} holds other files; choose a new or empty directory")
+
+
+def check_model_options(options: Options) -> None:
+    """Of the frozen models that a method reads."""
+    for name in options.objective.reads_models:
+        if getattr(options.objective, name) is None:
+            raise UserError(
+                f"--{name} is missing: method {options.train.method} reads the log-probabilities of that model; give its "
+                "directory, such as the output_dir of a run, or its hub name"
+            )
 
 
 def check_value_options(options: Options) -> None:
@@ -138,6 +149,7 @@ def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], 
     check_process_reward(rows, config.dataset_name or "the data set", config.process_reward)
     for warning in row_warnings(rows, config, options.objective):
         logger.warning(warning)
+    _check_step_rewards(options, rows)
     held_source = config.eval_dataset_name if given.eval_dataset is None else given.eval_dataset
     held_out: list[Row] = []
     if held_source is not None:
@@ -150,6 +162,19 @@ def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], 
         rows, said = with_shuffled_rewards(rows, config.seed, config.process_reward not in (None, "none"))
         logger.warning(said)
     return rows, held_out
+
+
+def _check_step_rewards(options: Options, rows: list[Row]) -> None:
+    """Refuses another sense of step rewards than the method's."""
+    wanted, told = options.objective.wants_process_reward, options.train.process_reward
+    if wanted in (None, told):
+        return
+    known = sum(row.process_rewards is not None for row in rows)
+    measured = " `dqo score FILE --prefix_values 8` measures pass rates of prefixes." if wanted == "potential" else ""
+    raise UserError(
+        f"method {options.train.method} reads step rewards in the sense of --process_reward {wanted}, and it is {told}; "
+        f"{known:,} of {len(rows):,} rows have them.{measured} Give --process_reward {wanted}"
+    )
 
 
 def shared_prompts(trained: set[str], rows: list[Row], name: str, trained_name: str) -> None:

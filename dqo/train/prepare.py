@@ -42,6 +42,7 @@ from dqo.objectives.base import Objective
 from dqo.processes import Processes, gather_objects
 from dqo.train.checkpoint import claim_output, save_base
 from dqo.train.fitted_values import configuration_of, fitted_value_model
+from dqo.train.frozen_models import add_columns, frozen_models
 from dqo.train.inputs import Given, read
 from dqo.train.learner import Learner
 from dqo.train.resume import FITTED, OF_OBJECTIVE, TRAINED_END, found_state
@@ -203,6 +204,11 @@ def prepare(
     for model in filter(None, (policy, reference)):
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
             attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
+    frozen = frozen_models(options, tokenizer, vocab_size, distinct(groups + held_out), processes.device)
+    if frozen:
+        identity["frozen models"] = {one.option: one.sha256 for one in frozen}
+    for one in frozen:
+        attention.choose(one.model, config.padding_free, some_ids)
     fitted = fitted_value_model(options, policy, reference or policy, tokenizer, some_ids)
     if fitted is not None:
         identity |= {"fitted value model": weights_hash(fitted), FITTED: configuration_of(fitted)}
@@ -226,6 +232,7 @@ def prepare(
         check_behavior(objective, together, train_rows + held_rows, sampler)
         if reference is None:
             weighting = at_start(weighting, options.objective.weight_level, distinct(groups))
+    add_columns(frozen, options, distinct(groups + held_out), batching, processes)
     return Prepared(
         processes,
         tokenizer,
@@ -320,6 +327,11 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
                 prepared.processes,
                 resuming=True,
             )
+    if objective.reads_models:
+        device, size = prepared.processes.device, prepared.learner.policy.config.get_text_config().vocab_size
+        together = distinct(prepared_ones)
+        frozen = frozen_models(options, prepared.tokenizer, size, together, device)
+        add_columns(frozen, options, together, prepared.batching, prepared.processes)
     return Evaluated(episodes, prepared_ones), rows
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -30,7 +31,9 @@ class Returns(NamedTuple):
 
 def returns_of(objective: Objective, episodes: list[Episode]) -> Returns:
     """Of what is paid from a state on, discounted as the objective does. Responses that were cut are left out where others are
-    not: what would have followed is unknown."""
+    not: what would have followed is unknown. Of a method that fits V to a column: of that column, between 0 and 1."""
+    if objective.values_column is not None:
+        return Returns(float(np.concatenate([e.columns[objective.values_column] for e in episodes]).mean()), 0.0, 1.0)
     episodes = [e for e in episodes if e.terminated] or episodes
     pieces = []
     for begin in range(0, len(episodes), _TOGETHER):

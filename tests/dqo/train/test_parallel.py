@@ -28,6 +28,8 @@ RUNS = {
     "sft": {"method": "sft"},
     "kto": {"method": "kto"},  # with the mean over the companions of the whole step
     "oreo": {"method": "oreo"},  # with the reference's logits
+    "dapo": {"method": "dapo", "process_reward": "potential", "max_steps": 6},
+    "ppo": {"method": "ppo", "behavior": "reference"},  # with means over the responses of the whole step
     "form": {
         "value_loss": "hl_gauss",
         "value_input": "ref_logprob",
