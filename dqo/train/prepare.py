@@ -21,7 +21,7 @@ from dqo.data.chat import reads_clock
 from dqo.data.ends import ends_of
 from dqo.data.episodes import Episode, fingerprint, make_episodes
 from dqo.data.rows import Row, check_process_reward
-from dqo.data.selection import selected, selection_fingerprint
+from dqo.data.selection import nothing_selected, selected, selection_fingerprint
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.critic import backbone
@@ -157,9 +157,10 @@ def prepare(
 
     if (config.bf16 or config.dtype == "bfloat16") and (slow := bf16_problem(processes.device)):
         logger.warning(slow)
-    groups = selected(objective, tokenized(train_rows))
+    episodes = tokenized(train_rows)
+    groups = selected(objective, episodes)
     if not groups:
-        raise UserError(f"method {config.method}: {objective.nothing_left}")
+        raise UserError(f"method {config.method}: {nothing_selected(objective, episodes)}")
     held_out = _held_out(objective, tokenized(held_rows)) if held_rows else []
     policy = given.model
     if policy is None:
