@@ -20,6 +20,22 @@ CASES = [cls() for cls in OBJECTIVES.values()] + [DQO(kl_coef=0.5), DQO(value_mo
 every_objective = pytest.mark.parametrize("objective", CASES, ids=repr)
 
 
+def chosen(objective, members):
+    """Its groups of episodes, each of which is a sample of the reference where it asks."""
+    return selected(objective, members)
+
+
+def case(objective, lengths):
+    """`random_case`, with the columns that the objective's prepare adds."""
+    logits, make, rows, cu_seqlens = random_case(lengths)
+    generator = torch.Generator().manual_seed(1)
+    for name in chosen(objective, episodes(8))[0][0].columns:
+        rows[name] = torch.rand(len(lengths), generator=generator, dtype=torch.float64).repeat_interleave(
+            cu_seqlens.diff()
+        )
+    return logits, make, rows, cu_seqlens
+
+
 def has_companions(objective):
     return type(objective).companion_sums is not Objective.companion_sums
 
@@ -31,14 +47,14 @@ def test_it_declares_what_it_needs(objective):
         assert isinstance(getattr(objective, name), bool)
     assert objective.problems() == []
     assert objective.needs_values == (getattr(objective, "value_model", "none") != "none")
-    groups = selected(objective, episodes(8))
+    groups = chosen(objective, episodes(8))
     assert groups and {len(group) for group in groups} == {objective.group_size} or objective.group_size is None
     assert has_companions(objective) == any(e.companion is not None for group in groups for e in group)
 
 
 @every_objective
 def test_it_reads_no_more_than_it_declares(objective):
-    logits, make, rows, cu_seqlens = random_case([2, 3, 1, 4])
+    logits, make, rows, cu_seqlens = case(objective, [2, 3, 1, 4])
     stats = make(logits)
     if not objective.needs_kl:
         stats = stats._replace(ref_logprobs=None, ref_lse=None, kl=None)
@@ -51,7 +67,7 @@ def test_it_reads_no_more_than_it_declares(objective):
 
 @every_objective
 def test_loss_and_metrics_are_sums_over_micro_batches(objective):
-    logits, make, rows, cu_seqlens = random_case([2, 3, 1, 4])
+    logits, make, rows, cu_seqlens = case(objective, [2, 3, 1, 4])
     stats = make(logits)
     whole, metrics = objective(stats, rows, cu_seqlens)
     loss, added = 0.0, {}
@@ -71,7 +87,7 @@ def test_loss_and_metrics_are_sums_over_micro_batches(objective):
 
 @every_objective
 def test_the_held_out_loss_is_a_sum_over_micro_batches_and_has_no_weights(objective):
-    logits, make, rows, cu_seqlens = random_case([2, 3, 1, 4])
+    logits, make, rows, cu_seqlens = case(objective, [2, 3, 1, 4])
     loss, metrics = objective.evaluation(make(logits), rows, cu_seqlens)
     plain = objective
     if objective.weight_level != "none":
@@ -84,7 +100,7 @@ def test_the_held_out_loss_is_a_sum_over_micro_batches_and_has_no_weights(object
 @every_objective
 def test_from_hidden_states_it_has_the_loss_and_gradients_of_the_logits(objective):
     lengths = [2, 3, 1, 4]
-    _, _, rows, cu_seqlens = random_case(lengths)
+    _, _, rows, cu_seqlens = case(objective, lengths)
     rows = {name: x.float() if x.is_floating_point() else x for name, x in rows.items()}
     torch.manual_seed(0)
     weight, ref_weight = torch.randn(2, VOCAB, 5)
