@@ -93,14 +93,17 @@ class Phase:
     trains: the models that are trained, of "policy" and "critic" (the value model, where there is one). The others stay as they
         are, with the states of their optimizers, and are read without a gradient: where the critic is not among them, the column
         values is that of the critic as the phase found it.
-    refreshes: what is computed anew from the models as they are at its begin: "reference", the columns ref_logprobs and ref_lse.
-        The trainer does not do that yet, and refuses such a phase with one line before the run begins.
+    refreshes: what is computed anew from the models as they are at its begin: "reference", the columns ref_logprobs and ref_lse
+        of all responses, those held out too: the policy of that step is the reference from then on.
+    part: which groups are trained on, as shares of all in the order of `prepare`: (0, 0.5) is the first half. Phases that follow
+        each other with the same part go on in its order; another part begins an order of its own.
     """
 
     name: str
     steps: float | None = None
     trains: tuple[str, ...] = MODELS
     refreshes: tuple[str, ...] = ()
+    part: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)

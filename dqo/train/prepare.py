@@ -111,6 +111,7 @@ class Prepared:
     reference: PreTrainedModel | None  # where it is not the initial policy
     save_dtype: torch.dtype | None  # of the final models; None: as they are trained
     weighting: Weighting
+    refreshed: Path | None = None  # the reference that a phase has put into the place of the first one
 
     @property
     def objective(self) -> Objective:
@@ -291,9 +292,12 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
     episodes = prepared.tokenized(rows)
     prepared_ones = _held_out(objective, episodes)
     if objective.needs_reference:
-        learner = prepared.learner
+        learner, identity = prepared.learner, prepared.identity
         reference = prepared.reference or learner.reference
-        if reference is None and not has_adapter(learner.policy):
+        if prepared.refreshed is not None:
+            reference = load_policy(str(prepared.refreshed), prepared.processes.device)
+            identity = identity | {"reference": weights_hash(reference)}
+        elif reference is None and not has_adapter(learner.policy):
             if given.model is not None:
                 raise UserError(
                     "the reference policy of these rows was the given model, which is trained in place: give ref_model, or give "
@@ -310,7 +314,7 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
                 learner.policy,
                 reference,
                 prepared.batching,
-                prepared.identity,
+                identity,
                 prepared.processes,
                 resuming=True,
             )
