@@ -36,7 +36,7 @@ def dry_run(firsts: list[Options]) -> None:
     Raises:
         UserError: that names every method that cannot be trained.
     """
-    from dqo.data.selection import selected
+    from dqo.data.selection import nothing_selected, selected
     from dqo.models.fitness import check_tokenizer  # torch from here on
     from dqo.models.policy import load_config, load_tokenizer, stop_ids
     from dqo.train.prepare import on_tokens
@@ -53,7 +53,7 @@ def dry_run(firsts: list[Options]) -> None:
             vocab_size = model_config.get_text_config().vocab_size
             episodes = on_tokens(rows, options, tokenizer, vocab_size, stop_ids(config.model_path), None)
             if not selected(options.objective, episodes):
-                raise UserError(options.objective.nothing_left)
+                raise UserError(nothing_selected(options.objective, episodes))
             if tasks:
                 check_tasks(options, None, None, tasks)
         except UserError as error:

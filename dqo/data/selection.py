@@ -114,6 +114,17 @@ def _set_steps(objective: Objective, episodes: list[Episode]) -> None:
         e.columns["step"] = step_index(e.step_ends, e.action_count)
 
 
+def nothing_selected(objective: Objective, episodes: Sequence[Episode]) -> str:
+    """What to say when an objective finds no group: what it misses, what is there, and what makes more of it."""
+    columns = EpisodeColumns(episodes)
+    _, sizes = np.unique(columns.prompt, return_counts=True)
+    return (
+        f"{objective.nothing_left}. There are {len(episodes):,} responses, {int(columns.label.sum()):,} of them correct, to "
+        f"{len(sizes):,} prompts, {int((sizes > 1).sum()):,} of them with several; `dqo sample --num_generations 8` gives each "
+        "prompt more, which `dqo score` grades"
+    )
+
+
 def _holes(episode: Episode) -> bytes:
     """Which tokens of the completion are the environment's; equal ids may differ in it."""
     return b"" if episode.env_mask is None else episode.env_mask.tobytes()

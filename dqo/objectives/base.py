@@ -13,6 +13,7 @@ None of these files imports torch before it is called: `--help` and the checks o
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -105,14 +106,17 @@ class Phase:
     trains: the models that are trained, of "policy" and "critic" (the value model, where there is one). The others stay as they
         are, with the states of their optimizers, and are read without a gradient: where the critic is not among them, the column
         values is that of the critic as the phase found it.
-    refreshes: what is computed anew from the models as they are at its begin: "reference", the columns ref_logprobs and ref_lse.
-        The trainer does not do that yet, and refuses such a phase with one line before the run begins.
+    refreshes: what is computed anew from the models as they are at its begin: "reference", the columns ref_logprobs and ref_lse
+        of all responses, those held out too: the policy of that step is the reference from then on.
+    part: which groups are trained on, as shares of all in the order of `prepare`: (0, 0.5) is the first half. Phases that follow
+        each other with the same part go on in its order; another part begins an order of its own.
     """
 
     name: str
     steps: float | None = None
     trains: tuple[str, ...] = MODELS
     refreshes: tuple[str, ...] = ()
+    part: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,13 @@ class Objective:
             for name, value in values.items()
             if not (value is None and "None" in types[name] or value is not None and value >= least)
         ]
+
+    def no_value_model(self, *kinds: str) -> list[tuple[str, str]]:
+        """The option value_model, where it is neither one of `kinds` nor a directory."""
+        told = self.value_kind
+        if told in kinds or (told not in VALUE_KINDS and os.path.isdir(told)):
+            return []
+        return [("value_model", f"must be {', '.join(kinds)}, or the directory of a value model, got {told!r}")]
 
     def advice(self, labels: Sequence[bool]) -> list[str]:
         """Warnings, a line each, about rows with these labels."""

@@ -13,7 +13,7 @@ paper trains on rewards of mean 0 and variance 1: --normalize_rewards.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from dqo.objectives.value_options import ValueOptions
 

@@ -7,11 +7,10 @@ class Mine(ValueOptions, OptionsBefore):     behind those of OptionsBefore, a fr
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from dqo.objectives.base import IMPLICIT_BETA, VALUE_KINDS, Objective
+from dqo.objectives.base import IMPLICIT_BETA, Objective
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,4 @@ class ValueOptions(Objective):
         found = super().problems() + self.below(0, "value_coef")
         if not self.implicit_beta > 0:
             found.append(("implicit_beta", f"must be positive, got {self.implicit_beta}"))
-        kind = self.value_model
-        if kind not in self.value_kinds and (kind in VALUE_KINDS or not os.path.isdir(kind)):
-            kinds = ", ".join(self.value_kinds)
-            found.append(("value_model", f"must be {kinds}, or the directory of a value model, got {kind!r}"))
-        return found
+        return found + self.no_value_model(*self.value_kinds)

@@ -15,7 +15,7 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from dqo import signals
 from dqo.config.options import Options
-from dqo.data.batches import Group, distinct, epoch_order
+from dqo.data.batches import Group, distinct
 from dqo.errors import UserError
 from dqo.processes import Processes
 from dqo.train import checkpoint, metrics, optim, phases
@@ -30,6 +30,7 @@ from dqo.train.parallel import wrap
 from dqo.train.prepare import Prepared
 from dqo.train.recorder import Recorder
 from dqo.train.resume import stored_options
+from dqo.train.stages import Stages
 from dqo.train.step import accumulate, companions_of
 from dqo.train.watch import Watch
 from dqo.train.weighting import Collapse
@@ -82,6 +83,7 @@ class Trainer:
             then.get("phases"),
             frozen=self.config.freeze_value_model,
         )
+        self.stages = Stages(options, prepared, self.stretches, self.steps, self.counters["step"])
         self.models = {"policy": self.learner.policy} | ({} if critic is None else {"critic": critic})
         some_unused = any(not self.models.keys() <= set(stretch.phase.trains) for stretch in self.stretches)
         module = wrap(self.learner, self.processes, self.config.bf16, some_unused)
@@ -293,21 +295,20 @@ class Trainer:
         return (self.load_best() if self.config.load_best_model_at_end else None) or found
 
     def _steps(self, description: str) -> None:
-        config, counters, events = self.config, self.counters, self.callbacks
+        counters, events = self.counters, self.callbacks
         bar = tqdm(
             total=self.steps, initial=self.position, desc=description, unit="step", disable=not self.processes.main
         )
-        order_epoch, order = -1, []
+        epoch_begun = -1
         self.recorder.start(counters)
         while self.position < self.steps and not events.control.should_training_stop:
-            epoch, index = divmod(self.position, self.per_epoch)
-            if epoch != order_epoch:
-                order_epoch, order = epoch, epoch_order(len(self.prepared.groups), epoch, config.seed)
+            if (epoch := self.position // self.per_epoch) != epoch_begun:
+                epoch_begun = epoch
                 events.epoch_begin()
             events.step_begin()
+            self.stages.enter(counters["step"])
             begun = time.perf_counter()
-            per_step = self.prepared.per_step
-            chosen = order[index * per_step : (index + 1) * per_step]
+            chosen = self.stages.groups(counters["step"], self.position)
             logged = self.train_step(counters["step"], [self.prepared.groups[i] for i in chosen])
             counters["step"] += 1
             counters["train_seconds"] += time.perf_counter() - begun

@@ -22,7 +22,7 @@ from dqo.data.ends import ends_of
 from dqo.data.episodes import Episode, fingerprint, make_episodes
 from dqo.data.marks import Marks
 from dqo.data.rows import Row, check_process_reward
-from dqo.data.selection import selected, selection_fingerprint
+from dqo.data.selection import nothing_selected, selected, selection_fingerprint
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.critic import backbone
@@ -113,6 +113,7 @@ class Prepared:
     reference: PreTrainedModel | None  # where it is not the initial policy
     save_dtype: torch.dtype | None  # of the final models; None: as they are trained
     weighting: Weighting
+    refreshed: Path | None = None  # the reference that a phase has put into the place of the first one
 
     @property
     def objective(self) -> Objective:
@@ -163,9 +164,10 @@ def prepare(
     if (config.bf16 or config.dtype == "bfloat16") and (slow := bf16_problem(processes.device)):
         logger.warning(slow)
     marks = Marks.of_rows(chain(train_rows, held_rows), config.process_reward) if one_file else None
-    groups = selected(objective, tokenized(train_rows, marks))
+    episodes = tokenized(train_rows, marks)
+    groups = selected(objective, episodes)
     if not groups:
-        raise UserError(f"method {config.method}: {objective.nothing_left}")
+        raise UserError(f"method {config.method}: {nothing_selected(objective, episodes)}")
     held_out = _held_out(objective, tokenized(held_rows, marks)) if held_rows else []
     policy = given.model
     if policy is None:
@@ -304,9 +306,12 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
     episodes = prepared.tokenized(rows)
     prepared_ones = _held_out(objective, episodes)
     if objective.needs_reference:
-        learner = prepared.learner
+        learner, identity = prepared.learner, prepared.identity
         reference = prepared.reference or learner.reference
-        if reference is None and not has_adapter(learner.policy):
+        if prepared.refreshed is not None:
+            reference = load_policy(str(prepared.refreshed), prepared.processes.device)
+            identity = identity | {"reference": weights_hash(reference)}
+        elif reference is None and not has_adapter(learner.policy):
             if given.model is not None:
                 raise UserError(
                     "the reference policy of these rows was the given model, which is trained in place: give ref_model, or give "
@@ -323,7 +328,7 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
                 learner.policy,
                 reference,
                 prepared.batching,
-                prepared.identity,
+                identity,
                 prepared.processes,
                 resuming=True,
             )

@@ -22,6 +22,11 @@ CASES += [RTO(algorithm="dqo"), OREO(level="step"), DRO(value_states="all")]
 every_objective = pytest.mark.parametrize("objective", CASES, ids=repr)
 
 
+def chosen(objective, members):
+    """Its groups of episodes, each of which is a sample of the reference where it asks."""
+    return selected(objective, members)
+
+
 def has_companions(objective):
     return type(objective).companion_sums is not Objective.companion_sums
 
@@ -37,8 +42,13 @@ def complete(count):
 
 
 def case(objective, lengths):
-    """A random case, with the means that the trainer makes of `step_sums`."""
+    """A random case, with the columns that the objective's prepare adds, and the means that the trainer makes of `step_sums`."""
     logits, make, rows, cu_seqlens = random_case(lengths)
+    generator = torch.Generator().manual_seed(1)
+    for name in chosen(objective, complete(8))[0][0].columns.keys() - rows.keys():
+        rows[name] = torch.rand(len(lengths), generator=generator, dtype=torch.float64).repeat_interleave(
+            cu_seqlens.diff()
+        )
     if objective.needs_step_sums:
         sums = objective.step_sums(make(logits), rows, cu_seqlens)
         rows |= {name: torch.full_like(rows["values"], (pair[0] / pair[1]).item()) for name, pair in sums.items()}
@@ -52,7 +62,7 @@ def test_it_declares_what_it_needs(objective):
         assert isinstance(getattr(objective, name), bool)
     assert objective.problems() == []
     assert objective.needs_values == (getattr(objective, "value_model", "none") != "none")
-    groups = selected(objective, complete(8))
+    groups = chosen(objective, complete(8))
     assert groups and {len(group) for group in groups} == {objective.group_size} or objective.group_size is None
     assert has_companions(objective) == any(e.companion is not None for group in groups for e in group)
 

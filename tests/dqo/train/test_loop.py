@@ -220,7 +220,9 @@ def test_potentials_reach_the_tokens_with_their_coefficient_and_the_objectives_d
 def test_methods_that_find_nothing_to_train_on_say_so(files):
     rows = [row | {"prompt": f"{i % 10}+{i // 10}="} for i, row in enumerate(rollout_rows(prompts=4, samples=4))]
     (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(UserError, match="0 pairs"):
+    with pytest.raises(
+        UserError, match="0 pairs. There are 16 responses, .* to 16 prompts, 0 of them with several; `dqo sample"
+    ):
         run(files, method="dpo", eval_fraction=0)
 
 

@@ -25,6 +25,10 @@ RUNS = {
     "head": {"value_model": "head"},
     "soft": {"value_model": "none"},
     "dpo": {"method": "dpo"},
+    "curry": {"method": "curry_dpo", "stages": 2},  # whose reference is refreshed
+    "rank": {"method": "rank_dpo", "per_device_train_batch_size": 2},  # lists of unlike lengths
+    "qrpo": {"method": "qrpo"},
+    "tbrm": {"method": "tbrm"},
     "sft": {"method": "sft"},
     "kto": {"method": "kto"},  # with the mean over the companions of the whole step
     "oreo": {"method": "oreo"},  # with the reference's logits
