@@ -7,7 +7,7 @@ import dataclasses
 from dqo.config.options import Options
 
 VALUE_OPTIONS = ["critic_learning_rate", "value_warmup_steps", "critic_lr_scheduler_type", "critic_max_grad_norm"]
-VALUE_OPTIONS += ["value_init", "value_input", "value_loss"]
+VALUE_OPTIONS += ["critic_lr_scheduler_kwargs", "value_init", "value_input", "value_loss"]
 
 
 def without_effect(options: Options, adapters: bool, held_out_given: bool) -> str:

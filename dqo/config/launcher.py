@@ -61,17 +61,15 @@ FSDP = {
     "VERSION": {"2"},
     "SHARDING_STRATEGY": {"full_shard", "1"},
     "RESHARD_AFTER_FORWARD": {"true", "full_shard", "1"},
-    "OFFLOAD_PARAMS": {"false"},
     "AUTO_WRAP_POLICY": {"transformer_based_wrap"},
     "ACTIVATION_CHECKPOINTING_OFFLOAD": {"false"},
     "IGNORED_MODULES": set(),
 }
 FSDP_CURE = {
     "VERSION": "this trainer shards with FSDP2; add --fsdp_version 2",
-    "OFFLOAD_PARAMS": "offloading to the CPU is not supported",
     "AUTO_WRAP_POLICY": "the model's own blocks are sharded: TRANSFORMER_BASED_WRAP",
 }
-FSDP_OBEYED = {"TRANSFORMER_CLS_TO_WRAP", "ACTIVATION_CHECKPOINTING"}
+FSDP_OBEYED = {"TRANSFORMER_CLS_TO_WRAP", "ACTIVATION_CHECKPOINTING", "OFFLOAD_PARAMS"}
 # Of FSDP version 1 alone, or of loading and saving, which are by whole tensors here.
 FSDP_WITHOUT_EFFECT = {
     "MIN_NUM_PARAMS",
@@ -204,6 +202,8 @@ def _asked(environment: Mapping[str, str]) -> dict[str, tuple[object, str]]:
         ask("fsdp", True, "ACCELERATE_USE_FSDP")
         if _on(environment, "FSDP_ACTIVATION_CHECKPOINTING"):
             ask("gradient_checkpointing", True, "FSDP_ACTIVATION_CHECKPOINTING")
+        if _on(environment, "FSDP_OFFLOAD_PARAMS"):
+            ask("fsdp_cpu_offload", True, "FSDP_OFFLOAD_PARAMS")
     numbers: dict[str, tuple[str, Callable[[str], float]]] = {
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", int),
         "ACCELERATE_GRADIENT_CLIPPING": ("max_grad_norm", float),

@@ -120,7 +120,10 @@ def implicit_value_from(
             f"value_model implicit: every response earns {low:g} in all, so that nothing tells success from failure; choose "
             "another --value_model"
         )
-    found = ImplicitValue(copy.deepcopy(policy).requires_grad_(True), Scale(beta, low, high, reference))
+    model = copy.deepcopy(policy)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # weights of 4 bits take adapters alone
+    found = ImplicitValue(model, Scale(beta, low, high, reference))
     share = min(max((mean - low) / (high - low), 0.01), 0.99)
     nn.init.constant_(found.start.bias, math.log(share / (1.0 - share)))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -107,15 +109,35 @@ def load_policy(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    four_bits: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """A causal language model with nothing random in it: a policy must not differ from itself. An adapter is merged in."""
+    """A causal language model with nothing random in it: a policy must not differ from itself. An adapter is merged in.
+
+    Args:
+        four_bits: linear layers of the trunk are quantised to 4 bits, and compute in this type.
+
+    Raises:
+        UserError: for what cannot be loaded, and an adapter in 4 bits.
+    """
     load_config(path)  # refuses what should not be loaded
     base = adapter_base(path)
     if base is not None:
+        if four_bits is not None:
+            raise UserError(f"{path} is an adapter of {base}, which load_in_4bit cannot merge: `dqo export` it first")
         logger.warning("%s is an adapter of %s: it is merged into it", path, base)
         return merge(load_policy(base, device, dtype, attn_implementation), path, base)
+    more: dict[str, Any] = {}
+    if four_bits is not None:
+        as_qlora = {
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": four_bits,
+        }
+        more = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **as_qlora), "device_map": {"": device}}
     try:
-        policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
+        policy = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn_implementation, **more
+        )
     except SafetensorError as error:
         raise UserError(f"{path!r} has a file of weights that is cut or altered ({error}); fetch it again") from error
     except (OSError, ValueError, ImportError) as error:  # the last: an attention whose package is missing

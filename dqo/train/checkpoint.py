@@ -42,6 +42,7 @@ from dqo.train.damage import (
     write_state,
 )
 from dqo.train.learner import Learner
+from dqo.train.masters import has_masters, master_of
 from dqo.train.parallel import like, load_whole_state, whole, whole_state
 from dqo.train.resume import (
     CONFIGURATIONS,
@@ -57,35 +58,43 @@ from dqo.train.resume import (
 logger = logging.getLogger(__name__)
 
 
+def _updated(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What the optimizer updates, in the order in which its states are numbered."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def optimizer_tensors(optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
     """{"policy/17/exp_avg": ...}: everything an AdamW holds, by parameter number. All processes must call it."""
     return {
-        f"{name}/{index}/{key}": whole(value).contiguous()
+        f"{name}/{index}/{key}": whole(torch.as_tensor(value)).contiguous()
         for name, optimizer in optimizers.items()
-        for index, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
+        for index, parameter in enumerate(_updated(optimizer))
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def load_optimizer_tensors(optimizers: dict[str, torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
     for name, optimizer in optimizers.items():
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {}
+        parameters = _updated(optimizer)
+        state: dict[int, dict[str, Any]] = {}
         for key, value in tensors.items():
             owner, index, field = key.split("/")
             if owner == name:  # cloned: out of the file's mapping
                 state.setdefault(int(index), {})[field] = like(value.clone(), parameters[int(index)])
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if isinstance(optimizer, torch.optim.AdamW):
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            continue
+        for index, fields in state.items():  # of bitsandbytes, which counts steps in an int
+            moved = {field: value.to(parameters[index].device) for field, value in fields.items()}
+            optimizer.state[parameters[index]] = moved | {"step": int(fields["step"])}
 
 
 def parameter_names(optimizers: dict[str, torch.optim.Optimizer], learner: Learner) -> dict[str, list[str]]:
     """{"policy": ["model.embed_tokens.weight", ...]}: what the numbers in an optimizer's state stand for."""
     models = {"policy": learner.policy, "critic": learner.value_model}
-    names = {id(p): plain_name(n) for model in filter(None, models.values()) for n, p in model.named_parameters()}
-    return {
-        owner: [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-        for owner, optimizer in optimizers.items()
-    }
+    found = [item for model in filter(None, models.values()) for item in model.named_parameters()]
+    names = {id(master_of(parameter)): plain_name(name) for name, parameter in found}
+    return {owner: [names[id(p)] for p in _updated(optimizer)] for owner, optimizer in optimizers.items()}
 
 
 def _renumbered(
@@ -143,8 +152,10 @@ def save_models(
     value_model: bool = True,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Policy (or its adapter) and value model (its adapter merged) as transformers loads them, in `dtype` or as they are. All
-    processes must call it."""
+    """Policy (or its adapter) and value model (its adapter merged) as transformers loads them, in `dtype` or as they are updated.
+    All processes must call it."""
+    if dtype is None and has_masters(learner.policy):
+        dtype = torch.float32
     policy = in_dtype(learner.policy, whole_state(learner.policy), dtype)
     critic = None
     if learner.value_model is not None and value_model:

@@ -25,6 +25,7 @@ from dqo.objectives.registry import OBJECTIVES
 from dqo.requirements import check_packages
 from dqo.train.damage import STATE_FILE
 from dqo.train.phases import check_phases
+from dqo.train.schedules import check_schedules
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,20 @@ def check_options(options: Options, given: Given | None = None) -> None:
     """Checks across options and against the file system, before any file is read."""
     config, given = options.train, given or Given()
     adapters = config.use_peft or given.peft_config is not None
-    check_packages(["peft"] if adapters else [])
+    eight_bits = config.optim == "adamw_8bit"
+    quantised = {"optim adamw_8bit": eight_bits, "load_in_4bit": config.load_in_4bit}
+    check_packages(["peft"] * adapters + ["bitsandbytes"] * any(quantised.values()))
+    for what in (name for name, asked in quantised.items() if asked):
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(f"{what} needs the package bitsandbytes: pip install 'dqo[bitsandbytes]'")
+    if config.load_in_4bit and not adapters:
+        raise UserError(
+            "load_in_4bit: weights of 4 bits cannot be trained, adapters on them can: add --use_peft, or leave --load_in_4bit out"
+        )
+    if config.load_in_4bit and given.model is not None:
+        raise UserError(
+            "load_in_4bit quantises what model_name_or_path names; give its name in the place of the model object"
+        )
     if config.dataset_name is None and given.dataset is None:
         raise UserError("--dataset_name is missing: a .jsonl or .parquet file with prompt, completion, reward")
     if config.model_name_or_path is None and given.model is None:
@@ -63,6 +77,7 @@ def check_options(options: Options, given: Given | None = None) -> None:
     check_model_options(options)
     _check_value_model(options)
     check_value_options(options)
+    check_schedules(options)
     check_phases(options.objective, config.value_warmup_steps, config.freeze_value_model)
     check_objects(given.model, given.ref_model, given.tokenizer, adapters)
     if given.peft_config is not None:

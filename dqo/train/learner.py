@@ -27,6 +27,7 @@ from dqo.models.router import router_loss
 from dqo.models.value_form import form_of
 from dqo.objectives.base import MODELS, Objective
 from dqo.train import metrics
+from dqo.train.masters import master_of, round_to_weights
 from dqo_kernels import linear_row_loss
 
 NOTHING: Mapping[str, float] = MappingProxyType({})
@@ -218,8 +219,10 @@ def values_of(learner: Learner, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def update_target(learner: Learner, decay: float) -> None:
-    """target <- decay * target + (1 - decay) * value model, shard by shard."""
+    """target <- decay * target + (1 - decay) * value model, shard by shard, in full precision."""
     assert learner.value_model is not None and learner.target is not None
     live = dict(learner.value_model.named_parameters())
     for name, parameter in learner.target.named_parameters():
-        parameter.lerp_(live[name].to(parameter.dtype), 1.0 - decay)
+        average = master_of(parameter)
+        average.lerp_(master_of(live[name]).to(average.dtype), 1.0 - decay)
+    round_to_weights(learner.target)

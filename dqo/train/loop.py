@@ -25,11 +25,13 @@ from dqo.train.engine import Engine
 from dqo.train.held_out import held_out_metrics, predictions
 from dqo.train.held_out_start import write_start
 from dqo.train.learner import update_target
+from dqo.train.masters import clear_gradients, round_to_weights
 from dqo.train.not_finite import NotFinite, rows_of, stopped, wrong_gradients
 from dqo.train.parallel import wrap
 from dqo.train.prepare import Prepared
 from dqo.train.recorder import Recorder
 from dqo.train.resume import stored_options
+from dqo.train.schedules import factors
 from dqo.train.stages import Stages
 from dqo.train.step import accumulate, companions_of
 from dqo.train.watch import Watch
@@ -86,17 +88,20 @@ class Trainer:
         self.stages = Stages(options, prepared, self.stretches, self.steps, self.counters["step"])
         self.models = {"policy": self.learner.policy} | ({} if critic is None else {"critic": critic})
         some_unused = any(not self.models.keys() <= set(stretch.phase.trains) for stretch in self.stretches)
-        module = wrap(self.learner, self.processes, self.config.bf16, some_unused)
+        bf16 = self.config.bf16 or self.config.dtype == "bfloat16"
+        module = wrap(self.learner, self.processes, bf16, some_unused, self.config.fsdp_cpu_offload)
         self.engine = Engine(module, self.learner, prepared.batching, self.processes)
         config = self.config
         self.rates = {"policy": config.learning_rate, "critic": config.critic_learning_rate}
-        kind, norm = config.lr_scheduler_type, config.max_grad_norm
-        self.schedules = {"policy": kind, "critic": config.critic_lr_scheduler_type or kind}
+        norm = config.max_grad_norm
+        self.schedules = {
+            name: factors(*config.schedule_of(name), self.rates[name], self.warmup, self.steps) for name in self.models
+        }
         self.norms = {"policy": norm, "critic": config.critic_max_grad_norm or norm}
         betas = (self.config.adam_beta1, self.config.adam_beta2)
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             name: optim.make_optimizer(
-                model, self.rates[name], self.config.weight_decay, betas, self.config.adam_epsilon
+                model, self.rates[name], config.weight_decay, betas, config.adam_epsilon, config.optim == "adamw_8bit"
             )
             for name, model in self.models.items()
         }
@@ -158,7 +163,7 @@ class Trainer:
         trains, name_of_step = phases.trained(self.stretches, step), f"step {step + 1}"
 
         def gradients() -> tuple[dict[str, torch.Tensor], int]:
-            self.learner.zero_grad(set_to_none=True)  # of a try that ran out of memory
+            clear_gradients(self.learner)  # of a try that ran out of memory
             substep_end = lambda: self.callbacks.call("on_substep_end")  # noqa: E731
             try:
                 return accumulate(self.engine, self.objective, groups, trains, substep_end)
@@ -175,10 +180,7 @@ class Trainer:
         self.window = metrics.add(self.window, sums)
         self.counters["num_tokens"] += tokens
         trained = {name: model for name, model in self.models.items() if name in trains}
-        rates = {
-            name: self.rates[name] * optim.schedule(step, self.steps, self.warmup, self.schedules[name])
-            for name in trained
-        }
+        rates = {name: self.rates[name] * self.schedules[name](step) for name in trained}
         logged = {"learning_rate": rates.get("policy", 0.0)}
         for name, model in trained.items():
             if name == "critic":
@@ -190,8 +192,9 @@ class Trainer:
                 raise stopped(NotFinite(what, episodes), name_of_step, self.output_dir, self.processes)
             logged["grad_norm" if name == "policy" else "critic/grad_norm"] = norm
         self.callbacks.call("on_pre_optimizer_step")
-        for name in trained:
+        for name, model in trained.items():
             optim.update(self.optimizers[name], rates[name])
+            round_to_weights(model)
         self.callbacks.call("on_optimizer_step")
         for name in trained:
             self.optimizers[name].zero_grad(set_to_none=True)

@@ -10,6 +10,7 @@ from dqo.data.episodes import Episode
 from dqo.errors import UserError
 from dqo.files import replacing
 from dqo.processes import Processes
+from dqo.train.masters import master_of
 
 CURE = "Lower the learning rate or raise beta, leave out bf16, and look for rewards or stored logprobs that are far too large"
 _COLUMNS = ("rewards", "behavior_logprobs", "ref_logprobs", "ref_lse")
@@ -31,7 +32,7 @@ def rows_of(episodes: list[Episode]) -> str:
 
 def wrong_gradients(model: nn.Module) -> str:
     """The parameters whose gradients are not finite, for a message; "" where they are sharded."""
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: master_of(p).grad for n, p in model.named_parameters() if master_of(p).grad is not None}
     if any(isinstance(gradient, DTensor) for gradient in gradients.values()):
         return ""
     wrong = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]

@@ -18,25 +18,30 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dqo.config.launcher import blocks_to_shard
 from dqo.errors import UserError
 from dqo.processes import Processes
+from dqo.train.masters import has_masters, master_of, round_to_weights
 
 
-def wrap(module: nn.Module, processes: Processes, bf16: bool = False, some_unused: bool = False) -> nn.Module:
+def wrap(
+    module: nn.Module, processes: Processes, bf16: bool = False, some_unused: bool = False, cpu_offload: bool = False
+) -> nn.Module:
     """`module` with its gradients averaged over the processes, and its parameters sharded where that was asked for.
 
     Args:
         some_unused: a backward may leave parameters without gradient (the policy's, while the value model warms up).
+        cpu_offload: shards and optimizer states lie in main memory.
     """
     if processes.world == 1:
         return module
     if not processes.fsdp:
         return nn.parallel.DistributedDataParallel(module, find_unused_parameters=some_unused)
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     precision = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    offload = CPUOffloadPolicy(pin_memory=processes.device.type != "cpu") if cpu_offload else OffloadPolicy()
     own = {name for part in module.modules() for name in (getattr(part, "_no_split_modules", None) or ())}
     blocks = blocks_to_shard() or own
     missing = blocks_to_shard() - {type(part).__name__ for part in module.modules()}
@@ -47,14 +52,15 @@ def wrap(module: nn.Module, processes: Processes, bf16: bool = False, some_unuse
         )
     for part in module.modules():
         if type(part).__name__ in blocks:
-            fully_shard(part, mesh=mesh, mp_policy=precision)
-    fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+            fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=True)
     return module
 
 
 def without_sync(module: nn.Module, last: bool):
-    """Context of a backward whose gradients stay here until the step's last; FSDP2 reduces each, to keep them sharded."""
-    if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
+    """Context of a backward whose gradients stay here until the step's last; FSDP2 reduces each, to keep them sharded, and so
+    does DDP with weights in bfloat16, whose gradients are added up in float32."""
+    if isinstance(module, nn.parallel.DistributedDataParallel) and not last and not has_masters(module):
         return module.no_sync()
     return contextlib.nullcontext()
 
@@ -72,17 +78,19 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state dict with every tensor whole, tied ones once; all processes must call it."""
+    """The module's state dict with every tensor whole and in full precision, tied ones once; all processes must call it."""
     gathered: dict[int, Tensor] = {}
     state = module.state_dict(keep_vars=True)  # with them a tied parameter is one object
     for value in state.values():
         if id(value) not in gathered:
-            gathered[id(value)] = whole(value.detach())
+            gathered[id(value)] = whole(master_of(value).detach())
     return {name: gathered[id(value)] for name, value in state.items()}
 
 
 def load_whole_state(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Copies whole tensors into the module's own, in place. Raises KeyError for a name the module has and `state` has not."""
     with torch.no_grad():
-        for name, value in module.state_dict().items():
-            value.copy_(like(state[name].to(value.dtype), value))
+        for name, value in module.state_dict(keep_vars=True).items():
+            master = master_of(value)
+            master.copy_(like(state[name].to(master.dtype), value))
+    round_to_weights(module)

@@ -31,7 +31,6 @@ from dqo.models.lora import adapter_off, has_adapter
 from dqo.models.policy import (
     architecture,
     load_config,
-    load_policy,
     ready,
     stop_ids,
     tokenizer_of,
@@ -45,6 +44,7 @@ from dqo.train.fitted_values import configuration_of, fitted_value_model
 from dqo.train.frozen_models import add_columns, frozen_models
 from dqo.train.inputs import Given, read
 from dqo.train.learner import Learner
+from dqo.train.masters import add_masters
 from dqo.train.resume import FITTED, OF_OBJECTIVE, TRAINED_END, found_state
 from dqo.train.returns import value_start
 from dqo.train.room import warn_of_little_room
@@ -52,6 +52,7 @@ from dqo.train.run_models import (
     base_of,
     bf16_problem,
     explicit_reference,
+    load_initial,
     make_learner,
     reference_columns,
     reference_config,
@@ -171,13 +172,13 @@ def prepare(
     held_out = _held_out(objective, tokenized(held_rows, marks)) if held_rows else []
     policy = given.model
     if policy is None:
-        dtype = getattr(torch, config.dtype)
-        policy = load_policy(config.model_path, processes.device, dtype, config.attn_implementation)
+        policy = load_initial(config, processes.device)
     else:
         ready(policy, processes.device)
     save_dtype = save_dtype_of(options, given)
-    if not config.use_peft and given.peft_config is None:
-        policy.float()  # weights in 16 bits would not take small updates
+    adapters = config.use_peft or given.peft_config is not None
+    if not adapters:
+        policy.to(getattr(torch, config.dtype))
     reference = explicit_reference(config, given, processes.device)
     some_ids = (groups[0][0].prompt_ids + groups[0][0].completion_ids)[-64:]
     for model in filter(None, (policy, reference)):
@@ -218,6 +219,11 @@ def prepare(
     if begin.told:
         processes.say(begin.told)
     learner = make_learner(options, given, policy, reference, begin, distinct(groups), fitted)
+    if config.dtype == "bfloat16" and not adapters:
+        if processes.fsdp:
+            learner.float()  # the shards; layers are cast while they are gathered
+        else:
+            add_masters(learner)
     for model in filter(None, (policy, backbone(learner.value_model))):
         if has_adapter(model):
             check_adapter(model, some_ids)
@@ -317,9 +323,7 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
                     "the reference policy of these rows was the given model, which is trained in place: give ref_model, or give "
                     "the rows to the constructor as eval_dataset"
                 )
-            dtype = getattr(torch, config.dtype)
-            device = prepared.processes.device
-            reference = load_policy(config.model_path, device, dtype, config.attn_implementation)
+            reference = load_initial(config, prepared.processes.device)
         together = distinct([*([e] for e in episodes), *prepared_ones])
         with adapter_off(learner.policy):
             reference_columns(

@@ -17,7 +17,7 @@ from dqo.data.episodes import Episode
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.architecture import recompute_activations
-from dqo.models.critic import add_own_adapter, backbone, make_value_model
+from dqo.models.critic import add_own_adapter, backbone, keep_outputs, make_value_model
 from dqo.models.implicit_value import implicit_value_from
 from dqo.models.lora import adapter_off, add_adapter, lora_config, with_fields
 from dqo.models.policy import (
@@ -38,6 +38,14 @@ from dqo.train.learner import Learner
 from dqo.train.resume import adapter_fields, stored_derived
 from dqo.train.returns import ValueStart
 from dqo_kernels import TokenStats
+
+
+def load_initial(config: TrainConfig, device: torch.device) -> PreTrainedModel:
+    """The model that model_name_or_path names, as the run begins with it."""
+    dtype = getattr(torch, config.dtype)
+    products = torch.bfloat16 if config.bf16 else dtype
+    four_bits = products if config.load_in_4bit else None
+    return load_policy(config.model_path, device, dtype, config.attn_implementation, four_bits)
 
 
 def reference_config(config: TrainConfig, given: Given, vocab_size: int) -> PreTrainedConfig | None:
@@ -62,7 +70,8 @@ def explicit_reference(config: TrainConfig, given: Given, device: torch.device) 
     if given.ref_model is not None:
         return ready(given.ref_model, device)
     path = config.ref_model_name_or_path
-    return None if path is None else load_policy(path, device)
+    dtype = torch.float32 if config.use_peft else getattr(torch, config.dtype)
+    return None if path is None else load_policy(path, device, dtype)
 
 
 def reference_columns(
@@ -131,11 +140,13 @@ def make_learner(
         if fitted is None:
             value_model = _new_value_model(objective, policy, peft_config, explicit or policy, begin, episodes)
         else:
-            value_model = fitted
+            value_model = fitted.to(policy.dtype) if peft_config is None else fitted
             if config.freeze_value_model:
                 value_model.requires_grad_(False)
             elif peft_config is not None:
                 add_own_adapter(value_model, peft_config)
+        if peft_config is None:
+            keep_outputs(value_model)
         if objective.values_decay is not None:
             target = copy.deepcopy(value_model)
     if objective.needs_kl:  # with an adapter the policy is its own reference

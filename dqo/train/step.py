@@ -14,6 +14,7 @@ from dqo.processes import add_over_processes
 from dqo.train import metrics
 from dqo.train.engine import Engine, Planned
 from dqo.train.learner import companion_sums, objective_sums, step_sums
+from dqo.train.masters import take_gradients
 from dqo.train.not_finite import NotFinite, rows_of
 from dqo.train.parallel import without_sync
 
@@ -79,6 +80,7 @@ def accumulate(
                 raise NotFinite(what, batch.episodes)
             if loss.requires_grad:
                 loss.backward()
+                take_gradients(engine.learner)
         of_batch = float(unit_count(batch.groups, objective.unit))
         more |= {"loss": torch.stack([loss.detach() * units / world, loss.new_tensor(of_batch)])}
         more |= metrics.of_batch(batch)
