@@ -88,10 +88,15 @@ class StoredRun:
         return next((p["begin"] for p in phases if "policy" in p["trains"]), 0)
 
     @property
+    def compared(self) -> dict[str, str]:
+        """{name: value} of the options of the method. A run that went on has 0.0 where one that did not has 0: they are equal."""
+        kept = {name: value for name, value in self.options.items() if name not in OF_A_PLACE}
+        return {name: str(float(value)) if type(value) is int else str(value) for name, value in kept.items()}
+
+    @property
     def what(self) -> str:
         """All that two runs of one method share, as a key."""
-        kept = {name: value for name, value in self.options.items() if name not in OF_A_PLACE}
-        return json.dumps(kept, sort_keys=True, default=str)
+        return json.dumps(self.compared, sort_keys=True)
 
     def changed(self) -> dict[str, Any]:
         """The options that are not defaults."""
