@@ -127,7 +127,8 @@ class TrainConfig(OptimizerOptions, RowOptions, _RunOptions):
     on it. None takes per_device_train_batch_size * max_length, and on a CPU at most 4,096."""
     padding_free: bool | None = None
     """Responses are packed into one row instead of being padded. None packs where flash-attn or torch's own attention for
-    packed sequences runs (a GPU, bfloat16). True refuses to run without packing."""
+    packed sequences runs (a GPU, bfloat16), and on a CPU a model of 512 dimensions or more. True refuses to run without
+    packing."""
     num_train_epochs: float = 1.0
     """The training passes over the data this many times."""
     max_steps: int = -1

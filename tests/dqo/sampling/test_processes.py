@@ -18,7 +18,7 @@ from tests.dqo.sampling.runs import options, same_rows
 
 ROOT = Path(__file__).parents[3]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
-LAUNCH += ["--cpu", "--multi_gpu", "-m", "dqo", "sample"]
+LAUNCH += ["--multi_gpu", "-m", "dqo", "sample"]
 
 
 def launched(config):
