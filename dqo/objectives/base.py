@@ -60,6 +60,10 @@ class Columns(Protocol):
         """bool: whether a length limit cut the response."""
 
     @property
+    def of_reference(self) -> np.ndarray:
+        """bool: whether the row's `sampling` says that the reference wrote the response as it is, at temperature 1."""
+
+    @property
     def same_as(self) -> np.ndarray:
         """int64: the first row with the same prompt and the same response; its own index where there is none before."""
 

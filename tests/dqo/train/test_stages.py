@@ -139,7 +139,9 @@ def test_a_run_stopped_in_a_stage_goes_on_bit_for_bit_without_its_cache(files, m
     shutil.rmtree(files / "out" / "ref_cache")
     kept = files / "out" / "reference-2"
     kept.rename(files / "elsewhere")
-    with pytest.raises(UserError, match="reference-2 is missing: it is the reference policy of this phase, which began"):
+    with pytest.raises(
+        UserError, match="reference-2 is missing: it is the reference policy of this phase, which began"
+    ):
         run(files)
     (files / "elsewhere").rename(kept)
     resumed = run(files)
