@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -18,10 +18,14 @@ from dqo.objectives.base import Columns, Objective, Selection
 
 
 class EpisodeColumns:
-    """The columns (objectives.base.Columns) of n episodes; each is made when it is read."""
+    """The columns (objectives.base.Columns) of n episodes; each is made when it is read.
 
-    def __init__(self, episodes: Sequence[Episode]):
-        self._episodes = episodes
+    Args:
+        reference_samples: the sources of samples of the reference; None: none is known.
+    """
+
+    def __init__(self, episodes: Sequence[Episode], reference_samples: Callable[[], Collection[str]] | None = None):
+        self._episodes, self._reference_samples = episodes, reference_samples
 
     def _of(self, name: str, dtype: type) -> np.ndarray:
         return np.array([getattr(e, name) for e in self._episodes], dtype=dtype)
@@ -63,6 +67,11 @@ class EpisodeColumns:
         return np.array([e.action_count for e in self._episodes], dtype=np.int64)
 
     @cached_property
+    def of_reference(self) -> np.ndarray:
+        known = self._reference_samples() if self._reference_samples is not None else ()
+        return np.array([e.source in known for e in self._episodes], dtype=bool)
+
+    @cached_property
     def same_as(self) -> np.ndarray:
         first: dict[tuple, int] = {}
         keys = ((e.prompt_index, tuple(e.completion_ids), _holes(e)) for e in self._episodes)
@@ -73,13 +82,19 @@ class EpisodeColumns:
         return [e.source for e in self._episodes]
 
 
-def selected(objective: Objective, episodes: list[Episode]) -> list[Group]:
+def selected(
+    objective: Objective, episodes: list[Episode], reference_samples: Callable[[], Collection[str]] | None = None
+) -> list[Group]:
     """The groups that the objective trains on. Its further columns, and its companions, are set on the episodes.
+
+    Args:
+        reference_samples: asked only where the objective reads the column of_reference, for the sources that have it; None:
+            none is known.
 
     Raises:
         UserError: for data that the objective refuses, and for an answer that does not fit them.
     """
-    columns = EpisodeColumns(episodes)
+    columns = EpisodeColumns(episodes, reference_samples)
     if objective.needs_steps:
         _set_steps(objective, episodes)
     selection = objective.prepare(columns)

@@ -73,6 +73,10 @@ class Columns(Protocol):
         has ended by then, or for the prompt; NaN where it has nothing."""
 
     @property
+    def of_reference(self) -> np.ndarray:
+        """bool: whether the row's `sampling` says that the reference wrote the response as it is, at temperature 1."""
+
+    @property
     def same_as(self) -> np.ndarray:
         """int64: the first row with the same prompt and the same response; its own index where there is none before."""
 

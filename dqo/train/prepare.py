@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dqo.config.lora import described
 from dqo.config.options import Options, TrainConfig
 from dqo.data.batches import Batching, Group, distinct
+from dqo.data.behavior import ReferenceName, reference_samples
 from dqo.data.chat import reads_clock
 from dqo.data.ends import ends_of
 from dqo.data.episodes import Episode, fingerprint, make_episodes
@@ -31,6 +33,7 @@ from dqo.models.lora import adapter_off, has_adapter
 from dqo.models.policy import (
     architecture,
     load_config,
+    load_policy,
     ready,
     stop_ids,
     tokenizer_of,
@@ -166,10 +169,10 @@ def prepare(
         logger.warning(slow)
     marks = Marks.of_rows(chain(train_rows, held_rows), config.process_reward) if one_file else None
     episodes = tokenized(train_rows, marks)
-    groups = selected(objective, episodes)
+    groups = selected(objective, episodes, partial(reference_samples, train_rows, sampler))
     if not groups:
         raise UserError(f"method {config.method}: {nothing_selected(objective, episodes)}")
-    held_out = _held_out(objective, tokenized(held_rows, marks)) if held_rows else []
+    held_out = _held_out(objective, tokenized(held_rows, marks), held_rows, sampler) if held_rows else []
     policy = given.model
     if policy is None:
         policy = load_initial(config, processes.device)
@@ -310,7 +313,7 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
     rows = read(config, source)
     check_process_reward(rows, "the rows for evaluation", config.process_reward)
     episodes = prepared.tokenized(rows)
-    prepared_ones = _held_out(objective, episodes)
+    prepared_ones = _held_out(objective, episodes, rows, reference_name(options, given))
     if objective.needs_reference:
         learner, identity = prepared.learner, prepared.identity
         reference = prepared.reference or learner.reference
@@ -358,10 +361,10 @@ def _template_time(config: TrainConfig, tokenizer, processes: Processes) -> date
     return gather_objects([datetime.datetime.now()], processes)[0]
 
 
-def _held_out(objective: Objective, episodes: list[Episode]) -> list[Group]:
+def _held_out(objective: Objective, episodes: list[Episode], rows: list[Row], sampler: ReferenceName) -> list[Group]:
     """The objective's groups; none, with a warning, where the episodes are too few for it."""
     try:
-        found = selected(objective, episodes)
+        found = selected(objective, episodes, partial(reference_samples, rows, sampler))
     except UserError as error:
         found, reason = [], str(error)
     else:

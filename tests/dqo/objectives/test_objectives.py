@@ -24,7 +24,7 @@ every_objective = pytest.mark.parametrize("objective", CASES, ids=repr)
 
 def chosen(objective, members):
     """Its groups of episodes, each of which is a sample of the reference where it asks."""
-    return selected(objective, members)
+    return selected(objective, members, lambda: {e.source for e in members})
 
 
 def has_companions(objective):

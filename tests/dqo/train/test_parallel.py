@@ -26,7 +26,8 @@ RUNS = {
     "soft": {"value_model": "none"},
     "dpo": {"method": "dpo"},
     "curry": {"method": "curry_dpo", "stages": 2},  # whose reference is refreshed
-    "rank": {"method": "rank_dpo", "per_device_train_batch_size": 2},  # lists of unlike lengths
+    "rank": {"method": "rank_dpo"},
+    "xpo": {"method": "xpo", "alpha": 0.01, "reference_rows": "all"},
     "qrpo": {"method": "qrpo"},
     "tbrm": {"method": "tbrm"},
     "sft": {"method": "sft"},
