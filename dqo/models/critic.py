@@ -2,6 +2,7 @@
 
     separate   the policy's trunk, copied, with one zero output a token; a transformers token-classification model
     head       a two-layer perceptron on the policy's detached hidden states, its last layer zero
+    q_model    a language model, whose logits are Q relative to the reference (q_model.py)
     implicit   a language model, whose log-ratio to the reference tells how likely success is (implicit_value.py)
 
 The first two say V = 0 at the start, or what the bias of their last layer was set to. `separate` is saved as
@@ -39,8 +40,9 @@ from dqo.errors import UserError
 from dqo.models.implicit_value import ImplicitValue, load_implicit_value, save_implicit_value
 from dqo.models.lora import add_adapter, in_four_bits
 from dqo.models.policy import hidden_positions, ready
+from dqo.models.q_model import QModel, load_q_model, save_q_model
 from dqo.models.value_form import ValueForm, form_from, form_of, surprisal_at_positions, surprisal_of_states
-from dqo.models.value_source import FORM_FILE, HEAD_FILE, IMPLICIT_FILE
+from dqo.models.value_source import FORM_FILE, HEAD_FILE, IMPLICIT_FILE, Q_FILE
 from dqo.objectives.value_outputs import outputs_for
 
 DIRECTION = "surprisal_direction"  # the parameter that is added to the embedding of an action, times its surprisal
@@ -88,6 +90,8 @@ def add_own_adapter(value_model: nn.Module, peft_config: Any) -> None:
     if trunk is None:
         return
     add_adapter(trunk, peft_config)
+    if isinstance(value_model, QModel):
+        return
     last = value_model.start if isinstance(value_model, ImplicitValue) else score_of(value_model)
     last.requires_grad_(True)
     keep_outputs(value_model)
@@ -203,7 +207,7 @@ def value_model_from(policy: PreTrainedModel, form: ValueForm | None = None) -> 
 
 def backbone(value_model: nn.Module | None) -> PreTrainedModel | None:
     """The model of transformers in a value model; None in a ValueHead, which reads the policy's hidden states."""
-    found = value_model.model if isinstance(value_model, ImplicitValue) else value_model
+    found = value_model.model if isinstance(value_model, ImplicitValue | QModel) else value_model
     return found if isinstance(found, PreTrainedModel) else None
 
 
@@ -240,6 +244,7 @@ class Valued(NamedTuple):
     ends: Tensor  # (B,) V(s_{T+1}) after the last action of every episode
     outputs: Tensor | None = None  # (N, K) what a cross-entropy fits, with a gradient; None: the values are fitted
     loss: Tensor | None = None  # (B,) of a value model that is fitted to outcomes
+    q: Tensor | None = None  # (N,) Q of every action, of a QModel, with a gradient
 
 
 def value_rows(
@@ -255,6 +260,11 @@ def valued(value_model: nn.Module, batch: Batch, hidden: Tensor | None = None, b
     Args:
         hidden: the policy's (P, D) hidden states, which a ValueHead reads without a gradient to them.
     """
+    if isinstance(value_model, QModel):
+        q, values = value_model.q_and_values(batch, bf16)
+        return Valued(
+            values.detach(), values.new_zeros(len(batch.end_states)), q=q
+        )  # no reference knows the last states
     if isinstance(value_model, ImplicitValue):
         before, after = value_model.logits(batch, bf16)
         return Valued(*value_model.values(before, after, batch), loss=value_model.loss(after, batch))
@@ -285,6 +295,9 @@ def save_value_model(value_model: nn.Module, state: dict[str, Tensor], directory
         return
     if isinstance(value_model, ImplicitValue):
         save_implicit_value(value_model, state, directory)
+        return
+    if isinstance(value_model, QModel):
+        save_q_model(value_model, state, directory)
         return
     with torch.device("meta"):
         # without adapters or shards: only its names and config are used
@@ -318,6 +331,8 @@ def load_critic(path: Path, device: torch.device | str = "cpu") -> nn.Module:
         return head.to(device)
     if (path / IMPLICIT_FILE).exists():
         return load_implicit_value(path, device)
+    if (path / Q_FILE).exists():
+        return load_q_model(path, device)
     config = AutoConfig.from_pretrained(path)
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         return ready(_of_reward_model(_whole(AutoModelForSequenceClassification, path, config)), device)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dqo_kernels import TokenStats
 
 UNITS = ("token", "response", "group")
-VALUE_KINDS = ("separate", "head", "implicit", "none")
+VALUE_KINDS = ("separate", "head", "implicit", "q_model", "none")
 IMPLICIT_BETA = 0.5  # the default of implicit_beta
 MODELS = ("policy", "critic")
 
@@ -142,6 +142,8 @@ class Objective:
     reads_models: ClassVar[tuple[str, ...]] = ()
     """Options that name a frozen language model each. The log-probabilities of the actions under it, computed once and cached,
     are the column OPTION_logprobs."""
+    kl_to: ClassVar[str] = "reference"
+    """What stats.kl is the KL to: "reference", or "critic", a value model of the kind q_model."""
     nothing_left: ClassVar[str] = "no response to train on"
     """What to say when `prepare` gives no group."""
 
@@ -168,7 +170,8 @@ class Objective:
 
     @property
     def needs_kl(self) -> bool:
-        """It reads stats.kl, the exact KL(pi || ref) of every row, differentiable: the reference stays in memory."""
+        """It reads stats.kl, the exact KL(pi || ref) of every row, or that to `kl_to`, differentiable: the reference stays in
+        memory."""
         return False
 
     @property
@@ -287,7 +290,8 @@ class Objective:
                 the value model's moving average), companion_mean, and with a `values_loss` other than squared value_outputs
                 (N, K) (differentiable in the place of values) and value_range (N, 2), or of a value model that is fitted to
                 outcomes outcome_loss (differentiable in the place of values, on the last row of a response), see
-                dqo.objectives.value_outputs.
+                dqo.objectives.value_outputs. Of a q_model: q, Q of the token (differentiable in the place of values), and
+                target_values, E_pi[Q] - beta * KL(pi || ref) of its moving average, or of itself without one.
             cu_seqlens: (B+1,) boundaries of the responses.
 
         Returns:

@@ -25,7 +25,7 @@ from dqo.models.critic import score_of
 from dqo.models.fitness import position_limit
 from dqo.models.lora import has_adapter, merged_state
 from dqo.models.policy import load_config, load_policy, load_tokenizer, stop_ids
-from dqo.models.value_source import FORM_FILE, HEAD_FILE, IMPLICIT_FILE
+from dqo.models.value_source import FORM_FILE, HEAD_FILE, IMPLICIT_FILE, Q_FILE
 from dqo.processes import Processes
 from dqo.reference.columns import AGREEMENT_BOUNDS
 from dqo.train import hub
@@ -174,6 +174,7 @@ def _dtype_of(saved: Saved, base: str | None) -> str:
 _NO_CLASS = [
     ("head", HEAD_FILE, "a head on the policy's hidden states"),
     ("implicit", IMPLICIT_FILE, "a language model beside its reference"),
+    ("q_model", Q_FILE, "a language model of Q beside its reference"),
 ]
 
 

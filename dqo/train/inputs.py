@@ -131,6 +131,16 @@ def _check_value_model(options: Options) -> None:
                 f"method {config.method} has the value_kind {kind!r}; it is one of {kinds}, or the directory of a value model"
             )
         fitted = find_value_model(kind)
+        if fitted.form == "q_model":
+            raise UserError(
+                f"value_model {fitted.path} is a language model of Q, which --method etpo trained; it is the value model of no "
+                "other method"
+            )
+    if kind == "q_model" and config.truncation == "bootstrap":
+        raise UserError(
+            f"method {config.method} has no value of the last state of a response that was cut: no reference is read there; use "
+            "--truncation terminal or drop"
+        )
     if "implicit" in (kind, fitted and fitted.form):
         if not objective.needs_reference:
             raise UserError(

@@ -23,6 +23,7 @@ from dqo.models.policy import (
     policy_stats,
     reference_head,
 )
+from dqo.models.q_model import QModel
 from dqo.models.router import router_loss
 from dqo.models.value_form import form_of
 from dqo.objectives.base import MODELS, Objective
@@ -122,7 +123,7 @@ def _objective(
         extremes = {"value/min": values.amin(), "value/max": values.amax()}
     columns |= {name: torch.full_like(columns["rewards"], mean) for name, mean in means.items()}
     if objective.needs_kl:
-        head |= _reference_head(learner, batch)
+        head |= _reference_head(learner, objective, batch)
 
     loss_of = objective if kept is None else objective.evaluation
 
@@ -167,7 +168,12 @@ def _value_columns(learner: Learner, batch: Batch, hidden: Tensor) -> dict[str, 
         return {}
     columns: dict[str, Tensor] = {}
     last = batch.cu_seqlens[1:] - 1
-    columns["values"], end_values, outputs, outcome_loss = valued(learner.value_model, batch, hidden, learner.bf16)
+    columns["values"], end_values, outputs, outcome_loss, q = valued(learner.value_model, batch, hidden, learner.bf16)
+    if q is not None:
+        average = learner.value_model if learner.target is None else learner.target
+        assert isinstance(average, QModel)
+        under_policy = average.values_under(learner.policy, hidden.detach()[batch.states], batch, learner.bf16)
+        return columns | {"q": q, "target_values": under_policy}
     if outputs is not None:
         form = form_of(learner.value_model)
         bounds = outputs.new_tensor([form.low, form.high])
@@ -184,8 +190,14 @@ def _value_columns(learner: Learner, batch: Batch, hidden: Tensor) -> dict[str, 
 
 
 @torch.no_grad()
-def _reference_head(learner: Learner, batch: Batch) -> dict[str, Tensor | None]:
-    """The reference's hidden states and head: a model of its own, or the policy with its adapter off."""
+def _reference_head(learner: Learner, objective: Objective, batch: Batch) -> dict[str, Tensor | None]:
+    """Hidden states and head of what the KL is to: the reference, a model of its own or the policy with its adapter off, or the
+    Q-model."""
+    if objective.kl_to == "critic":
+        assert isinstance(learner.value_model, QModel)
+        model = learner.value_model.model
+        hidden = hidden_positions(model, batch, learner.bf16)
+        return reference_head(model, hidden[batch.states])
     model = learner.policy if learner.reference is None else learner.reference
     with adapter_off(model):
         hidden = hidden_positions(model, batch, learner.bf16)

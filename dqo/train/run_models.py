@@ -29,6 +29,7 @@ from dqo.models.policy import (
     ready,
     weights_hash,
 )
+from dqo.models.q_model import q_model_from
 from dqo.objectives.base import IMPLICIT_BETA, Objective
 from dqo.processes import Processes
 from dqo.reference.cache import ReferenceCache, ReferenceId
@@ -149,7 +150,7 @@ def make_learner(
             keep_outputs(value_model)
         if objective.values_decay is not None:
             target = copy.deepcopy(value_model)
-    if objective.needs_kl:  # with an adapter the policy is its own reference
+    if objective.needs_kl and objective.kl_to == "reference":  # with an adapter the policy is its own reference
         reference = copy.deepcopy(policy) if explicit is None and peft_config is None else explicit
     if peft_config is not None:
         add_adapter(policy, peft_config, str(base_of(policy, config)))
@@ -169,6 +170,11 @@ def _new_value_model(
     begin: ValueStart,
     episodes: list[Episode],
 ) -> nn.Module:
+    if objective.value_kind == "q_model":
+        q_model = q_model_from(policy, getattr(objective, "beta", 1.0), weights_hash(reference, torch.float32))
+        if peft_config is not None:
+            add_own_adapter(q_model, peft_config)
+        return q_model
     if objective.value_kind != "implicit":
         return make_value_model(objective.value_kind, policy, peft_config, begin.form, begin.value)
     outcomes = [float(e.rewards.sum()) for e in episodes]

@@ -279,6 +279,6 @@ def _columns(models: RunModels, batch: Batch, names: Collection[str]) -> dict[st
     if "values" in names:
         assert models.value_model is not None
         if of_value:
-            batch = replace(batch, columns=batch.columns | {"ref_logprobs": found["ref_logprobs"]})
+            batch = replace(batch, columns=batch.columns | {n: found[n] for n in ("ref_logprobs", "ref_lse")})
         found["values"] = value_rows(models.value_model, batch, hidden)[0]
     return {name: found[name] for name in names}

@@ -37,6 +37,7 @@ def random_case(lengths: list[int], seed: int = 0) -> tuple[Tensor, Callable[[Te
         "rewards": normal(n),
         "values": normal(n),
         "target_values": normal(n),
+        "q": normal(n),
         "turn_end": torch.zeros(n, dtype=torch.float64),
         "pass_rate": torch.linspace(0.1, 0.9, n, dtype=torch.float64),
         "outcome": torch.ones(n, dtype=torch.float64),

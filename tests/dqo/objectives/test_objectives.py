@@ -61,7 +61,7 @@ def test_it_declares_what_it_needs(objective):
     for name in ("needs_reference", "needs_values", "needs_kl", "needs_contrast", "fits_rewards"):
         assert isinstance(getattr(objective, name), bool)
     assert objective.problems() == []
-    assert objective.needs_values == (getattr(objective, "value_model", "none") != "none")
+    assert objective.needs_values == (objective.value_kind != "none")
     groups = chosen(objective, complete(8))
     assert groups and {len(group) for group in groups} == {objective.group_size} or objective.group_size is None
     assert has_companions(objective) == any(e.companion is not None for group in groups for e in group)
@@ -75,6 +75,7 @@ def test_it_reads_no_more_than_it_declares(objective):
         stats = stats._replace(ref_logprobs=None, ref_lse=None, kl=None)
     absent = {"behavior_logprobs"} if getattr(objective, "behavior", "") != "stored" else set()
     absent |= set() if objective.needs_values else {"values"}
+    absent |= {"values"} if objective.value_kind == "q_model" else {"q"}
     absent |= set() if objective.values_decay is not None else {"target_values"}
     absent |= set() if objective.needs_steps else {"step"}
     absent |= set() if objective.discount_at == "turns" else {"turn_end"}

@@ -13,7 +13,7 @@ from dqo.errors import UserError
 from dqo.models.new import character_tokenizer, new_llama, save
 from dqo.models.policy import policy_stats
 from dqo.train.run import begin, train
-from tests.dqo.helpers import arguments, policy, tokenizer
+from tests.dqo.helpers import arguments, measured, policy, tokenizer
 
 
 def flags(files, **changes):
@@ -55,31 +55,25 @@ METHODS = {
     "oreo": {"method": "oreo", "level": "step", "process_reward": "additive"},
     "dro": {"method": "dro", "value_states": "all", "process_reward": "none"},
     "dapo": {"method": "dapo", "process_reward": "potential"},
+    "etpo": {"method": "etpo", "process_reward": "additive"},
     "rto": {"method": "rto", "behavior": "reference", "process_reward": "none"},
     "rto by dqo": {"method": "rto", "algorithm": "dqo", "process_reward": "none"},
 }
 
 
-@pytest.fixture
-def measured(files):
-    """The file with two steps a response, and what their prefixes are worth."""
-    rows = [json.loads(line) for line in (files / "rollouts.jsonl").read_text().splitlines()]
-    for row in rows:
-        length = len(row["completion"])
-        row |= {"steps": [[0, length // 2], [length // 2, length]], "step_rewards": [0.5, row["reward"]]}
-    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    save(policy(seed=1), tokenizer(), files / "other")
-    return files
-
-
 @pytest.mark.parametrize("name", METHODS)
-def test_methods_that_read_more_than_rewards_train_on_one_file(measured, name):
-    options = METHODS[name] | ({"dpo_model": measured / "other"} if name.startswith("rto") else {})
-    run = train(load_options(arguments(measured, max_steps=4, logging_steps=1, **options)))
+def test_methods_that_read_more_than_rewards_train_on_one_file(files, name):
+    rows = [json.loads(line) for line in (files / "rollouts.jsonl").read_text().splitlines()]
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, measured(rows))))
+    save(policy(seed=1), tokenizer(), files / "other")
+    options = METHODS[name] | ({"dpo_model": files / "other"} if name.startswith("rto") else {})
+    run = train(load_options(arguments(files, max_steps=4, logging_steps=1, **options)))
     rows = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 4 and np.isfinite(losses).all() and np.isfinite(run.held_out["eval_loss"])
     trained = [row["grad_norm"] > 0 for row in rows if "grad_norm" in row]
-    assert trained == [True] * (2 if name == "dapo" else 4)  # its critic has the first half
+    expected = [True] * (2 if name == "dapo" else 4)  # its critic has the first half
+    expected[0] = name != "etpo"  # whose policy is the Q-model's at first
+    assert trained == expected
     before, after = policy(), run.prepared.learner.policy
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))

@@ -34,6 +34,7 @@ RUNS = {
     "kto": {"method": "kto"},  # with the mean over the companions of the whole step
     "oreo": {"method": "oreo"},  # with the reference's logits
     "dapo": {"method": "dapo", "process_reward": "potential", "max_steps": 6},
+    "etpo": {"method": "etpo", "target_ema": 0.5},  # with a second language model and its average
     "ppo": {"method": "ppo", "behavior": "reference"},  # with means over the responses of the whole step
     "form": {
         "value_loss": "hl_gauss",
@@ -73,15 +74,18 @@ def launch(*command):
 def runs(tmp_path_factory):
     """Every run by one process, by two, and by two with shards; {(name, kind): directory}."""
     from dqo.models.new import save
-    from tests.dqo.helpers import policy, rollout_rows, tokenizer
+    from tests.dqo.helpers import measured, policy, rollout_rows, tokenizer
 
     files = tmp_path_factory.mktemp("runs")
     save(policy(), tokenizer(), files / "model")
-    lines = [json.dumps(row) for row in rollout_rows(prompts=12, samples=4)]
-    (files / "rollouts.jsonl").write_text("\n".join(lines))
+    rows = rollout_rows(prompts=12, samples=4)
+    for file, its_rows in (("rollouts", rows), ("measured", measured(rows))):
+        (files / f"{file}.jsonl").write_text("\n".join(map(json.dumps, its_rows)))
     found, lists = {}, []
     for name, changes in RUNS.items():
         changes = {"logging_steps": 2, "max_steps": 6} | changes
+        if "process_reward" in changes:
+            changes["dataset_name"] = files / "measured.jsonl"
         alone = {"per_device_train_batch_size": 8} | changes
         if name == "one group a step":  # over two processes 1 each is a step of 2: here one group of it would do
             alone["per_device_train_batch_size"] = 2
