@@ -24,8 +24,9 @@ class ValueOptions(Objective):
     value_model: str = "separate"
     """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
     hidden states. "implicit" trains a copy of the policy whose log-ratio to the reference is the logit of success. "none", where
-    a method can do without one, takes soft values from the logsumexp. The directory of a run, of its critic/ or of a model with
-    one label begins from the value model there."""
+    a method can do without one, takes soft values from the logsumexp. implied:RUN takes the values that the policy of a finished
+    run implies, and trains nothing. The directory of a run, of its critic/ or of a model with one label begins from the value
+    model there."""
     implicit_beta: float = IMPLICIT_BETA
     """The log-ratio of an implicit value model is multiplied by this."""
 
@@ -37,7 +38,10 @@ class ValueOptions(Objective):
         if not self.implicit_beta > 0:
             found.append(("implicit_beta", f"must be positive, got {self.implicit_beta}"))
         kind = self.value_model
-        if kind not in self.value_kinds and (kind in VALUE_KINDS or not os.path.isdir(kind)):
+        elsewhere = self.implied_from or (kind not in VALUE_KINDS and os.path.isdir(kind))
+        if kind not in self.value_kinds and not elsewhere:
             kinds = ", ".join(self.value_kinds)
-            found.append(("value_model", f"must be {kinds}, or the directory of a value model, got {kind!r}"))
+            found.append(
+                ("value_model", f"must be {kinds}, implied:RUN or the directory of a value model, got {kind!r}")
+            )
         return found

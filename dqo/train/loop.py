@@ -80,7 +80,7 @@ class Trainer:
             self.config.value_warmup_steps,
             self.steps,
             then.get("phases"),
-            frozen=self.config.freeze_value_model,
+            frozen=options.frozen_values,
         )
         self.models = {"policy": self.learner.policy} | ({} if critic is None else {"critic": critic})
         some_unused = any(not self.models.keys() <= set(stretch.phase.trains) for stretch in self.stretches)

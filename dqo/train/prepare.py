@@ -42,6 +42,7 @@ from dqo.objectives.base import Objective
 from dqo.processes import Processes, gather_objects
 from dqo.train.checkpoint import claim_output, save_base
 from dqo.train.fitted_values import configuration_of, fitted_value_model
+from dqo.train.implied_values import ImpliedValues, implied_values_of
 from dqo.train.inputs import Given, read
 from dqo.train.learner import Learner
 from dqo.train.resume import FITTED, OF_OBJECTIVE, TRAINED_END, found_state
@@ -112,6 +113,7 @@ class Prepared:
     reference: PreTrainedModel | None  # where it is not the initial policy
     save_dtype: torch.dtype | None  # of the final models; None: as they are trained
     weighting: Weighting
+    implied: ImpliedValues | None = None  # where the policy of another run implies the values
 
     @property
     def objective(self) -> Objective:
@@ -206,6 +208,9 @@ def prepare(
     fitted = fitted_value_model(options, policy, reference or policy, tokenizer, some_ids)
     if fitted is not None:
         identity |= {"fitted value model": weights_hash(fitted), FITTED: configuration_of(fitted)}
+    implied = implied_values_of(options, reference or policy, tokenizer, distinct(groups), some_ids)
+    if implied is not None:
+        identity["implied values"] = implied.identity
     begin = value_start(options, distinct(groups), policy if reference is None else reference)
     if begin.told:
         processes.say(begin.told)
@@ -224,6 +229,9 @@ def prepare(
         together = distinct(groups + held_out)
         reference_columns(config, together, policy, reference, batching, identity, processes, resumed is not None)
         check_behavior(objective, together, train_rows + held_rows, sampler)
+        if implied is not None:
+            implied.add(together, batching, processes)
+            implied.release()
         if reference is None:
             weighting = at_start(weighting, options.objective.weight_level, distinct(groups))
     return Prepared(
@@ -240,6 +248,7 @@ def prepare(
         reference,
         save_dtype,
         weighting,
+        implied,
     )
 
 
@@ -320,6 +329,9 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
                 prepared.processes,
                 resuming=True,
             )
+        if prepared.implied is not None:
+            prepared.implied.add(together, prepared.batching, prepared.processes)
+            prepared.implied.release()
     return Evaluated(episodes, prepared_ones), rows
 
 
