@@ -168,6 +168,6 @@ def test_a_run_that_implies_no_values_of_this_model_is_refused(files):
     refused(
         "has another tokenizer than the policy: token 3 is '9'",
         f"beta: 0.1\n{own}",
-        tok=character_tokenizer("9876543210+-*=#\n"),
+        tok=digits,
     )
     refused("was trained against another reference .*other", f"beta: 0.1\nmodel_name_or_path: {files / 'other'}\n")
