@@ -251,9 +251,14 @@ class Options:
     sources: dict[str, str]
 
     @property
+    def frozen_values(self) -> bool:
+        """Whether values are read that nothing fits: of a frozen value model, or implied by the policy of another run."""
+        return self.train.freeze_value_model or self.objective.implied_from is not None
+
+    @property
     def trains_values(self) -> bool:
         """Whether a value model is trained."""
-        return self.objective.needs_values and not self.train.freeze_value_model
+        return self.objective.needs_values and not self.frozen_values
 
     def flat(self) -> dict[str, Any]:
         return dataclasses.asdict(self.train) | dataclasses.asdict(self.objective)

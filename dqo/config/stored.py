@@ -58,7 +58,7 @@ def stored_options_of(path: str) -> dict[str, Any]:
         except TypeError as error:
             raise UserError(f"{where}: {name} {error}; {_CURE}") from error
     found = {name: value for part in parts for name, value in values[part].items()}
-    if found.get("value_model") not in (None, *VALUE_KINDS):
+    if found.get("value_model") not in (None, *VALUE_KINDS):  # of other files
         values[its_class]["value_model"] = its_class().value_kind
     made = [part(**values[part]) for part in parts]
     wrong = [problem for config in made for problem in value_problems(config)]

@@ -71,6 +71,11 @@ class Episode:
         """(T,) 1 on the last action of each turn that came to its end, else 0."""
         return _flags(self.turn_ends, self.action_count).astype(np.float32)
 
+    def discounts(self, gamma: float, discount: str) -> np.ndarray:
+        """(T,) the factor behind each action. `discount`: "tokens", it acts at each; "turns", at the last of each turn alone."""
+        acts = self.turn_end > 0 if discount == "turns" else np.ones(self.action_count, bool)
+        return np.where(acts, gamma, 1.0)
+
     @property
     def action_ids(self) -> list[int]:
         """(T,) token ids of the actions."""

@@ -23,8 +23,8 @@ from dqo.models.policy import load_config, load_tokenizer, weights_hash
 from dqo.models.value_form import form_of
 from dqo.models.value_source import find_value_model
 from dqo.scoring.by import models_of
-from dqo.train.saved import find_saved
-from dqo.train.token_scores import batches_of, beta_of, load_reference, other_token, reference_of, run_options
+from dqo.train.saved import find_saved, run_options
+from dqo.train.token_scores import batches_of, beta_of, load_reference, other_token, reference_of
 
 
 @dataclass(frozen=True)

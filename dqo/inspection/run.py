@@ -18,9 +18,10 @@ from dqo.files import write_whole, writing
 from dqo.inspection.page import rendered
 from dqo.inspection.responses import Inspection, Response, chosen, siblings
 from dqo.inspection.views import VIEWS, scale_of
-from dqo.objectives.registry import objective_class
+from dqo.train.implied_run import fits_rewards
 from dqo.train.run_rows import discounts_of, episodes_of
-from dqo.train.token_scores import RunModels, load_run, run_options, token_scores
+from dqo.train.saved import run_options
+from dqo.train.token_scores import RunModels, load_run, token_scores
 
 _SCORES = ("logprobs", "ref_logprobs", "lse", "ref_lse", "kl")
 
@@ -131,7 +132,7 @@ def _notes(models: RunModels, responses: list[Response], method: str) -> list[st
     if models.options.get("beta") is None:
         who = f"Method {method} has no beta" if models.options else f"{models.directory} does not tell the run's beta"
         notes.append(f"{who}: the advantage is log(pi/ref), with a factor of 1.")
-    elif not _fits_rewards(method):
+    elif not fits_rewards(method):
         notes.append(
             f"Method {method} fits comparisons or labels, not rewards: its implied values and what remains of them are on no "
             "scale of rewards."
@@ -145,10 +146,3 @@ def _notes(models: RunModels, responses: list[Response], method: str) -> list[st
     if any(r.step_ends and not r.labelled for r in responses):
         notes.append("Where steps have no labels (step_rewards), which one is wrong is not known.")
     return notes
-
-
-def _fits_rewards(method: str) -> bool:
-    try:
-        return objective_class(method).fits_rewards
-    except UserError:  # of a package that is not here
-        return True

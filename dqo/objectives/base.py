@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 UNITS = ("token", "response", "group")
 VALUE_KINDS = ("separate", "head", "implicit", "q_model", "none")
+IMPLIED = "implied:"  # of value_model, before the directory of a run
 IMPLICIT_BETA = 0.5  # the default of implicit_beta
 MODELS = ("policy", "critic")
 
@@ -154,9 +155,14 @@ class Objective:
 
     @property
     def value_kind(self) -> str:
-        """Which value model is made, one of VALUE_KINDS, or the directory that it begins from; the option value_model where there
-        is one."""
+        """Which value model is made, one of VALUE_KINDS, the directory that it begins from, or implied:RUN; of the option
+        value_model, if any."""
         return getattr(self, "value_model", "none")
+
+    @property
+    def implied_from(self) -> str | None:
+        """The run whose policy implies the values, of implied:RUN; they are read, and no model is fitted."""
+        return self.value_kind[len(IMPLIED) :] if self.value_kind.startswith(IMPLIED) else None
 
     @property
     def values_loss(self) -> str:

@@ -86,20 +86,22 @@ class DQO(ValueOptions, _Options):
             found.append(
                 ("value_loss", f"must be squared with target residual, which fits V itself, got {self.value_loss}")
             )
-        if self.value_kind == "implicit":
-            if self.gamma != 1.0:
-                found.append(
-                    ("gamma", f"must be 1 with value_model implicit, which is fitted to outcomes, got {self.gamma}")
-                )
-            if self.target == "residual":
-                found.append(("target", "must be detach with value_model implicit, whose values have no gradient"))
+        if self.value_kind == "implicit" and self.gamma != 1.0:
+            what = f"must be 1 with value_model implicit, which is fitted to outcomes, got {self.gamma}"
+            found.append(("gamma", what))
+        if self.target == "residual" and (self.value_kind == "implicit" or self.implied_from):
+            kind = "implicit" if self.value_kind == "implicit" else "implied"
+            found.append(("target", f"must be detach with value_model {kind}, whose values have no gradient"))
         if self.target_ema is not None:
             if not 0 <= self.target_ema < 1:
                 found.append(("target_ema", f"must be in [0, 1) or None, got {self.target_ema}"))
             if self.target == "residual":
                 found.append(("target_ema", "must be None with target residual, which trains both ends"))
-            if not self.needs_values:
-                found.append(("target_ema", "must be None with value_model none: there is no value model to average"))
+            if not self.needs_values or self.implied_from:
+                kind = "implied" if self.implied_from else "none"
+                found.append(
+                    ("target_ema", f"must be None with value_model {kind}: there is no value model to average")
+                )
         return found
 
     def __call__(self, stats, rows, cu_seqlens):

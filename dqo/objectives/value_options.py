@@ -23,8 +23,9 @@ class ValueOptions(Objective):
     value_model: str = "separate"
     """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
     hidden states. "implicit" trains a copy of the policy whose log-ratio to the reference is the logit of success. "none", where
-    a method can do without one, takes soft values from the logsumexp. The directory of a run, of its critic/ or of a model with
-    one label begins from the value model there."""
+    a method can do without one, takes soft values from the logsumexp. implied:RUN takes the values that the policy of a finished
+    run implies, and trains nothing. The directory of a run, of its critic/ or of a model with one label begins from the value
+    model there."""
     implicit_beta: float = IMPLICIT_BETA
     """The log-ratio of an implicit value model is multiplied by this."""
 
@@ -35,4 +36,4 @@ class ValueOptions(Objective):
         found = super().problems() + self.below(0, "value_coef")
         if not self.implicit_beta > 0:
             found.append(("implicit_beta", f"must be positive, got {self.implicit_beta}"))
-        return found + self.no_value_model(*self.value_kinds)
+        return found + ([] if self.implied_from else self.no_value_model(*self.value_kinds, "implied:RUN"))

@@ -58,10 +58,11 @@ class Pace:
 
     Args:
         lengths: tokens of the responses, in the order in which they are computed.
+        what: whose pass it is.
     """
 
-    def __init__(self, processes: Processes, lengths: list[int]):
-        self.processes, self.ends = processes, np.cumsum([0, *lengths])
+    def __init__(self, processes: Processes, lengths: list[int], what: str = "reference"):
+        self.processes, self.ends, self.what = processes, np.cumsum([0, *lengths]), what
         self.begun, self.said = time.monotonic(), False
 
     def note(self, done: int) -> None:
@@ -72,7 +73,7 @@ class Pace:
         self.said = True
         rate = self.ends[done] / seconds
         left = (self.ends[-1] - self.ends[done]) / rate
-        self.processes.say(f"reference pass: {rate:,.0f} tokens/s, about {_in_minutes(left)} left")
+        self.processes.say(f"{self.what} pass: {rate:,.0f} tokens/s, about {_in_minutes(left)} left")
 
 
 def _in_minutes(seconds: float) -> str:
@@ -81,7 +82,9 @@ def _in_minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def _compute(members: list[Episode], keys: list[bytes], stats_of: StatsOf, batching: Batching) -> dict[bytes, Entry]:
+def _compute(
+    members: list[Episode], keys: list[bytes], stats_of: StatsOf, batching: Batching, what: str
+) -> dict[bytes, Entry]:
     stats = stats_of(batching.collate(members))
     logprobs, lse = stats.logprobs.float().cpu().numpy(), stats.lse.float().cpu().numpy()
     entries, begin = {}, 0
@@ -91,7 +94,7 @@ def _compute(members: list[Episode], keys: list[bytes], stats_of: StatsOf, batch
         wrong = np.flatnonzero(~np.isfinite(entries[key].logprobs + entries[key].lse))
         if len(wrong):
             raise UserError(
-                f"{e.source}: the reference policy gives token {wrong[0] + 1} of the response the log-probability "
+                f"{e.source}: the {what} gives token {wrong[0] + 1} of the response the log-probability "
                 f"{logprobs[begin + wrong[0]]}; a ratio to it means nothing. Drop the row, or check model and dtype"
             )
         begin = end
@@ -105,6 +108,7 @@ def add_reference(
     batching: Batching,
     processes: Processes,
     cache: ReferenceCache | None = None,
+    what: str = "reference",
 ) -> int:
     """Fills `ref_logprobs` and `ref_lse`, float32 (T,), of every episode and of its companion; returns how many it computed.
 
@@ -112,6 +116,7 @@ def add_reference(
         episodes: equal responses are computed once. stats_of: the reference's forward pass, on batches of `batching`.
         processes: each computes its share and reads the others' after a barrier; several need a cache.
         cache: what is there is not computed, and what is computed goes there a segment at a time; None keeps nothing.
+        what: whose forward pass it is, for messages.
 
     Raises:
         UserError: for a response to which the reference gives no finite log-probability, or a cache that ranks do not share.
@@ -128,7 +133,7 @@ def add_reference(
     missing = [key for key in ordered[processes.rank :: processes.world] if key not in entries]
     known = f" ({len(entries):,} of {len(members):,} cached)" if entries else ""
     hidden = not processes.main or not missing
-    bar = tqdm(total=len(missing), desc=f"reference{known}", unit="response", disable=hidden, leave=False)
+    bar = tqdm(total=len(missing), desc=f"{what}{known}", unit="response", disable=hidden, leave=False)
     pending: dict[bytes, Entry] = {}
 
     def flush() -> None:
@@ -138,20 +143,20 @@ def add_reference(
         pending.clear()
 
     done, tokens, flushed, batch = 0, 0, time.monotonic(), []
-    pace = Pace(processes, [members[key].length for key in missing])
+    pace = Pace(processes, [members[key].length for key in missing], what)
     if cache is not None:
         cache.check_room([lengths[key] for key in members if key not in entries])
     if processes.main and missing:
         todo = sum(members[key].length for key in missing)
         of = f" for each of {processes.world} processes" if processes.world > 1 else ""
         needs = "" if cache is None else f", {in_units(cache.size([lengths[key] for key in missing]))} of cache"
-        processes.say(f"reference pass: {len(missing):,} responses, {todo:,} tokens{needs}{of}")
+        processes.say(f"{what} pass: {len(missing):,} responses, {todo:,} tokens{needs}{of}")
 
     def rest_of_the_pass(max_tokens: int) -> None:
         nonlocal done, tokens, flushed, batch
         for batch in _batches([members[key] for key in missing[done:]], max_tokens):
             keys = missing[done : done + len(batch)]
-            pending.update(_compute(batch, keys, stats_of, batching))
+            pending.update(_compute(batch, keys, stats_of, batching, what))
             done, tokens = done + len(batch), tokens + sum(lengths[key] for key in keys)
             bar.update(len(batch))
             pace.note(done)
@@ -164,7 +169,7 @@ def add_reference(
 
     with signals.raising():
         try:
-            in_memory(rest_of_the_pass, batching.max_tokens, smaller, "reference pass", batching.device)
+            in_memory(rest_of_the_pass, batching.max_tokens, smaller, f"{what} pass", batching.device)
         finally:  # an interrupted pass keeps the batches that it finished
             flush()
             bar.close()

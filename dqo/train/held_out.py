@@ -79,7 +79,7 @@ def held_out_metrics(
     result = {f"eval_{name}": value for name, value in found.items()}
     of_all = dict(gather_objects(list(said.items()), engine.processes))
     tokens = [of_all[i] for i in range(len(once))]
-    if engine.learner.value_model is not None:
+    if "values" in tokens[0]:
         at_end, at_half = value_auc([said["values"] for said in tokens], once)
         if at_end is not None and at_half is not None:
             result |= {"eval_value/auc_end": at_end, "eval_value/auc_half": at_half}
@@ -140,6 +140,8 @@ def tokens_of(learner: Learner, batch: Batch) -> list[Tokens]:
     rows = {"logprobs": stats.logprobs, "entropy": stats.entropy}
     if learner.value_model is not None:
         rows["values"] = values_of(learner, batch)
+    elif "values" in batch.columns:  # implied by the policy of another run
+        rows["values"] = batch.columns["values"]
     return of_responses(batch, rows)
 
 
@@ -155,7 +157,7 @@ def predictions(engine: Engine, episodes: list[Episode]) -> tuple[dict[str, np.n
     found = {}
     if episodes:
         found["logps"] = np.array([said["logprobs"].sum() for said in tokens], np.float32)
-    if engine.learner.value_model is not None and episodes:
+    if tokens and "values" in tokens[0]:
         found["value_start"] = np.array([said["values"][0] for said in tokens], np.float32)
         found["value_end"] = np.array([said["values"][-1] for said in tokens], np.float32)
     references = [e.ref_logprobs for e in episodes if e.ref_logprobs is not None]

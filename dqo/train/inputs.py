@@ -24,6 +24,7 @@ from dqo.objectives.base import VALUE_KINDS
 from dqo.objectives.registry import OBJECTIVES
 from dqo.requirements import check_packages
 from dqo.train.damage import STATE_FILE
+from dqo.train.implied_run import implied_run
 from dqo.train.phases import check_phases
 from dqo.train.schedules import check_schedules
 
@@ -78,7 +79,7 @@ def check_options(options: Options, given: Given | None = None) -> None:
     _check_value_model(options)
     check_value_options(options)
     check_schedules(options)
-    check_phases(options.objective, config.value_warmup_steps, config.freeze_value_model)
+    check_phases(options.objective, config.value_warmup_steps, options.frozen_values)
     check_objects(given.model, given.ref_model, given.tokenizer, adapters)
     if given.peft_config is not None:
         check_lora_config(given.peft_config)
@@ -124,7 +125,7 @@ def check_value_options(options: Options) -> None:
 def _check_value_model(options: Options) -> None:
     config, objective = options.train, options.objective
     kind, fitted = objective.value_kind, None
-    if kind not in VALUE_KINDS:
+    if implied_run(objective) is None and kind not in VALUE_KINDS:
         if not Path(kind).is_dir():
             kinds = ", ".join(VALUE_KINDS)
             raise UserError(
@@ -140,6 +141,10 @@ def _check_value_model(options: Options) -> None:
         raise UserError(
             f"method {config.method} has no value of the last state of a response that was cut: no reference is read there; use "
             "--truncation terminal or drop"
+        )
+    if objective.implied_from and not objective.needs_reference:
+        raise UserError(
+            f"method {config.method} has no reference policy, which the values of value_model {kind} are implied by"
         )
     if "implicit" in (kind, fitted and fitted.form):
         if not objective.needs_reference:

@@ -83,7 +83,7 @@ class Trainer:
             self.config.value_warmup_steps,
             self.steps,
             then.get("phases"),
-            frozen=self.config.freeze_value_model,
+            frozen=options.frozen_values,
         )
         self.stages = Stages(options, prepared, self.stretches, self.steps, self.counters["step"])
         self.models = {"policy": self.learner.policy} | ({} if critic is None else {"critic": critic})

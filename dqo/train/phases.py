@@ -67,7 +67,7 @@ def check_phases(objective: Objective, value_warmup: float, frozen: bool = False
             raise UserError(f"{name} has {steps!r} steps; expected a whole number of at least 0, or a share below 1")
     if frozen and not _without_critic(phases[-1:]):
         raise UserError(
-            f"phase {names[-1]!r} of {type(objective).__name__} trains the value model alone, and freeze_value_model is on"
+            f"phase {names[-1]!r} of {type(objective).__name__} trains the value model alone, which is frozen"
         )
 
 

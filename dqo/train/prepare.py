@@ -45,6 +45,7 @@ from dqo.processes import Processes, gather_objects
 from dqo.train.checkpoint import claim_output, save_base
 from dqo.train.fitted_values import configuration_of, fitted_value_model
 from dqo.train.frozen_models import add_columns, frozen_models
+from dqo.train.implied_values import ImpliedValues, implied_values_of
 from dqo.train.inputs import Given, read
 from dqo.train.learner import Learner
 from dqo.train.masters import add_masters
@@ -118,6 +119,7 @@ class Prepared:
     save_dtype: torch.dtype | None  # of the final models; None: as they are trained
     weighting: Weighting
     refreshed: Path | None = None  # the reference that a phase has put into the place of the first one
+    implied: ImpliedValues | None = None  # where the policy of another run implies the values
 
     @property
     def objective(self) -> Objective:
@@ -218,6 +220,9 @@ def prepare(
     fitted = fitted_value_model(options, policy, reference or policy, tokenizer, some_ids)
     if fitted is not None:
         identity |= {"fitted value model": weights_hash(fitted), FITTED: configuration_of(fitted)}
+    implied = implied_values_of(options, reference or policy, tokenizer, distinct(groups), some_ids)
+    if implied is not None:
+        identity["implied values"] = implied.identity
     begin = value_start(options, distinct(groups), policy if reference is None else reference)
     if begin.told:
         processes.say(begin.told)
@@ -241,6 +246,9 @@ def prepare(
         together = distinct(groups + held_out)
         reference_columns(config, together, policy, reference, batching, identity, processes, resumed is not None)
         check_behavior(objective, together, train_rows + held_rows, sampler)
+        if implied is not None:
+            implied.add(together, batching, processes)
+            implied.release()
         if reference is None:
             weighting = at_start(weighting, options.objective.weight_level, distinct(groups))
     add_columns(frozen, options, distinct(groups + held_out), batching, processes)
@@ -258,6 +266,7 @@ def prepare(
         reference,
         save_dtype,
         weighting,
+        implied=implied,
     )
 
 
@@ -344,6 +353,9 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
         together = distinct(prepared_ones)
         frozen = frozen_models(options, prepared.tokenizer, size, together, device)
         add_columns(frozen, options, together, prepared.batching, prepared.processes)
+        if prepared.implied is not None:
+            prepared.implied.add(together, prepared.batching, prepared.processes)
+            prepared.implied.release()
     return Evaluated(episodes, prepared_ones), rows
 
 

@@ -21,8 +21,6 @@ from dqo.models.critic import add_own_adapter, backbone, keep_outputs, make_valu
 from dqo.models.implicit_value import implicit_value_from
 from dqo.models.lora import adapter_off, add_adapter, lora_config, with_fields
 from dqo.models.policy import (
-    architecture_hash,
-    final_softcap,
     load_config,
     load_policy,
     policy_stats,
@@ -32,7 +30,7 @@ from dqo.models.policy import (
 from dqo.models.q_model import q_model_from
 from dqo.objectives.base import IMPLICIT_BETA, Objective
 from dqo.processes import Processes
-from dqo.reference.cache import ReferenceCache, ReferenceId
+from dqo.reference.cache import ReferenceCache, reference_id
 from dqo.reference.columns import add_reference, check_agreement
 from dqo.train.inputs import Given
 from dqo.train.learner import Learner
@@ -87,8 +85,7 @@ def reference_columns(
 ) -> None:
     """ref_logprobs and ref_lse of every episode, from the cache where it has them; checked where they can be."""
     model = policy if explicit is None else explicit
-    dtype = "bfloat16" if config.bf16 or model.dtype == torch.bfloat16 else "float32"
-    numbers = ReferenceId(identity["reference"], architecture_hash(model), dtype, final_softcap(model))
+    numbers = reference_id(model, identity["reference"], config.bf16)
     name = config.ref_model_name_or_path or config.model_name_or_path or type(model).__name__
     cache = ReferenceCache(config.ref_cache_dir or Path(config.output_dir) / "ref_cache", numbers, name)
 
@@ -99,7 +96,7 @@ def reference_columns(
     batching = replace(batching, packed=attention.packs(model))
     add_reference(episodes, stats_of, batching, processes, cache)
     if explicit is None and not resuming:
-        check_agreement(episodes, stats_of, batching, dtype, cache)
+        check_agreement(episodes, stats_of, batching, numbers.dtype, cache)
 
 
 def bf16_problem(device: torch.device) -> str | None:
@@ -137,7 +134,7 @@ def make_learner(
         peft_config = with_fields(peft_config, adapter_fields(config))
     torch.manual_seed(config.seed)  # of new heads and adapters, in every process and when a run goes on
     value_model = reference = target = None
-    if objective.needs_values:
+    if objective.needs_values and not objective.implied_from:
         if fitted is None:
             value_model = _new_value_model(objective, policy, peft_config, explicit or policy, begin, episodes)
         else:

@@ -52,6 +52,4 @@ def episodes_of(models: RunModels, rows: list[Row], marks: Marks | None = None) 
 
 def discounts_of(models: RunModels, episode: Episode) -> np.ndarray:
     """(T,) the run's discount behind each token: everywhere, or behind the last of each turn alone."""
-    gamma = float(models.options.get("gamma", 1.0))
-    everywhere = models.options.get("discount", "tokens") == "tokens"
-    return np.where(everywhere | (episode.turn_end > 0), gamma, 1.0)
+    return episode.discounts(float(models.options.get("gamma", 1.0)), str(models.options.get("discount", "tokens")))

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dqo.config.stored import stored_options_of
 from dqo.data.batches import Batch, Batching, micro_batch_plan
 from dqo.data.episodes import Episode
 from dqo.errors import UserError
@@ -35,7 +34,7 @@ from dqo.models.policy import (
 )
 from dqo.models.value_form import form_of
 from dqo.sampling.backends import dtype_of
-from dqo.train.saved import Saved, find_saved
+from dqo.train.saved import Saved, find_saved, run_options
 from dqo.train.saved_critic import saved_critic
 from dqo_kernels import linear_token_stats
 
@@ -97,18 +96,6 @@ def load_run(
     if name is not None and its_reference is not None and reference is None:
         _check_unchanged(its_reference, name, saved, options, base is not None)
     return RunModels(policy, its_reference, value_model, beta_of(options), tokenizer, path, options)
-
-
-def run_options(directory: Path) -> dict[str, Any]:
-    """The options of the run whose output_dir this is, or of which it is a checkpoint; {} where no config.yaml tells them.
-
-    Raises:
-        UserError: for a config.yaml that cannot be read, or has what training would refuse.
-    """
-    for folder in (directory, directory.parent):
-        if (folder / "config.yaml").is_file():
-            return stored_options_of(str(folder / "config.yaml"))
-    return {}
 
 
 def beta_of(options: dict[str, Any]) -> float:
