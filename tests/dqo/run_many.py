@@ -22,3 +22,7 @@ def main() -> None:
             (run.output_dir / "found.json").write_text(json.dumps(found))
     trainer.processes.leave()
     trainer.processes.end()
+
+
+if __name__ == "__main__":
+    main()

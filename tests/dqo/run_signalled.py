@@ -19,3 +19,7 @@ def main() -> None:
 
     loop.accumulate = counted
     train.main()
+
+
+if __name__ == "__main__":
+    main()
