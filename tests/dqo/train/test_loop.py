@@ -5,11 +5,7 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +19,8 @@ from dqo.train import optim
 from dqo.train.checkpoint import checkpoints
 from dqo.train.engine import Planned
 from dqo.train.run import train
+from tests.dqo import forked
 from tests.dqo.helpers import arguments, policy, rollout_rows, tokenizer
-
-ROOT = Path(__file__).parents[3]
 
 
 def run(files, **changes):
@@ -147,12 +142,12 @@ def metrics_without_speed(directory):
 @pytest.mark.slow
 def test_a_killed_process_goes_on_bit_for_bit(files):
     whole = run(files, output_dir=files / "whole", save_steps=1, max_steps=30)
-    command = [sys.executable, "-m", "dqo", "train", *arguments(files, save_steps=1, max_steps=30)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(checkpoints(files / "out")) < 2:
+    words = ["train", *arguments(files, save_steps=1, max_steps=30)]
+    process = forked.start(forked.run_in_place, forked.DQO, words, [files / "log", files / "log"], files, {}, [])
+    while process.is_alive() and len(checkpoints(files / "out")) < 2:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (files / "out" / "report.html").exists()
     resumed = run(files, save_steps=1, max_steps=30)
     before, after = weights(whole.output_dir), weights(resumed.output_dir)

@@ -1,6 +1,7 @@
 """Two processes (gloo) train what one process trains: DDP, and FSDP2's shards."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,30 +13,23 @@ from safetensors.torch import load_file
 from dqo.config.options import load_options
 from dqo.train.parallel import like, whole
 from dqo.train.run import train
+from tests.dqo import forked
 from tests.dqo.helpers import arguments
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
 
-# what each run changes; the number of responses in a step stays 8
+# What each run changes; the number of responses in a step stays 8. What wraps or shards other modules is trained in both ways;
+# objectives that differ in their sums over the rows of all processes alone, in one of them.
 RUNS = {
     "dqo": {"value_warmup_steps": 4, "max_steps": 8},
-    "head": {"value_model": "head"},
-    "soft": {"value_model": "none"},
-    "dpo": {"method": "dpo"},
-    "curry": {"method": "curry_dpo", "stages": 2},  # whose reference is refreshed
-    "rank": {"method": "rank_dpo"},
-    "xpo": {"method": "xpo", "alpha": 0.01, "reference_rows": "all"},
-    "qrpo": {"method": "qrpo"},
-    "tbrm": {"method": "tbrm"},
-    "sft": {"method": "sft"},
-    "kto": {"method": "kto"},  # with the mean over the companions of the whole step
-    "oreo": {"method": "oreo"},  # with the reference's logits
-    "dapo": {"method": "dapo", "process_reward": "potential", "max_steps": 6},
-    "etpo": {"method": "etpo", "target_ema": 0.5},  # with a second language model and its average
-    "ppo": {"method": "ppo", "behavior": "reference"},  # with means over the responses of the whole step
+    "head": {  # packed, and layers recomputed
+        "value_model": "head",
+        "padding_free": "True",
+        "max_batch_tokens": 60,
+        "gradient_checkpointing": True,
+    },
     "form": {
         "value_loss": "hl_gauss",
         "value_input": "ref_logprob",
@@ -43,19 +37,34 @@ RUNS = {
         "value_warmup_steps": 2,
         "max_steps": 6,
     },
-    "average": {"target_ema": 0.8, "lam": 0.5},
-    "packed": {"padding_free": "True", "max_batch_tokens": 60},
+    "average": {"target_ema": 0.8, "lam": 0.5, "gradient_checkpointing": True},
     "adapter": {"use_peft": True, "lora_r": 2, "kl_coef": 0.1},
-    "checkpointing": {"gradient_checkpointing": True},
     # the greatest loss is an early one: weights of an earlier step are put back into the wrapped models
     "best": {
+        "max_steps": 6,
         "eval_steps": 2,
         "load_best_model_at_end": True,
         "metric_for_best_model": "loss",
         "greater_is_better": "True",
     },
-    "one group a step": {"per_device_train_batch_size": 1, "max_steps": 4},  # one process has nothing of it
+    "one group a step": {"per_device_train_batch_size": 1},  # one process has nothing of it
 }
+BY_ROWS = {
+    "soft": ("fsdp", {"value_model": "none"}),
+    "dpo": ("ddp", {"method": "dpo"}),
+    "sft": ("fsdp", {"method": "sft"}),
+    "kto": ("ddp", {"method": "kto"}),  # with the mean over the companions of the whole step
+    "oreo": ("fsdp", {"method": "oreo"}),  # with the reference's logits
+    "curry": ("fsdp", {"method": "curry_dpo", "stages": 2, "max_steps": 6}),  # whose reference is refreshed
+    "rank": ("ddp", {"method": "rank_dpo"}),
+    "xpo": ("ddp", {"method": "xpo", "alpha": 0.01, "reference_rows": "all"}),
+    "qrpo": ("ddp", {"method": "qrpo"}),
+    "tbrm": ("fsdp", {"method": "tbrm"}),
+    "dapo": ("ddp", {"method": "dapo", "process_reward": "potential", "max_steps": 6}),
+    "etpo": ("fsdp", {"method": "etpo", "target_ema": 0.5}),  # with a second language model and its average
+    "ppo": ("ddp", {"method": "ppo", "behavior": "reference"}),  # with means over the responses of the whole step
+}
+PAIRS = [(name, kind) for name in RUNS for kind in ("ddp", "fsdp")] + [(n, kind) for n, (kind, _) in BY_ROWS.items()]
 
 
 def flags(files, output, **changes):
@@ -63,11 +72,10 @@ def flags(files, output, **changes):
     return [*arguments(files, output_dir=output, **plain), *(f"--{name}" for name, v in changes.items() if v is True)]
 
 
-def launch(*command):
-    environment = {"OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*LAUNCH, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def many(files):
+    """The runs of runs.json, in two processes."""
+    for done in forked.launch(files / "runs.json", entry="tests.dqo.run_many:main"):
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -82,20 +90,20 @@ def runs(tmp_path_factory):
     for file, its_rows in (("rollouts", rows), ("measured", measured(rows))):
         (files / f"{file}.jsonl").write_text("\n".join(map(json.dumps, its_rows)))
     found, lists = {}, []
-    for name, changes in RUNS.items():
-        changes = {"logging_steps": 2, "max_steps": 6} | changes
+    for name, changes in (RUNS | {name: changes for name, (_, changes) in BY_ROWS.items()}).items():
+        changes = {"logging_steps": 2, "max_steps": 4} | changes
         if "process_reward" in changes:
             changes["dataset_name"] = files / "measured.jsonl"
         alone = {"per_device_train_batch_size": 8} | changes
         if name == "one group a step":  # over two processes 1 each is a step of 2: here one group of it would do
             alone["per_device_train_batch_size"] = 2
         found[name, "one"] = train(load_options(flags(files, files / f"{name}-one", **alone))).output_dir
-        for kind in ("ddp", "fsdp"):
+        for kind in [kind for other, kind in PAIRS if other == name]:
             found[name, kind] = files / f"{name}-{kind}"
             both = {"per_device_train_batch_size": 4} | changes | ({"fsdp": True} if kind == "fsdp" else {})
             lists.append(flags(files, found[name, kind], **both))
     (files / "runs.json").write_text(json.dumps(lists))
-    launch("--multi_gpu", "-m", "tests.dqo.run_many", str(files / "runs.json"))
+    many(files)
     return found
 
 
@@ -105,8 +113,7 @@ def logged(directory):
     return [{name: value for name, value in row.items() if not name.startswith(skipped)} for row in rows]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name, kind", PAIRS)
 def test_two_processes_log_and_learn_what_one_does(runs, name, kind):
     expected, found = logged(runs[name, "one"]), logged(runs[name, kind])
     assert len(expected) == len(found)
@@ -130,17 +137,20 @@ def test_a_run_of_two_processes_is_continued_by_one_and_the_other_way_round(file
     whole_run = train(load_options(flags(files, files / "whole", per_device_train_batch_size=8, **steps)))
     first = flags(files, files / "mixed", per_device_train_batch_size=4, **steps, fsdp=True)
     (files / "runs.json").write_text(json.dumps([first]))
-    launch("--multi_gpu", "-m", "tests.dqo.run_many", str(files / "runs.json"))
-    import shutil
-
+    many(files)
     shutil.rmtree(files / "mixed" / "checkpoint-8")
     resumed = train(load_options(flags(files, files / "mixed", per_device_train_batch_size=8, **steps)))
     assert resumed.held_out == pytest.approx(whole_run.held_out, rel=1e-3, abs=1e-5)
 
 
 def test_the_command_that_the_documentation_names_shards_and_reports(files):
-    output = launch("--use_fsdp", "--fsdp_version", "2", "-m", "dqo.train", *flags(files, files / "out", max_steps=2))
-    assert output.count("report:") == 1  # one process speaks
+    """As a user starts it; the processes of the other tests are forks."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    command += ["--use_fsdp", "--fsdp_version", "2", "-m", "dqo.train", *flags(files, files / "out", max_steps=2)]
+    environment = {"OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("report:") == 1  # one process speaks
     assert (files / "out" / "report.html").exists()
 
 
