@@ -29,6 +29,13 @@ def launched(config):
     )
 
 
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 @pytest.mark.slow
 def test_two_processes_go_on_where_one_was_and_one_where_two_were_killed(model, tmp_path):
     path, many = tmp_path / "rollouts.jsonl", {"num_generations": 60, "batch_size": 10}
@@ -52,10 +59,18 @@ def test_two_processes_go_on_where_one_was_and_one_where_two_were_killed(model, 
     process = launched(options(model, tmp_path, **many))
     while process.poll() is None and path.read_bytes().count(b"\n") < 30:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    one, other = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    os.kill(other, signal.SIGSTOP)
+    for pid in (process.pid, one):
+        os.kill(pid, signal.SIGKILL)
     process.wait()
+    with pytest.raises(UserError, match="another process is writing to it"):  # a part of the launch lives on
+        sample_rows(options(model, tmp_path, **many), quiet=True)
+    os.kill(other, signal.SIGKILL)
+    while alive(other):
+        time.sleep(0.01)
     found = sample_rows(options(model, tmp_path, **many), quiet=True)
-    assert found.rows == 360
+    assert found.rows == 360 and 0 < found.new < 360
     same_rows(path, unbroken)
 
 
