@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from dqo.data.batches import Batch
 from dqo.errors import UserError
+from dqo.models.on_disk import home
 from dqo.models.policy import head_stats, hidden_positions, load_policy
 from dqo.models.value_form import ValueForm
 from dqo.models.value_source import IMPLICIT_FILE
@@ -61,7 +62,7 @@ class ImplicitValue(nn.Module):
         width = model.get_output_embeddings().weight.shape[1]
         self.model, self.scale = model, scale
         self.value_form = ValueForm(input="ref_logprob", reference=scale.reference)
-        self.start = nn.Linear(width, 1).to(model.device)
+        self.start = nn.Linear(width, 1).to(home(model))
         nn.init.zeros_(self.start.weight)
         nn.init.zeros_(self.start.bias)
 

@@ -10,10 +10,12 @@ data and knows every step's counts without communication.
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from dqo.config.launcher import blocks_to_shard
 from dqo.errors import UserError
@@ -50,11 +52,24 @@ def wrap(
             f"FSDP_TRANSFORMER_CLS_TO_WRAP={', '.join(sorted(missing))}: the model has no such module; its own blocks are "
             f"{', '.join(sorted(own)) or 'unknown'}"
         )
-    for part in module.modules():
+    options: Any = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
+    for part in list(module.modules()):
+        if isinstance(part, PreTrainedModel) and (table := _apart_from_head(part)) is not None:
+            fully_shard(table, **options)
         if type(part).__name__ in blocks:
-            fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=True)
+            fully_shard(part, **options)
+    fully_shard(module, **options, reshard_after_forward=True)
     return module
+
+
+def _apart_from_head(model: PreTrainedModel) -> nn.Module | None:
+    """The table of embeddings, where it is not the head too, which is read outside of its module: it is gathered alone."""
+    head = model.get_output_embeddings()
+    if model.base_model is model or not (head is None or isinstance(head, nn.Linear)):
+        return None
+    table = model.get_input_embeddings()
+    shared = head is not None and head.weight is table.weight
+    return None if shared or not isinstance(table, nn.Embedding) else table
 
 
 def without_sync(module: nn.Module, last: bool):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dqo.config.lora import described
@@ -55,7 +56,9 @@ from dqo.train.run_models import (
     reference_columns,
     reference_config,
     save_dtype_of,
+    shards_from_files,
 )
+from dqo.train.sharded import shard, shard_reference, try_model
 from dqo.train.weighting import Weighting, at_start, check_behavior, chosen, reference_name
 
 logger = logging.getLogger(__name__)
@@ -112,6 +115,8 @@ class Prepared:
     reference: PreTrainedModel | None  # where it is not the initial policy
     save_dtype: torch.dtype | None  # of the final models; None: as they are trained
     weighting: Weighting
+    module: nn.Module | None = None  # what wraps `learner` over the processes, where that was done to load it
+    of_reference: nn.Module | None = None  # the same of the reference
 
     @property
     def objective(self) -> Objective:
@@ -164,16 +169,17 @@ def prepare(
     held_out = _held_out(objective, tokenized(held_rows)) if held_rows else []
     policy = given.model
     if policy is None:
-        policy = load_initial(config, processes.device)
+        policy = load_initial(config, processes)
     else:
         ready(policy, processes.device)
     save_dtype = save_dtype_of(options, given)
     adapters = config.use_peft or given.peft_config is not None
-    if not adapters:
+    sharded = shards_from_files(config, processes) and not adapters and given.model is None and given.ref_model is None
+    if not adapters and not sharded:
         policy.to(getattr(torch, config.dtype))
-    reference = explicit_reference(config, given, processes.device)
+    reference = explicit_reference(config, given, processes)
     some_ids = (groups[0][0].prompt_ids + groups[0][0].completion_ids)[-64:]
-    for model in filter(None, (policy, reference)):
+    for model in filter(None, () if sharded else (policy, reference)):
         check_model(model, some_ids, tokenizer.pad_token_id)
     check_router(policy, config.router_aux_loss_coef)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes.world
@@ -196,7 +202,7 @@ def prepare(
         identity[_TEMPLATE_TIME] = template_time.isoformat()
     identity["reference"] = identity["model"] if reference is None else weights_hash(reference)
 
-    for model in filter(None, (policy, reference)):
+    for model in filter(None, () if sharded else (policy, reference)):
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
             attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
     fitted = fitted_value_model(options, policy, reference or policy, tokenizer, some_ids)
@@ -206,7 +212,15 @@ def prepare(
     if begin.told:
         processes.say(begin.told)
     learner = make_learner(options, given, policy, reference, begin, distinct(groups), fitted)
-    if config.dtype == "bfloat16" and not adapters:
+    module = of_reference = None
+    if sharded:
+        module = of_reference = shard(learner, config, processes)
+        if reference is not None and learner.reference is not reference:
+            of_reference = shard_reference(reference, config, processes)
+        for wrapped, model in ((module, policy), (of_reference, reference)):
+            if model is not None:
+                try_model(wrapped, model, config, some_ids, tokenizer.pad_token_id)
+    elif config.dtype == "bfloat16" and not adapters:
         if processes.fsdp:
             learner.float()  # the shards; layers are cast while they are gathered
         else:
@@ -223,7 +237,8 @@ def prepare(
         save_base(policy, Path(base_of(policy, config)), again=resumed is None)
     if objective.needs_reference:
         together = distinct(groups + held_out)
-        reference_columns(config, together, policy, reference, batching, identity, processes, resumed is not None)
+        resuming = resumed is not None
+        reference_columns(config, together, policy, reference, batching, identity, processes, resuming, of_reference)
         check_behavior(objective, together, train_rows + held_rows, sampler)
         if reference is None:
             weighting = at_start(weighting, options.objective.weight_level, distinct(groups))
@@ -241,6 +256,8 @@ def prepare(
         reference,
         save_dtype,
         weighting,
+        module,
+        of_reference,
     )
 
 
@@ -296,7 +313,7 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
     episodes = prepared.tokenized(rows)
     prepared_ones = _held_out(objective, episodes)
     if objective.needs_reference:
-        learner = prepared.learner
+        learner, of_reference = prepared.learner, prepared.of_reference
         reference = prepared.reference or learner.reference
         if reference is None and not has_adapter(learner.policy):
             if given.model is not None:
@@ -304,7 +321,9 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
                     "the reference policy of these rows was the given model, which is trained in place: give ref_model, or give "
                     "the rows to the constructor as eval_dataset"
                 )
-            reference = load_initial(config, prepared.processes.device)
+            reference = load_initial(config, prepared.processes)
+            if prepared.module is not None:
+                of_reference = shard_reference(reference, config, prepared.processes)
         together = distinct([*([e] for e in episodes), *prepared_ones])
         with adapter_off(learner.policy):
             reference_columns(
@@ -316,6 +335,7 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
                 prepared.identity,
                 prepared.processes,
                 resuming=True,
+                sharded=of_reference,
             )
     return Evaluated(episodes, prepared_ones), rows
 
