@@ -37,7 +37,14 @@ from transformers.modeling_layers import GenericForTokenClassification
 from dqo.data.batches import Batch
 from dqo.errors import UserError
 from dqo.models.architecture import disable_dropout
-from dqo.models.implicit_value import ImplicitValue, load_implicit_value, save_implicit_value
+from dqo.models.implicit_value import (
+    START,
+    START_FILE,
+    ImplicitValue,
+    load_implicit_value,
+    save_implicit_value,
+    save_start,
+)
 from dqo.models.lora import add_adapter, in_four_bits
 from dqo.models.on_disk import home, is_empty, without_memory
 from dqo.models.policy import hidden_positions, ready
@@ -299,10 +306,29 @@ def save_value_model(value_model: nn.Module, state: dict[str, Tensor], directory
         # without adapters or shards: only its names and config are used
         plain: Any = type(value_model)(value_model.config)
         plain.to(next(iter(state.values())).dtype)
-    form = form_of(value_model)
     plain.save_pretrained(directory, state_dict={name: x for name, x in state.items() if name != DIRECTION})
-    if form != ValueForm():
-        _save({name: x for name, x in state.items() if name == DIRECTION}, directory / FORM_FILE, form)
+    save_beside(value_model, {name: x for name, x in state.items() if name == DIRECTION}, directory)
+
+
+def names_beside(value_model: nn.Module) -> list[str]:
+    """The names, in the state dict, of what a value model with a trunk has beside the model file of the trunk."""
+    implicit = isinstance(value_model, ImplicitValue)
+    return [n for n in value_model.state_dict() if (n.startswith(START) if implicit else n == DIRECTION)]
+
+
+def save_beside(value_model: nn.Module, state: dict[str, Tensor], directory: Path) -> None:
+    """Writes these, and how the value model is read."""
+    if isinstance(value_model, ImplicitValue):
+        save_start(value_model, state, directory)
+    elif form_of(value_model) != ValueForm():
+        _save(state, directory / FORM_FILE, form_of(value_model))
+
+
+def read_beside(value_model: nn.Module, directory: Path) -> dict[str, Tensor]:
+    """What `save_beside` wrote, under its names in the state dict."""
+    if isinstance(value_model, ImplicitValue):
+        return {f"{START}{name}": tensor for name, tensor in load_file(directory / START_FILE).items()}
+    return load_file(directory / FORM_FILE) if form_of(value_model).reads_reference else {}
 
 
 def _save(state: dict[str, Tensor], path: Path, form: ValueForm) -> None:

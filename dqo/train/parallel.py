@@ -10,6 +10,7 @@ data and knows every step's counts without communication.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -92,20 +93,24 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return tensor
 
 
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state dict with every tensor whole and in full precision, tied ones once; all processes must call it."""
+def whole_state(module: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The module's state dict with every tensor whole and in full precision, tied ones once; all processes must call it.
+    `names`: of those that are wanted; None: all."""
     gathered: dict[int, Tensor] = {}
     state = module.state_dict(keep_vars=True)  # with them a tied parameter is one object
+    state = state if names is None else {name: state[name] for name in names}
     for value in state.values():
         if id(value) not in gathered:
             gathered[id(value)] = whole(master_of(value).detach())
     return {name: gathered[id(value)] for name, value in state.items()}
 
 
-def load_whole_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copies whole tensors into the module's own, in place. Raises KeyError for a name the module has and `state` has not."""
+def load_whole_state(module: nn.Module, state: dict[str, Tensor], names: Collection[str] | None = None) -> None:
+    """Copies whole tensors into the module's own, in place: into all, or those of `names`. Raises KeyError for a name that
+    `state` has not."""
+    own = module.state_dict(keep_vars=True)
     with torch.no_grad():
-        for name, value in module.state_dict(keep_vars=True).items():
+        for name, value in own.items() if names is None else [(name, own[name]) for name in names]:
             master = master_of(value)
             master.copy_(like(state[name].to(master.dtype), value))
     round_to_weights(module)

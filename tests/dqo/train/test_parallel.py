@@ -1,6 +1,7 @@
 """Two processes (gloo) train what one process trains: DDP, and FSDP2's shards."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,9 @@ RUNS = {
         "max_steps": 6,
     },
     "average": {"target_ema": 0.8, "lam": 0.5},
+    "implicit": {"value_model": "implicit"},
+    "reference": {"ref_model_name_or_path": "other"},  # of another model, which is sharded too
+    "offload": {"fsdp_cpu_offload": True},  # under FSDP2; shards in main memory
     "packed": {"padding_free": "True", "max_batch_tokens": 60},
     "adapter": {"use_peft": True, "lora_r": 2, "kl_coef": 0.1},
     "checkpointing": {"gradient_checkpointing": True},
@@ -70,11 +74,15 @@ def runs(tmp_path_factory):
 
     files = tmp_path_factory.mktemp("runs")
     save(policy(), tokenizer(), files / "model")
+    save(policy(seed=5), tokenizer(), files / "other")
     lines = [json.dumps(row) for row in rollout_rows(prompts=12, samples=4)]
     (files / "rollouts.jsonl").write_text("\n".join(lines))
     found, lists = {}, []
     for name, changes in RUNS.items():
         changes = {"logging_steps": 2, "max_steps": 6} | changes
+        if "ref_model_name_or_path" in changes:
+            changes["ref_model_name_or_path"] = files / "other"
+        offload = changes.pop("fsdp_cpu_offload", False)
         alone = {"per_device_train_batch_size": 8} | changes
         if name == "one group a step":  # over two processes 1 each is a step of 2: here one group of it would do
             alone["per_device_train_batch_size"] = 2
@@ -82,6 +90,8 @@ def runs(tmp_path_factory):
         for kind in ("ddp", "fsdp"):
             found[name, kind] = files / f"{name}-{kind}"
             both = {"per_device_train_batch_size": 4} | changes | ({"fsdp": True} if kind == "fsdp" else {})
+            if kind == "fsdp" and offload:
+                both["fsdp_cpu_offload"] = True
             lists.append(flags(files, found[name, kind], **both))
     (files / "runs.json").write_text(json.dumps(lists))
     launch("--multi_gpu", "-m", "tests.dqo.run_many", str(files / "runs.json"))
@@ -116,15 +126,39 @@ def test_two_processes_log_and_learn_what_one_does(runs, name, kind):
 def test_a_run_of_two_processes_is_continued_by_one_and_the_other_way_round(files):
     """Checkpoints hold whole tensors: what differs is the rounding of the sums."""
     steps = {"logging_steps": 2, "max_steps": 8, "save_steps": 4, "save_total_limit": 5}
-    whole_run = train(load_options(flags(files, files / "whole", per_device_train_batch_size=8, **steps)))
-    first = flags(files, files / "mixed", per_device_train_batch_size=4, **steps, fsdp=True)
-    (files / "runs.json").write_text(json.dumps([first]))
+    one = {"per_device_train_batch_size": 8, **steps}
+    two = {"per_device_train_batch_size": 4, **steps, "fsdp": True}
+    whole_run = train(load_options(flags(files, files / "whole", **one)))
+    shutil.copytree(whole_run.output_dir, files / "by_two")
+    shutil.rmtree(files / "by_two" / "checkpoint-8")
+    both = [flags(files, files / "mixed", **two), flags(files, files / "by_two", **two)]
+    (files / "runs.json").write_text(json.dumps(both))
     launch("--multi_gpu", "-m", "tests.dqo.run_many", str(files / "runs.json"))
-    import shutil
-
+    found = json.loads((files / "by_two" / "found.json").read_text())
+    assert found["held_out"] == pytest.approx(whole_run.held_out, rel=1e-3, abs=1e-5)
     shutil.rmtree(files / "mixed" / "checkpoint-8")
-    resumed = train(load_options(flags(files, files / "mixed", per_device_train_batch_size=8, **steps)))
+    resumed = train(load_options(flags(files, files / "mixed", **one)))
     assert resumed.held_out == pytest.approx(whole_run.held_out, rel=1e-3, abs=1e-5)
+
+
+def test_weights_in_bfloat16_are_trained_by_two_processes_as_by_one(files):
+    settings = {"dtype": "bfloat16", "max_steps": 6, "learning_rate": 1e-4}
+    one = train(load_options(flags(files, files / "one", per_device_train_batch_size=8, **settings)))
+    two = {"per_device_train_batch_size": 4, **settings}
+    runs = [flags(files, files / "ddp", **two), flags(files, files / "fsdp", **two, fsdp=True)]
+    (files / "runs.json").write_text(json.dumps(runs))
+    launch("--multi_gpu", "-m", "tests.dqo.run_many", str(files / "runs.json"))
+    for kind in ("ddp", "fsdp"):
+        found = json.loads((files / kind / "found.json").read_text())["held_out"]
+        assert found["eval_loss"] == pytest.approx(one.held_out["eval_loss"], rel=0.02)
+        weights, expected = (
+            load_file(path / "checkpoint-6" / "model.safetensors") for path in (files / kind, files / "one")
+        )
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+        start = load_file(files / "model" / "model.safetensors")
+        for name, tensor in expected.items():
+            moved = (tensor - start[name].bfloat16()).abs().mean()
+            assert (weights[name] - tensor).abs().mean() < 0.5 * moved, name
 
 
 def test_the_command_that_the_documentation_names_shards_and_reports(files):
