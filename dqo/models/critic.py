@@ -180,6 +180,7 @@ def _on_trunk_of(model: PreTrainedModel, form: ValueForm) -> PreTrainedModel:
             f"transformers has no model of {type(model.base_model).__name__} alone, so it has no separate value model here; use "
             "--value_model head or --value_model none"
         )
+    value_model.value_form = form  # type: ignore[assignment]  # torch types any attribute
     if empty:
         score_of(value_model).to_empty(device="cpu")
         path = next(name for name, part in model.named_modules() if part is own)

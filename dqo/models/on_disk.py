@@ -149,7 +149,13 @@ def fill(module: nn.Module, device: torch.device) -> None:
     """Gives memory on `device` to the parameters without any, and reads them: of a sharded one this process's share. What no file
     has is 0."""
     sources = [(part, part.on_disk) for part in module.modules() if hasattr(part, "on_disk")]
-    module._apply(lambda tensor: torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor)
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
+    for part in module.modules():
+        for name, old in part._parameters.items():
+            if old is not None and old.is_meta:
+                if old not in made:
+                    made[old] = nn.Parameter(torch.zeros_like(old, device=device), old.requires_grad)
+                part._parameters[name] = made[old]
     for part, weights in sources:
         read_into(part, weights)
 
