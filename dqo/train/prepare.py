@@ -74,6 +74,7 @@ FREE_OPTIONS = {
     "attn_implementation",
     "use_cpu",
     "fsdp",
+    "fsdp_cpu_offload",
     "report_to",
     "run_name",
     "project",

@@ -127,7 +127,7 @@ def test_a_run_of_two_processes_is_continued_by_one_and_the_other_way_round(file
     """Checkpoints hold whole tensors: what differs is the rounding of the sums."""
     steps = {"logging_steps": 2, "max_steps": 8, "save_steps": 4, "save_total_limit": 5}
     one = {"per_device_train_batch_size": 8, **steps}
-    two = {"per_device_train_batch_size": 4, **steps, "fsdp": True}
+    two = {"per_device_train_batch_size": 4, **steps, "fsdp": True, "fsdp_cpu_offload": True}  # neither binds the run
     whole_run = train(load_options(flags(files, files / "whole", **one)))
     shutil.copytree(whole_run.output_dir, files / "by_two")
     shutil.rmtree(files / "by_two" / "checkpoint-8")
