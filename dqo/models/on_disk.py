@@ -55,15 +55,23 @@ def weight_files(path: str) -> dict[str, tuple[Path, str]] | None:
     """{name: (file, name)} of the safetensors files of a directory or hub name; None where it has others.
 
     Raises:
-        UserError: where one of several files is missing.
+        UserError: where one of several files is missing, or what names them is damaged.
     """
     single, index = (_file(path, name) for name in (SINGLE, INDEX))
     if index is None:
         if single is None:
             return None
-        with safe_open(single, "pt") as file:
-            return {name: (single, name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-    places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        try:
+            with safe_open(single, "pt") as file:
+                return {name: (single, name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+        except SafetensorError as error:
+            raise UserError(
+                f"{path!r} has a file of weights that is cut or altered ({error}); fetch it again"
+            ) from error
+    try:
+        places: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path!r} has a damaged {INDEX} ({type(error).__name__}: {error}); fetch it again") from error
     found = {name: _file(path, name) for name in sorted(set(places.values()))}
     if missing := [name for name, file in found.items() if file is None]:
         raise UserError(
