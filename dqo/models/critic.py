@@ -37,8 +37,17 @@ from transformers.modeling_layers import GenericForTokenClassification
 
 from dqo.data.batches import Batch
 from dqo.errors import UserError
-from dqo.models.implicit_value import ImplicitValue, load_implicit_value, save_implicit_value
+from dqo.models.architecture import disable_dropout
+from dqo.models.implicit_value import (
+    START,
+    START_FILE,
+    ImplicitValue,
+    load_implicit_value,
+    save_implicit_value,
+    save_start,
+)
 from dqo.models.lora import add_adapter, in_four_bits
+from dqo.models.on_disk import home, is_empty, without_memory
 from dqo.models.policy import hidden_positions, ready
 from dqo.models.q_model import QModel, load_q_model, save_q_model
 from dqo.models.value_form import ValueForm, form_from, form_of, surprisal_at_positions, surprisal_of_states
@@ -74,7 +83,7 @@ def make_value_model(
     """
     form = form or ValueForm()
     if kind == "head":
-        value_model: nn.Module = ValueHead(_width(policy), form).to(policy.device)
+        value_model: nn.Module = ValueHead(_width(policy), form).to(home(policy))
     else:
         value_model = value_model_from(policy, form)
         if peft_config is not None:
@@ -165,7 +174,8 @@ def _on_trunk_of(model: PreTrainedModel, form: ValueForm) -> PreTrainedModel:
     four_bits = any(map(in_four_bits, model.modules()))
     if four_bits:
         del config.quantization_config
-    with torch.device("meta") if four_bits else nullcontext():
+    empty = is_empty(model)
+    with torch.device("meta") if four_bits else without_memory() if empty else nullcontext():
         value_model = classifier._from_config(config, dtype=model.dtype)
     trunk = value_model.base_model
     own = next((part for part in model.modules() if type(part) is type(trunk)), None)  # the text model of several
@@ -174,7 +184,13 @@ def _on_trunk_of(model: PreTrainedModel, form: ValueForm) -> PreTrainedModel:
             f"transformers has no model of {type(model.base_model).__name__} alone, so it has no separate value model here; use "
             "--value_model head or --value_model none"
         )
-    if four_bits:  # frozen, so that both have one
+    value_model.value_form = form  # type: ignore[assignment]  # torch types any attribute
+    if empty:
+        score_of(value_model).to_empty(device="cpu")
+        path = next(name for name, part in model.named_modules() if part is own)
+        names = {f"{value_model.base_model_prefix}.{name}": f"{path}.{name}" for name in own.state_dict()}
+        value_model.on_disk = model.on_disk.under(names)  # type: ignore[assignment, operator, union-attr]
+    elif four_bits:  # frozen, so that both have one
         shared = copy.deepcopy(own, {id(parameter): parameter for parameter in own.parameters()})
         setattr(value_model, value_model.base_model_prefix, shared)
         score_of(value_model).to_empty(device=model.device)
@@ -202,7 +218,7 @@ def value_model_from(policy: PreTrainedModel, form: ValueForm | None = None) -> 
     nn.init.zeros_(score.weight)
     if score.bias is not None:
         nn.init.zeros_(score.bias)
-    return ready(value_model, policy.device)
+    return disable_dropout(value_model) if is_empty(policy) else ready(value_model, policy.device)
 
 
 def backbone(value_model: nn.Module | None) -> PreTrainedModel | None:
@@ -215,8 +231,9 @@ def _take_form(value_model: PreTrainedModel, form: ValueForm, direction: Tensor 
     """Makes a separate value model one of this form; `direction` is zero in a new one."""
     value_model.value_form = form  # type: ignore[assignment]  # torch types any attribute
     if form.reads_reference:
-        like = value_model.get_input_embeddings().weight[0].detach()  # type: ignore[index]
-        value = torch.zeros_like(like) if direction is None else direction.to(like)
+        like = value_model.get_input_embeddings().weight  # type: ignore[union-attr]
+        new = torch.zeros(like.shape[1], dtype=like.dtype, device=home(value_model))  # type: ignore[index, arg-type]
+        value = new if direction is None else direction.to(new)
         value_model.register_parameter(DIRECTION, nn.Parameter(value))
 
 
@@ -303,10 +320,29 @@ def save_value_model(value_model: nn.Module, state: dict[str, Tensor], directory
         # without adapters or shards: only its names and config are used
         plain: Any = type(value_model)(value_model.config)
         plain.to(next(iter(state.values())).dtype)
-    form = form_of(value_model)
     plain.save_pretrained(directory, state_dict={name: x for name, x in state.items() if name != DIRECTION})
-    if form != ValueForm():
-        _save({name: x for name, x in state.items() if name == DIRECTION}, directory / FORM_FILE, form)
+    save_beside(value_model, {name: x for name, x in state.items() if name == DIRECTION}, directory)
+
+
+def names_beside(value_model: nn.Module) -> list[str]:
+    """The names, in the state dict, of what a value model with a trunk has beside the model file of the trunk."""
+    implicit = isinstance(value_model, ImplicitValue)
+    return [n for n in value_model.state_dict() if (n.startswith(START) if implicit else n == DIRECTION)]
+
+
+def save_beside(value_model: nn.Module, state: dict[str, Tensor], directory: Path) -> None:
+    """Writes these, and how the value model is read."""
+    if isinstance(value_model, ImplicitValue):
+        save_start(value_model, state, directory)
+    elif form_of(value_model) != ValueForm():
+        _save(state, directory / FORM_FILE, form_of(value_model))
+
+
+def read_beside(value_model: nn.Module, directory: Path) -> dict[str, Tensor]:
+    """What `save_beside` wrote, under its names in the state dict."""
+    if isinstance(value_model, ImplicitValue):
+        return {f"{START}{name}": tensor for name, tensor in load_file(directory / START_FILE).items()}
+    return load_file(directory / FORM_FILE) if form_of(value_model).reads_reference else {}
 
 
 def _save(state: dict[str, Tensor], path: Path, form: ValueForm) -> None:

@@ -27,6 +27,7 @@ from dqo.errors import UserError
 from dqo.models.adapters import adapter_base, merge
 from dqo.models.architecture import disable_dropout, name_trunk
 from dqo.models.objects import check_not_quantised
+from dqo.models.on_disk import empty_model, named_tensors, weight_files
 from dqo_kernels import TokenStats, linear_token_stats
 
 transformers_logging.disable_progress_bar()
@@ -126,6 +127,7 @@ def load_policy(
             raise UserError(f"{path} is an adapter of {base}, which load_in_4bit cannot merge: `dqo export` it first")
         logger.warning("%s is an adapter of %s: it is merged into it", path, base)
         return merge(load_policy(base, device, dtype, attn_implementation), path, base)
+    weight_files(path)  # refuses a model that lacks one of several files
     more: dict[str, Any] = {}
     if four_bits is not None:
         as_qlora = {
@@ -143,6 +145,15 @@ def load_policy(
     except (OSError, ValueError, ImportError) as error:  # the last: an attention whose package is missing
         raise UserError(f"{path!r} cannot be loaded as a causal language model: {error}") from error
     return ready(policy, device)
+
+
+def load_empty(path: str, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel | None:
+    """As `load_policy`, without memory: see models/on_disk.py. None where the files cannot be read by slices."""
+    config = load_config(path)
+    if adapter_base(path) is not None:
+        return None
+    model = empty_model(path, dtype, attn_implementation, config)
+    return None if model is None else disable_dropout(name_trunk(model))
 
 
 def ready(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
@@ -213,9 +224,9 @@ def policy_stats(policy: PreTrainedModel, batch: Batch, bf16: bool = False) -> T
 
 
 def weights_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """sha256 of the parameters' names and bytes, in `dtype` where it is given."""
+    """sha256 of the parameters' names and bytes, in `dtype` where it is given; all processes must call it for shards."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in named_tensors(model):
         digest.update(name.encode())
         tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

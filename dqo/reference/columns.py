@@ -46,6 +46,15 @@ def _batches(episodes: list[Episode], max_tokens: int) -> Iterator[list[Episode]
         begin = end
 
 
+def _together(batches: Iterator[list[Episode]], processes: Processes) -> Iterator[list[Episode]]:
+    """`batches`, and empty ones until every process is through with its own."""
+    while True:
+        batch = next(batches, [])
+        if not processes.largest(len(batch)):
+            return
+        yield batch
+
+
 def _with_companions(episodes: list[Episode]) -> Iterator[Episode]:
     for e in episodes:
         yield e
@@ -109,6 +118,7 @@ def add_reference(
     processes: Processes,
     cache: ReferenceCache | None = None,
     what: str = "reference",
+    together: bool = False,
 ) -> int:
     """Fills `ref_logprobs` and `ref_lse`, float32 (T,), of every episode and of its companion; returns how many it computed.
 
@@ -117,6 +127,7 @@ def add_reference(
         processes: each computes its share and reads the others' after a barrier; several need a cache.
         cache: what is there is not computed, and what is computed goes there a segment at a time; None keeps nothing.
         what: whose forward pass it is, for messages.
+        together: a forward pass is one of all processes, whose shards it gathers: who is done computes along.
 
     Raises:
         UserError: for a response to which the reference gives no finite log-probability, or a cache that ranks do not share.
@@ -154,7 +165,11 @@ def add_reference(
 
     def rest_of_the_pass(max_tokens: int) -> None:
         nonlocal done, tokens, flushed, batch
-        for batch in _batches([members[key] for key in missing[done:]], max_tokens):
+        own = _batches([members[key] for key in missing[done:]], max_tokens)
+        for batch in _together(own, processes) if together else own:
+            if not batch:
+                stats_of(batching.collate([members[ordered[-1]]]))
+                continue
             keys = missing[done : done + len(batch)]
             pending.update(_compute(batch, keys, stats_of, batching, what))
             done, tokens = done + len(batch), tokens + sum(lengths[key] for key in keys)
@@ -165,7 +180,7 @@ def add_reference(
                 tokens, flushed = 0, time.monotonic()
 
     def smaller(_: int) -> int | None:
-        return len(batch) * batch[0].length // 2 if len(batch) > 1 else None
+        return len(batch) * batch[0].length // 2 if len(batch) > 1 and not together else None
 
     with signals.raising():
         try:

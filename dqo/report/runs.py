@@ -20,7 +20,16 @@ from dqo.train.record import ANSWERS_FILE, HELD_OUT_FILE, RUN_FILE
 
 # Options that say where and how a run is made, and not what it learns: runs that differ in them alone are of one method.
 OF_A_PLACE = {"output_dir", "seed", "run_name", "project", "report_to", "ref_cache_dir", "resume_from_checkpoint"}
-OF_A_PLACE |= {"dry_run", "use_cpu", "fsdp", "max_batch_tokens", "padding_free", "attn_implementation", "save_steps"}
+OF_A_PLACE |= {
+    "dry_run",
+    "use_cpu",
+    "fsdp",
+    "fsdp_cpu_offload",
+    "max_batch_tokens",
+    "padding_free",
+    "attn_implementation",
+    "save_steps",
+}
 OF_A_PLACE |= {"save_total_limit", "logging_steps", "gradient_checkpointing"}
 
 

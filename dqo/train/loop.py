@@ -89,7 +89,8 @@ class Trainer:
         self.models = {"policy": self.learner.policy} | ({} if critic is None else {"critic": critic})
         some_unused = any(not self.models.keys() <= set(stretch.phase.trains) for stretch in self.stretches)
         bf16 = self.config.bf16 or self.config.dtype == "bfloat16"
-        module = wrap(self.learner, self.processes, bf16, some_unused, self.config.fsdp_cpu_offload)
+        offload = self.config.fsdp_cpu_offload
+        module = prepared.module or wrap(self.learner, self.processes, bf16, some_unused, offload)
         self.engine = Engine(module, self.learner, prepared.batching, self.processes)
         config = self.config
         self.rates = {"policy": config.learning_rate, "critic": config.critic_learning_rate}

@@ -10,10 +10,13 @@ data and knows every step's counts without communication.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from dqo.config.launcher import blocks_to_shard
 from dqo.errors import UserError
@@ -50,11 +53,24 @@ def wrap(
             f"FSDP_TRANSFORMER_CLS_TO_WRAP={', '.join(sorted(missing))}: the model has no such module; its own blocks are "
             f"{', '.join(sorted(own)) or 'unknown'}"
         )
-    for part in module.modules():
+    options: Any = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
+    for part in list(module.modules()):
+        if isinstance(part, PreTrainedModel) and (table := _apart_from_head(part)) is not None:
+            fully_shard(table, **options)
         if type(part).__name__ in blocks:
-            fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=True)
+            fully_shard(part, **options)
+    fully_shard(module, **options, reshard_after_forward=True)
     return module
+
+
+def _apart_from_head(model: PreTrainedModel) -> nn.Module | None:
+    """The table of embeddings, where it is not the head too, which is read outside of its module: it is gathered alone."""
+    head = model.get_output_embeddings()
+    if model.base_model is model or not (head is None or isinstance(head, nn.Linear)):
+        return None
+    table = model.get_input_embeddings()
+    shared = head is not None and head.weight is table.weight
+    return None if shared or not isinstance(table, nn.Embedding) else table
 
 
 def without_sync(module: nn.Module, last: bool):
@@ -77,20 +93,24 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return tensor
 
 
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state dict with every tensor whole and in full precision, tied ones once; all processes must call it."""
+def whole_state(module: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The module's state dict with every tensor whole and in full precision, tied ones once; all processes must call it.
+    `names`: of those that are wanted; None: all."""
     gathered: dict[int, Tensor] = {}
     state = module.state_dict(keep_vars=True)  # with them a tied parameter is one object
+    state = state if names is None else {name: state[name] for name in names}
     for value in state.values():
         if id(value) not in gathered:
             gathered[id(value)] = whole(master_of(value).detach())
     return {name: gathered[id(value)] for name, value in state.items()}
 
 
-def load_whole_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copies whole tensors into the module's own, in place. Raises KeyError for a name the module has and `state` has not."""
+def load_whole_state(module: nn.Module, state: dict[str, Tensor], names: Collection[str] | None = None) -> None:
+    """Copies whole tensors into the module's own, in place: into all, or those of `names`. Raises KeyError for a name that
+    `state` has not."""
+    own = module.state_dict(keep_vars=True)
     with torch.no_grad():
-        for name, value in module.state_dict(keep_vars=True).items():
+        for name, value in own.items() if names is None else [(name, own[name]) for name in names]:
             master = master_of(value)
             master.copy_(like(state[name].to(master.dtype), value))
     round_to_weights(module)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dqo.config.lora import described
@@ -61,7 +62,9 @@ from dqo.train.run_models import (
     reference_columns,
     reference_config,
     save_dtype_of,
+    shards_from_files,
 )
+from dqo.train.sharded import shard, shard_reference, try_model
 from dqo.train.weighting import Weighting, at_start, check_behavior, chosen, reference_name
 
 logger = logging.getLogger(__name__)
@@ -77,6 +80,7 @@ FREE_OPTIONS = {
     "attn_implementation",
     "use_cpu",
     "fsdp",
+    "fsdp_cpu_offload",
     "report_to",
     "run_name",
     "project",
@@ -120,6 +124,8 @@ class Prepared:
     weighting: Weighting
     refreshed: Path | None = None  # the reference that a phase has put into the place of the first one
     implied: ImpliedValues | None = None  # where the policy of another run implies the values
+    module: nn.Module | None = None  # what wraps `learner` over the processes, where that was done to load it
+    of_reference: nn.Module | None = None  # the same of the reference
 
     @property
     def objective(self) -> Objective:
@@ -177,16 +183,17 @@ def prepare(
     held_out = _held_out(objective, tokenized(held_rows, marks), held_rows, sampler) if held_rows else []
     policy = given.model
     if policy is None:
-        policy = load_initial(config, processes.device)
+        policy = load_initial(config, processes)
     else:
         ready(policy, processes.device)
     save_dtype = save_dtype_of(options, given)
     adapters = config.use_peft or given.peft_config is not None
-    if not adapters:
+    sharded = shards_from_files(config, processes) and not adapters and given.model is None and given.ref_model is None
+    if not adapters and not sharded:
         policy.to(getattr(torch, config.dtype))
-    reference = explicit_reference(config, given, processes.device)
+    reference = explicit_reference(config, given, processes)
     some_ids = (groups[0][0].prompt_ids + groups[0][0].completion_ids)[-64:]
-    for model in filter(None, (policy, reference)):
+    for model in filter(None, () if sharded else (policy, reference)):
         check_model(model, some_ids, tokenizer.pad_token_id)
     check_router(policy, config.router_aux_loss_coef)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes.world
@@ -209,7 +216,7 @@ def prepare(
         identity[_TEMPLATE_TIME] = template_time.isoformat()
     identity["reference"] = identity["model"] if reference is None else weights_hash(reference)
 
-    for model in filter(None, (policy, reference)):
+    for model in filter(None, () if sharded else (policy, reference)):
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
             attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
     frozen = frozen_models(options, tokenizer, vocab_size, distinct(groups + held_out), processes.device)
@@ -227,7 +234,15 @@ def prepare(
     if begin.told:
         processes.say(begin.told)
     learner = make_learner(options, given, policy, reference, begin, distinct(groups), fitted)
-    if config.dtype == "bfloat16" and not adapters:
+    module = of_reference = None
+    if sharded:
+        module = of_reference = shard(learner, config, processes)
+        if reference is not None and learner.reference is not reference:
+            of_reference = shard_reference(reference, config, processes)
+        for wrapped, model in ((module, policy), (of_reference, reference)):
+            if model is not None:
+                try_model(wrapped, model, config, some_ids, tokenizer.pad_token_id)
+    elif config.dtype == "bfloat16" and not adapters:
         if processes.fsdp:
             learner.float()  # the shards; layers are cast while they are gathered
         else:
@@ -244,7 +259,8 @@ def prepare(
         save_base(policy, Path(base_of(policy, config)), again=resumed is None)
     if objective.needs_reference:
         together = distinct(groups + held_out)
-        reference_columns(config, together, policy, reference, batching, identity, processes, resumed is not None)
+        resuming = resumed is not None
+        reference_columns(config, together, policy, reference, batching, identity, processes, resuming, of_reference)
         check_behavior(objective, together, train_rows + held_rows, sampler)
         if implied is not None:
             implied.add(together, batching, processes)
@@ -266,6 +282,8 @@ def prepare(
         reference,
         save_dtype,
         weighting,
+        module=module,
+        of_reference=of_reference,
         implied=implied,
     )
 
@@ -324,7 +342,7 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
     episodes = prepared.tokenized(rows)
     prepared_ones = _held_out(objective, episodes, rows, reference_name(options, given))
     if objective.needs_reference:
-        learner, identity = prepared.learner, prepared.identity
+        learner, identity, of_reference = prepared.learner, prepared.identity, prepared.of_reference
         reference = prepared.reference or learner.reference
         if prepared.refreshed is not None:
             reference = load_policy(str(prepared.refreshed), prepared.processes.device)
@@ -335,7 +353,9 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
                     "the reference policy of these rows was the given model, which is trained in place: give ref_model, or give "
                     "the rows to the constructor as eval_dataset"
                 )
-            reference = load_initial(config, prepared.processes.device)
+            reference = load_initial(config, prepared.processes)
+            if prepared.module is not None:
+                of_reference = shard_reference(reference, config, prepared.processes)
         together = distinct([*([e] for e in episodes), *prepared_ones])
         with adapter_off(learner.policy):
             reference_columns(
@@ -347,15 +367,16 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
                 identity,
                 prepared.processes,
                 resuming=True,
+                sharded=of_reference,
             )
+        if prepared.implied is not None:
+            prepared.implied.add(together, prepared.batching, prepared.processes)
+            prepared.implied.release()
     if objective.reads_models:
         device, size = prepared.processes.device, prepared.learner.policy.config.get_text_config().vocab_size
         together = distinct(prepared_ones)
         frozen = frozen_models(options, prepared.tokenizer, size, together, device)
         add_columns(frozen, options, together, prepared.batching, prepared.processes)
-        if prepared.implied is not None:
-            prepared.implied.add(together, prepared.batching, prepared.processes)
-            prepared.implied.release()
     return Evaluated(episodes, prepared_ones), rows
 
 

@@ -22,6 +22,7 @@ from dqo.models.implicit_value import implicit_value_from
 from dqo.models.lora import adapter_off, add_adapter, lora_config, with_fields
 from dqo.models.policy import (
     load_config,
+    load_empty,
     load_policy,
     policy_stats,
     ready,
@@ -39,9 +40,21 @@ from dqo.train.returns import ValueStart
 from dqo_kernels import TokenStats
 
 
-def load_initial(config: TrainConfig, device: torch.device) -> PreTrainedModel:
-    """The model that model_name_or_path names, as the run begins with it."""
-    dtype = getattr(torch, config.dtype)
+def shards_from_files(config: TrainConfig, processes: Processes) -> bool:
+    """Whether each process reads its own shards; adapters are added to whole models."""
+    return processes.fsdp and not config.use_peft
+
+
+def load_initial(config: TrainConfig, processes: Processes) -> PreTrainedModel:
+    """The model that model_name_or_path names, as the run begins with it; without memory where it will be sharded."""
+    dtype, device = getattr(torch, config.dtype), processes.device
+    if shards_from_files(config, processes):
+        if (empty := load_empty(config.model_path, dtype, config.attn_implementation)) is not None:
+            return empty
+        processes.say(
+            f"{config.model_path}: its files cannot be read by slices (no safetensors, or names that transformers translates), "
+            "so that each process loads it whole before it keeps its shards"
+        )
     products = torch.bfloat16 if config.bf16 else dtype
     four_bits = products if config.load_in_4bit else None
     return load_policy(config.model_path, device, dtype, config.attn_implementation, four_bits)
@@ -64,11 +77,13 @@ def reference_config(config: TrainConfig, given: Given, vocab_size: int) -> PreT
     return its_config
 
 
-def explicit_reference(config: TrainConfig, given: Given, device: torch.device) -> PreTrainedModel | None:
+def explicit_reference(config: TrainConfig, given: Given, processes: Processes) -> PreTrainedModel | None:
     """The reference policy, when it is not the initial policy."""
+    device, path = processes.device, config.ref_model_name_or_path
     if given.ref_model is not None:
         return ready(given.ref_model, device)
-    path = config.ref_model_name_or_path
+    if path is not None and shards_from_files(config, processes):
+        return load_initial(replace(config, model_name_or_path=path), processes)
     dtype = torch.float32 if config.use_peft else getattr(torch, config.dtype)
     return None if path is None else load_policy(path, device, dtype)
 
@@ -82,19 +97,24 @@ def reference_columns(
     identity: dict,
     processes: Processes,
     resuming: bool,
+    sharded: nn.Module | None = None,
 ) -> None:
-    """ref_logprobs and ref_lse of every episode, from the cache where it has them; checked where they can be."""
+    """ref_logprobs and ref_lse of every episode, from the cache where it has them; checked where they can be. `sharded`: what
+    wraps the reference over the processes, which then compute together."""
     model = policy if explicit is None else explicit
-    numbers = reference_id(model, identity["reference"], config.bf16)
+    in_16_bits = config.bf16 or (sharded is not None and config.dtype == "bfloat16")
+    numbers = reference_id(model, identity["reference"], in_16_bits)
     name = config.ref_model_name_or_path or config.model_name_or_path or type(model).__name__
     cache = ReferenceCache(config.ref_cache_dir or Path(config.output_dir) / "ref_cache", numbers, name)
 
     def stats_of(batch: Batch) -> TokenStats:
         with adapter_off(model):
+            if sharded is not None:
+                return sharded(lambda _: policy_stats(model, batch, config.bf16))
             return policy_stats(model, batch, config.bf16)
 
     batching = replace(batching, packed=attention.packs(model))
-    add_reference(episodes, stats_of, batching, processes, cache)
+    add_reference(episodes, stats_of, batching, processes, cache, together=sharded is not None)
     if explicit is None and not resuming:
         check_agreement(episodes, stats_of, batching, numbers.dtype, cache)
 

@@ -38,6 +38,8 @@ RUNS = {
         "max_steps": 6,
     },
     "average": {"target_ema": 0.8, "lam": 0.5, "gradient_checkpointing": True},
+    "reference": {"ref_model_name_or_path": "other"},  # of another model, which is sharded too
+    "offload": {"fsdp_cpu_offload": True},  # under FSDP2; shards in main memory
     "adapter": {"use_peft": True, "lora_r": 2, "kl_coef": 0.1},
     # the greatest loss is an early one: weights of an earlier step are put back into the wrapped models
     "best": {
@@ -50,6 +52,7 @@ RUNS = {
     "one group a step": {"per_device_train_batch_size": 1},  # one process has nothing of it
 }
 BY_ROWS = {
+    "implicit": ("fsdp", {"value_model": "implicit"}),
     "soft": ("fsdp", {"value_model": "none"}),
     "dpo": ("ddp", {"method": "dpo"}),
     "sft": ("fsdp", {"method": "sft"}),
@@ -89,11 +92,15 @@ def runs(tmp_path_factory):
     rows = rollout_rows(prompts=12, samples=4)
     for file, its_rows in (("rollouts", rows), ("measured", measured(rows))):
         (files / f"{file}.jsonl").write_text("\n".join(map(json.dumps, its_rows)))
+    save(policy(seed=5), tokenizer(), files / "other")
     found, lists = {}, []
     for name, changes in (RUNS | {name: changes for name, (_, changes) in BY_ROWS.items()}).items():
         changes = {"logging_steps": 2, "max_steps": 4} | changes
         if "process_reward" in changes:
             changes["dataset_name"] = files / "measured.jsonl"
+        if "ref_model_name_or_path" in changes:
+            changes["ref_model_name_or_path"] = files / "other"
+        offload = changes.pop("fsdp_cpu_offload", False)
         alone = {"per_device_train_batch_size": 8} | changes
         if name == "one group a step":  # over two processes 1 each is a step of 2: here one group of it would do
             alone["per_device_train_batch_size"] = 2
@@ -101,6 +108,8 @@ def runs(tmp_path_factory):
         for kind in [kind for other, kind in PAIRS if other == name]:
             found[name, kind] = files / f"{name}-{kind}"
             both = {"per_device_train_batch_size": 4} | changes | ({"fsdp": True} if kind == "fsdp" else {})
+            if kind == "fsdp" and offload:
+                both["fsdp_cpu_offload"] = True
             lists.append(flags(files, found[name, kind], **both))
     (files / "runs.json").write_text(json.dumps(lists))
     many(files)
@@ -134,13 +143,39 @@ def test_two_processes_log_and_learn_what_one_does(runs, name, kind):
 def test_a_run_of_two_processes_is_continued_by_one_and_the_other_way_round(files):
     """Checkpoints hold whole tensors: what differs is the rounding of the sums."""
     steps = {"logging_steps": 2, "max_steps": 8, "save_steps": 4, "save_total_limit": 5}
-    whole_run = train(load_options(flags(files, files / "whole", per_device_train_batch_size=8, **steps)))
-    first = flags(files, files / "mixed", per_device_train_batch_size=4, **steps, fsdp=True)
-    (files / "runs.json").write_text(json.dumps([first]))
+    one = {"per_device_train_batch_size": 8, **steps}
+    two = {"per_device_train_batch_size": 4, **steps, "fsdp": True, "fsdp_cpu_offload": True}  # neither binds the run
+    whole_run = train(load_options(flags(files, files / "whole", **one)))
+    shutil.copytree(whole_run.output_dir, files / "by_two")
+    shutil.rmtree(files / "by_two" / "checkpoint-8")
+    both = [flags(files, files / "mixed", **two), flags(files, files / "by_two", **two)]
+    (files / "runs.json").write_text(json.dumps(both))
     many(files)
+    found = json.loads((files / "by_two" / "found.json").read_text())
+    assert found["held_out"] == pytest.approx(whole_run.held_out, rel=1e-3, abs=1e-5)
     shutil.rmtree(files / "mixed" / "checkpoint-8")
-    resumed = train(load_options(flags(files, files / "mixed", per_device_train_batch_size=8, **steps)))
+    resumed = train(load_options(flags(files, files / "mixed", **one)))
     assert resumed.held_out == pytest.approx(whole_run.held_out, rel=1e-3, abs=1e-5)
+
+
+def test_weights_in_bfloat16_are_trained_by_two_processes_as_by_one(files):
+    settings = {"dtype": "bfloat16", "max_steps": 6, "learning_rate": 1e-4}
+    one = train(load_options(flags(files, files / "one", per_device_train_batch_size=8, **settings)))
+    two = {"per_device_train_batch_size": 4, **settings}
+    runs = [flags(files, files / "ddp", **two), flags(files, files / "fsdp", **two, fsdp=True)]
+    (files / "runs.json").write_text(json.dumps(runs))
+    many(files)
+    for kind in ("ddp", "fsdp"):
+        found = json.loads((files / kind / "found.json").read_text())["held_out"]
+        assert found["eval_loss"] == pytest.approx(one.held_out["eval_loss"], rel=0.02)
+        weights, expected = (
+            load_file(path / "checkpoint-6" / "model.safetensors") for path in (files / kind, files / "one")
+        )
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+        start = load_file(files / "model" / "model.safetensors")
+        for name, tensor in expected.items():
+            moved = (tensor - start[name].bfloat16()).abs().mean()
+            assert (weights[name] - tensor).abs().mean() < 0.5 * moved, name
 
 
 def test_the_command_that_the_documentation_names_shards_and_reports(files):
