@@ -106,7 +106,7 @@ def test_rounds_of_exploration_train_on_the_rows_of_all_rounds_and_go_on(files):
     rows = [json.loads(line) for line in (files / "rollouts.jsonl").read_text().splitlines()]
     problems = [{"prompt": prompt, "answer": "1"} for prompt in dict.fromkeys(row["prompt"] for row in rows)]
     (files / "problems.jsonl").write_text("\n".join(map(json.dumps, problems)))
-    environment = {"ROUNDS": "2", "SAMPLES": "3", "LONGEST": "6", "VERIFIER": "tests.dqo.evaluation.verifiers:digits"}
+    environment = {"ROUNDS": "2", "SAMPLES": "3", "LONGEST": "6", "VERIFIER": "python:tests.dqo.evaluation.verifiers:digits"}
     environment |= {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(EXAMPLES.parent)}
     words = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--eval_fraction", "0.2", "--alpha", "0.01"]
 

@@ -32,11 +32,10 @@ class REBEL(Objective):
     nothing_left: ClassVar[str] = "no prompt has two responses: 0 pairs"
 
     def prepare(self, columns: Columns) -> Selection:
-        """Each response with the next one to its prompt, the last with the first, or with every other: all are used alike,
-        whatever their rewards."""
+        """Each response with the next one to its prompt, the last with the first: all are used alike, whatever their rewards."""
         pairs = []
         for rows in by_prompt(columns.prompt):
-            if self.pairing == "all":
+            if self.pairing == "all":  # each with every other
                 pairs.append(rows[np.stack(np.triu_indices(len(rows), k=1), axis=1)])
                 continue
             ring = np.stack([rows, np.roll(rows, -1)], axis=1)
