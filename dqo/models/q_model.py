@@ -60,15 +60,9 @@ class QModel(nn.Module):
             hidden: (N, D) the policy's hidden states of the rows.
         """
         own = hidden_positions(self.model, batch, bf16)[batch.states]
-        head = head_of(policy, hidden.dtype)
+        head = head_of(policy, hidden.dtype) | reference_head(self.model, own.to(hidden.dtype))
         weight = head.pop("weight")
-        both = linear_token_stats(
-            head_inputs(policy, hidden),
-            weight,
-            batch.actions,
-            **head,
-            **reference_head(self.model, own.to(hidden.dtype)),
-        )
+        both = linear_token_stats(head_inputs(policy, hidden), weight, batch.actions, **head)
         assert both.kl is not None and both.ref_lse is not None
         return self.beta * (both.ref_lse - batch.columns["ref_lse"] - both.kl)
 

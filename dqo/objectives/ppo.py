@@ -120,10 +120,11 @@ class PPO(Objective):
 
         values, old = rows["values"], self._old(rows)
         value_loss = 0.5 * (values - returns).square()
-        near = values
+        far = torch.zeros_like(values)
         if self.value_clip is not None:
             near = old + (values - old).clamp(-self.value_clip, self.value_clip)
             value_loss = torch.maximum(value_loss, 0.5 * (near - returns).square())
+            far = ((values - old).abs() > self.value_clip).to(values.dtype)
 
         scaled_ratio = self.beta * (stats.logprobs - rows["ref_logprobs"]).detach()
         metrics = regression_metrics(
@@ -132,7 +133,7 @@ class PPO(Objective):
         metrics |= {
             "ppo/ratio": mean_metric(ratio),
             "ppo/clipped_frac": mean_metric((clipped * wanted < ratio * wanted).to(ratio.dtype)),
-            "ppo/values_clipped_frac": mean_metric((near != values).to(ratio.dtype)),
+            "ppo/values_clipped_frac": mean_metric(far),
             "ppo/approx_kl": mean_metric((ratio - 1.0) - log_ratio),  # k3 to the policy that wrote the responses
         }
         metrics |= response_metrics(stats, rows, cu_seqlens, self.beta)

@@ -46,7 +46,7 @@ class RTO(PPO):
         return self.algorithm == "ppo" and super().needs_step_sums
 
     def problems(self) -> list[tuple[str, str]]:
-        found = super().problems() + self.below(0, "reward_clip")
+        found = super().problems() + self.below(0, "reward_coef", "reward_clip")
         return found + ([] if self.beta1 > 0 else [("beta1", f"must be positive, got {self.beta1}")])
 
     def prepare(self, columns: Columns) -> Selection:

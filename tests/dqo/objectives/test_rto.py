@@ -78,9 +78,6 @@ def test_log_probabilities_of_the_sampler_are_read_by_ppo_alone():
 
 
 def test_options_out_of_range_are_named():
-    assert [name for name, _ in RTO(beta1=0.0, reward_clip=-1.0, beta=0.0).problems()] == [
-        "beta",
-        "reward_clip",
-        "beta1",
-    ]
+    wrong = RTO(beta1=0.0, reward_coef=-1.0, reward_clip=-1.0, beta=0.0).problems()
+    assert [name for name, _ in wrong] == ["beta", "reward_coef", "reward_clip", "beta1"]
     assert RTO().problems() == []
