@@ -4,6 +4,8 @@ from __future__ import annotations
 
 BEYOND = 3.0  # times the largest reward
 FALLEN = 0.2  # nats a token that right responses have lost on average
+LOST = 10.0  # nats a token from the reference: one row tells
+LARGEST_RATIO = 100.0  # rewards over beta, in nats, above which beta is what to raise first
 
 
 class Watch:
@@ -25,6 +27,7 @@ class Watch:
         self.patience, self.beta, self.largest_reward = patience, beta, largest_reward
         self.trains_values = trains_values
         self.first_loss: float | None = None
+        self.lost = False  # the policy, once
         self.rows_of: dict[str, int] = {}  # how many rows in a row have shown it
 
     def _seen(self, name: str, shown: bool) -> bool:
@@ -50,12 +53,23 @@ class Watch:
                 f"the value model explains nothing of the returns (explained variance {explained:.3g} at step {row['step']}): "
                 f"{cure}"
             )
-        if self._seen("far away", row.get("kl", 0.0) > 1.0):
+        kl = row.get("kl", 0.0)
+        far, lost = self._seen("far away", kl > 1.0), kl > LOST and not self.lost
+        self.lost |= kl > LOST
+        if lost or (far and not self.lost):
             found.append(
-                f"the policy is {row['kl']:.3g} nats a token away from its reference (step {row['step']}): lower the learning "
-                "rate or raise beta"
+                f"the policy is {kl:.3g} nats a token away from its reference (step {row['step']}): {self._nearer()}"
             )
         return found + self._of_rewards(row)
+
+    def _nearer(self) -> str:
+        """What keeps a policy nearer to its reference. Against large rewards over beta the KL has no weight."""
+        if self.beta is None or self.largest_reward is None or self.largest_reward / self.beta <= LARGEST_RATIO:
+            return "lower the learning rate or raise beta"
+        return (
+            f"raise --beta (now {self.beta:g}, with which rewards of {self.largest_reward:.3g} ask for "
+            f"{self.largest_reward / self.beta:.3g} nats a response) or lower --reward_scale"
+        )
 
     def _of_rewards(self, row: dict[str, float]) -> list[str]:
         """beta * log(pi/ref) of right and of wrong responses: where it goes when a learning rate is too high."""
