@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dqo.data.advice import LARGEST_RATIO
+
 BEYOND = 3.0  # times the largest reward
 FALLEN = 0.2  # nats a token that right responses have lost on average
-LOST = 10.0  # nats a token from the reference: one row tells
-LARGEST_RATIO = 100.0  # rewards over beta, in nats, above which beta is what to raise first
 
 
 class Watch:
@@ -27,7 +27,6 @@ class Watch:
         self.patience, self.beta, self.largest_reward = patience, beta, largest_reward
         self.trains_values = trains_values
         self.first_loss: float | None = None
-        self.lost = False  # the policy, once
         self.rows_of: dict[str, int] = {}  # how many rows in a row have shown it
 
     def _seen(self, name: str, shown: bool) -> bool:
@@ -53,12 +52,9 @@ class Watch:
                 f"the value model explains nothing of the returns (explained variance {explained:.3g} at step {row['step']}): "
                 f"{cure}"
             )
-        kl = row.get("kl", 0.0)
-        far, lost = self._seen("far away", kl > 1.0), kl > LOST and not self.lost
-        self.lost |= kl > LOST
-        if lost or (far and not self.lost):
+        if self._seen("far away", row.get("kl", 0.0) > 1.0):
             found.append(
-                f"the policy is {kl:.3g} nats a token away from its reference (step {row['step']}): {self._nearer()}"
+                f"the policy is {row['kl']:.3g} nats a token away from its reference (step {row['step']}): {self._nearer()}"
             )
         return found + self._of_rewards(row)
 
