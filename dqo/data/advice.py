@@ -10,7 +10,7 @@ from dqo.errors import UserError
 from dqo.objectives.base import Objective
 
 _UNENDED = 0.1  # share of responses that did not end, from which on it is worth a warning
-_LARGEST_RATIO = 200.0  # nats, see _magnitude
+LARGEST_RATIO = 200.0  # nats, see _magnitude
 
 
 def row_warnings(rows: list[Row], settings: Any, objective: Objective | None = None) -> list[str]:
@@ -91,7 +91,7 @@ def _magnitude(rows: list[Row], settings: Any, beta: float) -> list[str]:
         return abs(settings.reward_scale * row.reward + settings.reward_shift + settings.process_coef * steps)
 
     largest = max(map(paid, rows))
-    if largest / beta <= _LARGEST_RATIO:
+    if largest / beta <= LARGEST_RATIO:
         return []
     return [
         f"a response is paid up to {largest:,.4g}, which with beta {beta:g} asks for log(pi/ref) of {largest / beta:,.4g} nats, "

@@ -103,7 +103,7 @@ def _compute(
         wrong = np.flatnonzero(~np.isfinite(entries[key].logprobs + entries[key].lse))
         if len(wrong):
             raise UserError(
-                f"{e.source}: the {what} gives token {wrong[0] + 1} of the response the log-probability "
+                f"{e.source}: the {what} policy gives token {wrong[0] + 1} of the response the log-probability "
                 f"{logprobs[begin + wrong[0]]}; a ratio to it means nothing. Drop the row, or check model and dtype"
             )
         begin = end

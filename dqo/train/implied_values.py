@@ -93,7 +93,7 @@ class ImpliedValues:
         cache = ReferenceCache(root, numbers, str(self.run.path))
         copies = [replace(e, ref_logprobs=None, ref_lse=None, companion=None) for e in episodes]
         batching = replace(batching, packed=attention.packs(policy))
-        add_reference(copies, stats_of, batching, processes, cache, "policy of the implied values")
+        add_reference(copies, stats_of, batching, processes, cache, "frozen")
         logprobs: list[Any] = [copy.ref_logprobs for copy in copies]
         add_columns(self.options.objective, episodes, logprobs, self.run.beta, self.mean)
 

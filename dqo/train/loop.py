@@ -66,7 +66,7 @@ class Trainer:
         self.train_problems: set[bytes] = set()
         self.window: dict[str, torch.Tensor] = {}  # this process's metric sums since the last logged row
         self.weights: metrics.Weights | None = None  # of the last step
-        self.collapse = Collapse(self.config)
+        self.collapse = Collapse(self.config, getattr(self.objective, "is_cap", None))
         self.evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation's step and metrics
         self.compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
 

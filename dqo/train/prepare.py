@@ -230,6 +230,9 @@ def prepare(
     implied = implied_values_of(options, reference or policy, tokenizer, distinct(groups), some_ids)
     if implied is not None:
         identity["implied values"] = implied.identity
+        processes.say(
+            f"value model: V is what the policy of {implied.run.path} implies, with its beta {implied.run.beta:g}"
+        )
     begin = value_start(options, distinct(groups), policy if reference is None else reference)
     if begin.told:
         processes.say(begin.told)
