@@ -72,7 +72,7 @@ class _ManyEnded(StoppingCriteria):
         self.stops = stops
         self.ended: Tensor | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]  # its type is of a tuple
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         ended = torch.isin(input_ids[:, -1], self.stops)
         self.ended = ended if self.ended is None else self.ended | ended
         return self.ended | (self.ended.sum() >= LEAVE * len(ended))
