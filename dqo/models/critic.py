@@ -184,17 +184,17 @@ def _on_trunk_of(model: PreTrainedModel, form: ValueForm) -> PreTrainedModel:
             f"transformers has no model of {type(model.base_model).__name__} alone, so it has no separate value model here; use "
             "--value_model head or --value_model none"
         )
-    value_model.value_form = form  # type: ignore[assignment]  # torch types any attribute
+    value_model.value_form = form
     if empty:
         score_of(value_model).to_empty(device="cpu")
         path = next(name for name, part in model.named_modules() if part is own)
         names = {f"{value_model.base_model_prefix}.{name}": f"{path}.{name}" for name in own.state_dict()}
-        value_model.on_disk = model.on_disk.under(names)  # type: ignore[assignment, operator, union-attr]
+        value_model.on_disk = model.on_disk.under(names)  # type: ignore[operator, union-attr]
     elif four_bits:  # frozen, so that both have one
         shared = copy.deepcopy(own, {id(parameter): parameter for parameter in own.parameters()})
         setattr(value_model, value_model.base_model_prefix, shared)
         score_of(value_model).to_empty(device=model.device)
-        value_model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft asks it
+        value_model.is_loaded_in_4bit = True
     else:
         trunk.load_state_dict(own.state_dict())
     _take_form(value_model, form)
@@ -231,7 +231,7 @@ def _take_form(value_model: PreTrainedModel, form: ValueForm, direction: Tensor 
     """Makes a separate value model one of this form; `direction` is zero in a new one."""
     value_model.value_form = form  # type: ignore[assignment]  # torch types any attribute
     if form.reads_reference:
-        like = value_model.get_input_embeddings().weight  # type: ignore[union-attr]
+        like = value_model.get_input_embeddings().weight
         new = torch.zeros(like.shape[1], dtype=like.dtype, device=home(value_model))  # type: ignore[index, arg-type]
         value = new if direction is None else direction.to(new)
         value_model.register_parameter(DIRECTION, nn.Parameter(value))

@@ -121,7 +121,7 @@ def empty_model(path: str, dtype: torch.dtype, attn_implementation: str | None, 
             places.setdefault(id(tensor), files[found])
     if not all(id(tensor) in places for tensor in state.values()):
         return None
-    model.on_disk = Weights({name: places[id(tensor)] for name, tensor in state.items()}, dtype)  # type: ignore[assignment]
+    model.on_disk = Weights({name: places[id(tensor)] for name, tensor in state.items()}, dtype)
     with suppress(OSError, ValueError, AttributeError):  # most small models have none
         model.generation_config = type(model.generation_config).from_pretrained(path)
     model.name_or_path = path
@@ -156,7 +156,9 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def fill(module: nn.Module, device: torch.device) -> None:
     """Gives memory on `device` to the parameters without any, and reads them: of a sharded one this process's share. What no file
     has is 0."""
-    sources = [(part, part.on_disk) for part in module.modules() if hasattr(part, "on_disk")]
+    sources: list[tuple[nn.Module, Any]] = [
+        (part, part.on_disk) for part in module.modules() if hasattr(part, "on_disk")
+    ]
     made: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
     for part in module.modules():
         for name, old in part._parameters.items():

@@ -93,9 +93,9 @@ def load_optimizer_tensors(optimizers: dict[str, torch.optim.Optimizer], tensors
         if isinstance(optimizer, torch.optim.AdamW):
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
             continue
-        for index, fields in state.items():  # of bitsandbytes, which counts steps in an int
-            moved = {field: value.to(parameters[index].device) for field, value in fields.items()}
-            optimizer.state[parameters[index]] = moved | {"step": int(fields["step"])}
+        for number, fields in state.items():  # of bitsandbytes, which counts steps in an int
+            moved = {field: value.to(parameters[number].device) for field, value in fields.items()}
+            optimizer.state[parameters[number]] = moved | {"step": int(fields["step"])}
 
 
 def parameter_names(optimizers: dict[str, torch.optim.Optimizer], learner: Learner) -> dict[str, list[str]]:
@@ -226,14 +226,19 @@ def save_checkpoint(
     """Writes checkpoint-<step> atomically: a directory of that name is whole, whatever happened. All processes must call it.
     `keep` of them stay; the newest and `best` always do."""
     final = output_dir / f"checkpoint-{step}"
-    adapters = {}
+    adapters: dict[str, Tensor] = {}
     if has_adapter(learner.policy):
-        adapters = dict(_trained(learner))
+        adapters.update(_trained(learner))
     target = {} if learner.target is None else {name: master_of(x) for name, x in _state(learner.target).items()}
     optimizer, names = optimizer_tensors(optimizers), parameter_names(optimizers, learner)
     with replacing(final) as beside:
         save_models(beside, learner, tokenizer, processes, value_model=not adapters)
-        for name, tensors in (("adapters", adapters), ("target", target), ("optimizer", optimizer)):
+        kept: list[tuple[str, dict[str, Tensor]]] = [
+            ("adapters", adapters),
+            ("target", target),
+            ("optimizer", optimizer),
+        ]
+        for name, tensors in kept:
             if tensors:
                 write_tensors(beside / f"{name}.safetensors", tensors, processes)
         if processes.main:

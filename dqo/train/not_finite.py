@@ -32,7 +32,8 @@ def rows_of(episodes: list[Episode]) -> str:
 
 def wrong_gradients(model: nn.Module) -> str:
     """The parameters whose gradients are not finite, for a message; "" where they are sharded."""
-    gradients = {n: master_of(p).grad for n, p in model.named_parameters() if master_of(p).grad is not None}
+    updated = ((name, master_of(parameter).grad) for name, parameter in model.named_parameters())
+    gradients = {name: gradient for name, gradient in updated if gradient is not None}
     if any(isinstance(gradient, DTensor) for gradient in gradients.values()):
         return ""
     wrong = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
