@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,33 +101,27 @@ def test_the_real_model_is_a_plain_checkpoint_whose_turns_end_where_its_template
 
 
 @pytest.mark.slow
-def test_rounds_of_exploration_train_on_the_rows_of_all_rounds_and_go_on(files):  # noqa: F811
+def test_rounds_of_exploration_train_on_the_rows_of_all_rounds(files):  # noqa: F811
     rows = [json.loads(line) for line in (files / "rollouts.jsonl").read_text().splitlines()]
-    problems = [{"prompt": prompt, "answer": "1"} for prompt in dict.fromkeys(row["prompt"] for row in rows)]
+    problems = [{"prompt": prompt, "answer": "1"} for prompt in [*dict.fromkeys(row["prompt"] for row in rows)][:5]]
     (files / "problems.jsonl").write_text("\n".join(map(json.dumps, problems)))
-    environment = {"ROUNDS": "2", "SAMPLES": "3", "LONGEST": "6", "VERIFIER": "python:tests.dqo.evaluation.verifiers:digits"}
+    environment = {
+        "ROUNDS": "2",
+        "SAMPLES": "3",
+        "LONGEST": "6",
+        "VERIFIER": "python:tests.dqo.evaluation.verifiers:digits",
+    }
     environment |= {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(EXAMPLES.parent)}
     words = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--eval_fraction", "0.2", "--alpha", "0.01"]
 
-    def run():
-        command = [
-            str(EXAMPLES / "xpo.sh"),
-            *(str(files / name) for name in ("model", "problems.jsonl", "out")),
-            *words,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=EXAMPLES.parent)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
-
-    assert f"the last policy: {files / 'out' / 'round-2' / 'trained'}" in run()
+    command = [str(EXAMPLES / "xpo.sh"), *(str(files / name) for name in ("model", "problems.jsonl", "out")), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=EXAMPLES.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"the last policy: {files / 'out' / 'round-2' / 'trained'}" in done.stdout
     for number in (1, 2):
         place = files / "out" / f"round-{number}"
         assert len((place / "rows.jsonl").read_text().splitlines()) == number * 2 * 3 * len(problems)
         assert any("loss/xpo" in line for line in (place / "trained" / "metrics.jsonl").read_text().splitlines())
-    before = (files / "out" / "round-2" / "trained" / "model.safetensors").read_bytes()
-    shutil.rmtree(files / "out" / "round-2" / "trained")
-    run()
-    assert (files / "out" / "round-2" / "trained" / "model.safetensors").read_bytes() == before
 
 
 def test_the_script_of_the_real_model_names_commands_and_options_that_are_there(monkeypatch, capsys):
