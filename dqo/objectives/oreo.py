@@ -68,14 +68,17 @@ class OREO(ValueOptions, _Options):
         from dqo.objectives.value_outputs import value_losses
         from dqo_kernels import soft_bellman
 
-        actions = (stats.logprobs, rows["ref_logprobs"], rows["rewards"])
+        logprobs, ref_logprobs, rewards = stats.logprobs, rows["ref_logprobs"], rows["rewards"]
         values, cu_actions, at = rows["values"], cu_seqlens, None
         if self.level == "step":
             steps = steps_of(rows, cu_seqlens)
-            actions, at, cu_actions = tuple(map(steps.sums, actions)), steps.starts, steps.cu_steps
+            logprobs, ref_logprobs, rewards = map(steps.sums, (logprobs, ref_logprobs, rewards))
+            at, cu_actions = steps.starts, steps.cu_steps
             values = values[at]
         terms = soft_bellman(
-            *actions,
+            logprobs,
+            ref_logprobs,
+            rewards,
             values,
             cu_actions,
             bootstrap=rows["bootstrap"][cu_seqlens[1:] - 1] if "bootstrap" in rows else None,
@@ -87,7 +90,7 @@ class OREO(ValueOptions, _Options):
         policy_loss, value_loss = (  # there they have a factor 1/2
             2.0 * sequence_means(loss, cu_actions) for loss in (terms.policy_loss, of_states)
         )
-        scaled_ratio = self.beta * (actions[0] - actions[1])
+        scaled_ratio = self.beta * (logprobs - ref_logprobs)
         fitted = Regression(values, terms.returns, scaled_ratio, terms.advantages)
         return policy_loss, value_loss, fitted, of_loss
 

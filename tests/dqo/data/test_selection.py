@@ -51,7 +51,9 @@ def test_the_columns_are_what_the_episodes_say():
     known = EpisodeColumns(members, lambda: {members[2].source})
     assert known.of_reference.tolist() == [i == 2 for i in range(6)]
     names = [name for name, value in vars(Columns).items() if isinstance(value, property)]
-    assert all(len(getattr(columns, name)) == 6 for name in names) and len(names) == 9
+    assert len(columns.potential) == columns.length.sum() and np.isnan(columns.potential).all()
+    assert all(len(getattr(columns, name)) == 6 for name in names if name != "potential") and len(names) == 12
+    assert not columns.has_logprobs.any() and not columns.has_step_rewards.any()
 
 
 def test_an_array_of_indices_and_lists_of_any_lengths_are_groups():
