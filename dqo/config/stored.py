@@ -45,8 +45,8 @@ def stored_options_of(path: str) -> dict[str, Any]:
     """
     told = read_options(path)
     its_class = _class_of(*told.get("method", (DEFAULT_METHOD, path)))
-    parts: list[type] = [TrainConfig, its_class]
-    values: dict[type, dict[str, Any]] = {part: {} for part in parts}
+    parts: list[Any] = [TrainConfig, its_class]
+    values: dict[Any, dict[str, Any]] = {part: {} for part in parts}
     for name, (value, where) in told.items():
         part = next((part for part in parts if name in {f.name for f in dataclasses.fields(part)}), None)
         if part is None:
