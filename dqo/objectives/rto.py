@@ -1,6 +1,7 @@
 """Reinforced Token Optimization (arXiv 2404.18922): the log-ratio of a model that DPO trained pays every token.
 
 Sec. 4    r_t = beta1 * log( pi_dpo(y_t|s_t) / ref(y_t|s_t) ) + 1[t = T] * beta3 * R - beta2 * log( pi(y_t|s_t) / ref(y_t|s_t) )
+L       = that of dqo/objectives/ppo.py, or of dqo/objectives/dqo.py, with these rewards
 
 pi_dpo is a third model, frozen, whose log-probabilities are computed once and cached. reward_coef is beta3, R what the file pays,
 that of steps too where it is used. With the algorithm ppo, the paper's, beta is beta2 and the rest is dqo/objectives/ppo.py. With

@@ -17,10 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dqo.config.lora import described
-from dqo.config.options import Options, TrainConfig
+from dqo.config.options import Options
 from dqo.data.batches import Batching, Group, distinct
 from dqo.data.behavior import ReferenceName, reference_samples
-from dqo.data.chat import reads_clock
 from dqo.data.ends import ends_of
 from dqo.data.episodes import Episode, fingerprint, make_episodes
 from dqo.data.marks import Marks
@@ -42,7 +41,7 @@ from dqo.models.policy import (
 )
 from dqo.models.router import check_router
 from dqo.objectives.base import Objective
-from dqo.processes import Processes, gather_objects
+from dqo.processes import Processes
 from dqo.train.checkpoint import claim_output, save_base
 from dqo.train.fitted_values import configuration_of, fitted_value_model
 from dqo.train.frozen_models import add_columns, frozen_models
@@ -50,7 +49,7 @@ from dqo.train.implied_values import ImpliedValues, implied_values_of
 from dqo.train.inputs import Given, read
 from dqo.train.learner import Learner
 from dqo.train.masters import add_masters
-from dqo.train.resume import FITTED, OF_OBJECTIVE, TRAINED_END, found_state
+from dqo.train.resume import FITTED, OF_OBJECTIVE, TRAINED_END
 from dqo.train.returns import value_start
 from dqo.train.room import warn_of_little_room
 from dqo.train.run_models import (
@@ -65,6 +64,7 @@ from dqo.train.run_models import (
     shards_from_files,
 )
 from dqo.train.sharded import shard, shard_reference, try_model
+from dqo.train.template_time import TEMPLATE_TIME, told_time
 from dqo.train.weighting import Weighting, at_start, check_behavior, chosen, reference_name
 
 logger = logging.getLogger(__name__)
@@ -100,9 +100,6 @@ FREE_OPTIONS = {
     "num_generations",
     "max_completion_length",
 }
-
-
-_TEMPLATE_TIME = "time that the chat template was told"  # in the identity of runs whose template reads the clock
 
 
 @dataclass
@@ -163,7 +160,7 @@ def prepare(
     vocab_size = model_config.get_text_config().vocab_size
 
     ref_config = reference_config(config, given, vocab_size)
-    template_time = _template_time(config, tokenizer, processes)
+    template_time = told_time(config, tokenizer, processes)
 
     stops = stop_ids(given.model or config.model_path)
 
@@ -213,7 +210,7 @@ def prepare(
     if reference is not None:
         identity["reference configuration"] = architecture(reference.config)
     if template_time is not None:
-        identity[_TEMPLATE_TIME] = template_time.isoformat()
+        identity[TEMPLATE_TIME] = template_time.isoformat()
     identity["reference"] = identity["model"] if reference is None else weights_hash(reference)
 
     for model in filter(None, () if sharded else (policy, reference)):
@@ -381,20 +378,6 @@ def evaluation_episodes(options: Options, given: Given, prepared: Prepared, sour
         frozen = frozen_models(options, prepared.tokenizer, size, together, device)
         add_columns(frozen, options, together, prepared.batching, prepared.processes)
     return Evaluated(episodes, prepared_ones), rows
-
-
-def _template_time(config: TrainConfig, tokenizer, processes: Processes) -> datetime.datetime | None:
-    """What a chat template that reads the clock takes for now: the time of the run that goes on, whose ids must come again; of a
-    new run the clock of the first process. None where no template reads it."""
-    if not reads_clock(tokenizer):
-        return None
-    found = found_state(config)
-    if found is not None:
-        try:
-            return datetime.datetime.fromisoformat(found[1]["identity"][_TEMPLATE_TIME])
-        except (ValueError, KeyError, TypeError):  # of a run without it: named when it is claimed
-            pass
-    return gather_objects([datetime.datetime.now()], processes)[0]
 
 
 def _held_out(objective: Objective, episodes: list[Episode], rows: list[Row], sampler: ReferenceName) -> list[Group]:

@@ -1,4 +1,4 @@
-"""Outcome rewards of mean 0 and variance 1, as DRO (arXiv 2405.19107) and PPO (2307.04964) train on them."""
+"""Outcome rewards of mean 0 and variance 1, as arXiv 2405.19107 and 2307.04964 train on them."""
 
 from __future__ import annotations
 
