@@ -5,8 +5,8 @@ responses with the cap e, no discount, a value model of its own that a squared e
 are not told there, and keep their defaults.
 
 `soft` has no value model: V is beta * log (sum_a exp logit_a of pi) / (the same of ref), as in "From r to Q*" (arXiv 2404.12358),
-whose language model is a Q-function with that V. That paper trains on preferences alone, so that the rest is ours: `paper`, without
-importance weights, which matter where V is to be that of the policy.
+whose language model is a Q-function with that V. That paper trains on preferences alone, so that the rest is ours: `paper`,
+without importance weights, which matter where V is to be that of the policy.
 """
 
 from __future__ import annotations

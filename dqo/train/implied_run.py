@@ -41,7 +41,7 @@ def implied_run(objective: Objective) -> ImpliedRun | None:
     if options.get("beta") is None or not fits_rewards(method):
         raise UserError(
             f"{name} is a run of method {method}, which does not fit beta * log(pi/ref) to rewards, so that it implies no "
-            "values; name a run of a method that does, such as dqo or dro"
+            "values; name a run of a method that does, such as dqo"
         )
     if not objective.discount_factor > 0:
         raise UserError(f"gamma must be above 0 with {name}: it is divided by")

@@ -5,7 +5,7 @@
                  where there are none the mean return of the training data
 
 pi' stays as it is. Its log-probabilities are computed once, before the first step, and kept in the cache of the reference's; no
-further model is in memory while the policy is trained. Of the live policy every residual would be that of DRO.
+further model is in memory while the policy is trained. Of the live policy every residual would be that of arXiv 2405.19107.
 """
 
 from __future__ import annotations

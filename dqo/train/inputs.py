@@ -134,8 +134,7 @@ def _check_value_model(options: Options) -> None:
         fitted = find_value_model(kind)
         if fitted.form == "q_model":
             raise UserError(
-                f"value_model {fitted.path} is a language model of Q, which --method etpo trained; it is the value model of no "
-                "other method"
+                f"value_model {fitted.path} is a language model of Q; it is the value model of no other method"
             )
     if kind == "q_model" and config.truncation == "bootstrap":
         raise UserError(
