@@ -65,7 +65,7 @@ def test_every_response_is_used_before_one_is_used_again():
 
 
 # chosen: 0.2 + 0.3 = 0.5, a mean of 0.25; rejected: -0.1; margins 0.5 * 0.6 = 0.3, and 0.5 * 0.35 = 0.175 of means
-PAIR = ([-1.0, -1.0, -1.0], [-1.2, -1.3, -0.9], [0, 2, 3])
+PAIR = ([-1.0, -1.0, -2.0], [-1.2, -1.3, -1.9], [0, 2, 3])
 
 
 def sigmoid_loss(margin):

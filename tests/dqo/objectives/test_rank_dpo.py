@@ -79,6 +79,13 @@ def test_tied_scores_have_the_mean_over_all_their_orders(scores):
     assert torch.allclose(found[upper], expected[upper]) and torch.allclose(found, found.T)
 
 
+def test_lists_know_nothing_of_each_other():
+    scores, gains = [0.3, -0.2, 0.1, 0.7, 0.0], [1.0, 0.0, 0.3, 0.0, 1.0]
+    whole, _, _ = call(RankDPO(), scores, gains, [0, 0, 1, 1, 1])
+    parts = call(RankDPO(), scores[:2], gains[:2])[0] + call(RankDPO(), scores[2:], gains[2:])[0]
+    assert whole.item() == pytest.approx(parts.item(), abs=1e-12)
+
+
 def test_rounding_decides_no_order():
     scores, gains = [0.0, 0.2 * TIED, -0.3 * TIED], [0.0, 1.0, 0.5]
     loss, _, _ = call(RankDPO(), scores, gains)
