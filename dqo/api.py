@@ -39,17 +39,18 @@ from dqo.objectives.base import Objective
 from dqo.objectives.registry import DEFAULT_METHOD, method_of, methods_table
 from dqo.report.command import report as report
 from dqo.report.run import report_run
+from dqo.sampling.backends import launched_for
 from dqo.sampling.run import Sampled, sample_rows
 from dqo.scoring.run import score  # noqa: F401
 from dqo.train import checkpoint, hub
 from dqo.train.absent import ABSENT
 from dqo.train.callbacks import check_callbacks, made
+from dqo.train.evaluation_rows import evaluation_episodes
 from dqo.train.export import export as export
 from dqo.train.held_out import predictions
 from dqo.train.inputs import Given, check_options, load_rows, shared_prompts
 from dqo.train.loop import Trainer
 from dqo.train.metrics import read_metrics
-from dqo.train.prepare import evaluation_episodes
 from dqo.train.resume import as_stored
 from dqo.train.run import Rows, begin, run_of
 
@@ -116,7 +117,8 @@ def sample(quiet: bool = False, **options: Any) -> Sampled:
     Raises:
         UserError: for options, prompts or a model that do not fit, before any work.
     """
-    return sample_rows(checked_config(SampleConfig, options), quiet)
+    config = checked_config(SampleConfig, options)
+    return sample_rows(config, quiet, launched_for("dqo sample", config.backend, config.use_cpu))
 
 
 class DQOTrainer:

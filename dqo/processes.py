@@ -5,6 +5,7 @@ accelerate (or torchrun) starts them and makes the process group: nccl on GPUs, 
 
 from __future__ import annotations
 
+import datetime
 import os
 import sys
 from collections.abc import Callable
@@ -81,11 +82,22 @@ class Processes:
             os._exit(0)
 
 
-def start(use_cpu: bool = False, fsdp: bool = False) -> Processes:
-    """Joins the process group of the launcher; one process without a launcher."""
-    state = PartialState(cpu=use_cpu or not torch.accelerator.is_available())
+ALONE = Processes()
+
+
+def start(use_cpu: bool = False, fsdp: bool = False, **group: Any) -> Processes:
+    """Joins the process group of the launcher, whose arguments are `group`; one process without a launcher."""
+    state = PartialState(cpu=use_cpu or not torch.accelerator.is_available(), **group)
     sharded = fsdp and state.num_processes > 1
     return Processes(state.process_index, state.num_processes, state.device, sharded, state.local_process_index)
+
+
+def launched(use_cpu: bool = False) -> Processes:
+    """The processes of a launcher whose work differs in length: they wait for each other as long as it takes. Alone without a
+    launcher, where nothing is joined."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return ALONE
+    return start(use_cpu, timeout=datetime.timedelta(days=365))
 
 
 def add_over_processes(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from dqo.commands.base import commands as dqo_commands
+from tests.dqo import forked
 from tests.dqo.conftest import files  # noqa: F401
 from tests.pages import CONTRIBUTING, PAGES, PYPROJECT, README, ROOT, blocks, commands, each_page, named, source_of
 
@@ -77,8 +78,9 @@ def test_commands_of_the_trainer_run_in_their_order_up_to_training(page, place, 
             from accelerate.commands.launch import launch_command_parser
 
             given = launch_command_parser().parse_args(arguments[1:])
-            assert given.module and given.training_script == "dqo.train"
-            script, arguments = "dqo-train", given.training_script_args
+            assert given.module and given.training_script in ("dqo.train", "dqo")
+            script = "dqo" if given.training_script == "dqo" else "dqo-train"
+            arguments = given.training_script_args
         if script == "dqo-train" and arguments:
             call(monkeypatch, script, [*dict.fromkeys([*arguments, "--dry_run"])])
             assert "nothing was loaded or written" in capsys.readouterr().out, command
@@ -102,10 +104,8 @@ def test_commands_of_the_trainer_run_in_their_order_up_to_training(page, place, 
 def test_the_objective_of_the_recipe_trains_from_a_module_of_ones_own(place):
     (written,) = [text for text in blocks(CONTRIBUTING, "python") if "(Objective)" in text]
     Path("recipe.py").write_text(written)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{place}"}
     arguments = "--method recipe:REBEL --dataset_name rollouts.jsonl --model_name_or_path model --max_steps 2 --use_cpu"
-    command = [sys.executable, "-m", "dqo", "train", *arguments.split(), "--output_dir", "new"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = forked.run("train", *arguments.split(), "--output_dir", "new", place=place, path=[place])
     assert done.returncode == 0, done.stderr
     assert (place / "new" / "report.html").exists()
 

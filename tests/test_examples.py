@@ -1,6 +1,7 @@
 """The examples do what they say."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -97,6 +98,30 @@ def test_the_real_model_is_a_plain_checkpoint_whose_turns_end_where_its_template
     assert tokenizer.decode(ids[0]).endswith("<|im_start|>user\nWhat is 2 times 3?<|im_end|>\n<|im_start|>assistant\n")
     found = model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
     assert "6" in tokenizer.decode(found) and found[-1] in stop_ids(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_rounds_of_exploration_train_on_the_rows_of_all_rounds(files):  # noqa: F811
+    rows = [json.loads(line) for line in (files / "rollouts.jsonl").read_text().splitlines()]
+    problems = [{"prompt": prompt, "answer": "1"} for prompt in [*dict.fromkeys(row["prompt"] for row in rows)][:5]]
+    (files / "problems.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    environment = {
+        "ROUNDS": "2",
+        "SAMPLES": "3",
+        "LONGEST": "6",
+        "VERIFIER": "python:tests.dqo.evaluation.verifiers:digits",
+    }
+    environment |= {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(EXAMPLES.parent)}
+    words = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--eval_fraction", "0.2", "--alpha", "0.01"]
+
+    command = [str(EXAMPLES / "xpo.sh"), *(str(files / name) for name in ("model", "problems.jsonl", "out")), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=EXAMPLES.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"the last policy: {files / 'out' / 'round-2' / 'trained'}" in done.stdout
+    for number in (1, 2):
+        place = files / "out" / f"round-{number}"
+        assert len((place / "rows.jsonl").read_text().splitlines()) == number * 2 * 3 * len(problems)
+        assert any("loss/xpo" in line for line in (place / "trained" / "metrics.jsonl").read_text().splitlines())
 
 
 def test_the_script_of_the_real_model_names_commands_and_options_that_are_there(monkeypatch, capsys):

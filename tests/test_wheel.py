@@ -1,5 +1,6 @@
 """What is built is whole: from a wheel alone, in a clean directory, the commands run and the demonstration writes its report."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -39,10 +40,9 @@ def installed(wheel, tmp_path_factory):
     for library in Path(dqo_kernels.__file__).parent.glob("*.so"):
         shutil.copy(library, site / "dqo_kernels")
 
-    def run(*arguments, script=None):
-        program = [sys.executable] if script is None else [sys.executable, site / "bin" / script]
+    def run(*arguments):
         environment = os.environ | {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
-        command = [*map(str, program), *map(str, arguments)]
+        command = [sys.executable, *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=work, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -62,24 +62,37 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel):
     assert names == files and {"dqo/py.typed", "dqo_kernels/py.typed", "dqo/report/templates/report.html.j2"} <= files
 
 
-def test_the_modules_are_those_of_the_wheel(installed):
-    where = installed("-c", "import dqo, dqo_kernels; print(dqo.__file__); print(dqo_kernels.__file__)").split()
-    assert all(Path(path).is_relative_to(installed.site) for path in where)
+# Everything that is run from the wheel, in one process: the imports take longer than the rest.
+PROGRAM = """
+import json, runpy, sys
+import dqo, dqo_kernels
+from dqo.demo.recipe import DemoConfig, Recipe
+from dqo.demo.run import run_demo
+print(dqo.__file__, dqo_kernels.__file__, sep="\\n")
+for name, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [name, *arguments]
+    try:
+        runpy.run_path(name, run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code, (name, arguments, ended.code)
+"""
 
 
-def test_the_scripts_make_a_model_check_a_file_and_train_on_it(installed):
+def test_its_scripts_train_and_its_demonstration_reports(installed):
     rows = [f'{{"prompt": "{i}+1=", "completion": "{i + j}", "reward": {j}}}' for i in range(8) for j in (0, 1)]
     (installed.work / "rows.jsonl").write_text("\n".join(rows))
-    size = ("--vocab_size", 270, "--hidden_size", 16, "--layers", 1, "--heads", 2, "--max_length", 64)
-    installed("init", "--dataset_name", "rows.jsonl", "--output_dir", "model", *size, script="dqo")
-    assert "16 of 8 prompts" in installed("check", "rows.jsonl", "--model_name_or_path", "model", script="dqo")
-    data = ("--dataset_name", "rows.jsonl", "--model_name_or_path", "model", "--max_length", 64)
-    installed(*data, "--output_dir", "out", "--max_steps", 2, script="dqo-train")
+    dqo, dqo_train = (str(installed.site / "bin" / name) for name in ("dqo", "dqo-train"))
+    size = "--vocab_size 270 --hidden_size 16 --layers 1 --heads 2 --max_length 64"
+    data = "--dataset_name rows.jsonl --model_name_or_path model --max_length 64"
+    commands = [
+        [dqo, *f"init --dataset_name rows.jsonl --output_dir model {size}".split()],
+        [dqo, *["check", "rows.jsonl", "--model_name_or_path", "model"]],
+        [dqo_train, *f"{data} --output_dir out --max_steps 2".split()],
+        [str(installed.site / "dqo" / "train" / "__main__.py"), "--help"],
+    ]
+    demonstration = f"print(run_demo(DemoConfig(output_dir='demo'), {TINY!r}))"
+    *where, rest = installed("-c", PROGRAM + demonstration, json.dumps(commands)).split("\n", 2)
+    assert len(where) == 2 and all(Path(path).is_relative_to(installed.site) for path in where)
+    assert "16 of 8 prompts" in rest and "--dataset_name" in rest
     assert (installed.work / "out" / "report.html").stat().st_size > 1000
-    assert "--dataset_name" in installed("-m", "dqo.train", "--help")
-
-
-def test_the_demonstration_writes_its_report(installed):
-    run = "from dqo.demo.recipe import DemoConfig, Recipe; from dqo.demo.run import run_demo"
-    printed = installed("-c", f"{run}; print(run_demo(DemoConfig(output_dir='demo'), {TINY!r}))")
-    assert printed.endswith("report.html\n") and "<svg" in (installed.work / "demo" / "report.html").read_text()
+    assert rest.endswith("report.html\n") and "<svg" in (installed.work / "demo" / "report.html").read_text()

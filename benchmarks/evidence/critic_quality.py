@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from dqo.credit.quality import Judged, quality_of
-from dqo.credit.steps import first_wrong_step
 from dqo.data.episode import Episode
 from dqo.grading.arith import ArithTask
 from dqo.stats import auc
@@ -45,10 +44,7 @@ def quality_of_values(values: Sequence[np.ndarray], episodes: Sequence[Episode])
 def quality_of_scores(scores: Sequence[np.ndarray], episodes: Sequence[Episode]) -> dict[str, float | None]:
     """AUC of the sums, over all responses and within a prompt; the share of responses whose lowest step is the first wrong one,
     and that of a drawn step; each with the bounds of its interval."""
-    judged = [
-        Judged(e.prompt_index, e.label, s, e.step_ends, first_wrong_step(e.step_rewards))
-        for s, e in zip(scores, episodes)
-    ]
+    judged = [Judged(e.prompt_index, e.label, s, e.step_ends, e.first_wrong_step) for s, e in zip(scores, episodes)]
     found: dict[str, float | None] = {}
     for name, interval in quality_of(judged)._asdict().items():
         found |= {name: None, f"{name}/low": None, f"{name}/high": None}

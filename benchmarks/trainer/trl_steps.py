@@ -46,7 +46,12 @@ def dpo_loss(model, objective: DPO) -> Callable[[dict], Tensor]:
     from trl import DPOConfig, DPOTrainer
 
     row = {"prompt": "<pad>", "chosen": "<pad>", "rejected": "<pad>"}
-    return _loss(DPOTrainer, DPOConfig, model, row, beta=objective.beta)
+    kinds = ["sigmoid_norm" if objective.length_normalized else objective.loss_type]
+    weights = [1.0]
+    if objective.rpo_alpha:  # there a mean over the tokens of all better responses: equal where these have one length
+        kinds, weights = [*kinds, "sft"], [1.0, objective.rpo_alpha]
+    options = {"loss_type": kinds, "loss_weights": weights, "label_smoothing": objective.label_smoothing}
+    return _loss(DPOTrainer, DPOConfig, model, row, beta=objective.beta, **options)
 
 
 def kto_loss(model, objective: KTO) -> Callable[[dict], Tensor]:

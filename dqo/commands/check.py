@@ -18,11 +18,13 @@ from tyro.conf import Positional
 from dqo.commands.check_view import view
 from dqo.config.flags import parse_flags
 from dqo.config.rows import RowOptions
+from dqo.credit.steps import marked
 from dqo.data.advice import row_warnings
 from dqo.data.behavior import ReferenceName, known_behavior, weight_level, weights_line
 from dqo.data.episodes import Episodes, open_episodes
+from dqo.data.marks import Marks
 from dqo.data.rows import Row
-from dqo.data.stored import FINISHES, OPTIONAL, StoredRows, column, open_rows, process_rewards, several
+from dqo.data.stored import FINISHES, OPTIONAL, StoredRows, column, open_rows, paid_by_turns, process_rewards, several
 from dqo.data.table import token_table
 from dqo.data.together import check_process_reward, duplicate_count
 from dqo.errors import UserError, printable
@@ -88,7 +90,7 @@ def check(config: CheckConfig) -> None:
     root = None if config.row_cache_dir is None else Path(config.row_cache_dir)
     for path in config.data:
         rows = open_rows(path, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold, root=root)
-        _table(path, summary(rows))
+        _table(path, summary(rows, config.process_reward))
         if line := _weights_line(rows, config, objective or objective_class(DEFAULT_METHOD)()):
             print(printable(line))
         _warn(row_warnings(rows, config, objective))
@@ -145,8 +147,8 @@ def _objective(config: CheckConfig) -> Objective | None:
     return objective
 
 
-def summary(rows: Sequence[Row]) -> dict[str, str]:
-    """What rows hold, without a tokenizer; name -> text."""
+def summary(rows: Sequence[Row], process_reward: str | None = None) -> dict[str, str]:
+    """What rows hold, without a tokenizer; name -> text. `process_reward`: the option."""
     count, right = len(rows), int(column(rows, "label").sum())
     prompts, mixed = several(column(rows, "prompt"), column(rows, "reward"))
     ends = Counter(column(rows, "finish_reason").tolist())
@@ -161,8 +163,7 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
     turns = column(rows, "turns")
     if turns.max() > 1:
         found["turns"] = f"{_range(turns)} a row, in {(turns > 1).sum():,} rows several"
-    rewards = process_rewards(rows)
-    of_turns = np.repeat(column(rows, "turns_paid"), np.maximum(column(rows, "paid"), 0))
+    rewards, of_turns = process_rewards(rows), paid_by_turns(rows)
     if of_turns.any():
         found["turn rewards"] = f"{_mix(rewards[of_turns])}; mean {statistics.fmean(rewards[of_turns]):.3g}"
     steps = column(rows, "steps")
@@ -170,6 +171,11 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
         found["steps"] = f"{_range(steps[steps >= 0])} a row, in {(steps >= 0).sum():,} rows"
         if not of_turns.all():
             found["step rewards"] = f"{_mix(rewards[~of_turns])}; mean {statistics.fmean(rewards[~of_turns]):.3g}"
+            marks = Marks.of_rows(rows, process_reward)
+            row_of = np.repeat(np.arange(count), np.maximum(column(rows, "paid"), 0))
+            wrong = len(np.unique(row_of[~of_turns][marked(rewards[~of_turns], marks.steps)]))
+            how = {"negative": "by a reward below 0", "zero": "by a reward of 0", "none": "by no reward"}[marks.steps]
+            found["wrong steps"] = f"marked {how}, in {wrong:,} rows"
     present = {name: int(_present(rows, name).sum()) for name in OPTIONAL}
     found["other fields"] = ", ".join(f"{name} {count:,}" for name, count in present.items() if count) or "none"
     return found

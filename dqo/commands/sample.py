@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from dqo.config.flags import parse_flags
 from dqo.config.sampling import SampleConfig
 from dqo.requirements import check_packages
+
+if TYPE_CHECKING:  # it imports torch
+    from dqo.sampling.run import Sampled
 
 PLACE = 6
 
@@ -13,9 +18,18 @@ def sample_command(arguments: list[str], prog: str = "dqo sample") -> None:
     """Sample responses of a model to prompts, as rollout rows."""
     config: SampleConfig = parse_flags(SampleConfig, arguments, prog)
     check_packages()
-    from dqo.sampling.run import sample_rows  # imports torch
+    from dqo.sampling.backends import launched_for  # imports torch
+    from dqo.sampling.run import sample_rows
 
-    found = sample_rows(config)
+    processes = launched_for("dqo sample", config.backend, config.use_cpu)
+    found = sample_rows(config, processes=processes)
+    processes.leave()
+    if processes.main:
+        _tell(found, config)
+    processes.end()
+
+
+def _tell(found: Sampled, config: SampleConfig) -> None:
     lines = {
         "rows": f"{found.rows:,} ({found.new:,} of them new) of {found.prompts:,} prompts -> {config.output_file}",
         "tokens": f"{found.tokens:,}, {found.tokens / found.rows:,.1f} a response",

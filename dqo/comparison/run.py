@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from dqo.config.options import Options, command_line
 from dqo.errors import UserError
 from dqo.evaluation.tasks import check_tasks, read_tasks
 from dqo.files import write_whole, writing
-from dqo.train.inputs import check_options, load_rows
+from dqo.train.inputs import Given, check_options, load_rows
 
 PLAN_FILE, LOCK_FILE = "compare.json", "compare.lock"
 
@@ -36,10 +37,12 @@ def dry_run(firsts: list[Options]) -> None:
     Raises:
         UserError: that names every method that cannot be trained.
     """
-    from dqo.data.selection import selected
+    from dqo.data.behavior import reference_samples
+    from dqo.data.selection import nothing_selected, selected
     from dqo.models.fitness import check_tokenizer  # torch from here on
     from dqo.models.policy import load_config, load_tokenizer, stop_ids
     from dqo.train.prepare import on_tokens
+    from dqo.train.weighting import reference_name
 
     refused = []
     for options in map(obey, firsts):
@@ -52,8 +55,9 @@ def dry_run(firsts: list[Options]) -> None:
             check_tokenizer(tokenizer, rows, model_config)
             vocab_size = model_config.get_text_config().vocab_size
             episodes = on_tokens(rows, options, tokenizer, vocab_size, stop_ids(config.model_path), None)
-            if not selected(options.objective, episodes):
-                raise UserError(options.objective.nothing_left)
+            samples = partial(reference_samples, rows, reference_name(options, Given()))
+            if not selected(options.objective, episodes, samples):
+                raise UserError(nothing_selected(options.objective, episodes))
             if tasks:
                 check_tasks(options, None, None, tasks)
         except UserError as error:

@@ -7,7 +7,7 @@ import dataclasses
 from dqo.config.options import Options
 
 VALUE_OPTIONS = ["critic_learning_rate", "value_warmup_steps", "critic_lr_scheduler_type", "critic_max_grad_norm"]
-VALUE_OPTIONS += ["value_init", "value_input", "value_loss"]
+VALUE_OPTIONS += ["critic_lr_scheduler_kwargs", "value_init", "value_input", "value_loss"]
 
 
 def without_effect(options: Options, adapters: bool, held_out_given: bool) -> str:
@@ -19,7 +19,7 @@ def without_effect(options: Options, adapters: bool, held_out_given: bool) -> st
     config, objective = options.train, options.objective
     reasons = {
         "the method trains no value model": (objective.needs_values, VALUE_OPTIONS),
-        "the value model is frozen": (not config.freeze_value_model, [*VALUE_OPTIONS, "value_coef"]),
+        "the value model is frozen": (not options.frozen_values, [*VALUE_OPTIONS, "value_coef"]),
         "no new value model is implicit": (objective.value_kind == "implicit", ["implicit_beta"]),
         "the method has no reference policy": (objective.needs_reference, ["ref_cache_dir"]),
         "no adapters are trained": (adapters, ["lora_r", "lora_alpha", "lora_target_modules"]),

@@ -61,17 +61,15 @@ FSDP = {
     "VERSION": {"2"},
     "SHARDING_STRATEGY": {"full_shard", "1"},
     "RESHARD_AFTER_FORWARD": {"true", "full_shard", "1"},
-    "OFFLOAD_PARAMS": {"false"},
     "AUTO_WRAP_POLICY": {"transformer_based_wrap"},
     "ACTIVATION_CHECKPOINTING_OFFLOAD": {"false"},
     "IGNORED_MODULES": set(),
 }
 FSDP_CURE = {
     "VERSION": "this trainer shards with FSDP2; add --fsdp_version 2",
-    "OFFLOAD_PARAMS": "offloading to the CPU is not supported",
     "AUTO_WRAP_POLICY": "the model's own blocks are sharded: TRANSFORMER_BASED_WRAP",
 }
-FSDP_OBEYED = {"TRANSFORMER_CLS_TO_WRAP", "ACTIVATION_CHECKPOINTING"}
+FSDP_OBEYED = {"TRANSFORMER_CLS_TO_WRAP", "ACTIVATION_CHECKPOINTING", "OFFLOAD_PARAMS"}
 # Of FSDP version 1 alone, or of loading and saving, which are by whole tensors here.
 FSDP_WITHOUT_EFFECT = {
     "MIN_NUM_PARAMS",
@@ -122,6 +120,21 @@ def obey(options: Options, environment: Mapping[str, str] = os.environ) -> Optio
     obeyed = dataclasses.replace(options, train=dataclasses.replace(config, **changes), sources=sources)
     check_values(obeyed)
     return obeyed
+
+
+def whole_models(command: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """For a command that has the whole model in each process: whether the launcher asks for the CPU.
+
+    Raises:
+        UserError: for settings that shard a model, or choose its precision.
+    """
+    _refuse_settings(environment)
+    if _on(environment, "ACCELERATE_USE_FSDP"):
+        why = f"{command} has the whole model in each process; launch it without --use_fsdp"
+        _refuse("ACCELERATE_USE_FSDP", environment["ACCELERATE_USE_FSDP"], why)
+    if environment.get("ACCELERATE_MIXED_PRECISION", "no").strip().lower() == "bf16":
+        _refuse("ACCELERATE_MIXED_PRECISION", "bf16", f"{command} has no autocast; give it --dtype bfloat16")
+    return _on(environment, "ACCELERATE_USE_CPU")
 
 
 def blocks_to_shard(environment: Mapping[str, str] = os.environ) -> set[str]:
@@ -189,6 +202,8 @@ def _asked(environment: Mapping[str, str]) -> dict[str, tuple[object, str]]:
         ask("fsdp", True, "ACCELERATE_USE_FSDP")
         if _on(environment, "FSDP_ACTIVATION_CHECKPOINTING"):
             ask("gradient_checkpointing", True, "FSDP_ACTIVATION_CHECKPOINTING")
+        if _on(environment, "FSDP_OFFLOAD_PARAMS"):
+            ask("fsdp_cpu_offload", True, "FSDP_OFFLOAD_PARAMS")
     numbers: dict[str, tuple[str, Callable[[str], float]]] = {
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", int),
         "ACCELERATE_GRADIENT_CLIPPING": ("max_grad_norm", float),

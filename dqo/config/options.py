@@ -17,6 +17,7 @@ import tyro
 import yaml
 
 from dqo.config.flags import check_flags, flag_sources, options_of_methods, take_config_files
+from dqo.config.optimizer import OptimizerOptions
 from dqo.config.presets import PRESETS, under
 from dqo.config.rows import RowOptions
 from dqo.config.values import brief, refuse, suggestion, type_hints, typed, value_problems
@@ -34,8 +35,8 @@ class _RunOptions:
 
     method: Annotated[str, tyro.conf.arg(help=methods_help())] = DEFAULT_METHOD
     preset: str | None = None
-    """Options that are set together where nothing else sets them: "paper" is the setting of the paper on DQO. None takes the
-    defaults."""
+    """Options that are set together where nothing else sets them: "paper" is the setting of the paper on DQO, "soft" the
+    same without a value model. None takes the defaults."""
     model_name_or_path: str | None = None
     """The causal language model to train is in this directory, or has this name on the hub."""
     ref_model_name_or_path: str | None = None
@@ -49,7 +50,8 @@ class _RunOptions:
     """The directory where checkpoints, metrics.jsonl and report.html are written."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """The weights are kept in this type. bfloat16 is for use_peft, where it holds for the frozen weights alone."""
+    """The weights are kept in this type. With bfloat16 the optimizer updates float32 copies of those that are trained, so that no
+    small update is lost; adapters are float32 always."""
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """The models written to output_dir at the end have this type. None takes the type of the files of model_name_or_path, and
     float32 for adapters and their value model. Checkpoints keep the weights as they are trained, so that a run can go on
@@ -62,6 +64,9 @@ class _RunOptions:
     """The backward pass computes the activations again, which saves memory and takes a third more time."""
     use_peft: bool = False
     """Policy and value model train LoRA adapters. The policy with its adapter switched off is the reference."""
+    load_in_4bit: bool = False
+    """The frozen weights of linear layers are quantised to 4 bits (QLoRA) when model_name_or_path is loaded. It needs use_peft
+    and the package bitsandbytes."""
     lora_r: int = 16
     """The adapters have this rank. It needs use_peft."""
     lora_alpha: float = 32.0
@@ -94,7 +99,7 @@ class _RunOptions:
 
 
 @dataclass(frozen=True)
-class TrainConfig(RowOptions, _RunOptions):
+class TrainConfig(OptimizerOptions, RowOptions, _RunOptions):
     """Offline training on a file of responses and rewards. Without --dataset_name the built-in demonstration runs."""
 
     learning_rate: float = 1e-6
@@ -122,29 +127,12 @@ class TrainConfig(RowOptions, _RunOptions):
     on it. None takes per_device_train_batch_size * max_length, and on a CPU at most 4,096."""
     padding_free: bool | None = None
     """Responses are packed into one row instead of being padded. None packs where flash-attn or torch's own attention for
-    packed sequences runs (a GPU, bfloat16). True refuses to run without packing."""
+    packed sequences runs (a GPU, bfloat16), and on a CPU a model of 512 dimensions or more. True refuses to run without
+    packing."""
     num_train_epochs: float = 1.0
     """The training passes over the data this many times."""
     max_steps: int = -1
     """The training makes this many optimizer steps. A number above 0 takes the place of num_train_epochs."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
-    """The learning rates follow this schedule after the warm-up."""
-    critic_lr_scheduler_type: Literal["constant", "linear", "cosine"] | None = None
-    """The value model's learning rate follows this schedule after the warm-up. None takes lr_scheduler_type."""
-    warmup_steps: float = 0
-    """The learning rates rise linearly over this many steps. A number below 1 is a share of all steps."""
-    weight_decay: float = 0.0
-    """AdamW decays the weights of matrices at this rate."""
-    adam_beta1: float = 0.9
-    """AdamW averages gradients with this decay."""
-    adam_beta2: float = 0.999
-    """AdamW averages squared gradients with this decay."""
-    adam_epsilon: float = 1e-8
-    """AdamW adds this to the root of the averaged squared gradients."""
-    max_grad_norm: float = 1.0
-    """The gradients of the policy and of the value model are each clipped to this norm."""
-    critic_max_grad_norm: float | None = None
-    """The gradients of the value model are clipped to this norm. None takes max_grad_norm."""
 
     logging_steps: int = 10
     """A row of metrics.jsonl is written every this many steps."""
@@ -173,10 +161,10 @@ class TrainConfig(RowOptions, _RunOptions):
     shuffle_rewards: bool = False
     """The rows that are trained on get each other's rewards, by the seed. Such a run is a control: whatever it gains is not
     gained by the rewards. Held-out rows keep their own."""
+    normalize_rewards: bool = False
+    """The outcome rewards of the rows that are trained on get mean 0 and variance 1: it sets reward_scale and reward_shift."""
     use_cpu: bool = False
     """The training runs on the CPU although there is an accelerator."""
-    fsdp: bool = False
-    """Weights, gradients and optimizer states are sharded over the processes (FSDP2), as accelerate launch --use_fsdp does."""
     seed: int = 42
     """The order of the data and the generated answers depend on this seed."""
     dry_run: bool = False
@@ -229,11 +217,11 @@ class TrainConfig(RowOptions, _RunOptions):
         coefficient = self.router_aux_loss_coef or 0.0
         need(coefficient >= 0, "router_aux_loss_coef", "at least 0")
         need(
-            self.dtype == "float32" or self.use_peft, "dtype", "float32 without use_peft (--bf16 computes in bfloat16)"
+            not (self.fsdp and self.use_peft and self.dtype != "float32"),
+            "dtype",
+            "float32 with fsdp and use_peft: shards of one layer have one dtype",
         )
-        need(
-            not (self.fsdp and self.dtype != "float32"), "dtype", "float32 with fsdp, which shards weights of one dtype"
-        )
+        need(not (self.fsdp and self.load_in_4bit), "load_in_4bit", "False with fsdp, whose shards cannot be of 4 bits")
         for name in ("adam_beta1", "adam_beta2", "eval_fraction"):
             need(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         need(self.max_batch_tokens is None or self.max_batch_tokens >= 1, "max_batch_tokens", "at least 1")
@@ -251,7 +239,7 @@ class TrainConfig(RowOptions, _RunOptions):
         need(self.eval_tasks is None or self.verifier is not None, "verifier", "set when eval_tasks is given")
         expected = expected_name(self.verifier) if self.verifier is not None else None
         need(expected is None, "verifier", expected or "")
-        return found
+        return found + self.optimizer_problems()
 
 
 @dataclass(frozen=True)
@@ -263,9 +251,14 @@ class Options:
     sources: dict[str, str]
 
     @property
+    def frozen_values(self) -> bool:
+        """Whether values are read that nothing fits: of a frozen value model, or implied by the policy of another run."""
+        return self.train.freeze_value_model or self.objective.implied_from is not None
+
+    @property
     def trains_values(self) -> bool:
         """Whether a value model is trained."""
-        return self.objective.needs_values and not self.train.freeze_value_model
+        return self.objective.needs_values and not self.frozen_values
 
     def flat(self) -> dict[str, Any]:
         return dataclasses.asdict(self.train) | dataclasses.asdict(self.objective)

@@ -3,6 +3,10 @@
 `paper` is the setting of arXiv 2410.09302 as far as its text and its reviews tell it: lambda 1, importance weights of whole
 responses with the cap e, no discount, a value model of its own that a squared error fits. beta, learning rates, batch and epochs
 are not told there, and keep their defaults.
+
+`soft` has no value model: V is beta * log (sum_a exp logit_a of pi) / (the same of ref), as in "From r to Q*" (arXiv 2404.12358),
+whose language model is a Q-function with that V. That paper trains on preferences alone, so that the rest is ours: `paper`,
+without importance weights, which matter where V is to be that of the policy.
 """
 
 from __future__ import annotations
@@ -12,26 +16,28 @@ from typing import Any
 from dqo.config.values import brief
 from dqo.errors import UserError, did_you_mean
 
+_PAPER: dict[str, Any] = {
+    "method": "dqo",
+    "gamma": 1.0,
+    "discount": "tokens",
+    "lam": 1.0,
+    "policy_target": "return",
+    "target": "detach",
+    "target_ema": None,
+    "is_level": "trajectory",
+    "is_cap": 1.0,
+    "is_floor": None,
+    "policy_scale": 1.0,
+    "value_coef": 1.0,
+    "kl_coef": 0.0,
+    "value_model": "separate",
+    "value_loss": "squared",
+    "value_init": "zero",
+    "value_input": "states",
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "method": "dqo",
-        "gamma": 1.0,
-        "discount": "tokens",
-        "lam": 1.0,
-        "policy_target": "return",
-        "target": "detach",
-        "target_ema": None,
-        "is_level": "trajectory",
-        "is_cap": 1.0,
-        "is_floor": None,
-        "policy_scale": 1.0,
-        "value_coef": 1.0,
-        "kl_coef": 0.0,
-        "value_model": "separate",
-        "value_loss": "squared",
-        "value_init": "zero",
-        "value_input": "states",
-    },
+    "paper": _PAPER,
+    "soft": _PAPER | {"value_model": "none", "is_level": "none"},
 }
 
 Given = dict[str, tuple[Any, str]]  # {option: (value, where it comes from)}

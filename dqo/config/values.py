@@ -49,6 +49,10 @@ SYNONYMS = {
     "num_train_epochs": "epoch epochs max_epochs n_epochs num_epochs total_epochs train_epochs",
     "max_steps": "iterations num_steps num_train_steps num_training_steps steps total_steps total_training_steps train_steps",
     "lr_scheduler_type": "lr_schedule lr_scheduler scheduler scheduler_type",
+    "lr_scheduler_kwargs": "scheduler_kwargs scheduler_specific_kwargs",
+    "load_in_4bit": "bnb_4bit bits qlora quantization quantize load_4bit",
+    "optim": "optimizer optimizer_name optimizer_type",
+    "fsdp_cpu_offload": "cpu_offload offload offload_optimizer offload_params optimizer_offload param_offload",
     "warmup_steps": "lr_warmup_steps num_warmup_steps warmup warmup_ratio",
     "weight_decay": "decay wd",
     "adam_beta1": "beta1",
@@ -123,6 +127,8 @@ def typed(expected: Any, value: Any) -> Any:
         origin = get_origin(option)
         if origin is tuple and isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
             return tuple(map(str.__str__, value))
+        if origin is tuple and isinstance(value, Mapping):  # arguments by name, as other trainers take them
+            return tuple(f"{name}={item}" for name, item in value.items())
         if origin is Literal and isinstance(value, str) and str.__str__(value) in get_args(option):
             return str.__str__(value)
         if option is type(None) and value is None:

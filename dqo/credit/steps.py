@@ -6,10 +6,13 @@ of the step before it, and the last step also all that follows its end, such as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+Mark = Literal["negative", "zero", "none"]  # the rewards that say that a step is wrong
 
 
 def step_index(step_ends: Sequence[int], length: int) -> np.ndarray:
@@ -47,11 +50,34 @@ def highest_half(scores: ArrayLike) -> np.ndarray:
     return np.isin(np.arange(len(scores)), chosen)
 
 
-def first_wrong_step(step_rewards: Sequence[float], process_reward: str | None = None) -> int | None:
-    """The first step, counted from 0, that its reward calls wrong; None where there is none, or no step has a reward.
+def wrong_mark(step_rewards: Iterable[float], potentials: bool = False) -> Mark:
+    """What marks a wrong step in a file, by all of its step rewards.
 
-    A wrong step has a negative reward. Where rewards are potentials (`process_reward` "potential": the share of completions from
-    there that are right), it is the first after which no completion is right.
+    Args:
+        potentials: they are known to be values of prefixes, pass rates or a model's.
+
+    Returns:
+        "negative" where some are below 0: ratings such as PRM800K's -1, 0 and 1, of which 0 is neutral, and penalties. Of
+        potentials such ratings alone, since a model's values may be below 0 anywhere.
+        "zero" where all are in [0, 1] and not all are 0: labels such as Math-Shepherd's 0 and 1, and pass rates, of which 0 says
+        that no completion from there was right. Potentials may all be 0.
+        "none" where nothing does.
     """
-    wrong = (lambda reward: reward == 0) if process_reward == "potential" else (lambda reward: reward < 0)
-    return next((i for i, reward in enumerate(step_rewards) if wrong(reward)), None)
+    numbers = set(step_rewards)
+    if not numbers:
+        return "none"
+    if min(numbers) < 0:
+        return "negative" if not potentials or numbers <= {-1.0, 0.0, 1.0} else "none"
+    return "zero" if potentials or 0 < max(numbers) <= 1 else "none"
+
+
+def marked(step_rewards: ArrayLike, mark: Mark) -> np.ndarray:
+    """(S,) bool: the steps whose reward has the mark of a wrong one."""
+    rewards = np.asarray(step_rewards, float)
+    return {"negative": rewards < 0, "zero": rewards == 0, "none": np.zeros(len(rewards), bool)}[mark]
+
+
+def first_wrong_step(step_rewards: Sequence[float], mark: Mark) -> int | None:
+    """The first step, counted from 0, whose reward has the mark of a wrong one; None where there is none."""
+    found = np.flatnonzero(marked(step_rewards, mark)) if len(step_rewards) else ()
+    return int(found[0]) if len(found) else None

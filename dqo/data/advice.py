@@ -14,7 +14,7 @@ from dqo.errors import UserError
 from dqo.objectives.base import Objective
 
 _UNENDED = 0.1  # share of responses that did not end, from which on it is worth a warning
-_LARGEST_RATIO = 200.0  # nats, see _magnitude
+LARGEST_RATIO = 200.0  # nats, see _magnitude
 
 
 def row_warnings(rows: Sequence[Row], settings: Any, objective: Objective | None = None) -> list[str]:
@@ -93,7 +93,7 @@ def _magnitude(rows: Sequence[Row], settings: Any, beta: float) -> list[str]:
         row_of = np.repeat(np.arange(len(counts)), counts)
         paid = paid + settings.process_coef * np.bincount(row_of, process_rewards(rows), len(counts))
     largest = float(np.abs(paid).max())
-    if largest / beta <= _LARGEST_RATIO:
+    if largest / beta <= LARGEST_RATIO:
         return []
     return [
         f"a response is paid up to {largest:,.4g}, which with beta {beta:g} asks for log(pi/ref) of {largest / beta:,.4g} nats, "

@@ -3,6 +3,7 @@ those that are stored, or the reference's where the reference wrote the response
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -59,6 +60,12 @@ def not_of_reference(rows: Iterable[Row], reference: ReferenceName) -> str | Non
                 "such samples, as `dqo sample` does"
             )
     return None
+
+
+def reference_samples(rows: Sequence[Row], reference: ReferenceName) -> set[str]:
+    """Sources of the rows whose `sampling` says that the reference wrote them as it is."""
+    once = ReferenceName(reference.name, functools.cache(reference.identity))
+    return {row.source for row in rows if not_of_reference([row], once) is None}
 
 
 def _changes(told: dict[str, Any]) -> str:

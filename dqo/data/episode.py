@@ -16,6 +16,7 @@ import numpy as np
 
 from dqo.credit.steps import first_wrong_step
 from dqo.data.fields import FLOAT32_MAX
+from dqo.data.marks import Marks
 from dqo.data.tokens import Tokens
 from dqo.errors import UserError
 
@@ -36,7 +37,8 @@ class Episode:
     behavior_logprobs: np.ndarray | None = None
     step_ends: list[int] = field(default_factory=list)  # index of the last token of each step
     step_rewards: list[float] = field(default_factory=list)
-    first_wrong_step: int | None = None  # that the step rewards tell of, counted from 0; see dqo.credit.steps
+    prompt_value: float | None = None  # as the file has it, beside step rewards that are potentials
+    first_wrong_step: int | None = None  # that the step rewards mark, counted from 0; see dqo.data.marks
     ref_logprobs: np.ndarray | None = None
     ref_lse: np.ndarray | None = None
     columns: dict[str, np.ndarray] = field(default_factory=dict)  # what the objective adds, (T,) each
@@ -60,6 +62,11 @@ class Episode:
     def turn_end(self) -> np.ndarray:
         """(T,) 1 on the last action of each turn that came to its end, else 0."""
         return _flags(self.turn_ends, self.action_count).astype(np.float32)
+
+    def discounts(self, gamma: float, discount: str) -> np.ndarray:
+        """(T,) the factor behind each action. `discount`: "tokens", it acts at each; "turns", at the last of each turn alone."""
+        acts = self.turn_end > 0 if discount == "turns" else np.ones(self.action_count, bool)
+        return np.where(acts, gamma, 1.0)
 
     @property
     def action_ids(self) -> list[int]:
@@ -104,6 +111,7 @@ class Payment:
     truncation: str
     scale: float
     shift: float
+    marks: Marks
 
 
 def shaping(
@@ -176,7 +184,8 @@ def paid(tokens: Tokens, prompt_index: int, pay: Payment) -> Episode:
         behavior_logprobs=logprobs if logprobs is None or env_mask is None else logprobs[env_mask],
         step_ends=tokens.step_ends,
         step_rewards=step_rewards,
-        first_wrong_step=first_wrong_step(step_rewards, pay.process_reward),
+        prompt_value=row.prompt_value,
+        first_wrong_step=first_wrong_step(step_rewards, pay.marks.of(row)),
         env_mask=env_mask,
         turn_ends=turn_ends,
     )

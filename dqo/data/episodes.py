@@ -1,7 +1,8 @@
 """Rows -> episodes: a sequence that makes each one when it is read, from the rows and from their tokens on the disk.
 
-What is asked of all episodes is answered by columns. What training adds (columns of an objective, companions, the reference's
-log-probabilities) is kept beside the table, and is on an episode whenever it is read.
+What is asked of all episodes is answered by columns. What training adds (columns, companions, log-probabilities of the reference
+and of other frozen models) is kept beside the table, and is on an episode whenever it is read. What is set on an episode that was
+read is lost with it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import datetime
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
 from typing import Any, overload
 
 import numpy as np
@@ -18,7 +18,9 @@ import numpy as np
 from dqo.data.ends import ends_of
 from dqo.data.episode import Episode, Payment, content_of, cut, mismatched, paid
 from dqo.data.fields import FLOAT32_MAX
+from dqo.data.marks import Marks
 from dqo.data.rows import Row
+from dqo.data.segments import gathered
 from dqo.data.sources import BadRow
 from dqo.data.stored import StoredRows, column, hashes, process_rewards, stored
 from dqo.data.table import TokenTable, piece, response_bytes, token_table
@@ -50,10 +52,11 @@ class Episodes(Sequence[Episode]):
         self.table, self.rows, self.entries, self.places = table, rows, entries, places
         self.pay, self.max_length = pay, max_length
         self.prompt = _by_first(table.column("prompt")[entries]) if prompt is None else prompt
-        self._columns: dict[str, np.ndarray] = {}  # that an objective added
+        self._columns: dict[str, np.ndarray] = {}  # that were added
         self._companions: np.ndarray | None = None  # indices in _whole
         self._whole, self._longest = self, 0
-        self._reference: Mapping[bytes, Any] | None = None  # log-probabilities and logsumexps of responses, by keys
+        # What frozen models say of responses, by keys, under the column that it makes; None: it is the reference's.
+        self._said: dict[str | None, Mapping[bytes, Any]] = {}
         self._key_of: Callable[[Episode], bytes] | None = None
 
     def __len__(self) -> int:
@@ -77,10 +80,14 @@ class Episodes(Sequence[Episode]):
             episode.columns[name] = own
         if self._companions is not None and (other := int(self._companions[i])) >= 0:
             episode.companion = mismatched(episode, self._whole._bare(other), self._longest)
-        for e in filter(None, (episode, episode.companion)):
-            found = None if self._reference is None or self._key_of is None else self._reference.get(self._key_of(e))
-            if found is not None:
-                e.ref_logprobs, e.ref_lse = found.logprobs, found.lse
+        if self._key_of is not None:
+            for e in filter(None, (episode, episode.companion)):
+                key = self._key_of(e)
+                for name, said in self._said.items():
+                    if (found := said.get(key)) is not None and name is None:
+                        e.ref_logprobs, e.ref_lse = found.logprobs, found.lse
+                    elif found is not None and name is not None and e is episode:
+                        e.columns[name] = found.logprobs
         return episode
 
     def __iter__(self) -> Iterator[Episode]:
@@ -107,9 +114,9 @@ class Episodes(Sequence[Episode]):
             self.prompt[indices],
         )
         for name, values in self._columns.items():
-            pieces = [values[indices]] if len(values) == len(self) else [self[int(i)].columns[name] for i in indices]
-            made._columns[name] = np.concatenate(pieces)
-        made._reference, made._key_of = self._reference, self._key_of
+            by_row = len(values) == len(self)
+            made._columns[name] = values[indices] if by_row else gathered(values, self.action_counts, indices)
+        made._said, made._key_of = self._said, self._key_of
         if self._companions is not None:
             made._companions, made._whole, made._longest = self._companions[indices], self._whole, self._longest
         return made
@@ -132,9 +139,8 @@ class Episodes(Sequence[Episode]):
         """Indices of those that are cut."""
         return np.flatnonzero(self.table.column("length")[self.entries] > self.max_length)
 
-    def _patched(self, name: str, value: Any) -> np.ndarray:
-        """A column of the table, with `value` of what is left of those that are cut."""
-        found = self.table.column(name)[self.entries]
+    def patched(self, found: np.ndarray, value: Callable[[Episode], int]) -> np.ndarray:
+        """(n,) numbers of whole responses, with `value` of what is left of those that are cut."""
         for i in self._over.tolist():
             found[i] = value(self._bare(i))
         return found
@@ -159,18 +165,24 @@ class Episodes(Sequence[Episode]):
     @property
     def action_counts(self) -> np.ndarray:
         """int32 (n,)."""
-        return self._patched("actions", lambda e: e.action_count)
+        return self.patched(self.table.column("actions")[self.entries], lambda e: e.action_count)
 
     @property
     def lengths(self) -> np.ndarray:
         """int32 (n,) prompt and completion."""
-        return self._patched("length", lambda e: e.length)
+        return self.patched(self.table.column("length")[self.entries], lambda e: e.length)
 
     @property
     def responses(self) -> np.ndarray:
         """uint64 (n,) hashes of prompt and completion."""
-        found = self._patched("response", lambda e: int(hashes([response_bytes(e.completion_ids, e.env_mask)])[0]))
+        whole = self.table.column("response")[self.entries]
+        found = self.patched(whole, lambda e: int(hashes([response_bytes(e.completion_ids, e.env_mask)])[0]))
         return found ^ (self.prompt.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+
+    @property
+    def has_logprobs(self) -> np.ndarray:
+        """bool (n,): whether those of the policy that wrote it are stored."""
+        return self.table.counts("logprobs")[self.entries] > 0
 
     @property
     def has_steps(self) -> np.ndarray:
@@ -225,15 +237,17 @@ class Episodes(Sequence[Episode]):
         """int (n,): whose completion is put behind each one's prompt; -1: none."""
         self._companions, self._longest = companions, int(self.lengths.max(initial=0))
 
-    def set_reference(self, entries: Mapping[bytes, Any], key_of: Callable[[Episode], bytes]) -> None:
-        """What the reference says of responses, by their keys: an entry has logprobs and lse, float32 (T,). Those that have none
-        stay without."""
-        self._reference, self._key_of = entries, key_of
+    def set_said(
+        self, entries: Mapping[bytes, Any], key_of: Callable[[Episode], bytes], column: str | None = None
+    ) -> None:
+        """What a frozen model says of responses, by their keys: an entry has logprobs and lse, float32 (T,). Those that have none
+        stay without. `column`: its log-probabilities are this one; None: it is the reference."""
+        self._said, self._key_of = self._said | {column: entries}, key_of
 
-    def take_reference(self, other: Sequence[Episode]) -> None:
+    def take_said(self, other: Sequence[Episode]) -> None:
         """That of some of these episodes, or of all."""
         if isinstance(other, Episodes):
-            self._reference, self._key_of = other._reference, other._key_of
+            self._said, self._key_of = other._said, other._key_of
 
     @property
     def bare(self) -> bool:
@@ -257,37 +271,32 @@ class Episodes(Sequence[Episode]):
             yield told + ids.astype(np.int64).tobytes() + zeros[: 4 * (count - 1)] + outcomes[i].tobytes()
 
 
-class Joined(Sequence[Episode]):
-    """The episodes of several sequences, one behind the other."""
-
-    def __init__(self, *parts: Sequence[Episode]):
-        self.parts = [part for part in parts if len(part)]
-        self._ends = np.cumsum([len(part) for part in self.parts])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if self.parts else 0
-
-    @overload
-    def __getitem__(self, i: int) -> Episode: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Episode]: ...
-    def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        number = int(np.searchsorted(self._ends, i, "right"))
-        if number == len(self.parts):
-            raise IndexError(i)
-        return self.parts[number][i - int(self._ends[number])]
-
-    def __iter__(self) -> Iterator[Episode]:
-        return chain.from_iterable(self.parts)
-
-
 def totals(episodes: Sequence[Episode]) -> list[float]:
     """The sum of each one's rewards."""
     if isinstance(episodes, Episodes):
         return episodes.totals().tolist()
     return [float(e.rewards.sum()) for e in episodes]
+
+
+def ended(episodes: Sequence[Episode]) -> Sequence[Episode]:
+    """Those whose last state is worth nothing; all of them where none is such."""
+    if isinstance(episodes, Episodes):
+        found = episodes.terminated
+        return episodes.take(found) if found.any() and not found.all() else episodes
+    return [e for e in episodes if e.terminated] or episodes
+
+
+def put_columns(episodes: Sequence[Episode], columns: dict[str, np.ndarray]) -> None:
+    """Numbers for the objective, float32: (n,), or one for each action, of all one behind the other."""
+    if isinstance(episodes, Episodes):
+        episodes.add_columns(columns)
+        return
+    counts = np.array([e.action_count for e in episodes], np.int64)
+    for name, given in columns.items():
+        values = np.asarray(given, dtype=np.float32)
+        on_tokens = values if len(values) != len(episodes) else np.repeat(values, counts)
+        for e, own in zip(episodes, np.split(on_tokens, counts.cumsum()[:-1])):
+            e.columns[name] = own
 
 
 def _by_first(key: np.ndarray) -> np.ndarray:
@@ -315,6 +324,7 @@ def open_episodes(
     allow_truncation: bool = False,
     reward_scale: float = 1.0,
     reward_shift: float = 0.0,
+    marks: Marks | None = None,
     table: TokenTable | None = None,
 ) -> Episodes:
     """Tokenises rows.
@@ -334,6 +344,7 @@ def open_episodes(
         truncation: of responses that did not end, "terminal" (paid as they are), "bootstrap" (no outcome reward, V of the
             last state instead) or "drop".
         reward_scale, reward_shift: the outcome reward becomes scale * reward + shift.
+        marks: which step rewards say that a step is wrong; None: what these rows tell of it.
         table: the rows on tokens, where they are known already.
 
     Raises:
@@ -367,13 +378,14 @@ def open_episodes(
             raise UserError(f"{said}. Raise --max_length, or pass --allow_truncation")
         logger.warning("%s and are cut there", said)
     if truncation == "drop":
-        ended = ~(over | table.column("truncated")[entries])
-        if not ended.all():
-            logger.warning("%d responses that did not end are dropped (truncation=drop)", int((~ended).sum()))
-        entries = entries[ended]
+        whole = ~(over | table.column("truncated")[entries])
+        if not whole.all():
+            logger.warning("%d responses that did not end are dropped (truncation=drop)", int((~whole).sum()))
+        entries = entries[whole]
     if not len(entries):
         raise UserError("no response is left to train on")
-    pay = Payment(process_reward, process_coef, gamma, discount, truncation, reward_scale, reward_shift)
+    marks = marks or Marks.of_rows(rows, process_reward)
+    pay = Payment(process_reward, process_coef, gamma, discount, truncation, reward_scale, reward_shift, marks)
     made = Episodes(table, rows, entries, places[entries], pay, max_length)
     made.check_pay()
     return made

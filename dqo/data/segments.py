@@ -217,6 +217,14 @@ def _content(arrays: Arrays, header: dict[str, Any]) -> bytes:
     return save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
 
 
+def gathered(values: np.ndarray, counts: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """The lists with the indices `chosen`, in that order, of n lists that are packed in `values`. `counts`: int (n,) the length
+    of each."""
+    counts = counts.astype(np.int64)
+    begins, counts = (counts.cumsum() - counts)[chosen], counts[chosen]
+    return values[np.repeat(begins - (counts.cumsum() - counts), counts) + np.arange(counts.sum())]
+
+
 def table_directory(root: Path | None, kind: str, *depends: Any) -> Path | None:
     """Where a table of rows lies under `root`: its name holds everything that it depends on. None where nothing is kept."""
     if root is None:

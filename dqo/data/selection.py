@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from dqo.data import step_columns
 from dqo.data.batches import COLUMNS, Group
 from dqo.data.episode import Episode, digest_of, fingerprint, mismatched
-from dqo.data.episodes import Episodes
+from dqo.data.episodes import Episodes, put_columns
 from dqo.errors import UserError
 from dqo.objectives.base import Columns, Objective, Selection
 
 
 class EpisodeColumns:
-    """The columns (objectives.base.Columns) of n episodes; each is made when it is read."""
+    """The columns (objectives.base.Columns) of n episodes; each is made when it is read.
 
-    def __init__(self, episodes: Sequence[Episode]):
-        self._episodes = episodes
+    Args:
+        reference_samples: the sources of samples of the reference; None: none is known.
+    """
+
+    def __init__(self, episodes: Sequence[Episode], reference_samples: Callable[[], Collection[str]] | None = None):
+        self._episodes, self._reference_samples = episodes, reference_samples
 
     def _of(self, name: str, attribute: str, dtype: type) -> np.ndarray:
         """`name`: that of Episodes, `attribute`: that of an Episode."""
@@ -46,6 +51,20 @@ class EpisodeColumns:
         return self._of("truncated", "truncated", bool)
 
     @cached_property
+    def has_logprobs(self) -> np.ndarray:
+        if isinstance(self._episodes, Episodes):
+            return self._episodes.has_logprobs
+        return np.array([e.behavior_logprobs is not None for e in self._episodes], dtype=bool)
+
+    @cached_property
+    def has_step_rewards(self) -> np.ndarray:
+        return step_columns.has_step_rewards(self._episodes)
+
+    @cached_property
+    def potential(self) -> np.ndarray:
+        return step_columns.potential(self._episodes)
+
+    @cached_property
     def prompt_length(self) -> np.ndarray:
         return self._of("prompt_length", "prompt_count", np.int64)
 
@@ -57,6 +76,11 @@ class EpisodeColumns:
     def tokens(self) -> np.ndarray:
         """int64: of prompt and response, the environment's too."""
         return self._of("lengths", "length", np.int64)
+
+    @cached_property
+    def of_reference(self) -> np.ndarray:
+        known = self._reference_samples() if self._reference_samples is not None else ()
+        return np.array([source in known for source in self.source], dtype=bool)
 
     @cached_property
     def same_as(self) -> np.ndarray:
@@ -80,7 +104,9 @@ class _Sources(Sequence[str]):
         return len(self._episodes)
 
     def __getitem__(self, i):
-        return [self[j] for j in range(*i.indices(len(self)))] if isinstance(i, slice) else self._episodes[i].source
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        return self._episodes.source(i) if isinstance(self._episodes, Episodes) else self._episodes[i].source
 
 
 class Groups(Sequence[Group]):
@@ -108,34 +134,81 @@ class Groups(Sequence[Group]):
         return np.concatenate([np.asarray(group) for group in self.rows]) if len(self.rows) else np.zeros(0, np.int64)
 
     def distinct(self) -> Episodes:
-        """The episodes of all groups, each once, in the order of the groups."""
-        flat = self.flat()
-        _, first = np.unique(flat, return_index=True)
-        order = flat[np.sort(first)]
+        """The episodes of all groups, each once, in the order of the groups; the groups' own where those are no others."""
+        order = self._order()
         return self.episodes if np.array_equal(order, np.arange(len(self.episodes))) else self.episodes.take(order)
 
+    def alone(self) -> Groups:
+        """The same groups of their distinct episodes alone: what is added to `distinct` of them is on what is read of them."""
+        own = self.distinct()
+        if own is self.episodes:
+            return self
+        index = np.full(len(self.episodes), -1, np.int64)
+        index[self._order()] = np.arange(len(own))
+        if isinstance(self.rows, np.ndarray):
+            return Groups(own, index[self.rows])
+        return Groups(own, [index[np.asarray(group)] for group in self.rows])
 
-def selected(objective: Objective, episodes: Sequence[Episode]) -> Sequence[Group]:
+    def _order(self) -> np.ndarray:
+        flat = self.flat()
+        _, first = np.unique(flat, return_index=True)
+        return flat[np.sort(first)]
+
+
+def selected(
+    objective: Objective,
+    episodes: Sequence[Episode],
+    reference_samples: Callable[[], Collection[str]] | None = None,
+) -> Sequence[Group]:
     """The groups that the objective trains on. Its further columns, and its companions, are set on the episodes.
+
+    Args:
+        reference_samples: asked only where the objective reads the column of_reference, for the sources that have it; None:
+            none is known.
 
     Raises:
         UserError: for data that the objective refuses, and for an answer that does not fit them.
     """
-    columns = EpisodeColumns(episodes)
+    columns = EpisodeColumns(episodes, reference_samples)
+    if objective.needs_steps:
+        _set_steps(objective, episodes)
     selection = objective.prepare(columns)
     for problem in _problems(selection, objective, columns):
         raise UserError(f"{type(objective).__name__}.prepare gives {problem}")
+    put_columns(episodes, selection.columns)
     if isinstance(episodes, Episodes):
-        episodes.add_columns(selection.columns)
         if selection.companions is not None:
             episodes.add_companions(np.asarray(selection.companions))
-        return Groups(episodes, selection.groups)
-    _set_columns(selection, episodes, columns.length)
+        groups = Groups(episodes, selection.groups)
+        return groups.alone() if len(groups) else groups
     if selection.companions is not None:
         longest = max((e.length for e in episodes), default=0)
         for e, companion in zip(episodes, np.asarray(selection.companions).tolist()):
             e.companion = None if companion < 0 else mismatched(e, episodes[companion], longest)
     return [[episodes[row] for row in np.asarray(group).tolist()] for group in selection.groups]
+
+
+def _set_steps(objective: Objective, episodes: Sequence[Episode]) -> None:
+    """The column step."""
+    without = np.flatnonzero(step_columns.step_counts(episodes) == 0)
+    if len(without):
+        raise UserError(
+            f"{type(objective).__name__} takes steps for actions, and {len(episodes) - len(without):,} of {len(episodes):,} "
+            f"responses have steps (the first without: {episodes[int(without[0])].source}); `dqo score FILE --steps lines "
+            "--output_file NEW` cuts them into steps"
+        )
+    put_columns(episodes, {"step": step_columns.steps(episodes)})
+
+
+def nothing_selected(objective: Objective, episodes: Sequence[Episode]) -> str:
+    """What to say when an objective finds no group: what it misses, what is there, and what makes more of it."""
+    columns = EpisodeColumns(episodes)
+    _, sizes = np.unique(columns.prompt, return_counts=True)
+    return (
+        f"{objective.nothing_left}. There are {len(episodes):,} responses, {int(columns.label.sum()):,} of them correct, to "
+        f"{len(sizes):,} prompts, {int((sizes > 1).sum()):,} of them with several; `dqo sample --num_generations 8` gives each "
+        "prompt more, which `dqo score` grades"
+    )
 
 
 def data_fingerprint(groups: Sequence[Group]) -> str:
@@ -213,14 +286,6 @@ def _column_problems(name: str, values: Any, columns: Columns) -> Iterator[str]:
             f"a column {name} with {found[wrong[0]]} for {columns.source[of[wrong[0]]]}; expected numbers that float32 holds, "
             f"of size {bounds:g} at most"
         )
-
-
-def _set_columns(selection: Selection, episodes: Sequence[Episode], length: np.ndarray) -> None:
-    for name, values in selection.columns.items():
-        values = np.asarray(values, dtype=np.float32)
-        on_tokens = values if len(values) != len(episodes) else np.repeat(values, length)
-        for e, piece in zip(episodes, np.split(on_tokens, length.cumsum()[:-1])):
-            e.columns[name] = piece
 
 
 def selection_fingerprint(groups: Sequence[Group]) -> str:

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
+from dqo.data.joined import Joined
 from dqo.data.rows import Row, checked_rows, completion_key, prompt_key, refuse
-from dqo.data.segments import Arrays, Segments, file_hash, table_directory
+from dqo.data.segments import Arrays, Segments, file_hash, gathered, table_directory
 from dqo.data.sources import BadRow, Source, open_source
 
 logger = logging.getLogger(__name__)
@@ -164,23 +165,28 @@ class StoredRows(Sequence[Row]):
     def process_rewards(self) -> np.ndarray:
         """float64: those of all rows, one behind the other; `column("paid")` has their numbers."""
         found, chosen = self.segments.column("process_rewards"), self._origin("paid")
-        if chosen is None:
-            return found
-        counts = np.maximum(self.segments.column("paid"), 0).astype(np.int64)
-        begins, counts = (counts.cumsum() - counts)[chosen], counts[chosen]
-        return found[np.repeat(begins - (counts.cumsum() - counts), counts) + np.arange(counts.sum())]
+        return found if chosen is None else gathered(found, np.maximum(self.segments.column("paid"), 0), chosen)
 
 
 def column(rows: Sequence[Row], name: str) -> np.ndarray:
     """(n,) of any rows; see `_COLUMNS`."""
+    if isinstance(rows, Joined):
+        return np.concatenate([column(part, name) for part in rows.parts])
     return rows.column(name) if isinstance(rows, StoredRows) else _COLUMNS[name](rows)
 
 
 def process_rewards(rows: Sequence[Row]) -> np.ndarray:
     """float64: the rewards of steps or turns of any rows, one behind the other."""
+    if isinstance(rows, Joined):
+        return np.concatenate([process_rewards(part) for part in rows.parts])
     if isinstance(rows, StoredRows):
         return rows.process_rewards()
     return np.array([reward for row in rows for reward in row.process_rewards or ()], np.float64)
+
+
+def paid_by_turns(rows: Sequence[Row]) -> np.ndarray:
+    """bool: which of `process_rewards` are of turns."""
+    return np.repeat(column(rows, "turns_paid"), np.maximum(column(rows, "paid"), 0))
 
 
 def take(rows: Sequence[Row], indices: np.ndarray) -> Sequence[Row]:

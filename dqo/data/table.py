@@ -49,6 +49,11 @@ class TokenTable:
         parts = [segment.arrays["row"] + number * ROWS for number, segment in enumerate(self.segments)]
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
+    def counts(self, name: str) -> np.ndarray:
+        """int64 (n,): the lengths of lists: ids (two parts together), step_ends, turn_ends, logprobs, mask."""
+        parts = [np.diff(segment.arrays[f"{name}_end"], prepend=0) for segment in self.segments]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
     def place(self, entry: int) -> tuple[Arrays, int]:
         """The segment that has an entry, and where in it."""
         number = int(np.searchsorted(self._begins, entry, "right")) - 1

@@ -51,7 +51,7 @@ def check_process_reward(rows: Sequence[Row], name: str, process_reward: str | N
     if not found and process_reward not in (None, "none"):
         raise UserError(
             f"{name} has no step_rewards, so --process_reward {process_reward} would do nothing; drop the option, or add "
-            "steps and step_rewards, or turn_rewards"
+            "steps and step_rewards, or turn_rewards (`dqo score FILE --prefix_values 8` measures pass rates of prefixes)"
         )
 
 

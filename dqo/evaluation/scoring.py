@@ -23,8 +23,8 @@ from dqo.models.policy import load_config, load_tokenizer, weights_hash
 from dqo.models.value_form import form_of
 from dqo.models.value_source import find_value_model
 from dqo.scoring.by import models_of
-from dqo.train.saved import find_saved
-from dqo.train.token_scores import batches_of, beta_of, load_reference, other_token, reference_of, run_options
+from dqo.train.saved import find_saved, run_options
+from dqo.train.token_scores import batches_of, beta_of, load_reference, other_token, reference_of
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,22 @@ class Models:
 
 
 def stored_name(scorer: str) -> str:
-    """The name of a scorer in the files: of NAME:RUN with a hash of the run's models, so that a run that was trained again is
-    another scorer."""
+    """The name of a scorer in the files: of NAME:RUN with a hash of all that its scores depend on, so that a run that was trained
+    again, or that has another reference or beta now, is another scorer."""
     name, _, path = scorer.partition(":")
     if not path:
         return scorer
-    if scorer_of(name).NEEDS & {"reference", "value_model"}:
+    needs = scorer_of(name).NEEDS
+    if needs & {"reference", "value_model"}:
         find_saved(Path(path))  # refuses what is no run
     check_holds_model(path)
     told = [model_identity(path, config := load_config(path))]
-    if "value_model" in scorer_of(name).NEEDS:
+    if "value_model" in needs:  # its files name the reference that it reads
         told.append(model_identity(f"{path}/critic", config))
+    if "reference" in needs:
+        options = run_options(Path(path))
+        reference = reference_of(Path(path), options)
+        told += [model_identity(reference, load_config(reference)), str(beta_of(options))]
     return f"{scorer}@{hashlib.sha256(' '.join(told).encode()).hexdigest()[:8]}"
 
 

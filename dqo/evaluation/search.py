@@ -17,7 +17,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from dqo.data.episode import Episode
 from dqo.evaluation.scoring import episode_of
 from dqo.models.attention import unpacked
-from dqo.models.generate import Request, Sampling, generate, without_generation_config
+from dqo.models.decoding import without_generation_config
+from dqo.models.generate import Request, Sampling, generate
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from dqo.credit.implied import Implied, Start
 from dqo.credit.steps import step_index, step_sums
+from dqo.data.marks import Marks
 from dqo.data.rows import Row, prompt_key
 from dqo.errors import UserError
 
@@ -80,16 +81,16 @@ class Inspection:
         return hits, len(wrong), sum(1 / len(r.step_ends) for r in wrong)
 
 
-def chosen(rows: Sequence[Row], count: int, lines: Sequence[str]) -> list[int]:
+def chosen(rows: Sequence[Row], count: int, lines: Sequence[str], marks: Marks) -> list[int]:
     """Indices of the rows to show: those of the `lines`, "12" or "3-7"; without any `count` of distinct prompts, right and wrong
-    ones alike, and of wrong ones those whose wrong step is known first.
+    ones alike, and of wrong ones those whose wrong step is known first. `marks`: of wrong steps.
 
     Raises:
         UserError: for lines that are none, or have no row.
     """
     if lines:
         return _of_lines(rows, lines)
-    order = sorted(range(len(rows)), key=lambda i: not any(r < 0 for r in rows[i].process_rewards or ()))
+    order = sorted(range(len(rows)), key=lambda i: marks.first_wrong(rows[i]) is None)
     waiting = {False: [i for i in order if not rows[i].label], True: [i for i in range(len(rows)) if rows[i].label]}
     prompts: set[str] = set()
     found: dict[bool, list[int]] = {False: [], True: []}

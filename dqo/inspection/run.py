@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from dqo.credit.implied import Start, implied_values, soft_return, starts
-from dqo.credit.steps import first_wrong_step
 from dqo.data.episode import Episode
 from dqo.data.ids import token_texts
+from dqo.data.marks import Marks
 from dqo.data.rows import Row
 from dqo.data.stored import open_rows
 from dqo.errors import UserError
@@ -19,9 +19,10 @@ from dqo.files import write_whole, writing
 from dqo.inspection.page import rendered
 from dqo.inspection.responses import Inspection, Response, chosen, siblings
 from dqo.inspection.views import VIEWS, scale_of
-from dqo.objectives.registry import objective_class
+from dqo.train.implied_run import fits_rewards
 from dqo.train.run_rows import discounts_of, episodes_of
-from dqo.train.token_scores import RunModels, load_run, run_options, token_scores
+from dqo.train.saved import run_options
+from dqo.train.token_scores import RunModels, load_run, token_scores
 
 _SCORES = ("logprobs", "ref_logprobs", "lse", "ref_lse", "kl")
 
@@ -56,12 +57,14 @@ def inspect(
     page = None if output_file is None else _page_path(Path(output_file), overwrite)
     if responses < 1:
         raise UserError(f"responses must be at least 1, got {responses}")
-    threshold = run_options(Path(run)).get("reward_threshold")
+    options = run_options(Path(run))
+    threshold = options.get("reward_threshold")
     all_rows = open_rows(dataset_name, **({} if threshold is None else {"reward_threshold": threshold}))
-    shown = chosen(all_rows, responses, [str(line) for line in rows])
+    marks = Marks.of_rows(all_rows, options.get("process_reward"))
+    shown = chosen(all_rows, responses, [str(line) for line in rows], marks)
     others = siblings(all_rows, shown)
     models = load_run(run, reference=ref_model_name_or_path, dtype=dtype, device="cpu" if use_cpu else None)
-    found = _inspection(models, [all_rows[i] for i in shown], [all_rows[i] for i in others], quiet)
+    found = _inspection(models, [all_rows[i] for i in shown], [all_rows[i] for i in others], marks, quiet)
     if page is not None:
         write_whole(page, rendered(found).encode())
     return found
@@ -77,8 +80,8 @@ def _page_path(path: Path, overwrite: bool) -> Path:
     return path
 
 
-def _inspection(models: RunModels, shown: list[Row], others: list[Row], quiet: bool) -> Inspection:
-    episodes = episodes_of(models, shown + others)
+def _inspection(models: RunModels, shown: list[Row], others: list[Row], marks: Marks, quiet: bool) -> Inspection:
+    episodes = episodes_of(models, shown + others, marks)
     names = [*_SCORES, *(["values"] if models.value_model is not None else [])]
     description = None if quiet else "scoring"
     scores = token_scores(models, episodes[: len(shown)], names, description)
@@ -96,9 +99,7 @@ def _inspection(models: RunModels, shown: list[Row], others: list[Row], quiet: b
     views = [name for name in VIEWS if name in found[0].scores]
     scales = {name: scale_of(VIEWS[name], [r.scores[name] for r in found]) for name in views}
     method = str(models.options.get("method", "unknown"))
-    return Inspection(
-        str(models.directory), method, models.beta, found, scales, _notes(models, found, episodes, method)
-    )
+    return Inspection(str(models.directory), method, models.beta, found, scales, _notes(models, found, method))
 
 
 def _response(
@@ -119,7 +120,7 @@ def _response(
         scores=kept | {name: scores[name] for name in ("logprobs", "ref_logprobs")},
         rewards=episode.rewards,
         step_ends=episode.step_ends,
-        first_wrong_step=first_wrong_step(episode.step_rewards, models.options.get("process_reward")),
+        first_wrong_step=episode.first_wrong_step,
         labelled=bool(episode.step_rewards),
         implied=implied_values(gain, episode.rewards, start.value, discounts) if (discounts > 0).all() else None,
         start=start,
@@ -127,12 +128,12 @@ def _response(
     )
 
 
-def _notes(models: RunModels, responses: list[Response], episodes: list[Episode], method: str) -> list[str]:
+def _notes(models: RunModels, responses: list[Response], method: str) -> list[str]:
     notes = []
     if models.options.get("beta") is None:
         who = f"Method {method} has no beta" if models.options else f"{models.directory} does not tell the run's beta"
         notes.append(f"{who}: the advantage is log(pi/ref), with a factor of 1.")
-    elif not _fits_rewards(method):
+    elif not fits_rewards(method):
         notes.append(
             f"Method {method} fits comparisons or labels, not rewards: its implied values and what remains of them are on no "
             "scale of rewards."
@@ -143,18 +144,6 @@ def _notes(models: RunModels, responses: list[Response], episodes: list[Episode]
     if without:
         which = "the rows have" if without == len(responses) else f"{without} of {len(responses)} rows have"
         notes.append(f"There are no sums of steps where {which} no steps: dqo score --steps lines writes them.")
-    paid = {float(x) for e in episodes for x in e.step_rewards}
-    if models.options.get("process_reward") != "potential" and paid and min(paid) == 0 < max(paid):
-        notes.append(
-            "No step reward is negative, and a step with 0 does not count as wrong: labels that are 0 and 1 mark none."
-        )
     if any(r.step_ends and not r.labelled for r in responses):
         notes.append("Where steps have no labels (step_rewards), which one is wrong is not known.")
     return notes
-
-
-def _fits_rewards(method: str) -> bool:
-    try:
-        return objective_class(method).fits_rewards
-    except UserError:  # of a package that is not here
-        return True

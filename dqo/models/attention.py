@@ -7,6 +7,9 @@ their twins of the keys, which transformers' models hand from their forward to t
 |---|---|
 | CUDA, half precision | `flash_attn.flash_attn_varlen_func`, or torch's own `varlen_attn` where flash-attn is not installed |
 | anywhere else | `scaled_dot_product_attention`, one call for all sequences of one length |
+
+On a CPU that is slower than padding for a narrow model, whose matrix products cost less than the calls; a wide one saves the
+products of the padding.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "dqo_varlen"
 CURE = "use --padding_free False"
+WIDE = 512  # dimensions from which packing is faster on a CPU
 CAUSAL_LAYERS = {"full_attention", "sliding_attention"}
 # What models hand to their attention besides; none of it changes the result of a packed batch.
 IGNORED = {"position_ids", "use_cache", "cu_seq_lens_k", "max_length_k", "output_attentions", "output_hidden_states"}
@@ -229,7 +233,10 @@ def unavailable(config: PreTrainedConfig, device: torch.device, dtype: torch.dty
     text = config.get_text_config()
     if reason := _not_causal(config):
         return reason
-    return _fused(torch.device(device), dtype, _head_dim(text), getattr(text, "attn_logit_softcapping", None))[1]
+    softcap = getattr(text, "attn_logit_softcapping", None)
+    if torch.device(device).type == "cpu" and text.hidden_size >= WIDE and not softcap:
+        return None
+    return _fused(torch.device(device), dtype, _head_dim(text), softcap)[1]
 
 
 def _head_dim(text: PreTrainedConfig) -> int:

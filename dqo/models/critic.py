@@ -2,6 +2,7 @@
 
     separate   the policy's trunk, copied, with one zero output a token; a transformers token-classification model
     head       a two-layer perceptron on the policy's detached hidden states, its last layer zero
+    q_model    a language model, whose logits are Q relative to the reference (q_model.py)
     implicit   a language model, whose log-ratio to the reference tells how likely success is (implicit_value.py)
 
 The first two say V = 0 at the start, or what the bias of their last layer was set to. `separate` is saved as
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,11 +37,21 @@ from transformers.modeling_layers import GenericForTokenClassification
 
 from dqo.data.batches import Batch
 from dqo.errors import UserError
-from dqo.models.implicit_value import ImplicitValue, load_implicit_value, save_implicit_value
-from dqo.models.lora import add_adapter
+from dqo.models.architecture import disable_dropout
+from dqo.models.implicit_value import (
+    START,
+    START_FILE,
+    ImplicitValue,
+    load_implicit_value,
+    save_implicit_value,
+    save_start,
+)
+from dqo.models.lora import add_adapter, in_four_bits
+from dqo.models.on_disk import home, is_empty, without_memory
 from dqo.models.policy import hidden_positions, ready
+from dqo.models.q_model import QModel, load_q_model, save_q_model
 from dqo.models.value_form import ValueForm, form_from, form_of, surprisal_at_positions, surprisal_of_states
-from dqo.models.value_source import FORM_FILE, HEAD_FILE, IMPLICIT_FILE
+from dqo.models.value_source import FORM_FILE, HEAD_FILE, IMPLICIT_FILE, Q_FILE
 from dqo.objectives.value_outputs import outputs_for
 
 DIRECTION = "surprisal_direction"  # the parameter that is added to the embedding of an action, times its surprisal
@@ -72,7 +83,7 @@ def make_value_model(
     """
     form = form or ValueForm()
     if kind == "head":
-        value_model: nn.Module = ValueHead(_width(policy), form).to(policy.device)
+        value_model: nn.Module = ValueHead(_width(policy), form).to(home(policy))
     else:
         value_model = value_model_from(policy, form)
         if peft_config is not None:
@@ -88,11 +99,22 @@ def add_own_adapter(value_model: nn.Module, peft_config: Any) -> None:
     if trunk is None:
         return
     add_adapter(trunk, peft_config)
+    if isinstance(value_model, QModel):
+        return
     last = value_model.start if isinstance(value_model, ImplicitValue) else score_of(value_model)
-    last.requires_grad_(True).float()
+    last.requires_grad_(True)
+    keep_outputs(value_model)
     if trunk is value_model and form_of(value_model).reads_reference:
         direction = value_model.get_parameter(DIRECTION).requires_grad_(True)
         direction.data = direction.data.float()
+
+
+def keep_outputs(value_model: nn.Module) -> None:
+    """What turns hidden states into values is float32, whatever the trunk is: 8 bits would round every value by 0.4 %."""
+    if isinstance(value_model, ImplicitValue):
+        value_model.start.float()
+    else:
+        (value_model if isinstance(value_model, ValueHead) else score_of(value_model)).float()
 
 
 @torch.no_grad()
@@ -149,7 +171,12 @@ def _on_trunk_of(model: PreTrainedModel, form: ValueForm) -> PreTrainedModel:
     config, classifier = _classifier(copy.deepcopy(model.config))
     config.num_labels, config.classifier_dropout = form.outputs, 0.0
     config.architectures = None
-    value_model = classifier._from_config(config, dtype=model.dtype)
+    four_bits = any(map(in_four_bits, model.modules()))
+    if four_bits:
+        del config.quantization_config
+    empty = is_empty(model)
+    with torch.device("meta") if four_bits else without_memory() if empty else nullcontext():
+        value_model = classifier._from_config(config, dtype=model.dtype)
     trunk = value_model.base_model
     own = next((part for part in model.modules() if type(part) is type(trunk)), None)  # the text model of several
     if own is None:
@@ -157,7 +184,19 @@ def _on_trunk_of(model: PreTrainedModel, form: ValueForm) -> PreTrainedModel:
             f"transformers has no model of {type(model.base_model).__name__} alone, so it has no separate value model here; use "
             "--value_model head or --value_model none"
         )
-    trunk.load_state_dict(own.state_dict())
+    value_model.value_form = form
+    if empty:
+        score_of(value_model).to_empty(device="cpu")
+        path = next(name for name, part in model.named_modules() if part is own)
+        names = {f"{value_model.base_model_prefix}.{name}": f"{path}.{name}" for name in own.state_dict()}
+        value_model.on_disk = model.on_disk.under(names)  # type: ignore[operator, union-attr]
+    elif four_bits:  # frozen, so that both have one
+        shared = copy.deepcopy(own, {id(parameter): parameter for parameter in own.parameters()})
+        setattr(value_model, value_model.base_model_prefix, shared)
+        score_of(value_model).to_empty(device=model.device)
+        value_model.is_loaded_in_4bit = True
+    else:
+        trunk.load_state_dict(own.state_dict())
     _take_form(value_model, form)
     return value_model
 
@@ -179,12 +218,12 @@ def value_model_from(policy: PreTrainedModel, form: ValueForm | None = None) -> 
     nn.init.zeros_(score.weight)
     if score.bias is not None:
         nn.init.zeros_(score.bias)
-    return ready(value_model, policy.device)
+    return disable_dropout(value_model) if is_empty(policy) else ready(value_model, policy.device)
 
 
 def backbone(value_model: nn.Module | None) -> PreTrainedModel | None:
     """The model of transformers in a value model; None in a ValueHead, which reads the policy's hidden states."""
-    found = value_model.model if isinstance(value_model, ImplicitValue) else value_model
+    found = value_model.model if isinstance(value_model, ImplicitValue | QModel) else value_model
     return found if isinstance(found, PreTrainedModel) else None
 
 
@@ -192,8 +231,9 @@ def _take_form(value_model: PreTrainedModel, form: ValueForm, direction: Tensor 
     """Makes a separate value model one of this form; `direction` is zero in a new one."""
     value_model.value_form = form  # type: ignore[assignment]  # torch types any attribute
     if form.reads_reference:
-        like = value_model.get_input_embeddings().weight[0].detach()  # type: ignore[index]
-        value = torch.zeros_like(like) if direction is None else direction.to(like)
+        like = value_model.get_input_embeddings().weight
+        new = torch.zeros(like.shape[1], dtype=like.dtype, device=home(value_model))  # type: ignore[index, arg-type]
+        value = new if direction is None else direction.to(new)
         value_model.register_parameter(DIRECTION, nn.Parameter(value))
 
 
@@ -221,6 +261,7 @@ class Valued(NamedTuple):
     ends: Tensor  # (B,) V(s_{T+1}) after the last action of every episode
     outputs: Tensor | None = None  # (N, K) what a cross-entropy fits, with a gradient; None: the values are fitted
     loss: Tensor | None = None  # (B,) of a value model that is fitted to outcomes
+    q: Tensor | None = None  # (N,) Q of every action, of a QModel, with a gradient
 
 
 def value_rows(
@@ -236,6 +277,11 @@ def valued(value_model: nn.Module, batch: Batch, hidden: Tensor | None = None, b
     Args:
         hidden: the policy's (P, D) hidden states, which a ValueHead reads without a gradient to them.
     """
+    if isinstance(value_model, QModel):
+        q, values = value_model.q_and_values(batch, bf16)
+        return Valued(
+            values.detach(), values.new_zeros(len(batch.end_states)), q=q
+        )  # no reference knows the last states
     if isinstance(value_model, ImplicitValue):
         before, after = value_model.logits(batch, bf16)
         return Valued(*value_model.values(before, after, batch), loss=value_model.loss(after, batch))
@@ -267,14 +313,36 @@ def save_value_model(value_model: nn.Module, state: dict[str, Tensor], directory
     if isinstance(value_model, ImplicitValue):
         save_implicit_value(value_model, state, directory)
         return
+    if isinstance(value_model, QModel):
+        save_q_model(value_model, state, directory)
+        return
     with torch.device("meta"):
         # without adapters or shards: only its names and config are used
         plain: Any = type(value_model)(value_model.config)
         plain.to(next(iter(state.values())).dtype)
-    form = form_of(value_model)
     plain.save_pretrained(directory, state_dict={name: x for name, x in state.items() if name != DIRECTION})
-    if form != ValueForm():
-        _save({name: x for name, x in state.items() if name == DIRECTION}, directory / FORM_FILE, form)
+    save_beside(value_model, {name: x for name, x in state.items() if name == DIRECTION}, directory)
+
+
+def names_beside(value_model: nn.Module) -> list[str]:
+    """The names, in the state dict, of what a value model with a trunk has beside the model file of the trunk."""
+    implicit = isinstance(value_model, ImplicitValue)
+    return [n for n in value_model.state_dict() if (n.startswith(START) if implicit else n == DIRECTION)]
+
+
+def save_beside(value_model: nn.Module, state: dict[str, Tensor], directory: Path) -> None:
+    """Writes these, and how the value model is read."""
+    if isinstance(value_model, ImplicitValue):
+        save_start(value_model, state, directory)
+    elif form_of(value_model) != ValueForm():
+        _save(state, directory / FORM_FILE, form_of(value_model))
+
+
+def read_beside(value_model: nn.Module, directory: Path) -> dict[str, Tensor]:
+    """What `save_beside` wrote, under its names in the state dict."""
+    if isinstance(value_model, ImplicitValue):
+        return {f"{START}{name}": tensor for name, tensor in load_file(directory / START_FILE).items()}
+    return load_file(directory / FORM_FILE) if form_of(value_model).reads_reference else {}
 
 
 def _save(state: dict[str, Tensor], path: Path, form: ValueForm) -> None:
@@ -299,6 +367,8 @@ def load_critic(path: Path, device: torch.device | str = "cpu") -> nn.Module:
         return head.to(device)
     if (path / IMPLICIT_FILE).exists():
         return load_implicit_value(path, device)
+    if (path / Q_FILE).exists():
+        return load_q_model(path, device)
     config = AutoConfig.from_pretrained(path)
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         return ready(_of_reward_model(_whole(AutoModelForSequenceClassification, path, config)), device)

@@ -82,6 +82,8 @@ class Draws(LogitsProcessor):
         self.greedy = sampling.temperature == 0.0
         self.warpers: list[LogitsProcessor] = []
         self._logprobs: list[Tensor] = []
+        self._rows = torch.arange(len(keys), device=device)  # those that are still drawn
+        self._count = len(keys)
         if self.greedy:
             return
         if sampling.temperature != 1.0:
@@ -96,16 +98,25 @@ class Draws(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(B, V) logits, float32 -> the same shape: 0 at the chosen token, -inf elsewhere; greedy: the logits."""
         if self.greedy:
-            self._logprobs.append(scores.max(dim=-1).values - scores.logsumexp(dim=-1))
+            self._note(scores.max(dim=-1).values - scores.logsumexp(dim=-1))
             return scores
         for warper in self.warpers:
             scores = warper(input_ids, scores)
         token, logprob = draw(scores, self.uniforms[:, len(self._logprobs)])
-        self._logprobs.append(logprob)
+        self._note(logprob)
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
 
+    def keep(self, rows: Tensor) -> None:
+        """Only `rows`, (B',) places in the batch as it is now, are drawn from here on."""
+        self._rows = self._rows[rows]
+        if not self.greedy:
+            self.uniforms = self.uniforms[rows]
+
+    def _note(self, logprobs: Tensor) -> None:
+        self._logprobs.append(logprobs.new_zeros(self._count).index_copy_(0, self._rows, logprobs))
+
     def logprobs(self) -> Tensor:
-        """(B, steps) of the tokens chosen so far.
+        """(B, steps) of the tokens chosen so far; 0 where a row had left.
 
         Raises:
             UserError: when one is not finite: the model's logits were not.

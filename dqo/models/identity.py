@@ -12,7 +12,13 @@ from dqo.models.adapters import adapter_base
 
 _FILES = (
     *("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin"),
-    *("value_head.safetensors", "value_form.safetensors", "implicit_value.json", "value_start.safetensors"),
+    *(
+        "value_head.safetensors",
+        "value_form.safetensors",
+        "implicit_value.json",
+        "value_start.safetensors",
+        "q_model.json",
+    ),
     *("config.json", "adapter_config.json", "generation_config.json", "tokenizer*", "chat_template*"),
 )
 

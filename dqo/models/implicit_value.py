@@ -28,13 +28,14 @@ from transformers import PreTrainedModel
 
 from dqo.data.batches import Batch
 from dqo.errors import UserError
+from dqo.models.on_disk import home
 from dqo.models.policy import head_stats, hidden_positions, load_policy
 from dqo.models.value_form import ValueForm
 from dqo.models.value_source import IMPLICIT_FILE
 from dqo_kernels.core.packed import prefix_sum, sequence_index
 
 START_FILE = "value_start.safetensors"
-_MODEL, _START = "model.", "start."  # in front of the names of its parameters
+_MODEL, START = "model.", "start."  # in front of the names of its parameters
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class ImplicitValue(nn.Module):
         width = model.get_output_embeddings().weight.shape[1]
         self.model, self.scale = model, scale
         self.value_form = ValueForm(input="ref_logprob", reference=scale.reference)
-        self.start = nn.Linear(width, 1).to(model.device)
+        self.start = nn.Linear(width, 1).to(home(model))
         nn.init.zeros_(self.start.weight)
         nn.init.zeros_(self.start.bias)
 
@@ -120,7 +121,10 @@ def implicit_value_from(
             f"value_model implicit: every response earns {low:g} in all, so that nothing tells success from failure; choose "
             "another --value_model"
         )
-    found = ImplicitValue(copy.deepcopy(policy).requires_grad_(True), Scale(beta, low, high, reference))
+    model = copy.deepcopy(policy)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # weights of 4 bits take adapters alone
+    found = ImplicitValue(model, Scale(beta, low, high, reference))
     share = min(max((mean - low) / (high - low), 0.01), 0.99)
     nn.init.constant_(found.start.bias, math.log(share / (1.0 - share)))
     return found
@@ -129,11 +133,16 @@ def implicit_value_from(
 def save_implicit_value(value_model: ImplicitValue, state: dict[str, Tensor], directory: Path) -> None:
     """`state` is the whole state dict, adapters merged."""
     model = {name.removeprefix(_MODEL): tensor for name, tensor in state.items() if name.startswith(_MODEL)}
-    start = {name.removeprefix(_START): tensor for name, tensor in state.items() if name.startswith(_START)}
     with torch.device("meta"):
         plain: Any = type(value_model.model)(value_model.model.config)  # only its names and config are used
         plain.to(next(iter(model.values())).dtype)
     plain.save_pretrained(directory, state_dict=model)
+    save_start(value_model, state, directory)
+
+
+def save_start(value_model: ImplicitValue, state: dict[str, Tensor], directory: Path) -> None:
+    """What it has beside its language model. `state` may hold more."""
+    start = {name.removeprefix(START): tensor for name, tensor in state.items() if name.startswith(START)}
     save_file({name: tensor.contiguous() for name, tensor in start.items()}, directory / START_FILE)
     (directory / IMPLICIT_FILE).write_text(json.dumps(asdict(value_model.scale), indent=1) + "\n")
 

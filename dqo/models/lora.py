@@ -112,7 +112,9 @@ def _check_layers(model: PreTrainedModel, config: Any) -> None:
     layers = dict(_adapted(model))
     for name, layer in layers.items():
         kind = type(layer.get_base_layer()).__name__
-        if not isinstance(layer, Linear) or not isinstance(layer.get_base_layer(), (nn.Linear, Conv1D)):
+        if not (isinstance(layer, Linear) or in_four_bits(layer.get_base_layer())) or not isinstance(
+            layer.get_base_layer(), (nn.Linear, Conv1D)
+        ):
             raise UserError(
                 f"peft adapts {name}, a {kind}, by a {type(layer).__name__}; only linear layers are supported"
             )
@@ -131,6 +133,11 @@ def _check_layers(model: PreTrainedModel, config: Any) -> None:
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, layer) of every layer that peft wrapped."""
     return ((name, part) for name, part in model.named_modules() if hasattr(part, "get_base_layer"))
+
+
+def in_four_bits(layer: nn.Module) -> bool:
+    """Whether the weights of this very layer are quantised by bitsandbytes."""
+    return hasattr(getattr(layer, "weight", None), "quant_state")
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -157,8 +164,16 @@ def base_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the same model with its adapters added to its weights, under the names it had without them."""
+    """The state dict of the same model with its adapters added to its weights, under the names it had without them. Weights of 4
+    bits are what their quantisation stands for."""
     state = base_state(model.state_dict())
+    for name, part in model.named_modules():
+        if in_four_bits(part):
+            from bitsandbytes.functional import dequantize_4bit
+
+            weight = f"{name.removesuffix('.base_layer')}.weight"
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{weight}.")}
+            state[weight] = dequantize_4bit(part.weight.data, part.weight.quant_state)
     for name, layer in _adapted(model):
         delta = layer.get_delta_weight(ADAPTER)
         state[f"{name}.weight"] = state[f"{name}.weight"] + delta.to(state[f"{name}.weight"].dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,6 +27,7 @@ from dqo.errors import UserError
 from dqo.models.adapters import adapter_base, merge
 from dqo.models.architecture import disable_dropout, name_trunk
 from dqo.models.objects import check_not_quantised
+from dqo.models.on_disk import empty_model, named_tensors, weight_files
 from dqo_kernels import TokenStats, linear_token_stats
 
 transformers_logging.disable_progress_bar()
@@ -107,20 +110,50 @@ def load_policy(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    four_bits: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """A causal language model with nothing random in it: a policy must not differ from itself. An adapter is merged in."""
+    """A causal language model with nothing random in it: a policy must not differ from itself. An adapter is merged in.
+
+    Args:
+        four_bits: linear layers of the trunk are quantised to 4 bits, and compute in this type.
+
+    Raises:
+        UserError: for what cannot be loaded, and an adapter in 4 bits.
+    """
     load_config(path)  # refuses what should not be loaded
     base = adapter_base(path)
     if base is not None:
+        if four_bits is not None:
+            raise UserError(f"{path} is an adapter of {base}, which load_in_4bit cannot merge: `dqo export` it first")
         logger.warning("%s is an adapter of %s: it is merged into it", path, base)
         return merge(load_policy(base, device, dtype, attn_implementation), path, base)
+    weight_files(path)  # refuses a model that lacks one of several files
+    more: dict[str, Any] = {}
+    if four_bits is not None:
+        as_qlora = {
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": four_bits,
+        }
+        more = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **as_qlora), "device_map": {"": device}}
     try:
-        policy = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
+        policy = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn_implementation, **more
+        )
     except SafetensorError as error:
         raise UserError(f"{path!r} has a file of weights that is cut or altered ({error}); fetch it again") from error
     except (OSError, ValueError, ImportError) as error:  # the last: an attention whose package is missing
         raise UserError(f"{path!r} cannot be loaded as a causal language model: {error}") from error
     return ready(policy, device)
+
+
+def load_empty(path: str, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel | None:
+    """As `load_policy`, without memory: see models/on_disk.py. None where the files cannot be read by slices."""
+    config = load_config(path)
+    if adapter_base(path) is not None:
+        return None
+    model = empty_model(path, dtype, attn_implementation, config)
+    return None if model is None else disable_dropout(name_trunk(model))
 
 
 def ready(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
@@ -191,9 +224,9 @@ def policy_stats(policy: PreTrainedModel, batch: Batch, bf16: bool = False) -> T
 
 
 def weights_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """sha256 of the parameters' names and bytes, in `dtype` where it is given."""
+    """sha256 of the parameters' names and bytes, in `dtype` where it is given; all processes must call it for shards."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in named_tensors(model):
         digest.update(name.encode())
         tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

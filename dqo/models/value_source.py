@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dqo.errors import UserError
 
-HEAD_FILE, IMPLICIT_FILE = "value_head.safetensors", "implicit_value.json"
+HEAD_FILE, IMPLICIT_FILE, Q_FILE = "value_head.safetensors", "implicit_value.json", "q_model.json"
 FORM_FILE = "value_form.safetensors"  # of a separate one: its value_loss and value_input
 _CLASSIFIERS = ("ForTokenClassification", "ForSequenceClassification")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -25,7 +25,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 @dataclass(frozen=True)
 class ValueSource:
     path: Path  # of the value model's files
-    form: str  # "separate", "head" or "implicit"
+    form: str  # "separate", "head", "implicit" or "q_model"
     tokenizer: Path | None  # a directory that has its tokenizer, where one is known
 
 
@@ -53,7 +53,7 @@ def find_value_model(directory: str | Path) -> ValueSource:
 
 
 def _form(path: Path) -> str:
-    for form, name in (("head", HEAD_FILE), ("implicit", IMPLICIT_FILE)):
+    for form, name in (("head", HEAD_FILE), ("implicit", IMPLICIT_FILE), ("q_model", Q_FILE)):
         if (path / name).is_file():
             return form
     if not (path / "config.json").is_file():

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from dqo_kernels import TokenStats
 
 UNITS = ("token", "response", "group")
-VALUE_KINDS = ("separate", "head", "implicit", "none")
+VALUE_KINDS = ("separate", "head", "implicit", "q_model", "none")
+IMPLIED = "implied:"  # of value_model, before the directory of a run
 IMPLICIT_BETA = 0.5  # the default of implicit_beta
 MODELS = ("policy", "critic")
 
@@ -58,6 +59,23 @@ class Columns(Protocol):
     @property
     def truncated(self) -> np.ndarray:
         """bool: whether a length limit cut the response."""
+
+    @property
+    def has_logprobs(self) -> np.ndarray:
+        """bool: whether its log-probabilities under the policy that wrote it are stored."""
+
+    @property
+    def has_step_rewards(self) -> np.ndarray:
+        """bool: whether it has steps, and a reward of each."""
+
+    @property
+    def potential(self) -> np.ndarray:
+        """float64, one for each token of all responses: of the state before the token, what the file has for the last step that
+        has ended by then, or for the prompt; NaN where it has nothing."""
+
+    @property
+    def of_reference(self) -> np.ndarray:
+        """bool: whether the row's `sampling` says that the reference wrote the response as it is, at temperature 1."""
 
     @property
     def same_as(self) -> np.ndarray:
@@ -93,14 +111,17 @@ class Phase:
     trains: the models that are trained, of "policy" and "critic" (the value model, where there is one). The others stay as they
         are, with the states of their optimizers, and are read without a gradient: where the critic is not among them, the column
         values is that of the critic as the phase found it.
-    refreshes: what is computed anew from the models as they are at its begin: "reference", the columns ref_logprobs and ref_lse.
-        The trainer does not do that yet, and refuses such a phase with one line before the run begins.
+    refreshes: what is computed anew from the models as they are at its begin: "reference", the columns ref_logprobs and ref_lse
+        of all responses, those held out too: the policy of that step is the reference from then on.
+    part: which groups are trained on, as shares of all in the order of `prepare`: (0, 0.5) is the first half. Phases that follow
+        each other with the same part go on in its order; another part begins an order of its own.
     """
 
     name: str
     steps: float | None = None
     trains: tuple[str, ...] = MODELS
     refreshes: tuple[str, ...] = ()
+    part: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -115,6 +136,15 @@ class Objective:
     """Equal rewards everywhere leave it nothing to learn: such data are refused."""
     fits_rewards: ClassVar[bool] = False
     """It fits beta * log(pi/ref) to the size of rewards, so that rewards far above beta are worth a warning."""
+    wants_process_reward: ClassVar[str | None] = None
+    """What the option process_reward must be, for a method that reads step rewards in this sense; None: anything."""
+    values_column: ClassVar[str | None] = None
+    """The column of `prepare`, of numbers between 0 and 1, that the value model is fitted to; None: it is fitted to returns."""
+    reads_models: ClassVar[tuple[str, ...]] = ()
+    """Options that name a frozen language model each. The log-probabilities of the actions under it, computed once and cached,
+    are the column OPTION_logprobs."""
+    kl_to: ClassVar[str] = "reference"
+    """What stats.kl is the KL to: "reference", or "critic", a value model of the kind q_model."""
     nothing_left: ClassVar[str] = "no response to train on"
     """What to say when `prepare` gives no group."""
 
@@ -125,9 +155,14 @@ class Objective:
 
     @property
     def value_kind(self) -> str:
-        """Which value model is made, one of VALUE_KINDS, or the directory that it begins from; the option value_model where there
-        is one."""
+        """Which value model is made, one of VALUE_KINDS, the directory that it begins from, or implied:RUN; of the option
+        value_model, if any."""
         return getattr(self, "value_model", "none")
+
+    @property
+    def implied_from(self) -> str | None:
+        """The run whose policy implies the values, of implied:RUN; they are read, and no model is fitted."""
+        return self.value_kind[len(IMPLIED) :] if self.value_kind.startswith(IMPLIED) else None
 
     @property
     def values_loss(self) -> str:
@@ -141,7 +176,18 @@ class Objective:
 
     @property
     def needs_kl(self) -> bool:
-        """It reads stats.kl, the exact KL(pi || ref) of every row, differentiable: the reference stays in memory."""
+        """It reads stats.kl, the exact KL(pi || ref) of every row, or that to `kl_to`, differentiable: the reference stays in
+        memory."""
+        return False
+
+    @property
+    def needs_steps(self) -> bool:
+        """It reads step; a file with a response without steps is refused."""
+        return False
+
+    @property
+    def needs_step_sums(self) -> bool:
+        """It asks `step_sums` of the responses of every step, one forward pass more."""
         return False
 
     @property
@@ -167,8 +213,8 @@ class Objective:
 
     def problems(self) -> list[tuple[str, str]]:
         """(field, what is wrong) of every value out of range."""
-        factors = {name: getattr(self, name, None) for name in ("beta", "implicit_beta")}
-        return [(name, f"must be positive, got {x}") for name, x in factors.items() if x is not None and not x > 0]
+        beta = getattr(self, "beta", None)
+        return [] if beta is None or beta > 0 else [("beta", f"must be positive, got {beta}")]
 
     def below(self, least: float, *names: str) -> list[tuple[str, str]]:
         """(field, what is wrong) of those of these fields that are less than `least`; None passes where the type has it."""
@@ -214,6 +260,12 @@ class Objective:
         the same on every row. So the loss does not depend on the split into micro-batches."""
         raise NotImplementedError(f"{type(self).__name__} gives companions and has no companion_sums")
 
+    def step_sums(self, stats: TokenStats, rows: dict[str, Tensor], cu_seqlens: Tensor) -> dict[str, Tensor]:
+        """{name: (2,) [sum, count]} over the responses of an optimizer step, without a gradient; arguments as of `__call__`, only
+        asked where `needs_step_sums`. Those of all micro-batches and processes are added before the step's first loss; the mean
+        is the column `name`, the same on every row."""
+        raise NotImplementedError(f"{type(self).__name__} needs step_sums and has none")
+
     def weights(self, log_ratio: Tensor, cu_seqlens: Tensor) -> Tensor | None:
         """The importance weights, (B,) of responses or (N,) of tokens; None where it weighs nothing.
 
@@ -237,12 +289,15 @@ class Objective:
         Args:
             stats: of N response tokens, those of the environment left out: logprobs, lse, entropy (N,); kl where `needs_kl`.
             rows: columns (N,): rewards, label (1 on every token of a response that counts as correct), turn_end (1 on the last
-                token of each turn, else 0), group (0, 1, ... of the response among those of this call), those of `prepare`, and
-                where there are such ref_logprobs, ref_lse, behavior_logprobs, values (differentiable), bootstrap (V of the last
-                state of a response that was cut, on its last row), target_values (of the value model's moving average),
-                companion_mean, and with a `values_loss` other than squared value_outputs (N, K) (differentiable in the place of
-                values) and value_range (N, 2), or of a value model that is fitted to outcomes outcome_loss (differentiable in the
-                place of values, on the last row of a response), see dqo.objectives.value_outputs.
+                token of each turn, else 0), group (0, 1, ... of the response among those of this call), those of `prepare` and
+                of `step_sums`, where `needs_steps` step (0, 1, ... of the token's step in its response; what follows the end of
+                the last step belongs to it), and where there are such ref_logprobs, ref_lse, behavior_logprobs, values
+                (differentiable), bootstrap (V of the last state of a response that was cut, on its last row), target_values (of
+                the value model's moving average), companion_mean, and with a `values_loss` other than squared value_outputs
+                (N, K) (differentiable in the place of values) and value_range (N, 2), or of a value model that is fitted to
+                outcomes outcome_loss (differentiable in the place of values, on the last row of a response), see
+                dqo.objectives.value_outputs. Of a q_model: q, Q of the token (differentiable in the place of values), and
+                target_values, E_pi[Q] - beta * KL(pi || ref) of its moving average, or of itself without one.
             cu_seqlens: (B+1,) boundaries of the responses.
 
         Returns:

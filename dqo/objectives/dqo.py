@@ -26,11 +26,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from dqo.objectives.base import IMPLICIT_BETA, Objective
+from dqo.objectives.value_options import ValueOptions
 
 
 @dataclass(frozen=True)
-class DQO(Objective):
+class _Options:
+    """Those before the value model's."""
+
     beta: float = 0.1
     """The KL temperature is the beta of Q = V + beta * log(pi/ref)."""
     gamma: float = 1.0
@@ -54,24 +56,17 @@ class DQO(Objective):
     """The log importance weight is at least this. None sets no floor."""
     policy_scale: float = 1.0
     """The policy loss is multiplied by this factor."""
-    value_coef: float = 1.0
-    """The value loss is multiplied by this factor."""
-    value_loss: Literal["squared", "bce", "hl_gauss"] = "squared"
-    """What fits the value model to returns: "squared" error, or a cross-entropy. "bce" is that of the probability of the greatest
-    return against the least of the training data, "hl_gauss" that of a distribution over bins between the two."""
-    value_model: str = "separate"
-    """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
-    hidden states. "implicit" trains a copy of the policy whose log-ratio to the reference is the logit of success. "none" takes
-    soft values from the logsumexp. The directory of a run, of its critic/ or of a model with one label begins from the value
-    model there."""
-    implicit_beta: float = IMPLICIT_BETA
-    """The log-ratio of an implicit value model is multiplied by this."""
+
+
+@dataclass(frozen=True)
+class DQO(ValueOptions, _Options):
     kl_coef: float = 0.0
     """The exact KL to the reference, a token, is multiplied by this and added. Above 0 the reference stays in memory."""
     target_ema: float | None = None
     """An exponential moving average of the value model with this decay takes its place in every target. None takes the value
     model itself."""
 
+    value_kinds: ClassVar[tuple[str, ...]] = ("separate", "head", "implicit", "none")
     unit: ClassVar[str] = "token"
     fits_rewards: ClassVar[bool] = True
 
@@ -86,30 +81,38 @@ class DQO(Objective):
                 found.append((name, f"must be in [0, 1], got {getattr(self, name)}"))
         if self.is_cap is not None and self.is_floor is not None and self.is_floor > self.is_cap:
             found.append(("is_floor", f"must be at most is_cap = {self.is_cap}, got {self.is_floor}"))
-        found += self.below(0, "kl_coef", "policy_scale", "value_coef")
+        found += self.below(0, "kl_coef", "policy_scale")
         if self.target == "residual" and self.value_loss != "squared":
             found.append(
                 ("value_loss", f"must be squared with target residual, which fits V itself, got {self.value_loss}")
             )
-        found += self.no_value_model("separate", "head", "implicit", "none")
-        if self.value_kind == "implicit":
-            if self.gamma != 1.0:
-                found.append(
-                    ("gamma", f"must be 1 with value_model implicit, which is fitted to outcomes, got {self.gamma}")
-                )
-            if self.target == "residual":
-                found.append(("target", "must be detach with value_model implicit, whose values have no gradient"))
+        if self.value_kind == "implicit" and self.gamma != 1.0:
+            what = f"must be 1 with value_model implicit, which is fitted to outcomes, got {self.gamma}"
+            found.append(("gamma", what))
+        if self.target == "residual" and (self.value_kind == "implicit" or self.implied_from):
+            kind = "implicit" if self.value_kind == "implicit" else "implied"
+            found.append(("target", f"must be detach with value_model {kind}, whose values have no gradient"))
         if self.target_ema is not None:
             if not 0 <= self.target_ema < 1:
                 found.append(("target_ema", f"must be in [0, 1) or None, got {self.target_ema}"))
             if self.target == "residual":
                 found.append(("target_ema", "must be None with target residual, which trains both ends"))
-            if not self.needs_values:
-                found.append(("target_ema", "must be None with value_model none: there is no value model to average"))
+            if not self.needs_values or self.implied_from:
+                kind = "implied" if self.implied_from else "none"
+                found.append(
+                    ("target_ema", f"must be None with value_model {kind}: there is no value model to average")
+                )
         return found
 
     def __call__(self, stats, rows, cu_seqlens):
-        from dqo.objectives.sums import Regression, mean_metric, moments, regression_metrics, response_metrics
+        from dqo.objectives.sums import (
+            Regression,
+            discounts,
+            mean_metric,
+            moments,
+            regression_metrics,
+            response_metrics,
+        )
         from dqo.objectives.value_outputs import outcome_losses, value_losses
         from dqo_kernels import soft_bellman
 
@@ -126,7 +129,7 @@ class DQO(Objective):
             target_values=None if self.target_ema is None else rows["target_values"],
             beta=self.beta,
             gamma=self.gamma,
-            discounts=self._discounts(rows),
+            discounts=discounts(self, rows),
             lam=self.lam,
             policy_target=self.policy_target,
             target=self.target,
@@ -185,14 +188,6 @@ class DQO(Objective):
     def _units(self, weights, cu_seqlens):
         """One weight for each that may differ: of a response (B,), or of a token (N,)."""
         return weights[cu_seqlens[:-1]] if self._level == "trajectory" else weights
-
-    def _discounts(self, rows):
-        """(N,) gamma of every action; None where it is the same at all of them."""
-        if self.discount == "tokens" or self.gamma == 1.0:
-            return None
-        import torch
-
-        return torch.where(rows["turn_end"] > 0, self.gamma, 1.0)
 
     def _clipped(self, stats, rows, cu_seqlens):
         """(N,) 1.0 where the log importance weight was beyond its cap or floor, by more than rounding."""

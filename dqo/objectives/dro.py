@@ -4,7 +4,10 @@ eq. 6    L = 1/2 (R - V(x) - beta * S)^2,    S = sum_t log pi(y_t|s_t) - log ref
 eq. 7    its gradient in the value model holds S fixed:         1/2 (V(x) - (R - beta * S))^2
 eq. 8    its gradient in the policy holds V(x) fixed:           1/2 (beta * S - (R - V(x)))^2, times policy_scale
 
-On responses of one token it is DQO.
+On responses of one token it is DQO. With value_states all a value of every state is fitted to the return of the whole response,
+and the residual of the response is the mean of those of its states, V(s_t) in the place of V(x): the paper's "multiple value
+outputs", in its ablation ahead of one. The form of the loss is told there in words alone, so that the mean is our reading. The
+paper trains on rewards of mean 0 and variance 1: --normalize_rewards.
 """
 
 from __future__ import annotations
@@ -12,43 +15,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from dqo.objectives.base import IMPLICIT_BETA, Objective
+from dqo.objectives.value_options import ValueOptions
 
 
 @dataclass(frozen=True)
-class DRO(Objective):
+class _Options:
+    """Those before the value model's."""
+
     beta: float = 0.1
     """The KL temperature (the paper's tau) multiplies log(pi/ref)."""
     policy_scale: float | None = None
     """The policy loss is multiplied by this factor. None takes the paper's 1 / beta."""
-    value_coef: float = 1.0
-    """The value loss is multiplied by this factor."""
-    value_loss: Literal["squared", "bce", "hl_gauss"] = "squared"
-    """What fits the value model to returns: "squared" error, or a cross-entropy. "bce" is that of the probability of the greatest
-    return against the least of the training data, "hl_gauss" that of a distribution over bins between the two."""
-    value_model: str = "separate"
-    """ "separate" trains a model of its own, from the policy's trunk and a zero head. "head" trains an MLP on the policy's
-    hidden states. "implicit" trains a copy of the policy whose log-ratio to the reference is the logit of success. The directory
-    of a run, of its critic/ or of a model with one label begins from the value model there."""
-    implicit_beta: float = IMPLICIT_BETA
-    """The log-ratio of an implicit value model is multiplied by this."""
+    value_states: Literal["first", "all"] = "first"
+    """Which states have a value that is fitted and subtracted: "first" takes that of the prompt, "all" those of all tokens, with
+    a mean over each response."""
 
+
+@dataclass(frozen=True)
+class DRO(ValueOptions, _Options):
     fits_rewards: ClassVar[bool] = True
 
     def problems(self) -> list[tuple[str, str]]:
-        found = super().problems() + self.below(0, "policy_scale", "value_coef")
-        return found + self.no_value_model("separate", "head", "implicit")
+        return super().problems() + self.below(0, "policy_scale")
 
     def __call__(self, stats, rows, cu_seqlens):
-        from dqo.objectives.sums import regression_metrics, response_metrics, response_regression
+        from dqo.objectives.sums import regression_metrics, response_metrics, response_regression, sequence_means
         from dqo.objectives.value_outputs import outcome_losses, value_losses
 
         fitted = response_regression(
-            stats, rows, cu_seqlens, self.beta
+            stats, rows, cu_seqlens, self.beta, everywhere=self.value_states == "all"
         )  # scaled_ratio is beta * S, its target R - V(x)
-        policy_loss = 0.5 * (fitted.scaled_ratio - fitted.advantages).square()  # (B,) eq. 8
-        squared = 0.5 * (fitted.values - fitted.returns).square()  # (B,) eq. 7
-        value_loss, of_loss = value_losses(rows, squared, fitted.returns, at=cu_seqlens[:-1])
+        policy_loss = 0.5 * (fitted.scaled_ratio - fitted.advantages).square()  # eq. 8, of the states that count
+        squared = 0.5 * (fitted.values - fitted.returns).square()  # eq. 7
+        at = cu_seqlens[:-1] if self.value_states == "first" else None
+        value_loss, of_loss = value_losses(rows, squared, fitted.returns, at=at)
+        if self.value_states == "all":
+            policy_loss, value_loss = (sequence_means(loss, cu_seqlens) for loss in (policy_loss, value_loss))
         value_loss = outcome_losses(rows, cu_seqlens, value_loss)
         scale = 1.0 / self.beta if self.policy_scale is None else self.policy_scale
         metrics = regression_metrics(policy_loss, value_loss, fitted) | of_loss

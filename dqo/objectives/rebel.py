@@ -10,7 +10,7 @@ responses, cancels: the optimum is ref * exp(R / beta) without a value model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from dqo.objectives.groups import by_prompt
 class REBEL(Objective):
     beta: float = 0.1
     """The KL temperature multiplies log(pi/ref); it is 1 / eta of the paper."""
+    pairing: Literal["ring", "all"] = "ring"
+    """Which responses to a prompt make pairs: "ring" takes each with the next, so that K responses make K pairs, "all" every two
+    of them, K (K - 1) / 2. Both have one optimum."""
 
     unit: ClassVar[str] = "group"
     group_size: ClassVar[int | None] = 2
@@ -32,6 +35,9 @@ class REBEL(Objective):
         """Each response with the next one to its prompt, the last with the first: all are used alike, whatever their rewards."""
         pairs = []
         for rows in by_prompt(columns.prompt):
+            if self.pairing == "all":  # each with every other
+                pairs.append(rows[np.stack(np.triu_indices(len(rows), k=1), axis=1)])
+                continue
             ring = np.stack([rows, np.roll(rows, -1)], axis=1)
             pairs.append(ring if len(rows) > 2 else ring[: len(rows) - 1])  # two responses are one pair, one is none
         return Selection(np.concatenate(pairs) if pairs else np.zeros((0, 2), dtype=np.int64))

@@ -20,7 +20,7 @@ from dqo.modules import import_named
 from dqo.objectives.base import UNITS, Objective
 
 DEFAULT_METHOD = "dqo"
-_HELPERS = {"base", "groups", "registry", "sums", "value_outputs"}  # modules of this folder that hold no objective
+_HELPERS = {"base", "groups", "registry", "sums", "value_options", "value_outputs"}  # modules without an objective
 _PLAIN = (bool, int, float, str, type(None))
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dqo.objectives.base import Objective
 from dqo_kernels import TokenStats
 from dqo_kernels.core.packed import sequence_index
 
@@ -22,6 +23,36 @@ def sequence_means(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     return sequence_sums(x, cu_seqlens) / cu_seqlens.diff()
 
 
+class Steps(NamedTuple):
+    """The steps of the responses as actions: where they begin among N tokens, and how many each response has."""
+
+    starts: Tensor  # (K,) the first row of each step
+    cu_tokens: Tensor  # (K+1,) boundaries of the steps among the rows
+    cu_steps: Tensor  # (B+1,) boundaries of the responses among the steps
+
+    def sums(self, x: Tensor) -> Tensor:
+        """(K,): sum of the rows of each step."""
+        return sequence_sums(x, self.cu_tokens)
+
+
+def steps_of(rows: dict[str, Tensor], cu_seqlens: Tensor) -> Steps:
+    """Of rows with the column step. Tokens that share it are one action."""
+    step = rows["step"]
+    begins = torch.ones_like(step, dtype=torch.bool)
+    begins[1:] = step[1:] != step[:-1]
+    begins[cu_seqlens[:-1]] = True
+    starts = begins.nonzero()[:, 0]
+    cu_tokens = torch.cat([starts, cu_seqlens[-1:]])
+    return Steps(starts, cu_tokens, torch.searchsorted(cu_tokens, cu_seqlens))
+
+
+def discounts(objective: Objective, rows: dict[str, Tensor]) -> Tensor | None:
+    """(N,) gamma of every action; None where it is the same at all of them."""
+    if objective.discount_at == "tokens" or objective.discount_factor == 1.0:
+        return None
+    return torch.where(rows["turn_end"] > 0, objective.discount_factor, 1.0)
+
+
 class Regression(NamedTuple):
     """What a method fits in each state: V to `returns`, beta * log(pi/ref) to `advantages`. The two targets are detached."""
 
@@ -31,12 +62,20 @@ class Regression(NamedTuple):
     advantages: Tensor
 
 
-def response_regression(stats: TokenStats, rows: dict[str, Tensor], cu_seqlens: Tensor, beta: float) -> Regression:
-    """(B,) fields, of the response as one action in the state of its prompt; V of its last state is paid if it was cut."""
+def response_regression(
+    stats: TokenStats, rows: dict[str, Tensor], cu_seqlens: Tensor, beta: float, everywhere: bool = False
+) -> Regression:
+    """(B,) fields, of the response as one action in the state of its prompt; V of its last state is paid if it was cut.
+    `everywhere`: (N,) the same beside the value of each of its states."""
     paid = rows["rewards"] + rows["bootstrap"].detach() if "bootstrap" in rows else rows["rewards"]
     outcome = sequence_sums(paid, cu_seqlens)
     scaled_ratio = beta * sequence_sums(stats.logprobs - rows["ref_logprobs"], cu_seqlens)
-    values = rows["values"][cu_seqlens[:-1]]
+    values = rows["values"]
+    if everywhere:
+        sequence = sequence_index(cu_seqlens, len(values))
+        outcome, scaled_ratio = outcome[sequence], scaled_ratio[sequence]
+    else:
+        values = values[cu_seqlens[:-1]]
     return Regression(values, outcome - scaled_ratio.detach(), scaled_ratio, outcome - values.detach())
 
 

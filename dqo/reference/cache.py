@@ -19,11 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
+from transformers import PreTrainedModel
 
 from dqo.errors import UserError
 from dqo.files import check_room, remove_asides, write_whole
+from dqo.models.policy import architecture_hash, final_softcap
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,12 @@ class ReferenceId:
 
     def key(self) -> str:
         return hashlib.sha256(json.dumps([FORMAT, asdict(self)], sort_keys=True).encode()).hexdigest()
+
+
+def reference_id(model: PreTrainedModel, weights: str, bf16: bool) -> ReferenceId:
+    """Of a model whose parameters have the hash `weights`. `bf16`: products are computed in bfloat16."""
+    dtype = "bfloat16" if bf16 or model.dtype == torch.bfloat16 else "float32"
+    return ReferenceId(weights, architecture_hash(model), dtype, final_softcap(model))
 
 
 def response_key(prompt_ids: list[int], completion_ids: list[int], env_mask: np.ndarray | None = None) -> bytes:

@@ -14,6 +14,8 @@ from tqdm import tqdm
 from dqo import signals
 from dqo.data.batches import Batch, Batching
 from dqo.data.episode import Episode, first_tokens
+from dqo.data.episodes import Episodes
+from dqo.data.joined import parts_of
 from dqo.errors import UserError
 from dqo.files import in_units
 from dqo.models.memory import in_memory
@@ -51,6 +53,15 @@ def key_of(e: Episode) -> bytes:
     return response_key(e.prompt_ids, e.completion_ids, e.env_mask)
 
 
+def _together(batches: Iterator[list[bytes]], processes: Processes) -> Iterator[list[bytes]]:
+    """`batches`, and empty ones until every process is through with its own."""
+    while True:
+        batch = next(batches, [])
+        if not processes.largest(len(batch)):
+            return
+        yield batch
+
+
 def _with_companions(episodes: Iterable[Episode]) -> Iterator[Episode]:
     for e in episodes:
         yield e
@@ -63,10 +74,11 @@ class Pace:
 
     Args:
         lengths: tokens of the responses, in the order in which they are computed.
+        what: whose pass it is.
     """
 
-    def __init__(self, processes: Processes, lengths: list[int]):
-        self.processes, self.ends = processes, np.cumsum([0, *lengths])
+    def __init__(self, processes: Processes, lengths: list[int], what: str = "reference"):
+        self.processes, self.ends, self.what = processes, np.cumsum([0, *lengths]), what
         self.begun, self.said = time.monotonic(), False
 
     def note(self, done: int) -> None:
@@ -77,7 +89,7 @@ class Pace:
         self.said = True
         rate = self.ends[done] / seconds
         left = (self.ends[-1] - self.ends[done]) / rate
-        self.processes.say(f"reference pass: {rate:,.0f} tokens/s, about {_in_minutes(left)} left")
+        self.processes.say(f"{self.what} pass: {rate:,.0f} tokens/s, about {_in_minutes(left)} left")
 
 
 def _in_minutes(seconds: float) -> str:
@@ -86,7 +98,9 @@ def _in_minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def _compute(members: list[Episode], keys: list[bytes], stats_of: StatsOf, batching: Batching) -> dict[bytes, Entry]:
+def _compute(
+    members: list[Episode], keys: list[bytes], stats_of: StatsOf, batching: Batching, what: str
+) -> dict[bytes, Entry]:
     stats = stats_of(batching.collate(members))
     logprobs, lse = stats.logprobs.float().cpu().numpy(), stats.lse.float().cpu().numpy()
     entries, begin = {}, 0
@@ -96,7 +110,7 @@ def _compute(members: list[Episode], keys: list[bytes], stats_of: StatsOf, batch
         wrong = np.flatnonzero(~np.isfinite(entries[key].logprobs + entries[key].lse))
         if len(wrong):
             raise UserError(
-                f"{e.source}: the reference policy gives token {wrong[0] + 1} of the response the log-probability "
+                f"{e.source}: the {what} policy gives token {wrong[0] + 1} of the response the log-probability "
                 f"{logprobs[begin + wrong[0]]}; a ratio to it means nothing. Drop the row, or check model and dtype"
             )
         begin = end
@@ -110,19 +124,29 @@ def add_reference(
     batching: Batching,
     processes: Processes,
     cache: ReferenceCache | None = None,
+    what: str = "reference",
+    together: bool = False,
 ) -> int:
     """Fills `ref_logprobs` and `ref_lse`, float32 (T,), of every episode and of its companion; returns how many it computed. See
     `reference_entries`."""
-    entries, computed = reference_entries(episodes, stats_of, batching, processes, cache)
+    entries, computed = reference_entries(episodes, stats_of, batching, processes, cache, what, together)
     fill(episodes, entries)
     return computed
 
 
-def fill(episodes: Iterable[Episode], entries: dict[bytes, Entry]) -> None:
-    """Sets `ref_logprobs` and `ref_lse` of every episode and of its companion."""
-    for e in _with_companions(episodes):
-        found = entries[key_of(e)]
-        e.ref_logprobs, e.ref_lse = found.logprobs, found.lse
+def fill(episodes: Sequence[Episode], entries: dict[bytes, Entry], column: str | None = None) -> None:
+    """Sets `ref_logprobs` and `ref_lse` of every episode and of its companion, or this column of every episode to the logprobs.
+    Episodes that are made when they are read have them from then on."""
+    for part in parts_of(episodes):
+        if isinstance(part, Episodes):
+            part.set_said(entries, key_of, column)
+            continue
+        for e in _with_companions(part) if column is None else part:
+            found = entries[key_of(e)]
+            if column is None:
+                e.ref_logprobs, e.ref_lse = found.logprobs, found.lse
+            else:
+                e.columns[column] = found.logprobs
 
 
 @torch.no_grad()
@@ -132,6 +156,9 @@ def reference_entries(
     batching: Batching,
     processes: Processes,
     cache: ReferenceCache | None = None,
+    what: str = "reference",
+    together: bool = False,
+    companions: bool = True,
 ) -> tuple[dict[bytes, Entry], int]:
     """What the reference says of every episode and of its companion, by `key_of`, and how many of them it computed.
 
@@ -140,6 +167,9 @@ def reference_entries(
         stats_of: the reference's forward pass, on batches of `batching`.
         processes: each computes its share and reads the others' after a barrier; several need a cache.
         cache: what is there is not computed, and what is computed goes there a segment at a time; None keeps nothing.
+        what: whose forward pass it is, for messages.
+        together: a forward pass is one of all processes, whose shards it gathers: who is done computes along.
+        companions: False leaves them out.
 
     Raises:
         UserError: for a response to which the reference gives no finite log-probability, or a cache that ranks do not share.
@@ -148,7 +178,7 @@ def reference_entries(
     lengths: dict[bytes, int] = {}  # actions
     sizes: dict[bytes, int] = {}  # tokens
     for i, episode in enumerate(episodes):
-        for e in filter(None, (episode, episode.companion)):
+        for e in filter(None, (episode, episode.companion if companions else None)):
             key = key_of(e)
             if key not in places:
                 places[key], lengths[key], sizes[key] = (i, e is not episode), e.action_count, e.length
@@ -166,7 +196,7 @@ def reference_entries(
     missing = [key for key in ordered[processes.rank :: processes.world] if key not in entries]
     known = f" ({len(entries):,} of {len(places):,} cached)" if entries else ""
     hidden = not processes.main or not missing
-    bar = tqdm(total=len(missing), desc=f"reference{known}", unit="response", disable=hidden, leave=False)
+    bar = tqdm(total=len(missing), desc=f"{what}{known}", unit="response", disable=hidden, leave=False)
     pending: dict[bytes, Entry] = {}
 
     def flush() -> None:
@@ -177,19 +207,23 @@ def reference_entries(
 
     done, tokens, flushed = 0, 0, time.monotonic()
     batch: list[bytes] = []
-    pace = Pace(processes, [sizes[key] for key in missing])
+    pace = Pace(processes, [sizes[key] for key in missing], what)
     if cache is not None:
         cache.check_room([lengths[key] for key in places if key not in entries])
     if processes.main and missing:
         todo = sum(sizes[key] for key in missing)
         of = f" for each of {processes.world} processes" if processes.world > 1 else ""
         needs = "" if cache is None else f", {in_units(cache.size([lengths[key] for key in missing]))} of cache"
-        processes.say(f"reference pass: {len(missing):,} responses, {todo:,} tokens{needs}{of}")
+        processes.say(f"{what} pass: {len(missing):,} responses, {todo:,} tokens{needs}{of}")
 
     def rest_of_the_pass(max_tokens: int) -> None:
         nonlocal done, tokens, flushed, batch
-        for batch in _batches(missing[done:], sizes, max_tokens):
-            pending.update(_compute([member(key) for key in batch], batch, stats_of, batching))
+        own = _batches(missing[done:], sizes, max_tokens)
+        for batch in _together(own, processes) if together else own:
+            if not batch:
+                stats_of(batching.collate([member(ordered[-1])]))
+                continue
+            pending.update(_compute([member(key) for key in batch], batch, stats_of, batching, what))
             done, tokens = done + len(batch), tokens + sum(lengths[key] for key in batch)
             bar.update(len(batch))
             pace.note(done)
@@ -198,11 +232,11 @@ def reference_entries(
                 tokens, flushed = 0, time.monotonic()
 
     def smaller(_: int) -> int | None:
-        return len(batch) * sizes[batch[0]] // 2 if len(batch) > 1 else None
+        return len(batch) * sizes[batch[0]] // 2 if len(batch) > 1 and not together else None
 
     with signals.raising():
         try:
-            in_memory(rest_of_the_pass, batching.max_tokens, smaller, "reference pass", batching.device)
+            in_memory(rest_of_the_pass, batching.max_tokens, smaller, f"{what} pass", batching.device)
         finally:  # an interrupted pass keeps the batches that it finished
             flush()
             bar.close()

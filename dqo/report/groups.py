@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dqo.report.runs import OF_A_PLACE, StoredRun
+from dqo.report.runs import StoredRun
 
 BASE = "base"  # what the page calls the model before training
 Groups = dict[str, list[StoredRun]]  # {method as the page names it: its runs}
@@ -24,8 +24,8 @@ def grouped(runs: list[StoredRun]) -> Groups:
             continue
         differing = [
             name
-            for name in sorted(set().union(*(other.options for other in others)) - OF_A_PLACE)
-            if len({str(other.options.get(name)) for other in others}) > 1
+            for name in sorted(set().union(*(other.compared for other in others)))
+            if len({other.compared.get(name) for other in others}) > 1
         ]
         told = ", ".join(f"{name} {group[0].options.get(name)}" for name in differing)
         names.append(f"{method}, {told}" if len(told) <= 40 else f"{method}, {group[0].directory.name}")

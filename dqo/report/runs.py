@@ -20,8 +20,18 @@ from dqo.train.record import ANSWERS_FILE, HELD_OUT_FILE, RUN_FILE
 
 # Options that say where and how a run is made, and not what it learns: runs that differ in them alone are of one method.
 OF_A_PLACE = {"output_dir", "seed", "run_name", "project", "report_to", "ref_cache_dir", "resume_from_checkpoint"}
-OF_A_PLACE |= {"row_cache_dir", "dry_run", "use_cpu", "fsdp", "max_batch_tokens", "padding_free", "attn_implementation"}
-OF_A_PLACE |= {"save_steps", "save_total_limit", "logging_steps", "gradient_checkpointing"}
+OF_A_PLACE |= {
+    "row_cache_dir",
+    "dry_run",
+    "use_cpu",
+    "fsdp",
+    "fsdp_cpu_offload",
+    "max_batch_tokens",
+    "padding_free",
+    "attn_implementation",
+    "save_steps",
+}
+OF_A_PLACE |= {"save_total_limit", "logging_steps", "gradient_checkpointing"}
 
 
 _NUMBER = (int, float)
@@ -88,10 +98,15 @@ class StoredRun:
         return next((p["begin"] for p in phases if "policy" in p["trains"]), 0)
 
     @property
+    def compared(self) -> dict[str, str]:
+        """{name: value} of the options of the method. A run that went on has 0.0 where one that did not has 0: they are equal."""
+        kept = {name: value for name, value in self.options.items() if name not in OF_A_PLACE}
+        return {name: str(float(value)) if type(value) is int else str(value) for name, value in kept.items()}
+
+    @property
     def what(self) -> str:
         """All that two runs of one method share, as a key."""
-        kept = {name: value for name, value in self.options.items() if name not in OF_A_PLACE}
-        return json.dumps(kept, sort_keys=True, default=str)
+        return json.dumps(self.compared, sort_keys=True)
 
     def changed(self) -> dict[str, Any]:
         """The options that are not defaults."""

@@ -115,7 +115,7 @@ def value_traces(
     if all(e.ref_logprobs is not None for e in episodes) and objective.discount_factor > 0:
         beta = getattr(objective, "beta", 1.0)
         advantages = [beta * log_ratios(e, said) for e, said in zip(episodes, tokens)]
-        discounts = [_discounts(objective, e) for e in episodes]
+        discounts = [e.discounts(objective.discount_factor, objective.discount_at) for e in episodes]
         returns = [
             soft_return(advantage, e.rewards, gamma) if e.terminated else math.nan
             for e, advantage, gamma in zip(episodes, advantages, discounts)
@@ -127,13 +127,6 @@ def value_traces(
             trace |= {"advantages": advantages[i].tolist(), "implied": implied.values.tolist()}
             trace["start"] = begun[i]._asdict()
     return found if found and {"values", "advantages"} & found[0].keys() else []
-
-
-def _discounts(objective: Objective, e: Episode) -> np.ndarray:
-    """(T,)"""
-    gamma = objective.discount_factor
-    acts = e.turn_end if objective.discount_at == "turns" else np.ones(e.action_count)
-    return np.where(acts > 0, gamma, 1.0)
 
 
 def _trace(tokenizer, episode: Episode) -> ValueTrace:

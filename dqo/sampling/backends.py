@@ -7,10 +7,12 @@ from typing import Any, Protocol
 
 import torch
 
+from dqo.config.launcher import whole_models
 from dqo.data.ends import Ends, ends_of
 from dqo.errors import UserError, did_you_mean
 from dqo.models.generate import Request, Response, Sampling, generate
 from dqo.models.policy import load_config, load_policy, load_tokenizer, stop_ids
+from dqo.processes import Processes, launched
 
 BATCH_SIZES = {"transformers": 64, "vllm": 4096}  # by the name of the backend
 
@@ -65,6 +67,21 @@ def dtype_of(name: str, model_path: str) -> torch.dtype:
     """The dtype that torch calls so; "auto": the one in which the weights are stored, float32 where that is not told."""
     stored = load_config(model_path).dtype if name == "auto" else name
     return stored if isinstance(stored, torch.dtype) else getattr(torch, stored or "float32")
+
+
+def launched_for(command: str, backend: str, use_cpu: bool = False) -> Processes:
+    """The processes over which a command splits its requests: those of `accelerate launch`, or this one alone.
+
+    Raises:
+        UserError: for settings of the launcher that the command does not have.
+    """
+    processes = launched(whole_models(command) or use_cpu)
+    if processes.world > 1 and backend == "vllm":
+        raise UserError(
+            f"{processes.world} processes were launched, and vllm spreads a model over GPUs by itself: start {command} as one "
+            "process" + (", with --tensor_parallel_size" if command == "dqo sample" else "")
+        )
+    return processes
 
 
 def load_backend(

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from dqo.models.fitness import check_room, check_vocabulary
 from dqo.models.generate import Request, Response, Sampling
 from dqo.models.identity import check_holds_model, model_identity
 from dqo.models.policy import load_config, load_tokenizer, stop_ids
+from dqo.processes import ALONE, Processes, gather_objects
 from dqo.sampling.backends import Backend, dtype_of, load_backend
 
 logger = logging.getLogger(__name__)
@@ -64,8 +66,9 @@ class _Task:
         return self.prompt_ids + self.prefix_ids
 
 
-def sample_rows(config: SampleConfig, quiet: bool = False) -> Sampled:
-    """Samples what the file of `config`, whose values were checked, does not have yet.
+def sample_rows(config: SampleConfig, quiet: bool = False, processes: Processes = ALONE) -> Sampled:
+    """Samples what the file of `config`, whose values were checked, does not have yet. Of several `processes` each samples the
+    responses to a part of the prompts, and all of them get what the file holds at the end.
 
     Raises:
         UserError: for prompts, a model or a file that do not fit, before any work.
@@ -80,7 +83,8 @@ def sample_rows(config: SampleConfig, quiet: bool = False) -> Sampled:
         prompts = read_prompts(config.prompts)
     check_holds_model(path)
     model_config, tokenizer = load_config(path), load_tokenizer(path)
-    now = begun_under(config.output_file).get(_TIME) or datetime.datetime.now().isoformat()
+    output = config.output_file
+    now = processes.from_main(lambda: begun_under(output).get(_TIME) or datetime.datetime.now().isoformat())
     with clock_at(datetime.datetime.fromisoformat(now) if reads_clock(tokenizer) else None):
         tasks = _tasks(prompts, tokenizer, ends_of(tokenizer, stop_ids(path)).stops)
     sources, lengths = [task.prompt.source for task in tasks], [len(task.state) for task in tasks]
@@ -91,26 +95,29 @@ def sample_rows(config: SampleConfig, quiet: bool = False) -> Sampled:
     options = record | {"num_generations": config.num_generations, "prompts": _hash(prompts)}
     if reads_clock(tokenizer):
         options[_TIME] = now
-    with appending(config.output_file, options, _kept) as file:
+    with appending(output, options, _kept, processes=processes) as file:
         wanted = [(task, (*task.key, k)) for task in tasks for k in range(config.num_generations)]
-        found = list(file.found)
-        done = {key for key, _, _ in found}
+        done = {key for key, _, _ in file.found}
         missing = [(task, key) for task, key in wanted if key not in done]
+        mine = _part(missing, processes)
+        new: list[tuple[tuple, int, str]] = []
         started, tokens = time.perf_counter(), 0
-        if missing:
+        if mine:
             backend = load_backend(
-                config.backend, path, dtype=config.dtype, batch_size=config.batch_size, **_places(config)
+                config.backend, path, dtype=config.dtype, batch_size=config.batch_size, **_places(config, processes)
             )
             record = {"model": path} | record | backend.record
-            requests = [Request(task.state, key) for task, key in missing]
+            requests = [Request(task.state, key) for task, key in mine]
             started = time.perf_counter()
-            for index, response in backend.generate(requests, settings, quiet=quiet):
-                task, key = missing[index]
+            for index, response in backend.generate(requests, settings, quiet=quiet or not processes.main):
+                task, key = mine[index]
                 row = _row(task, response, backend, record | {"key": list(key)}, config.temperature > 0)
                 file.append([row])
-                found.append(_kept(row))
+                new.append(_kept(row))
                 tokens += len(response.ids)
-        seconds = time.perf_counter() - started
+        parts = gather_objects([(new, tokens, time.perf_counter() - started)], processes)
+    found = [*file.found, *chain.from_iterable(new for new, _, _ in parts)]
+    tokens, seconds = sum(tokens for _, tokens, _ in parts), max(seconds for _, _, seconds in parts)
     not_ended = sum(reason == "length" for _, _, reason in found)
     if not_ended > _MANY * len(found):
         end = tokenizer.convert_ids_to_tokens(
@@ -129,10 +136,21 @@ def sample_rows(config: SampleConfig, quiet: bool = False) -> Sampled:
     return Sampled(len(found), len(missing), len(tasks), sum(length for _, length, _ in found), not_ended, speed)
 
 
-def _places(config: SampleConfig) -> dict[str, Any]:
+def _part(missing: list[tuple[_Task, tuple]], processes: Processes) -> list[tuple[_Task, tuple]]:
+    """This process's part of what is missing: all responses to every n-th prompt of n processes."""
+    place: dict[tuple, int] = {}
+    return [
+        (task, key)
+        for task, key in missing
+        if place.setdefault(task.key, len(place)) % processes.world == processes.rank
+    ]
+
+
+def _places(config: SampleConfig, processes: Processes) -> dict[str, Any]:
     """Where the model runs, as arguments of the backend."""
     if config.backend == "transformers":
-        return {"device": "cpu" if config.use_cpu else None}
+        of_launch = str(processes.device) if processes.world > 1 else None
+        return {"device": "cpu" if config.use_cpu else of_launch}
     names = ("tensor_parallel_size", "gpu_memory_utilization")
     return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
 

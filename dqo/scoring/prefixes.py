@@ -30,6 +30,7 @@ from dqo.models.fitness import check_room
 from dqo.models.generate import Request, Sampling
 from dqo.models.identity import check_holds_model, model_identity
 from dqo.models.policy import load_config, load_tokenizer, stop_ids
+from dqo.processes import ALONE, Processes, gather_objects
 from dqo.sampling.backends import Backend, dtype_of, load_backend
 from dqo.scoring.options import ScoreConfig
 from dqo.scoring.rows import Measured, Scored
@@ -50,16 +51,22 @@ class Prefix:
 
 
 def measure(
-    rows: list[Scored], config: ScoreConfig, pool: VerifierPool, say: Callable[[str], object]
+    rows: list[Scored],
+    config: ScoreConfig,
+    pool: VerifierPool,
+    say: Callable[[str], object],
+    processes: Processes | None = None,
 ) -> list[Measured]:
     """The pass rates of each row's prompt and steps, by `config.prefix_values` continuations each.
 
     Args:
         say: gets what it costs, before it begins.
+        processes: all of them call this with the same rows; each measures a part.
 
     Raises:
         UserError: when rows do not fit the model, or the file of values belongs to other options.
     """
+    processes = processes or ALONE
     path = config.model_name_or_path
     assert path is not None  # else the options are refused
     check_holds_model(path)
@@ -72,18 +79,23 @@ def measure(
     identity = _identity(config, model_identity(path, model_config))
 
     def load() -> Backend:
-        return load_backend(config.backend, path, dtype=config.dtype, batch_size=config.batch_size)
+        place = {"device": str(processes.device)} if processes.world > 1 else {}
+        return load_backend(config.backend, path, dtype=config.dtype, batch_size=config.batch_size, **place)
 
-    with appending(kept, identity, lambda row: (row["prefix"], float(row["value"])), "--prefix_cache") as file:
-        return Measurement(config, pool, file).values(rows, tokens, load, say)
+    def value(row: dict) -> tuple[str, float]:
+        return row["prefix"], float(row["value"])
+
+    with appending(kept, identity, value, "--prefix_cache", processes) as file:
+        return Measurement(config, pool, file, processes).values(rows, tokens, load, say)
 
 
 class Measurement:
     """Continues prefixes, grades the responses, and keeps the values in a file."""
 
-    def __init__(self, config: ScoreConfig, pool: VerifierPool, file: Appended):
+    def __init__(self, config: ScoreConfig, pool: VerifierPool, file: Appended, processes: Processes = ALONE):
         assert config.prefix_values is not None
         self.config, self.pool, self.file, self.count = config, pool, file, config.prefix_values
+        self.processes = processes
 
     def values(
         self, rows: list[Scored], tokens: list[Tokens], load: Callable[[], Backend], say: Callable[[str], object]
@@ -95,17 +107,19 @@ class Measurement:
             for prefix in prefixes if self._chosen(scored) else prefixes[:1]:
                 wanted.setdefault(prefix.key, prefix)
         known: dict[str, float] = {key: value for key, value in self.file.found if key in wanted}
-        batches = list(self._batches([prefix for key, prefix in wanted.items() if key not in known]))
+        missing = [prefix for key, prefix in wanted.items() if key not in known]
+        batches = list(self._batches(missing, self.processes.world))
         left = sum(map(len, batches)) * self.count
         most = sum(len(batch) * self.count * self._room(batch) for batch in batches)
         say(
             f"{len(wanted):,} prefixes of {len(rows):,} rows, {len(known):,} of them measured before: {left:,} continuations, "
             f"{most:,} tokens at most"
         )
-        if batches:
+        if mine := batches[self.processes.rank :: self.processes.world]:
             backend = load()
-            for batch in batches:
+            for batch in mine:
                 known |= self._measured(batch, backend)
+        known = dict(gather_objects(list(known.items()), self.processes))
         return [
             _row_values([known.get(p.key) for p in found], len(s.row.steps or ())) for s, found in zip(rows, states)
         ]
@@ -115,9 +129,9 @@ class Measurement:
         told = json.dumps([self.config.seed, prompt_key(scored.row), scored.row.completion], sort_keys=True)
         return int.from_bytes(hashlib.sha256(told.encode()).digest()[:8], "big") < self.config.share * 2**64
 
-    def _batches(self, prefixes: list[Prefix]) -> Iterator[list[Prefix]]:
-        """The longest first: those of a batch have about the same room for a continuation."""
-        size = max(1, _AT_ONCE // self.count)
+    def _batches(self, prefixes: list[Prefix], parts: int) -> Iterator[list[Prefix]]:
+        """The longest first: those of a batch have about the same room for a continuation. Few prefixes are `parts` batches."""
+        size = max(1, min(_AT_ONCE // self.count, -(-len(prefixes) // parts)))
         order = sorted(prefixes, key=lambda prefix: -len(prefix.completion_ids))
         return (order[i : i + size] for i in range(0, len(order), size))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dqo.config.values import checked_config
 from dqo.data.appending import Appended, appending
@@ -23,13 +24,16 @@ from dqo.scoring.rows import AT_ONCE, Measured, Scored, add_answers, check_exist
 from dqo.scoring.steps import step_splitter
 from dqo.scoring.summary import CUT, KEPT, UNGRADED, Seen, Summary, seen
 
+if TYPE_CHECKING:  # it imports torch
+    from dqo.processes import Processes
+
 logger = logging.getLogger(__name__)
 
 _WRITTEN = 1.0  # seconds after which grades go to the disk
 _AHEAD = 1024  # responses that are handed to the pool at once
 
 
-def score(**options: Any) -> Summary:
+def score(**options: Any) -> Summary | None:
     """Grades the responses of a rollout file, as `dqo score` does: score(data="rollouts.jsonl", verifier="gsm8k",
     output_file="scored.jsonl"), or rewards their steps by a model: score(data="rollouts.jsonl", by="implicit:RUN", steps="lines",
     output_file="scored.jsonl"). A call that was killed goes on where it was.
@@ -37,18 +41,47 @@ def score(**options: Any) -> Summary:
     Args:
         options: those of `dqo.scoring.options.ScoreConfig`.
 
+    Returns:
+        What was written; None in a process of a launch that is not the first.
+
     Raises:
         UserError: for options, rows or answers that do not fit, before anything is graded.
     """
-    return score_rows(checked_config(ScoreConfig, options))
+    config = checked_config(ScoreConfig, options)
+    return score_rows(config, processes=launched_by(config))
 
 
-def score_rows(config: ScoreConfig, say: Callable[[str], object] = logger.info) -> Summary:
+def launched_by(config: ScoreConfig) -> Processes | None:
+    """The processes of a launch, which measure prefixes together; None without a launch, and torch is not imported.
+
+    Raises:
+        UserError: where nothing is measured, and for settings of the launcher that `dqo score` does not have.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1":
+        return None
+    if config.prefix_values is None:
+        raise UserError(
+            f"{world} processes were launched, and only what prefix_values measures is split over them; start dqo score as one "
+            "process, which grades in as many as --processes says"
+        )
+    from dqo.sampling.backends import launched_for
+
+    return launched_for("dqo score", config.backend)
+
+
+def score_rows(
+    config: ScoreConfig, say: Callable[[str], object] = logger.info, processes: Processes | None = None
+) -> Summary | None:
     """Grades responses and writes them, with their rewards, to output_file.
 
     Args:
         config: whose values were checked.
         say: gets what the user should know before long work begins.
+        processes: those of a launch; they measure together, then the first one grades and writes.
+
+    Returns:
+        What was written; None in the other processes of a launch.
 
     Raises:
         UserError: for rows, answers or files that do not fit, before anything is graded.
@@ -86,15 +119,18 @@ def score_rows(config: ScoreConfig, say: Callable[[str], object] = logger.info) 
                 rows if config.prefix_values is not None else [scored for scored in rows if not _kept(scored, config)]
             )
             check_problems([scored.problem for scored in asked], pool.verifier)
-        with appending(config.output_file, identity, seen) as file:
-            left = len(rows) - len(file.found)
+        first = processes is None or processes.main
+        with appending(config.output_file, identity, seen) if first else nullcontext() as file:
+            left = 0 if file is None else len(rows) - len(file.found)
             values: Iterable[Measured | None] = [None] * left
             if told is not None:
-                values = told.measured(file.found, say)
-            elif pool is not None and config.prefix_values is not None and left:
+                values = told.measured([] if file is None else file.found, say)
+            elif pool is not None and config.prefix_values is not None and (left or processes is not None):
                 from dqo.scoring.prefixes import measure
 
-                values = measure(rows, config, pool, say)[-left:]
+                values = measure(rows, config, pool, say if first else lambda _: None, processes)[len(rows) - left :]
+            if file is None:
+                return None
             return _grade(rows, values, config, pool, file)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,7 +27,7 @@ from dqo.config.lora import PREFIX
 from dqo.config.options import Options, dump_options
 from dqo.errors import UserError
 from dqo.files import aside, remove_asides, replacing, sync, sync_tree, temporary, write_whole, writing
-from dqo.models.critic import load_critic, save_value_model
+from dqo.models.critic import save_value_model
 from dqo.models.lora import base_state, has_adapter, merged_state, plain_name, save_adapter
 from dqo.models.policy import architecture, load_config, load_policy
 from dqo.processes import Processes
@@ -42,6 +42,7 @@ from dqo.train.damage import (
     write_state,
 )
 from dqo.train.learner import Learner
+from dqo.train.masters import has_masters, master_of
 from dqo.train.parallel import like, load_whole_state, whole, whole_state
 from dqo.train.resume import (
     CONFIGURATIONS,
@@ -53,39 +54,56 @@ from dqo.train.resume import (
     taken_options,
     versions,
 )
+from dqo.train.streamed import (
+    in_dtype,
+    load_model,
+    load_tensors,
+    load_value_model,
+    save_sharded_value_model,
+    save_streamed,
+    write_tensors,
+)
 
 logger = logging.getLogger(__name__)
 
 
+def _updated(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What the optimizer updates, in the order in which its states are numbered."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def optimizer_tensors(optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """{"policy/17/exp_avg": ...}: everything an AdamW holds, by parameter number. All processes must call it."""
+    """{"policy/17/exp_avg": ...}: everything an AdamW holds, by parameter number, sharded as it is."""
     return {
-        f"{name}/{index}/{key}": whole(value).contiguous()
+        f"{name}/{index}/{key}": torch.as_tensor(value)
         for name, optimizer in optimizers.items()
-        for index, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
+        for index, parameter in enumerate(_updated(optimizer))
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def load_optimizer_tensors(optimizers: dict[str, torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
     for name, optimizer in optimizers.items():
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {}
+        parameters = _updated(optimizer)
+        state: dict[int, dict[str, Any]] = {}
         for key, value in tensors.items():
             owner, index, field = key.split("/")
             if owner == name:  # cloned: out of the file's mapping
                 state.setdefault(int(index), {})[field] = like(value.clone(), parameters[int(index)])
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if isinstance(optimizer, torch.optim.AdamW):
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            continue
+        for number, fields in state.items():  # of bitsandbytes, which counts steps in an int
+            moved = {field: value.to(parameters[number].device) for field, value in fields.items()}
+            optimizer.state[parameters[number]] = moved | {"step": int(fields["step"])}
 
 
 def parameter_names(optimizers: dict[str, torch.optim.Optimizer], learner: Learner) -> dict[str, list[str]]:
     """{"policy": ["model.embed_tokens.weight", ...]}: what the numbers in an optimizer's state stand for."""
     models = {"policy": learner.policy, "critic": learner.value_model}
-    names = {id(p): plain_name(n) for model in filter(None, models.values()) for n, p in model.named_parameters()}
-    return {
-        owner: [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-        for owner, optimizer in optimizers.items()
-    }
+    found = [item for model in filter(None, models.values()) for item in model.named_parameters()]
+    names = {id(master_of(parameter)): plain_name(name) for name, parameter in found}
+    return {owner: [names[id(p)] for p in _updated(optimizer)] for owner, optimizer in optimizers.items()}
 
 
 def _renumbered(
@@ -122,19 +140,6 @@ def _trained(learner: Learner) -> dict[str, nn.Parameter]:
     }
 
 
-def in_dtype(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """A state dict with its numbers in `dtype`, but for what the model's class keeps in float32; tied tensors stay one."""
-    if dtype is None:
-        return state
-    exact = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
-    exact += getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    cast: dict[int, Tensor] = {}
-    for name, tensor in state.items():
-        kept = not tensor.is_floating_point() or any(part in name.split(".") for part in exact)
-        cast.setdefault(id(tensor), tensor if kept else tensor.to(dtype))
-    return {name: cast[id(tensor)] for name, tensor in state.items()}
-
-
 def save_models(
     directory: Path,
     learner: Learner,
@@ -143,8 +148,17 @@ def save_models(
     value_model: bool = True,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Policy (or its adapter) and value model (its adapter merged) as transformers loads them, in `dtype` or as they are. All
-    processes must call it."""
+    """Policy (or its adapter) and value model (its adapter merged) as transformers loads them, in `dtype` or as they are updated.
+    All processes must call it."""
+    if dtype is None and has_masters(learner.policy):
+        dtype = torch.float32
+    if hasattr(learner.policy, "on_disk"):
+        save_streamed(learner.policy, directory, processes, dtype)
+        if processes.main:
+            tokenizer.save_pretrained(directory)
+        if learner.value_model is not None and value_model:
+            save_sharded_value_model(learner.value_model, directory / "critic", processes, dtype)
+        return
     policy = in_dtype(learner.policy, whole_state(learner.policy), dtype)
     critic = None
     if learner.value_model is not None and value_model:
@@ -212,17 +226,22 @@ def save_checkpoint(
     """Writes checkpoint-<step> atomically: a directory of that name is whole, whatever happened. All processes must call it.
     `keep` of them stay; the newest and `best` always do."""
     final = output_dir / f"checkpoint-{step}"
-    adapters = {}
+    adapters: dict[str, Tensor] = {}
     if has_adapter(learner.policy):
-        adapters = {name: whole(parameter.detach()).contiguous() for name, parameter in _trained(learner).items()}
-    target = {} if learner.target is None else whole_state(learner.target)
+        adapters.update(_trained(learner))
+    target = {} if learner.target is None else {name: master_of(x) for name, x in _state(learner.target).items()}
     optimizer, names = optimizer_tensors(optimizers), parameter_names(optimizers, learner)
     with replacing(final) as beside:
         save_models(beside, learner, tokenizer, processes, value_model=not adapters)
+        kept: list[tuple[str, dict[str, Tensor]]] = [
+            ("adapters", adapters),
+            ("target", target),
+            ("optimizer", optimizer),
+        ]
+        for name, tensors in kept:
+            if tensors:
+                write_tensors(beside / f"{name}.safetensors", tensors, processes)
         if processes.main:
-            for name, tensors in (("adapters", adapters), ("target", target), ("optimizer", optimizer)):
-                if tensors:
-                    save_file(_apart(tensors), beside / f"{name}.safetensors")
             write_state(beside, state | {"parameters": names, "versions": versions()})
     if processes.main:
         for old in surplus(checkpoints(output_dir), keep, best):
@@ -232,14 +251,9 @@ def save_checkpoint(
     return final
 
 
-def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous, and none in the memory of another: tied weights are written under each of their names."""
-    found, places = {}, set()
-    for name, tensor in tensors.items():
-        tensor = tensor.contiguous()
-        found[name] = tensor.clone() if tensor.data_ptr() in places else tensor
-        places.add(tensor.data_ptr())
-    return found
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict, in which a tied parameter is one object."""
+    return module.state_dict(keep_vars=True)
 
 
 def surplus(found: list[Path], keep: int, best: Path | None) -> list[Path]:
@@ -267,11 +281,14 @@ def load_models(checkpoint: Path, learner: Learner) -> None:
             for name, parameter in trained.items():
                 parameter.copy_(like(saved[name], parameter))
     else:
-        load_whole_state(learner.policy, load_policy(str(checkpoint)).state_dict())
+        load_model(learner.policy, checkpoint, lambda: load_policy(str(checkpoint)))
         if learner.value_model is not None:
-            load_whole_state(learner.value_model, load_critic(checkpoint / "critic").state_dict())
+            load_value_model(learner.value_model, checkpoint / "critic")
     if learner.target is not None:
-        load_whole_state(learner.target, load_file(checkpoint / "target.safetensors"))
+        if hasattr(learner.policy, "on_disk"):
+            load_tensors(learner.target, checkpoint / "target.safetensors")
+        else:
+            load_whole_state(learner.target, load_file(checkpoint / "target.safetensors"))
 
 
 def load_optimizers(checkpoint: Path, optimizers: dict[str, torch.optim.Optimizer], learner: Learner) -> None:

@@ -25,17 +25,18 @@ from dqo.models.critic import score_of
 from dqo.models.fitness import position_limit
 from dqo.models.lora import has_adapter, merged_state
 from dqo.models.policy import load_config, load_policy, load_tokenizer, stop_ids
-from dqo.models.value_source import FORM_FILE, HEAD_FILE, IMPLICIT_FILE
+from dqo.models.value_source import FORM_FILE, HEAD_FILE, IMPLICIT_FILE, Q_FILE
 from dqo.processes import Processes
 from dqo.reference.columns import AGREEMENT_BOUNDS
 from dqo.train import hub
-from dqo.train.checkpoint import in_dtype, save_models
+from dqo.train.checkpoint import save_models
 from dqo.train.damage import STATE_FILE
 from dqo.train.learner import Learner
 from dqo.train.parallel import whole_state
 from dqo.train.resume import TRAINED_END
 from dqo.train.saved import Saved, find_saved, is_checkpoint_name
 from dqo.train.saved_critic import PLAIN_FORM, saved_critic
+from dqo.train.streamed import in_dtype
 
 # How far a policy in another type may be from the trained one, relative to 1 + |logprob|; of bfloat16 see `AGREEMENT_BOUNDS`, and
 # float16 keeps three more bits.
@@ -174,6 +175,7 @@ def _dtype_of(saved: Saved, base: str | None) -> str:
 _NO_CLASS = [
     ("head", HEAD_FILE, "a head on the policy's hidden states"),
     ("implicit", IMPLICIT_FILE, "a language model beside its reference"),
+    ("q_model", Q_FILE, "a language model of Q beside its reference"),
 ]
 
 

@@ -34,7 +34,7 @@ def fitted_value_model(
         UserError: for one of other tokens, of another width, with another reference, or one that sees tokens to the right.
     """
     kind = options.objective.value_kind
-    if kind in VALUE_KINDS:
+    if kind in VALUE_KINDS or options.objective.implied_from:
         return None
     source = find_value_model(kind)
     with loading(source.path):

@@ -23,7 +23,7 @@ from dqo.stats import auc
 from dqo.train import metrics
 from dqo.train.engine import Engine, Planned
 from dqo.train.learner import Learner, objective_rows, values_of
-from dqo.train.step import companions_of, mean_over_companions
+from dqo.train.step import companions_of, means_of_step
 
 BAR_DELAY = 2.0  # seconds: a shorter evaluation shows no bar
 
@@ -60,12 +60,12 @@ def held_out_metrics(
     index = {id(e): i for i, e in enumerate(once)}
 
     def sums_of_all() -> tuple[dict[str, Tensor], dict[int, Tokens]]:
-        companion_mean = mean_over_companions(engine, objective, groups)
+        means = means_of_step(engine, objective, groups)
         sums: dict[str, Tensor] = {}
         said: dict[int, Tokens] = {}
         batches = Planned(groups, engine)
         for batch, counts, _ in shown(batches, engine.processes, "held-out loss"):
-            loss, more, rows = engine.module(objective_rows, objective, batch, companion_mean=companion_mean)
+            loss, more, rows = engine.module(objective_rows, objective, batch, means)
             units = float(unit_count(batch.groups, objective.unit))
             more |= {"loss": torch.stack([loss, loss.new_tensor(units)])} | metrics.of_batch(batch)
             sums = metrics.add(sums, more if counts else metrics.none_of(more))
@@ -79,7 +79,7 @@ def held_out_metrics(
     result = {f"eval_{name}": value for name, value in found.items()}
     of_all = dict(gather_objects(list(said.items()), engine.processes))
     tokens = [of_all[i] for i in range(len(once))]
-    if engine.learner.value_model is not None:
+    if "values" in tokens[0]:
         at_end, at_half = value_auc([said["values"] for said in tokens], once)
         if at_end is not None and at_half is not None:
             result |= {"eval_value/auc_end": at_end, "eval_value/auc_half": at_half}
@@ -142,6 +142,8 @@ def tokens_of(learner: Learner, batch: Batch) -> list[Tokens]:
     rows = {"logprobs": stats.logprobs, "entropy": stats.entropy}
     if learner.value_model is not None:
         rows["values"] = values_of(learner, batch)
+    elif "values" in batch.columns:  # implied by the policy of another run
+        rows["values"] = batch.columns["values"]
     return of_responses(batch, rows)
 
 
@@ -157,7 +159,7 @@ def predictions(engine: Engine, episodes: Sequence[Episode]) -> tuple[dict[str, 
     found = {}
     if episodes:
         found["logps"] = np.array([said["logprobs"].sum() for said in tokens], np.float32)
-    if engine.learner.value_model is not None and episodes:
+    if tokens and "values" in tokens[0]:
         found["value_start"] = np.array([said["values"][0] for said in tokens], np.float32)
         found["value_end"] = np.array([said["values"][-1] for said in tokens], np.float32)
     references = [e.ref_logprobs for e in episodes if e.ref_logprobs is not None]

@@ -29,7 +29,9 @@ from dqo.objectives.base import VALUE_KINDS
 from dqo.objectives.registry import OBJECTIVES
 from dqo.requirements import check_packages
 from dqo.train.damage import STATE_FILE
+from dqo.train.implied_run import implied_run
 from dqo.train.phases import check_phases
+from dqo.train.schedules import check_schedules
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,20 @@ def check_options(options: Options, given: Given | None = None) -> None:
     """Checks across options and against the file system, before any file is read."""
     config, given = options.train, given or Given()
     adapters = config.use_peft or given.peft_config is not None
-    check_packages(["peft"] if adapters else [])
+    eight_bits = config.optim == "adamw_8bit"
+    quantised = {"optim adamw_8bit": eight_bits, "load_in_4bit": config.load_in_4bit}
+    check_packages(["peft"] * adapters + ["bitsandbytes"] * any(quantised.values()))
+    for what in (name for name, asked in quantised.items() if asked):
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(f"{what} needs the package bitsandbytes: pip install 'dqo[bitsandbytes]'")
+    if config.load_in_4bit and not adapters:
+        raise UserError(
+            "load_in_4bit: weights of 4 bits cannot be trained, adapters on them can: add --use_peft, or leave --load_in_4bit out"
+        )
+    if config.load_in_4bit and given.model is not None:
+        raise UserError(
+            "load_in_4bit quantises what model_name_or_path names; give its name in the place of the model object"
+        )
     if config.dataset_name is None and given.dataset is None:
         raise UserError("--dataset_name is missing: a .jsonl or .parquet file with prompt, completion, reward")
     if config.model_name_or_path is None and given.model is None:
@@ -67,9 +82,11 @@ def check_options(options: Options, given: Given | None = None) -> None:
         )
     if config.ref_model_name_or_path is not None and not options.objective.needs_reference:
         raise UserError(f"method {config.method} has no reference policy; remove --ref_model_name_or_path")
+    check_model_options(options)
     _check_value_model(options)
     check_value_options(options)
-    check_phases(options.objective, config.value_warmup_steps, config.freeze_value_model)
+    check_schedules(options)
+    check_phases(options.objective, config.value_warmup_steps, options.frozen_values)
     check_objects(given.model, given.ref_model, given.tokenizer, adapters)
     if given.peft_config is not None:
         check_lora_config(given.peft_config)
@@ -85,6 +102,16 @@ def check_options(options: Options, given: Given | None = None) -> None:
         raise UserError(f"output_dir {used} is in use; choose another, or --resume_from_checkpoint auto to go on there")
     if not (used / "config.yaml").exists() and not list(used.glob(f"checkpoint-*/{STATE_FILE}")):
         raise UserError(f"output_dir {used} holds other files; choose a new or empty directory")
+
+
+def check_model_options(options: Options) -> None:
+    """Of the frozen models that a method reads."""
+    for name in options.objective.reads_models:
+        if getattr(options.objective, name) is None:
+            raise UserError(
+                f"--{name} is missing: method {options.train.method} reads the log-probabilities of that model; give its "
+                "directory, such as the output_dir of a run, or its hub name"
+            )
 
 
 def check_value_options(options: Options) -> None:
@@ -105,13 +132,26 @@ def check_value_options(options: Options) -> None:
 def _check_value_model(options: Options) -> None:
     config, objective = options.train, options.objective
     kind, fitted = objective.value_kind, None
-    if kind not in VALUE_KINDS:
+    if implied_run(objective) is None and kind not in VALUE_KINDS:
         if not Path(kind).is_dir():
             kinds = ", ".join(VALUE_KINDS)
             raise UserError(
                 f"method {config.method} has the value_kind {kind!r}; it is one of {kinds}, or the directory of a value model"
             )
         fitted = find_value_model(kind)
+        if fitted.form == "q_model":
+            raise UserError(
+                f"value_model {fitted.path} is a language model of Q; it is the value model of no other method"
+            )
+    if kind == "q_model" and config.truncation == "bootstrap":
+        raise UserError(
+            f"method {config.method} has no value of the last state of a response that was cut: no reference is read there; use "
+            "--truncation terminal or drop"
+        )
+    if objective.implied_from and not objective.needs_reference:
+        raise UserError(
+            f"method {config.method} has no reference policy, which the values of value_model {kind} are implied by"
+        )
     if "implicit" in (kind, fitted and fitted.form):
         if not objective.needs_reference:
             raise UserError(
@@ -147,6 +187,7 @@ def load_rows(options: Options, given: Given | None = None) -> tuple[Sequence[Ro
     check_process_reward(rows, config.dataset_name or "the data set", config.process_reward)
     for warning in row_warnings(rows, config, options.objective):
         logger.warning(warning)
+    _check_step_rewards(options, rows)
     held_source = config.eval_dataset_name if given.eval_dataset is None else given.eval_dataset
     held_out: Sequence[Row] = []
     if held_source is not None:
@@ -159,6 +200,19 @@ def load_rows(options: Options, given: Given | None = None) -> tuple[Sequence[Ro
         rows, said = with_shuffled_rewards(rows, config.seed, config.process_reward not in (None, "none"))
         logger.warning(said)
     return rows, held_out
+
+
+def _check_step_rewards(options: Options, rows: Sequence[Row]) -> None:
+    """Refuses another sense of step rewards than the method's."""
+    wanted, told = options.objective.wants_process_reward, options.train.process_reward
+    if wanted in (None, told):
+        return
+    known = int((column(rows, "paid") >= 0).sum())
+    measured = " `dqo score FILE --prefix_values 8` measures pass rates of prefixes." if wanted == "potential" else ""
+    raise UserError(
+        f"method {options.train.method} reads step rewards in the sense of --process_reward {wanted}, and it is {told}; "
+        f"{known:,} of {len(rows):,} rows have them.{measured} Give --process_reward {wanted}"
+    )
 
 
 def shared_prompts(trained: np.ndarray, rows: Sequence[Row], name: str, trained_name: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,16 +17,21 @@ from dqo.models.lora import adapter_off
 from dqo.models.policy import (
     head_inputs,
     head_of,
+    head_stats,
     hidden_and_router,
     hidden_positions,
     policy_stats,
     reference_head,
 )
+from dqo.models.q_model import QModel
 from dqo.models.router import router_loss
 from dqo.models.value_form import form_of
 from dqo.objectives.base import MODELS, Objective
 from dqo.train import metrics
+from dqo.train.masters import master_of, round_to_weights
 from dqo_kernels import linear_row_loss
+
+NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
 class Learner(nn.Module):
@@ -66,26 +72,27 @@ def objective_sums(
     batch: Batch,
     trains: Collection[str] = MODELS,
     loss_scale: float = 1.0,
-    companion_mean: float | None = None,
+    means: Mapping[str, float] = NOTHING,
     token_share: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective's loss summed over a micro-batch, times `loss_scale`, and its [sum, count] metrics.
 
     Args:
         trains: the models that get a gradient, of "policy" and "critic".
+        means: columns that have one number on every row, see `means_of_step`.
         token_share: factor of the router's auxiliary loss, where it is applied: the batch's share of the step's tokens.
     """
-    return _objective(learner, objective, batch, None, trains, loss_scale, companion_mean, token_share)
+    return _objective(learner, objective, batch, None, trains, loss_scale, means, token_share)
 
 
 @torch.no_grad()
 def objective_rows(
-    learner: Learner, objective: Objective, batch: Batch, companion_mean: float | None = None
+    learner: Learner, objective: Objective, batch: Batch, means: Mapping[str, float] = NOTHING
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """The sums of the objective's `evaluation`, and what its one forward pass says of every row (N,): logprobs, entropy, and
     values where there is a value model."""
     kept: dict[str, list[Tensor]] = {}
-    loss, sums = _objective(learner, objective, batch, kept, companion_mean=companion_mean)
+    loss, sums = _objective(learner, objective, batch, kept, means=means)
     return loss, sums, {name: torch.cat(pieces) for name, pieces in kept.items()}
 
 
@@ -96,7 +103,7 @@ def _objective(
     kept: dict[str, list[Tensor]] | None,
     trains: Collection[str] = MODELS,
     loss_scale: float = 1.0,
-    companion_mean: float | None = None,
+    means: Mapping[str, float] = NOTHING,
     token_share: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`kept`: of an evaluation, takes what `objective_rows` says of every row, in pieces; None: of training."""
@@ -114,10 +121,9 @@ def _objective(
     if "values" in columns:
         values = columns["values"].detach()
         extremes = {"value/min": values.amin(), "value/max": values.amax()}
-    if companion_mean is not None:
-        columns["companion_mean"] = torch.full_like(columns["rewards"], companion_mean)
+    columns |= {name: torch.full_like(columns["rewards"], mean) for name, mean in means.items()}
     if objective.needs_kl:
-        head |= _reference_head(learner, batch)
+        head |= _reference_head(learner, objective, batch)
 
     loss_of = objective if kept is None else objective.evaluation
 
@@ -162,7 +168,12 @@ def _value_columns(learner: Learner, batch: Batch, hidden: Tensor) -> dict[str, 
         return {}
     columns: dict[str, Tensor] = {}
     last = batch.cu_seqlens[1:] - 1
-    columns["values"], end_values, outputs, outcome_loss = valued(learner.value_model, batch, hidden, learner.bf16)
+    columns["values"], end_values, outputs, outcome_loss, q = valued(learner.value_model, batch, hidden, learner.bf16)
+    if q is not None:
+        average = learner.value_model if learner.target is None else learner.target
+        assert isinstance(average, QModel)
+        under_policy = average.values_under(learner.policy, hidden.detach()[batch.states], batch, learner.bf16)
+        return columns | {"q": q, "target_values": under_policy}
     if outputs is not None:
         form = form_of(learner.value_model)
         bounds = outputs.new_tensor([form.low, form.high])
@@ -179,8 +190,14 @@ def _value_columns(learner: Learner, batch: Batch, hidden: Tensor) -> dict[str, 
 
 
 @torch.no_grad()
-def _reference_head(learner: Learner, batch: Batch) -> dict[str, Tensor | None]:
-    """The reference's hidden states and head: a model of its own, or the policy with its adapter off."""
+def _reference_head(learner: Learner, objective: Objective, batch: Batch) -> dict[str, Tensor | None]:
+    """Hidden states and head of what the KL is to: the reference, a model of its own or the policy with its adapter off, or the
+    Q-model."""
+    if objective.kl_to == "critic":
+        assert isinstance(learner.value_model, QModel)
+        model = learner.value_model.model
+        hidden = hidden_positions(model, batch, learner.bf16)
+        return reference_head(model, hidden[batch.states])
     model = learner.policy if learner.reference is None else learner.reference
     with adapter_off(model):
         hidden = hidden_positions(model, batch, learner.bf16)
@@ -188,10 +205,19 @@ def _reference_head(learner: Learner, batch: Batch) -> dict[str, Tensor | None]:
 
 
 @torch.no_grad()
-def companion_sums(learner: Learner, objective: Objective, batch: Batch) -> Tensor:
-    """(2,): sum and count of what the objective wants to know about a batch of companions."""
+def companion_sums(learner: Learner, objective: Objective, batch: Batch) -> dict[str, Tensor]:
+    """Sum and count of what the objective wants to know about a batch of companions."""
     stats = policy_stats(learner.policy, batch, learner.bf16)
-    return objective.companion_sums(stats, batch.columns, batch.cu_seqlens)
+    return {"companion_mean": objective.companion_sums(stats, batch.columns, batch.cu_seqlens)}
+
+
+@torch.no_grad()
+def step_sums(learner: Learner, objective: Objective, batch: Batch) -> dict[str, Tensor]:
+    """Sums and counts of what the objective wants to know about the responses of a step."""
+    hidden = hidden_positions(learner.policy, batch, learner.bf16)
+    stats = head_stats(learner.policy, hidden[batch.states], batch.actions)
+    columns = batch.columns | _value_columns(learner, batch, hidden)
+    return objective.step_sums(stats, columns, batch.cu_seqlens)
 
 
 @torch.no_grad()
@@ -205,8 +231,10 @@ def values_of(learner: Learner, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def update_target(learner: Learner, decay: float) -> None:
-    """target <- decay * target + (1 - decay) * value model, shard by shard."""
+    """target <- decay * target + (1 - decay) * value model, shard by shard, in full precision."""
     assert learner.value_model is not None and learner.target is not None
     live = dict(learner.value_model.named_parameters())
     for name, parameter in learner.target.named_parameters():
-        parameter.lerp_(live[name].to(parameter.dtype), 1.0 - decay)
+        average = master_of(parameter)
+        average.lerp_(master_of(live[name]).to(average.dtype), 1.0 - decay)
+    round_to_weights(learner.target)

@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import EvalPrediction, PreTrainedModel
 
 from dqo import signals
 from dqo.config.options import Options
-from dqo.data.batches import Group, distinct, epoch_order
+from dqo.data.batches import Group, distinct
 from dqo.data.episodes import totals
 from dqo.data.rows import Row
 from dqo.errors import UserError
@@ -28,11 +27,14 @@ from dqo.train.engine import Engine
 from dqo.train.held_out import held_out_metrics, predictions
 from dqo.train.held_out_start import write_start
 from dqo.train.learner import update_target
+from dqo.train.masters import clear_gradients, round_to_weights
 from dqo.train.not_finite import NotFinite, rows_of, stopped, wrong_gradients
 from dqo.train.parallel import wrap
 from dqo.train.prepare import Prepared
 from dqo.train.recorder import Recorder
 from dqo.train.resume import stored_options
+from dqo.train.schedules import factors
+from dqo.train.stages import Stages
 from dqo.train.step import accumulate, companions_of
 from dqo.train.watch import Watch
 from dqo.train.weighting import Collapse
@@ -65,7 +67,7 @@ class Trainer:
         self.train_rows: Sequence[Row] = ()
         self.window: dict[str, torch.Tensor] = {}  # this process's metric sums since the last logged row
         self.weights: metrics.Weights | None = None  # of the last step
-        self.collapse = Collapse(self.config)
+        self.collapse = Collapse(self.config, getattr(self.objective, "is_cap", None))
         self.evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation's step and metrics
         self.compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
 
@@ -82,21 +84,26 @@ class Trainer:
             self.config.value_warmup_steps,
             self.steps,
             then.get("phases"),
-            frozen=self.config.freeze_value_model,
+            frozen=options.frozen_values,
         )
+        self.stages = Stages(options, prepared, self.stretches, self.steps, self.counters["step"])
         self.models = {"policy": self.learner.policy} | ({} if critic is None else {"critic": critic})
         some_unused = any(not self.models.keys() <= set(stretch.phase.trains) for stretch in self.stretches)
-        module = wrap(self.learner, self.processes, self.config.bf16, some_unused)
+        bf16 = self.config.bf16 or self.config.dtype == "bfloat16"
+        offload = self.config.fsdp_cpu_offload
+        module = prepared.module or wrap(self.learner, self.processes, bf16, some_unused, offload)
         self.engine = Engine(module, self.learner, prepared.batching, self.processes)
         config = self.config
         self.rates = {"policy": config.learning_rate, "critic": config.critic_learning_rate}
-        kind, norm = config.lr_scheduler_type, config.max_grad_norm
-        self.schedules = {"policy": kind, "critic": config.critic_lr_scheduler_type or kind}
+        norm = config.max_grad_norm
+        self.schedules = {
+            name: factors(*config.schedule_of(name), self.rates[name], self.warmup, self.steps) for name in self.models
+        }
         self.norms = {"policy": norm, "critic": config.critic_max_grad_norm or norm}
         betas = (self.config.adam_beta1, self.config.adam_beta2)
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             name: optim.make_optimizer(
-                model, self.rates[name], self.config.weight_decay, betas, self.config.adam_epsilon
+                model, self.rates[name], config.weight_decay, betas, config.adam_epsilon, config.optim == "adamw_8bit"
             )
             for name, model in self.models.items()
         }
@@ -157,7 +164,7 @@ class Trainer:
         trains, name_of_step = phases.trained(self.stretches, step), f"step {step + 1}"
 
         def gradients() -> tuple[dict[str, torch.Tensor], int]:
-            self.learner.zero_grad(set_to_none=True)  # of a try that ran out of memory
+            clear_gradients(self.learner)  # of a try that ran out of memory
             substep_end = lambda: self.callbacks.call("on_substep_end")  # noqa: E731
             try:
                 return accumulate(self.engine, self.objective, groups, trains, substep_end)
@@ -174,10 +181,7 @@ class Trainer:
         self.window = metrics.add(self.window, sums)
         self.counters["num_tokens"] += tokens
         trained = {name: model for name, model in self.models.items() if name in trains}
-        rates = {
-            name: self.rates[name] * optim.schedule(step, self.steps, self.warmup, self.schedules[name])
-            for name in trained
-        }
+        rates = {name: self.rates[name] * self.schedules[name](step) for name in trained}
         logged = {"learning_rate": rates.get("policy", 0.0)}
         for name, model in trained.items():
             if name == "critic":
@@ -189,8 +193,9 @@ class Trainer:
                 raise stopped(NotFinite(what, episodes), name_of_step, self.output_dir, self.processes)
             logged["grad_norm" if name == "policy" else "critic/grad_norm"] = norm
         self.callbacks.call("on_pre_optimizer_step")
-        for name in trained:
+        for name, model in trained.items():
             optim.update(self.optimizers[name], rates[name])
+            round_to_weights(model)
         self.callbacks.call("on_optimizer_step")
         for name in trained:
             self.optimizers[name].zero_grad(set_to_none=True)
@@ -294,21 +299,20 @@ class Trainer:
         return (self.load_best() if self.config.load_best_model_at_end else None) or found
 
     def _steps(self, description: str) -> None:
-        config, counters, events = self.config, self.counters, self.callbacks
+        counters, events = self.counters, self.callbacks
         bar = tqdm(
             total=self.steps, initial=self.position, desc=description, unit="step", disable=not self.processes.main
         )
-        order_epoch, order = -1, np.zeros(0, np.int64)
+        epoch_begun = -1
         self.recorder.start(counters)
         while self.position < self.steps and not events.control.should_training_stop:
-            epoch, index = divmod(self.position, self.per_epoch)
-            if epoch != order_epoch:
-                order_epoch, order = epoch, epoch_order(len(self.prepared.groups), epoch, config.seed)
+            if (epoch := self.position // self.per_epoch) != epoch_begun:
+                epoch_begun = epoch
                 events.epoch_begin()
             events.step_begin()
+            self.stages.enter(counters["step"])
             begun = time.perf_counter()
-            per_step = self.prepared.per_step
-            chosen = order[index * per_step : (index + 1) * per_step]
+            chosen = self.stages.groups(counters["step"], self.position)
             logged = self.train_step(counters["step"], [self.prepared.groups[i] for i in chosen])
             counters["step"] += 1
             counters["train_seconds"] += time.perf_counter() - begun

@@ -12,6 +12,7 @@ from dqo.data.episode import Episode
 from dqo.errors import UserError
 from dqo.files import replacing
 from dqo.processes import Processes
+from dqo.train.masters import master_of
 
 CURE = "Lower the learning rate or raise beta, leave out bf16, and look for rewards or stored logprobs that are far too large"
 _COLUMNS = ("rewards", "behavior_logprobs", "ref_logprobs", "ref_lse")
@@ -33,7 +34,8 @@ def rows_of(episodes: Sequence[Episode]) -> str:
 
 def wrong_gradients(model: nn.Module) -> str:
     """The parameters whose gradients are not finite, for a message; "" where they are sharded."""
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    updated = ((name, master_of(parameter).grad) for name, parameter in model.named_parameters())
+    gradients = {name: gradient for name, gradient in updated if gradient is not None}
     if any(isinstance(gradient, DTensor) for gradient in gradients.values()):
         return ""
     wrong = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]

@@ -10,33 +10,41 @@ data and knows every step's counts without communication.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from dqo.config.launcher import blocks_to_shard
 from dqo.errors import UserError
 from dqo.processes import Processes
+from dqo.train.masters import has_masters, master_of, round_to_weights
 
 
-def wrap(module: nn.Module, processes: Processes, bf16: bool = False, some_unused: bool = False) -> nn.Module:
+def wrap(
+    module: nn.Module, processes: Processes, bf16: bool = False, some_unused: bool = False, cpu_offload: bool = False
+) -> nn.Module:
     """`module` with its gradients averaged over the processes, and its parameters sharded where that was asked for.
 
     Args:
         some_unused: a backward may leave parameters without gradient (the policy's, while the value model warms up).
+        cpu_offload: shards and optimizer states lie in main memory.
     """
     if processes.world == 1:
         return module
     if not processes.fsdp:
         return nn.parallel.DistributedDataParallel(module, find_unused_parameters=some_unused)
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     precision = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    offload = CPUOffloadPolicy(pin_memory=processes.device.type != "cpu") if cpu_offload else OffloadPolicy()
     own = {name for part in module.modules() for name in (getattr(part, "_no_split_modules", None) or ())}
     blocks = blocks_to_shard() or own
     missing = blocks_to_shard() - {type(part).__name__ for part in module.modules()}
@@ -45,16 +53,30 @@ def wrap(module: nn.Module, processes: Processes, bf16: bool = False, some_unuse
             f"FSDP_TRANSFORMER_CLS_TO_WRAP={', '.join(sorted(missing))}: the model has no such module; its own blocks are "
             f"{', '.join(sorted(own)) or 'unknown'}"
         )
-    for part in module.modules():
+    options: Any = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
+    for part in list(module.modules()):
+        if isinstance(part, PreTrainedModel) and (table := _apart_from_head(part)) is not None:
+            fully_shard(table, **options)
         if type(part).__name__ in blocks:
-            fully_shard(part, mesh=mesh, mp_policy=precision)
-    fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+            fully_shard(part, **options)
+    fully_shard(module, **options, reshard_after_forward=True)
     return module
 
 
+def _apart_from_head(model: PreTrainedModel) -> nn.Module | None:
+    """The table of embeddings, where it is not the head too, which is read outside of its module: it is gathered alone."""
+    head = model.get_output_embeddings()
+    if model.base_model is model or not (head is None or isinstance(head, nn.Linear)):
+        return None
+    table = model.get_input_embeddings()
+    shared = head is not None and head.weight is table.weight
+    return None if shared or not isinstance(table, nn.Embedding) else table
+
+
 def without_sync(module: nn.Module, last: bool):
-    """Context of a backward whose gradients stay here until the step's last; FSDP2 reduces each, to keep them sharded."""
-    if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
+    """Context of a backward whose gradients stay here until the step's last; FSDP2 reduces each, to keep them sharded, and so
+    does DDP with weights in bfloat16, whose gradients are added up in float32."""
+    if isinstance(module, nn.parallel.DistributedDataParallel) and not last and not has_masters(module):
         return module.no_sync()
     return contextlib.nullcontext()
 
@@ -71,18 +93,24 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return tensor
 
 
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state dict with every tensor whole, tied ones once; all processes must call it."""
+def whole_state(module: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The module's state dict with every tensor whole and in full precision, tied ones once; all processes must call it.
+    `names`: of those that are wanted; None: all."""
     gathered: dict[int, Tensor] = {}
     state = module.state_dict(keep_vars=True)  # with them a tied parameter is one object
+    state = state if names is None else {name: state[name] for name in names}
     for value in state.values():
         if id(value) not in gathered:
-            gathered[id(value)] = whole(value.detach())
+            gathered[id(value)] = whole(master_of(value).detach())
     return {name: gathered[id(value)] for name, value in state.items()}
 
 
-def load_whole_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copies whole tensors into the module's own, in place. Raises KeyError for a name the module has and `state` has not."""
+def load_whole_state(module: nn.Module, state: dict[str, Tensor], names: Collection[str] | None = None) -> None:
+    """Copies whole tensors into the module's own, in place: into all, or those of `names`. Raises KeyError for a name that
+    `state` has not."""
+    own = module.state_dict(keep_vars=True)
     with torch.no_grad():
-        for name, value in module.state_dict().items():
-            value.copy_(like(state[name].to(value.dtype), value))
+        for name, value in own.items() if names is None else [(name, own[name]) for name in names]:
+            master = master_of(value)
+            master.copy_(like(state[name].to(master.dtype), value))
+    round_to_weights(module)

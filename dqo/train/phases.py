@@ -24,7 +24,7 @@ class Stretch(NamedTuple):
 
 def as_steps(value: float, total: int) -> int:
     """A number of steps; below 1 a share of all of them (transformers' convention)."""
-    return math.ceil(value * total) if 0 < value < 1 else int(value)
+    return math.ceil(value * total - 1e-9) if 0 < value < 1 else int(value)  # 0.07 * 100 is a little more than 7
 
 
 def _without_critic(phases: Sequence[Phase]) -> list[Phase]:
@@ -55,11 +55,8 @@ def check_phases(objective: Objective, value_warmup: float, frozen: bool = False
         for field in ("trains", "refreshes"):
             if not isinstance(getattr(phase, field), tuple | list):
                 raise UserError(f'{name}: {field} is {getattr(phase, field)!r}; expected a tuple, such as ("critic",)')
-        if phase.refreshes:
-            raise UserError(
-                f"{name} refreshes {', '.join(phase.refreshes)}, which this trainer does not do yet: train the phases as runs of "
-                "their own, each from the model of the one before"
-            )
+        _check_refreshes(objective, phase, name)
+        _check_part(phase, name)
         if not set(phase.trains) & set(models) or not set(phase.trains) <= set(MODELS):
             raise UserError(f"{name} trains {', '.join(phase.trains) or 'nothing'}; there is {' and '.join(models)}")
         if phase.steps is None and i + 1 < len(phases):
@@ -70,8 +67,28 @@ def check_phases(objective: Objective, value_warmup: float, frozen: bool = False
             raise UserError(f"{name} has {steps!r} steps; expected a whole number of at least 0, or a share below 1")
     if frozen and not _without_critic(phases[-1:]):
         raise UserError(
-            f"phase {names[-1]!r} of {type(objective).__name__} trains the value model alone, and freeze_value_model is on"
+            f"phase {names[-1]!r} of {type(objective).__name__} trains the value model alone, which is frozen"
         )
+
+
+def _check_refreshes(objective: Objective, phase: Phase, name: str) -> None:
+    if not phase.refreshes:
+        return
+    if set(phase.refreshes) != {"reference"}:
+        raise UserError(f"{name} refreshes {', '.join(map(str, phase.refreshes))}; what can be refreshed is reference")
+    if not objective.needs_reference:
+        raise UserError(f"{name} refreshes the reference, which the method does not read")
+    if objective.needs_kl:
+        raise UserError(
+            f"{name} refreshes the reference, whose logits the exact KL reads all the time: use one of the two"
+        )
+
+
+def _check_part(phase: Phase, name: str) -> None:
+    ends = phase.part
+    numbers = isinstance(ends, tuple | list) and all(isinstance(x, Real) and not isinstance(x, bool) for x in ends)
+    if not (numbers and len(ends) == 2 and 0 <= ends[0] < ends[1] <= 1):
+        raise UserError(f"{name} trains on the part {ends!r}; expected two shares, such as (0, 0.5) for the first half")
 
 
 def stretches(
@@ -86,15 +103,19 @@ def stretches(
     Raises:
         UserError: where these have other names than now.
     """
-    found, begin = [], 0
+    found, begin, whole, share = [], 0, 0, 0.0
     planned: Sequence[Phase] = objective.phases(value_warmup)
     if frozen:
         planned = _without_critic(planned)
     for phase in planned:
-        steps = total - begin if phase.steps is None else as_steps(phase.steps, total)
-        if steps > 0:
+        if phase.steps is not None and 0 < phase.steps < 1:
+            share += phase.steps  # rounded together, so that phases of one share are of like lengths
+        else:
+            whole += int(phase.steps or 0)
+        end = total if phase.steps is None else whole + as_steps(share, total)
+        if end > begin:
             found.append(Stretch(begin, phase))
-        begin += steps
+        begin = max(begin, end)
     if then:
         kept = [Stretch(then[phase.name], phase) for phase in planned if phase.name in then]
         new = [s.phase.name for s in found if s.begin < total and s.phase.name not in then]

@@ -8,33 +8,40 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dqo.config.lora import described
-from dqo.config.options import Options, TrainConfig
+from dqo.config.options import Options
 from dqo.data.batches import Batching, Group, distinct, epoch_order
-from dqo.data.chat import reads_clock
+from dqo.data.behavior import ReferenceName, reference_samples
 from dqo.data.ends import ends_of
 from dqo.data.episode import Episode
-from dqo.data.episodes import Episodes, Joined, open_episodes
+from dqo.data.episodes import Episodes, open_episodes
+from dqo.data.joined import Joined
+from dqo.data.marks import Marks
 from dqo.data.rows import Row
-from dqo.data.selection import EpisodeColumns, Groups, data_fingerprint, selected, selection_fingerprint
-from dqo.data.together import check_process_reward
+from dqo.data.selection import (
+    EpisodeColumns,
+    Groups,
+    data_fingerprint,
+    nothing_selected,
+    selected,
+    selection_fingerprint,
+)
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.critic import backbone
 from dqo.models.fitness import check_adapter, check_model, check_positions, check_tokenizer
-from dqo.models.lora import adapter_off, has_adapter
+from dqo.models.lora import has_adapter
 from dqo.models.policy import (
     architecture,
     load_config,
-    load_policy,
     ready,
     stop_ids,
     tokenizer_of,
@@ -45,21 +52,28 @@ from dqo.objectives.base import Objective
 from dqo.processes import Processes, gather_objects
 from dqo.train.checkpoint import claim_output, read_state, save_base
 from dqo.train.fitted_values import configuration_of, fitted_value_model
-from dqo.train.inputs import Given, read
+from dqo.train.frozen_models import add_columns, frozen_models
+from dqo.train.implied_values import ImpliedValues, implied_values_of
+from dqo.train.inputs import Given
 from dqo.train.learner import Learner
+from dqo.train.masters import add_masters
 from dqo.train.optim import steps_of
-from dqo.train.resume import FITTED, OF_OBJECTIVE, TRAINED_END, found_state
+from dqo.train.resume import FITTED, OF_OBJECTIVE, TRAINED_END
 from dqo.train.returns import value_start
 from dqo.train.room import warn_of_little_room
 from dqo.train.run_models import (
     base_of,
     bf16_problem,
     explicit_reference,
+    load_initial,
     make_learner,
     reference_columns,
     reference_config,
     save_dtype_of,
+    shards_from_files,
 )
+from dqo.train.sharded import shard, shard_reference, try_model
+from dqo.train.template_time import TEMPLATE_TIME, told_time
 from dqo.train.weighting import Weighting, at_start, check_behavior, chosen, reference_name
 
 logger = logging.getLogger(__name__)
@@ -75,6 +89,7 @@ FREE_OPTIONS = {
     "attn_implementation",
     "use_cpu",
     "fsdp",
+    "fsdp_cpu_offload",
     "report_to",
     "run_name",
     "project",
@@ -97,9 +112,6 @@ FREE_OPTIONS = {
 }
 
 
-_TEMPLATE_TIME = "time that the chat template was told"  # in the identity of runs whose template reads the clock
-
-
 @dataclass
 class Prepared:
     """What the loop trains on and with. `groups` are the episodes that stay together, as the objective chose them."""
@@ -117,6 +129,10 @@ class Prepared:
     reference: PreTrainedModel | None  # where it is not the initial policy
     save_dtype: torch.dtype | None  # of the final models; None: as they are trained
     weighting: Weighting
+    refreshed: Path | None = None  # the reference that a phase has put into the place of the first one
+    implied: ImpliedValues | None = None  # where the policy of another run implies the values
+    module: nn.Module | None = None  # what wraps `learner` over the processes, where that was done to load it
+    of_reference: nn.Module | None = None  # the same of the reference
 
     @property
     def objective(self) -> Objective:
@@ -144,46 +160,50 @@ def prepare(
     """Tokenises the rows, loads the models and computes the reference columns."""
     config = options.train
     sampler = reference_name(options, given)
-    weighting = chosen(options, train_rows, sampler)
+    one_file = config.eval_dataset_name is None and given.eval_dataset is None  # of which the held-out rows are a part
+    all_rows = Joined(train_rows, held_rows)
+    weighting = chosen(options, all_rows if one_file else train_rows, sampler)  # as `dqo check` says of it
     objective = weighting.objective
     tokenizer = tokenizer_of(config.model_name_or_path, given.tokenizer)
     model_config = load_config(config.model_path) if given.model is None else given.model.config
-    for rows in (train_rows, held_rows):
-        check_tokenizer(tokenizer, rows, model_config)
+    check_tokenizer(tokenizer, all_rows, model_config)
     vocab_size = model_config.get_text_config().vocab_size
 
     ref_config = reference_config(config, given, vocab_size)
-    template_time = _template_time(config, tokenizer, processes)
+    template_time = told_time(config, tokenizer, processes)
 
     stops = stop_ids(given.model or config.model_path)
 
-    def placed(rows: Sequence[Row]) -> Episodes:
-        made = on_tokens(rows, options, tokenizer, vocab_size, stops, template_time)
+    def placed(rows: Sequence[Row], marks: Marks | None = None) -> Episodes:
+        made = on_tokens(rows, options, tokenizer, vocab_size, stops, template_time, marks)
         for its_config in filter(None, (model_config, ref_config)):
             check_positions(its_config, made)
         return made
 
-    def tokenized(rows: Sequence[Row]) -> list[Episode]:
-        return list(placed(rows))
+    def tokenized(rows: Sequence[Row], marks: Marks | None = None) -> list[Episode]:
+        return list(placed(rows, marks))
 
     if (config.bf16 or config.dtype == "bfloat16") and (slow := bf16_problem(processes.device)):
         logger.warning(slow)
-    groups = selected(objective, placed(train_rows))
+    marks = Marks.of_rows(all_rows, config.process_reward) if one_file else None
+    episodes = placed(train_rows, marks)
+    groups = selected(objective, episodes, partial(reference_samples, train_rows, sampler))
     if not groups:
-        raise UserError(f"method {config.method}: {objective.nothing_left}")
-    held_out = _held_out(objective, tokenized(held_rows)) if held_rows else []
+        raise UserError(f"method {config.method}: {nothing_selected(objective, episodes)}")
+    held_out = held_out_groups(objective, tokenized(held_rows, marks), held_rows, sampler) if held_rows else []
     policy = given.model
     if policy is None:
-        dtype = getattr(torch, config.dtype)
-        policy = load_policy(config.model_path, processes.device, dtype, config.attn_implementation)
+        policy = load_initial(config, processes)
     else:
         ready(policy, processes.device)
     save_dtype = save_dtype_of(options, given)
-    if not config.use_peft and given.peft_config is None:
-        policy.float()  # weights in 16 bits would not take small updates
-    reference = explicit_reference(config, given, processes.device)
+    adapters = config.use_peft or given.peft_config is not None
+    sharded = shards_from_files(config, processes) and not adapters and given.model is None and given.ref_model is None
+    if not adapters and not sharded:
+        policy.to(getattr(torch, config.dtype))
+    reference = explicit_reference(config, given, processes)
     some_ids = (groups[0][0].prompt_ids + groups[0][0].completion_ids)[-64:]
-    for model in filter(None, (policy, reference)):
+    for model in filter(None, () if sharded else (policy, reference)):
         check_model(model, some_ids, tokenizer.pad_token_id)
     check_router(policy, config.router_aux_loss_coef)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes.world
@@ -203,19 +223,44 @@ def prepare(
     if reference is not None:
         identity["reference configuration"] = architecture(reference.config)
     if template_time is not None:
-        identity[_TEMPLATE_TIME] = template_time.isoformat()
+        identity[TEMPLATE_TIME] = template_time.isoformat()
     identity["reference"] = identity["model"] if reference is None else weights_hash(reference)
 
-    for model in filter(None, (policy, reference)):
+    for model in filter(None, () if sharded else (policy, reference)):
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
             attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
+    trained, held = distinct(groups), distinct(held_out)
+    frozen = frozen_models(options, tokenizer, vocab_size, Joined(trained, held), processes.device)
+    if frozen:
+        identity["frozen models"] = {one.option: one.sha256 for one in frozen}
+    for one in frozen:
+        attention.choose(one.model, config.padding_free, some_ids)
     fitted = fitted_value_model(options, policy, reference or policy, tokenizer, some_ids)
     if fitted is not None:
         identity |= {"fitted value model": weights_hash(fitted), FITTED: configuration_of(fitted)}
-    begin = value_start(options, distinct(groups), policy if reference is None else reference)
+    implied = implied_values_of(options, reference or policy, tokenizer, trained, some_ids)
+    if implied is not None:
+        identity["implied values"] = implied.identity
+        processes.say(
+            f"value model: V is what the policy of {implied.run.path} implies, with its beta {implied.run.beta:g}"
+        )
+    begin = value_start(options, trained, policy if reference is None else reference)
     if begin.told:
         processes.say(begin.told)
-    learner = make_learner(options, given, policy, reference, begin, distinct(groups), fitted)
+    learner = make_learner(options, given, policy, reference, begin, trained, fitted)
+    module = of_reference = None
+    if sharded:
+        module = of_reference = shard(learner, config, processes)
+        if reference is not None and learner.reference is not reference:
+            of_reference = shard_reference(reference, config, processes)
+        for wrapped, model in ((module, policy), (of_reference, reference)):
+            if model is not None:
+                try_model(wrapped, model, config, some_ids, tokenizer.pad_token_id)
+    elif config.dtype == "bfloat16" and not adapters:
+        if processes.fsdp:
+            learner.float()  # the shards; layers are cast while they are gathered
+        else:
+            add_masters(learner)
     for model in filter(None, (policy, backbone(learner.value_model))):
         if has_adapter(model):
             check_adapter(model, some_ids)
@@ -226,15 +271,20 @@ def prepare(
         warn_of_little_room(Path(config.output_dir), learner, config.save_total_limit)
     if has_adapter(policy) and not policy.name_or_path and processes.main:
         save_base(policy, Path(base_of(policy, config)), again=resumed is None)
+    visited = distinct(_visited(groups, options, per_step, resumed))
+    together = Joined(visited, held)
     if objective.needs_reference:
-        visited = distinct(_visited(groups, config, per_step, resumed))
-        together = Joined(visited, distinct(held_out))
-        reference_columns(config, together, policy, reference, batching, identity, processes, resumed is not None)
-        if isinstance(groups, Groups):
-            groups.episodes.take_reference(visited)
-        check_behavior(objective, together, chain(train_rows, held_rows), sampler)
+        resuming = resumed is not None
+        reference_columns(config, together, policy, reference, batching, identity, processes, resuming, of_reference)
+        check_behavior(objective, together, all_rows, sampler)
+        if implied is not None:
+            implied.add(together, batching, processes)
+            implied.release()
         if reference is None:
             weighting = at_start(weighting, options.objective.weight_level, visited)
+    add_columns(frozen, options, together, batching, processes)
+    if isinstance(groups, Groups):
+        groups.episodes.take_said(visited)
     return Prepared(
         processes,
         tokenizer,
@@ -249,16 +299,22 @@ def prepare(
         reference,
         save_dtype,
         weighting,
+        module=module,
+        of_reference=of_reference,
+        implied=implied,
     )
 
 
-def _visited(groups: Sequence[Group], config: TrainConfig, per_step: int, resumed: Path | None) -> Sequence[Group]:
-    """The groups that the run's steps read, in the order of the data: all, but of a run that ends within its first epoch."""
+def _visited(groups: Sequence[Group], options: Options, per_step: int, resumed: Path | None) -> Sequence[Group]:
+    """The groups that the run's steps read, in the order of the data: all, but of a run that ends within its first epoch. The
+    values that a policy implies for a response are made of the others to its prompt too."""
+    config, objective = options.train, options.objective
+    in_parts = any(tuple(phase.part) != (0.0, 1.0) for phase in objective.phases(config.value_warmup_steps))
     per_epoch = math.ceil(len(groups) / per_step)
     steps = config.max_steps if config.max_steps > 0 else steps_of(config.num_train_epochs, per_epoch)
     if resumed is not None:  # checkpoints that do not tell were made when steps were counted otherwise
         steps = max(steps, read_state(resumed).get("steps", per_epoch))
-    if steps >= per_epoch or not isinstance(groups, Groups):
+    if steps >= per_epoch or in_parts or objective.implied_from is not None or not isinstance(groups, Groups):
         return groups
     return groups.take(np.sort(epoch_order(len(groups), 0, config.seed)[: steps * per_step]))
 
@@ -286,9 +342,10 @@ def on_tokens(
     vocab_size: int,
     stops: list[int],
     template_time: datetime.datetime | None,
+    marks: Marks | None = None,
 ) -> Episodes:
     """Rows as the options say. `stops`: end tokens of the model's generation_config. `template_time`: what chat templates take
-    for now; None: the clock."""
+    for now; None: the clock. `marks`: of wrong steps; None: what these rows tell."""
     config = options.train
     return open_episodes(
         rows,
@@ -306,77 +363,16 @@ def on_tokens(
         allow_truncation=config.allow_truncation,
         reward_scale=config.reward_scale,
         reward_shift=config.reward_shift,
+        marks=marks,
     )
 
 
-class Evaluated(NamedTuple):
-    """Rows for evaluation on tokens."""
-
-    all: list[Episode]
-    objective: list[Group]  # as the objective chose them
-
-
-def evaluation_episodes(
-    options: Options, given: Given, prepared: Prepared, source: Any
-) -> tuple[Evaluated, Sequence[Row]]:
-    """Further rows, with their reference columns, when training has begun.
-
-    Args:
-        source: anything that read_rows takes.
-
-    Raises:
-        UserError: when the reference policy was a model object that has been trained in place.
-    """
-    config, objective = options.train, options.objective
-    rows = read(config, source)
-    check_process_reward(rows, "the rows for evaluation", config.process_reward)
-    episodes = prepared.tokenized(rows)
-    prepared_ones = _held_out(objective, episodes)
-    if objective.needs_reference:
-        learner = prepared.learner
-        reference = prepared.reference or learner.reference
-        if reference is None and not has_adapter(learner.policy):
-            if given.model is not None:
-                raise UserError(
-                    "the reference policy of these rows was the given model, which is trained in place: give ref_model, or give "
-                    "the rows to the constructor as eval_dataset"
-                )
-            dtype = getattr(torch, config.dtype)
-            device = prepared.processes.device
-            reference = load_policy(config.model_path, device, dtype, config.attn_implementation)
-        together = distinct([*([e] for e in episodes), *prepared_ones])
-        with adapter_off(learner.policy):
-            reference_columns(
-                config,
-                together,
-                learner.policy,
-                reference,
-                prepared.batching,
-                prepared.identity,
-                prepared.processes,
-                resuming=True,
-            )
-    return Evaluated(episodes, prepared_ones), rows
-
-
-def _template_time(config: TrainConfig, tokenizer, processes: Processes) -> datetime.datetime | None:
-    """What a chat template that reads the clock takes for now: the time of the run that goes on, whose ids must come again; of a
-    new run the clock of the first process. None where no template reads it."""
-    if not reads_clock(tokenizer):
-        return None
-    found = found_state(config)
-    if found is not None:
-        try:
-            return datetime.datetime.fromisoformat(found[1]["identity"][_TEMPLATE_TIME])
-        except (ValueError, KeyError, TypeError):  # of a run without it: named when it is claimed
-            pass
-    return gather_objects([datetime.datetime.now()], processes)[0]
-
-
-def _held_out(objective: Objective, episodes: list[Episode]) -> list[Group]:
+def held_out_groups(
+    objective: Objective, episodes: list[Episode], rows: Sequence[Row], sampler: ReferenceName
+) -> list[Group]:
     """The objective's groups; none, with a warning, where the episodes are too few for it."""
     try:
-        found = list(selected(objective, episodes))
+        found = list(selected(objective, episodes, partial(reference_samples, rows, sampler)))
     except UserError as error:
         found, reason = [], str(error)
     else:

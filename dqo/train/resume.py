@@ -25,7 +25,8 @@ from dqo.train.phases import Stretch
 logger = logging.getLogger(__name__)
 
 # Of the place where a run goes on, not of the run: what nothing gives is today's default.
-PLACE = {"output_dir", "resume_from_checkpoint", "dry_run", "use_cpu", "fsdp", "attn_implementation", "padding_free"}
+PLACE = {"output_dir", "resume_from_checkpoint", "dry_run", "use_cpu", "fsdp", "fsdp_cpu_offload"}
+PLACE |= {"attn_implementation", "padding_free"}
 # Arguments of DQOTrainer as well, which are no options then.
 NAMED = ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "eval_dataset_name")
 FITTED = "configuration of the fitted value model"

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from dqo.config.options import Options
 from dqo.data.episode import Episode
-from dqo.data.episodes import Episodes
+from dqo.data.episodes import ended
 from dqo.errors import UserError
 from dqo.models.policy import weights_hash
 from dqo.models.value_form import ValueForm
@@ -32,12 +33,10 @@ class Returns(NamedTuple):
 
 def returns_of(objective: Objective, episodes: Sequence[Episode]) -> Returns:
     """Of what is paid from a state on, discounted as the objective does. Responses that were cut are left out where others are
-    not: what would have followed is unknown."""
-    if isinstance(episodes, Episodes):
-        ended = episodes.terminated
-        episodes = episodes.take(ended) if ended.any() and not ended.all() else episodes
-    else:
-        episodes = [e for e in episodes if e.terminated] or episodes
+    not: what would have followed is unknown. Of a method that fits V to a column: of that column, between 0 and 1."""
+    if objective.values_column is not None:
+        return Returns(float(np.concatenate([e.columns[objective.values_column] for e in episodes]).mean()), 0.0, 1.0)
+    episodes = ended(episodes)
     pieces = []
     for begin in range(0, len(episodes), _TOGETHER):
         some = episodes[begin : begin + _TOGETHER]

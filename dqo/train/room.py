@@ -11,6 +11,7 @@ from torch import nn
 from dqo.files import in_units
 from dqo.models.lora import has_adapter
 from dqo.train.learner import Learner
+from dqo.train.masters import master_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ def checkpoint_size(learner: Learner) -> int:
 
 
 def _bytes(model: nn.Module, trained_only: bool = False) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not trained_only)
+    kept = (master_of(p) for p in model.parameters() if p.requires_grad or not trained_only)
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
 def warn_of_little_room(output_dir: Path, learner: Learner, keep: int) -> None:

@@ -24,6 +24,7 @@ from dqo.train.loop import Answers, Trainer
 from dqo.train.prepare import Prepared, prepare
 from dqo.train.record import begin_record, data_record, machine, parameters, penalised_steps
 from dqo.train.resume import as_stored
+from dqo.train.reward_normaliser import with_normalised_rewards
 
 
 @dataclass
@@ -60,7 +61,10 @@ def begin(
     check_options(options, given)
     check_callbacks(given.callbacks, options.train)
     train_rows, held_rows = rows or load_rows(options, given)
+    options, normalised = with_normalised_rewards(options, train_rows)
     processes = start(options.train.use_cpu, options.train.fsdp)
+    if normalised:
+        processes.say(normalised)
     trainer = Trainer(options, prepare(options, given, train_rows, held_rows, processes), given.callbacks, answers)
     trainer.train_rows = train_rows
     if announce:

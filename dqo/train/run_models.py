@@ -15,31 +15,51 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from dqo.config.options import Options, TrainConfig
 from dqo.data.batches import Batch, Batching
 from dqo.data.episode import Episode
-from dqo.data.episodes import Episodes, Joined, totals
+from dqo.data.episodes import totals
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.architecture import recompute_activations
-from dqo.models.critic import add_own_adapter, backbone, make_value_model
+from dqo.models.critic import add_own_adapter, backbone, keep_outputs, make_value_model
 from dqo.models.implicit_value import implicit_value_from
 from dqo.models.lora import adapter_off, add_adapter, lora_config, with_fields
 from dqo.models.policy import (
-    architecture_hash,
-    final_softcap,
     load_config,
+    load_empty,
     load_policy,
     policy_stats,
     ready,
     weights_hash,
 )
+from dqo.models.q_model import q_model_from
 from dqo.objectives.base import IMPLICIT_BETA, Objective
 from dqo.processes import Processes
-from dqo.reference.cache import ReferenceCache, ReferenceId
-from dqo.reference.columns import check_agreement, fill, key_of, reference_entries
+from dqo.reference.cache import ReferenceCache, reference_id
+from dqo.reference.columns import check_agreement, fill, reference_entries
 from dqo.train.inputs import Given
 from dqo.train.learner import Learner
 from dqo.train.resume import adapter_fields, stored_derived
 from dqo.train.returns import ValueStart
 from dqo_kernels import TokenStats
+
+
+def shards_from_files(config: TrainConfig, processes: Processes) -> bool:
+    """Whether each process reads its own shards; adapters are added to whole models."""
+    return processes.fsdp and not config.use_peft
+
+
+def load_initial(config: TrainConfig, processes: Processes) -> PreTrainedModel:
+    """The model that model_name_or_path names, as the run begins with it; without memory where it will be sharded."""
+    dtype, device = getattr(torch, config.dtype), processes.device
+    if shards_from_files(config, processes):
+        if (empty := load_empty(config.model_path, dtype, config.attn_implementation)) is not None:
+            return empty
+        processes.say(
+            f"{config.model_path}: its files cannot be read by slices (no safetensors, or names that transformers translates), "
+            "so that each process loads it whole before it keeps its shards"
+        )
+    products = torch.bfloat16 if config.bf16 else dtype
+    four_bits = products if config.load_in_4bit else None
+    return load_policy(config.model_path, device, dtype, config.attn_implementation, four_bits)
 
 
 def reference_config(config: TrainConfig, given: Given, vocab_size: int) -> PreTrainedConfig | None:
@@ -59,12 +79,15 @@ def reference_config(config: TrainConfig, given: Given, vocab_size: int) -> PreT
     return its_config
 
 
-def explicit_reference(config: TrainConfig, given: Given, device: torch.device) -> PreTrainedModel | None:
+def explicit_reference(config: TrainConfig, given: Given, processes: Processes) -> PreTrainedModel | None:
     """The reference policy, when it is not the initial policy."""
+    device, path = processes.device, config.ref_model_name_or_path
     if given.ref_model is not None:
         return ready(given.ref_model, device)
-    path = config.ref_model_name_or_path
-    return None if path is None else load_policy(path, device)
+    if path is not None and shards_from_files(config, processes):
+        return load_initial(replace(config, model_name_or_path=path), processes)
+    dtype = torch.float32 if config.use_peft else getattr(torch, config.dtype)
+    return None if path is None else load_policy(path, device, dtype)
 
 
 def reference_columns(
@@ -76,28 +99,28 @@ def reference_columns(
     identity: dict,
     processes: Processes,
     resuming: bool,
+    sharded: nn.Module | None = None,
 ) -> None:
-    """ref_logprobs and ref_lse of every episode, from the cache where it has them; checked where they can be. Episodes that are
-    made when they are read have them from then on."""
+    """ref_logprobs and ref_lse of every episode, from the cache where it has them; checked where they can be. `sharded`: what
+    wraps the reference over the processes, which then compute together. Episodes that are made when they are read have them from
+    then on."""
     model = policy if explicit is None else explicit
-    dtype = "bfloat16" if config.bf16 or model.dtype == torch.bfloat16 else "float32"
-    numbers = ReferenceId(identity["reference"], architecture_hash(model), dtype, final_softcap(model))
+    in_16_bits = config.bf16 or (sharded is not None and config.dtype == "bfloat16")
+    numbers = reference_id(model, identity["reference"], in_16_bits)
     name = config.ref_model_name_or_path or config.model_name_or_path or type(model).__name__
     cache = ReferenceCache(config.ref_cache_dir or Path(config.output_dir) / "ref_cache", numbers, name)
 
     def stats_of(batch: Batch) -> TokenStats:
         with adapter_off(model):
+            if sharded is not None:
+                return sharded(lambda _: policy_stats(model, batch, config.bf16))
             return policy_stats(model, batch, config.bf16)
 
     batching = replace(batching, packed=attention.packs(model))
-    entries, _ = reference_entries(episodes, stats_of, batching, processes, cache)
-    for part in episodes.parts if isinstance(episodes, Joined) else [episodes]:
-        if isinstance(part, Episodes):
-            part.set_reference(entries, key_of)
-        else:
-            fill(part, entries)
+    entries, _ = reference_entries(episodes, stats_of, batching, processes, cache, together=sharded is not None)
+    fill(episodes, entries)
     if explicit is None and not resuming:
-        check_agreement(episodes, stats_of, batching, dtype, cache)
+        check_agreement(episodes, stats_of, batching, numbers.dtype, cache)
 
 
 def bf16_problem(device: torch.device) -> str | None:
@@ -135,18 +158,20 @@ def make_learner(
         peft_config = with_fields(peft_config, adapter_fields(config))
     torch.manual_seed(config.seed)  # of new heads and adapters, in every process and when a run goes on
     value_model = reference = target = None
-    if objective.needs_values:
+    if objective.needs_values and not objective.implied_from:
         if fitted is None:
             value_model = _new_value_model(objective, policy, peft_config, explicit or policy, begin, episodes)
         else:
-            value_model = fitted
+            value_model = fitted.to(policy.dtype) if peft_config is None else fitted
             if config.freeze_value_model:
                 value_model.requires_grad_(False)
             elif peft_config is not None:
                 add_own_adapter(value_model, peft_config)
+        if peft_config is None:
+            keep_outputs(value_model)
         if objective.values_decay is not None:
             target = copy.deepcopy(value_model)
-    if objective.needs_kl:  # with an adapter the policy is its own reference
+    if objective.needs_kl and objective.kl_to == "reference":  # with an adapter the policy is its own reference
         reference = copy.deepcopy(policy) if explicit is None and peft_config is None else explicit
     if peft_config is not None:
         add_adapter(policy, peft_config, str(base_of(policy, config)))
@@ -166,6 +191,11 @@ def _new_value_model(
     begin: ValueStart,
     episodes: Sequence[Episode],
 ) -> nn.Module:
+    if objective.value_kind == "q_model":
+        q_model = q_model_from(policy, getattr(objective, "beta", 1.0), weights_hash(reference, torch.float32))
+        if peft_config is not None:
+            add_own_adapter(q_model, peft_config)
+        return q_model
     if objective.value_kind != "implicit":
         return make_value_model(objective.value_kind, policy, peft_config, begin.form, begin.value)
     outcomes = totals(episodes)

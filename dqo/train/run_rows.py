@@ -8,6 +8,7 @@ import numpy as np
 
 from dqo.data.episode import Episode
 from dqo.data.episodes import make_episodes
+from dqo.data.marks import Marks
 from dqo.data.rows import Row
 from dqo.errors import UserError
 from dqo.models.adapters import adapter_base
@@ -18,9 +19,9 @@ from dqo.train.token_scores import RunModels
 _PAY = ("process_coef", "reward_scale", "reward_shift", "gamma", "discount")
 
 
-def episodes_of(models: RunModels, rows: list[Row]) -> list[Episode]:
+def episodes_of(models: RunModels, rows: list[Row], marks: Marks | None = None) -> list[Episode]:
     """One episode a row, whole, with the rewards that the options of the run's config.yaml make of its rewards; where that tells
-    none, those of the defaults.
+    none, those of the defaults. `marks`: of wrong steps; None: what these rows tell.
 
     Raises:
         UserError: for rows that cannot be placed on tokens, and for one that is longer than a model.
@@ -36,6 +37,7 @@ def episodes_of(models: RunModels, rows: list[Row]) -> list[Episode]:
         stop_ids=stop_ids(adapter_base(path) or path),
         process_reward=options.get("process_reward") or "none",
         truncation="bootstrap" if options.get("truncation") == "bootstrap" else "terminal",  # none is left out
+        marks=marks,
         **{name: options[name] for name in _PAY if options.get(name) is not None},
     )
     for model in filter(None, (models.policy, models.reference)):
@@ -51,6 +53,4 @@ def episodes_of(models: RunModels, rows: list[Row]) -> list[Episode]:
 
 def discounts_of(models: RunModels, episode: Episode) -> np.ndarray:
     """(T,) the run's discount behind each token: everywhere, or behind the last of each turn alone."""
-    gamma = float(models.options.get("gamma", 1.0))
-    everywhere = models.options.get("discount", "tokens") == "tokens"
-    return np.where(everywhere | (episode.turn_end > 0), gamma, 1.0)
+    return episode.discounts(float(models.options.get("gamma", 1.0)), str(models.options.get("discount", "tokens")))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dqo.config.stored import stored_options_of
 from dqo.errors import UserError
 from dqo.train.damage import STATE_FILE, Damaged, check_whole, checkpoints, newest_whole, read_state
 
@@ -32,6 +33,18 @@ class Saved:
         if not self.checkpoint and self.options.get("load_best_model_at_end") and best is not None:
             return best
         return self.state.get("counters", {}).get("step")
+
+
+def run_options(directory: Path) -> dict[str, Any]:
+    """The options of the run whose output_dir this is, or of which it is a checkpoint; {} where no config.yaml tells them.
+
+    Raises:
+        UserError: for a config.yaml that cannot be read, or has what training would refuse.
+    """
+    for folder in (directory, directory.parent):
+        if (folder / "config.yaml").is_file():
+            return stored_options_of(str(folder / "config.yaml"))
+    return {}
 
 
 def is_checkpoint_name(name: str) -> bool:

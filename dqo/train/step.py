@@ -13,7 +13,8 @@ from dqo.objectives.base import MODELS, Objective
 from dqo.processes import add_over_processes
 from dqo.train import metrics
 from dqo.train.engine import Engine, Planned
-from dqo.train.learner import companion_sums, objective_sums
+from dqo.train.learner import companion_sums, objective_sums, step_sums
+from dqo.train.masters import take_gradients
 from dqo.train.not_finite import NotFinite, rows_of
 from dqo.train.parallel import without_sync
 
@@ -23,18 +24,26 @@ def companions_of(groups: list[Group]) -> list[Group]:
     return [[e.companion] for group in groups for e in group if e.companion is not None]
 
 
-def mean_over_companions(engine: Engine, objective: Objective, groups: list[Group]) -> float | None:
-    """What the objective asks of the companions of the whole step, before any micro-batch; None when it asks nothing."""
-    companions = companions_of(groups)
-    if not companions:
-        return None
-    total = torch.zeros(2, device=engine.learner.device)
-    for batch, counts, _ in Planned(companions, engine):
+def means_of_step(engine: Engine, objective: Objective, groups: list[Group]) -> dict[str, float]:
+    """What the objective asks of the whole step before any micro-batch, of the companions and of the responses: {column: the
+    number on every row}; {} when it asks nothing."""
+    found: dict[str, float] = {}
+    if companions := companions_of(groups):
+        found |= _means(engine, companion_sums, objective, companions)
+    if objective.needs_step_sums:
+        found |= _means(engine, step_sums, objective, groups)
+    return found
+
+
+def _means(engine: Engine, work: Callable, objective: Objective, groups: list[Group]) -> dict[str, float]:
+    """Of the sums that `work` finds in all micro-batches and processes."""
+    total: dict[str, Tensor] = {}
+    for batch, counts, _ in Planned(groups, engine):
         with torch.no_grad():  # outside too: DDP would wait for a backward
-            found = engine.module(companion_sums, objective, batch)
-        total += found if counts else 0.0 * found
-    total = add_over_processes({"companions": total}, engine.processes)["companions"]
-    return (total[0] / total[1]).item()
+            found = engine.module(work, objective, batch)
+        total = metrics.add(total, found if counts else metrics.none_of(found))
+    total = add_over_processes(total, engine.processes)
+    return {name: (pair[0] / pair[1]).item() for name, pair in total.items()}
 
 
 def accumulate(
@@ -57,7 +66,7 @@ def accumulate(
     """
     module, world = engine.module, engine.processes.world
     units = unit_count(groups, objective.unit)
-    companion_mean = mean_over_companions(engine, objective, groups)
+    means = means_of_step(engine, objective, groups)
     sums: dict[str, Tensor] = {}
     tokens = sum(e.length for group in groups for e in group)
     for batch, counts, last in Planned(groups, engine):
@@ -65,12 +74,13 @@ def accumulate(
         scale = world / units if counts else 0.0
         share = world * batch.tokens / tokens if counts else 0.0
         with without_sync(module, last):
-            loss, more = module(objective_sums, objective, batch, trains, scale, companion_mean, share)
+            loss, more = module(objective_sums, objective, batch, trains, scale, means, share)
             if not torch.isfinite(loss):
                 what = f"the loss is {loss.item()} on a batch with rows {rows_of(batch.episodes)}"
                 raise NotFinite(what, batch.episodes)
             if loss.requires_grad:
                 loss.backward()
+                take_gradients(engine.learner)
         of_batch = float(unit_count(batch.groups, objective.unit))
         more |= {"loss": torch.stack([loss.detach() * units / world, loss.new_tensor(of_batch)])}
         more |= metrics.of_batch(batch)

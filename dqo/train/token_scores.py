@@ -3,7 +3,6 @@ under its reference, entropies, the exact KL between both, and the value model's
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dqo.config.sources import read_options
 from dqo.data.batches import Batch, Batching, micro_batch_plan
 from dqo.data.episode import Episode
 from dqo.errors import UserError
@@ -36,12 +34,11 @@ from dqo.models.policy import (
 )
 from dqo.models.value_form import form_of
 from dqo.sampling.backends import dtype_of
-from dqo.train.saved import Saved, find_saved
+from dqo.train.saved import Saved, find_saved, run_options
 from dqo.train.saved_critic import saved_critic
 from dqo_kernels import linear_token_stats
 
 NAMES = ("logprobs", "ref_logprobs", "entropy", "ref_entropy", "lse", "ref_lse", "kl", "values")
-NUMBERS = {"beta", "gamma", "process_coef", "reward_scale", "reward_shift", "reward_threshold"}  # that scores read
 CURE = "give --ref_model_name_or_path"
 _TOKENS = {"cpu": 4096}  # of a batch, padding included
 _MORE_TOKENS = 16_384
@@ -99,29 +96,6 @@ def load_run(
     if name is not None and its_reference is not None and reference is None:
         _check_unchanged(its_reference, name, saved, options, base is not None)
     return RunModels(policy, its_reference, value_model, beta_of(options), tokenizer, path, options)
-
-
-def run_options(directory: Path) -> dict[str, Any]:
-    """The options of the run whose output_dir this is, or of which it is a checkpoint; {} where no config.yaml tells them.
-
-    Raises:
-        UserError: for a config.yaml that cannot be read, or has something else where scores read a number.
-    """
-    for folder in (directory, directory.parent):
-        if (folder / "config.yaml").is_file():
-            told = read_options(str(folder / "config.yaml"))
-            for name in NUMBERS & told.keys():
-                _check_number(name, *told[name])
-            return {name: value for name, (value, _) in told.items()}
-    return {}
-
-
-def _check_number(name: str, value: Any, where: str) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if value is not None and not number:
-        raise UserError(
-            f"{where}: {name} is {value!r}, and a run has a number there; write the one that it was trained with"
-        )
 
 
 def beta_of(options: dict[str, Any]) -> float:
@@ -292,6 +266,6 @@ def _columns(models: RunModels, batch: Batch, names: Collection[str]) -> dict[st
     if "values" in names:
         assert models.value_model is not None
         if of_value:
-            batch = replace(batch, columns=batch.columns | {"ref_logprobs": found["ref_logprobs"]})
+            batch = replace(batch, columns=batch.columns | {n: found[n] for n in ("ref_logprobs", "ref_lse")})
         found["values"] = value_rows(models.value_model, batch, hidden)[0]
     return {name: found[name] for name in names}

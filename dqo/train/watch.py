@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dqo.data.advice import LARGEST_RATIO
+
 BEYOND = 3.0  # times the largest reward
 FALLEN = 0.2  # nats a token that right responses have lost on average
 
@@ -52,10 +54,18 @@ class Watch:
             )
         if self._seen("far away", row.get("kl", 0.0) > 1.0):
             found.append(
-                f"the policy is {row['kl']:.3g} nats a token away from its reference (step {row['step']}): lower the learning "
-                "rate or raise beta"
+                f"the policy is {row['kl']:.3g} nats a token away from its reference (step {row['step']}): {self._nearer()}"
             )
         return found + self._of_rewards(row)
+
+    def _nearer(self) -> str:
+        """What keeps a policy nearer to its reference. Against large rewards over beta the KL has no weight."""
+        if self.beta is None or self.largest_reward is None or self.largest_reward / self.beta <= LARGEST_RATIO:
+            return "lower the learning rate or raise beta"
+        return (
+            f"raise --beta (now {self.beta:g}, with which rewards of {self.largest_reward:.3g} ask for "
+            f"{self.largest_reward / self.beta:.3g} nats a response) or lower --reward_scale"
+        )
 
     def _of_rewards(self, row: dict[str, float]) -> list[str]:
         """beta * log(pi/ref) of right and of wrong responses: where it goes when a learning rate is too high."""

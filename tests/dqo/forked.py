@@ -1,25 +1,43 @@
-"""Processes that begin with dqo and torch imported, so that a test can afford to kill many of them."""
+"""Processes that begin with dqo and torch imported, so that a test can afford to kill many of them.
+
+A test that starts Python by itself pays the imports, which take longer than a tiny run: it is about the start, and one is enough.
+"""
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import threading
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
+from dqo import signals
 from dqo.requirements import check_packages
 
 check_packages()  # for all forks at once
 os.fsync = os.fstat  # see tests/conftest.py
 _CONTEXT = multiprocessing.get_context("forkserver")  # a process that imports once, runs no kernel, and forks
+# dqo.commands are not among them: they ask which process of a launch they are when they are imported.
 _CONTEXT.set_forkserver_preload(
-    ["dqo.train", "scipy.stats", "transformers.models.llama.modeling_llama", "tests.dqo.helpers", "tests.dqo.forked"]
+    [
+        *("dqo.train", "dqo.evaluation.during", "dqo.evaluation.run", "dqo.report.run", "scipy.stats", "pytest"),
+        *("transformers.models.llama.modeling_llama", "tests.dqo.helpers", "tests.dqo.forked"),
+    ]
 )
 KILLED_HERE = 77  # exit status of a process that ended itself at a chosen place, as abruptly as SIGKILL does
+DQO, DQO_WITH_FORKS = "dqo.commands.base:main", "tests.dqo.forked:main_with_forks"
 
 
 def start(target: Callable, *arguments) -> multiprocessing.Process:
@@ -35,6 +53,103 @@ def _alone(target: Callable, *arguments) -> None:
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 2)
     target(*arguments)
+
+
+def run_in_place(
+    entry: str, words: Sequence, said: Sequence, place: Path, environment: Mapping, path: Sequence
+) -> None:
+    """In a fork: the function `entry` ("module:function") as a script with the arguments `words`, its outputs in two files."""
+    for descriptor, file in enumerate(said, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), descriptor)
+    os.environ.update(environment)
+    os.chdir(place)
+    sys.path[:0] = map(str, path)
+    module, _, name = entry.partition(":")
+    sys.argv = ["dqo", *map(str, words)]
+    getattr(importlib.import_module(module), name)()
+
+
+def run(*words, entry: str = DQO, place=".", environment=None, path=()) -> subprocess.CompletedProcess:
+    """`python -m dqo WORDS` in the directory `place`, with more environment variables and more on Python's path."""
+    return _wait(entry, words, place, path, [environment or {}])[0]
+
+
+def launch(*words, entry: str, processes: int = 2, place=".", environment=None, path=()) -> list:
+    """As `run`, in processes that find the variables of a launch; like torchrun it ends all when one fails."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    each = [shared | {"OMP_NUM_THREADS": 1, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+    return _wait(entry, words, place, path, [{k: str(v) for k, v in x.items()} | (environment or {}) for x in each])
+
+
+def _wait(entry, words, place, path, environments) -> list[subprocess.CompletedProcess]:
+    with tempfile.TemporaryDirectory() as folder:
+        said = [[f"{folder}/{rank}.out", f"{folder}/{rank}.err"] for rank in range(len(environments))]
+        each = zip(said, environments)
+        running = [start(run_in_place, entry, words, files, place, environment, path) for files, environment in each]
+        waiting = {process.sentinel: process for process in running}
+        while waiting:
+            ended = connection.wait(waiting, timeout=600)
+            for sentinel in ended:
+                waiting.pop(sentinel).join()
+            if not ended or any(process.exitcode for process in running):
+                for process in waiting.values():
+                    process.terminate()
+                    process.join(30)
+                    process.kill()
+        texts = [[Path(file).read_text() for file in files] for files in said]
+        return [subprocess.CompletedProcess(words, p.exitcode, *text) for p, text in zip(running, texts)]
+
+
+class Popen(subprocess.Popen):
+    """For a command in a fork that starts `python -m dqo WORDS` itself: as subprocess.Popen, but a fork of this process."""
+
+    def __init__(self, command: Sequence[str], *, start_new_session: bool, **options):
+        assert command[:3] == [sys.executable, "-m", "dqo"]
+        self.new_session = start_new_session
+        super().__init__(command, **options)
+
+    def _execute_child(self, command, executable, preexec_fn, close_fds, pass_fds, *_) -> None:
+        sys.stdout.flush()
+        self.pid, self._child_created = os.fork(), True
+        if self.pid:
+            return
+        status = 1
+        try:
+            for number in signals.SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            signals._noted, signals._moment = 0, signals._END  # as the module is when it is imported
+            if self.new_session:
+                os.setsid()
+            if preexec_fn:
+                preexec_fn()
+            for descriptor in map(int, os.listdir("/proc/self/fd")):
+                if descriptor > 2 and descriptor not in pass_fds and os.path.exists(f"/proc/self/fd/{descriptor}"):
+                    os.close(descriptor)
+            sys.argv = ["dqo", *command[3:]]
+            from dqo.commands.base import main
+
+            main()
+            status = 0
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+
+def main_with_forks() -> None:
+    """`dqo ...`, of which `dqo compare` forks its runs."""
+    from dqo.commands.base import main
+    from dqo.comparison import run as comparison
+
+    comparison.subprocess = SimpleNamespace(Popen=Popen, TimeoutExpired=subprocess.TimeoutExpired)
+    main()
 
 
 def die() -> None:

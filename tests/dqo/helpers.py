@@ -44,6 +44,15 @@ def rollout_rows(prompts: int = 8, samples: int = 4, seed: int = 0) -> list[dict
     return rows
 
 
+def measured(rows: list[dict]) -> list[dict]:
+    """The same rows with two steps each, and what the prefixes that end with them are worth."""
+    cuts = [len(row["completion"]) // 2 for row in rows]
+    return [
+        row | {"steps": [[0, cut], [cut, len(row["completion"])]], "step_rewards": [0.5, row["reward"]]}
+        for row, cut in zip(rows, cuts)
+    ]
+
+
 def episodes(count: int = 6, seed: int = 0, reference: bool = True, terminated: bool = True) -> list[Episode]:
     """Random token ids of uneven lengths, rewards on every token."""
     rng = np.random.default_rng(seed)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -22,7 +21,6 @@ from tests.dqo.train.test_kill import arguments, assert_same_run, data, finish, 
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
@@ -199,24 +197,17 @@ def test_in_another_thread_training_leaves_the_signals_alone(data, tmp_path):  #
     assert found == [6] and [signal.getsignal(n) for n in STATUS] == before
 
 
-def launch(module, *options):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
-    environment = {"OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT)}
-    command += ["--multi_gpu", "-m", module, *options]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-
-
 def test_one_of_two_processes_is_signalled_and_both_stop_at_one_step(data, tmp_path):  # noqa: F811
     options = arguments(data, tmp_path / "out")
-    done = launch("tests.dqo.run_signalled", *options)
-    assert done.returncode != 0
-    assert re.findall(r"exitcode *: *(\d+)", done.stderr).count("143") >= 1, done.stderr[-3000:]
-    assert "SIGTERM: stopped after step 5 of 21" in done.stdout
+    both = forked.launch(*options, entry="tests.dqo.run_signalled:main")
+    assert [done.returncode for done in both] == [143, 143], both
+    assert "SIGTERM: stopped after step 5 of 21" in both[0].stdout and "stopped after" not in both[1].stdout
+    assert not any("Traceback" in done.stderr for done in both)
     state = json.loads((tmp_path / "out" / "checkpoint-5" / "dqo_state.json").read_text())
     assert state["counters"]["step"] == 5
-    assert not re.search(r'File ".*/dqo/', done.stderr)  # the launcher's own traceback is there
     (tmp_path / "out" / "checkpoint-5" / "optimizer.safetensors").write_bytes(b"")
-    done = launch("dqo.train", *options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("checkpoint-5 is damaged: optimizer.safetensors was altered or cut") == 1
-    assert f"going on from {tmp_path}/out/checkpoint-3, step 3 of 21" in done.stdout
+    both = forked.launch(*options, entry="dqo.commands.train:main")
+    assert [done.returncode for done in both] == [0, 0], both
+    said = "".join(done.stderr for done in both)
+    assert said.count("checkpoint-5 is damaged: optimizer.safetensors was altered or cut") == 1
+    assert f"going on from {tmp_path}/out/checkpoint-3, step 3 of 21" in both[0].stdout

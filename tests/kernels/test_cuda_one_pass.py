@@ -8,6 +8,7 @@ import torch
 from dqo_kernels import soft_bellman, soft_bellman_loss
 from dqo_kernels.core import checks, dispatch
 from dqo_kernels.core.addresses import DTYPES, where
+from tests.combinations import pairwise
 from tests.kernels.gpu_backends import DEVICE
 
 REASON = dispatch.unavailable("cuda_one_pass", DEVICE)
@@ -94,10 +95,14 @@ def assert_equals_reference(given, **options):
     return got, gradients
 
 
-@pytest.mark.parametrize("is_level", ["none", "token", "suffix"])
-@pytest.mark.parametrize("policy_target, lam, gamma", [("return", 1.0, 1.0), ("td", 0.8, 0.97), ("one_step", 0.0, 0.9)])
-@pytest.mark.parametrize("padded", [False, True])
-def test_every_loss_that_it_takes(is_level, policy_target, lam, gamma, padded):
+@pytest.mark.parametrize(
+    "is_level, form, padded",
+    pairwise(
+        ["none", "token", "suffix"], [("return", 1.0, 1.0), ("td", 0.8, 0.97), ("one_step", 0.0, 0.9)], [False, True]
+    ),
+)
+def test_every_loss_that_it_takes(is_level, form, padded):
+    policy_target, lam, gamma = form
     options = {"is_level": is_level, "policy_target": policy_target, "lam": lam, "gamma": gamma, "beta": 0.3}
     for soft, reference in itertools.product([False, True], ["logits", "rows"]):
         given = batch(seed=1, soft=soft, reference=reference, extras=True, padded=padded)
@@ -105,9 +110,7 @@ def test_every_loss_that_it_takes(is_level, policy_target, lam, gamma, padded):
         assert_equals_reference(given, **options, kl_coef=kl_coef, policy_scale=0.7, value_coef=1.3, is_floor=-2.0)
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("kl_coef", [0.0, 0.5])
-@pytest.mark.parametrize("vocab", [1, 2, 63, 64, 65, 1000, 5003])
+@pytest.mark.parametrize("vocab, dtype, kl_coef", pairwise([1, 2, 63, 64, 65, 1000, 5003], list(TOLERANCE), [0.0, 0.5]))
 def test_vocabularies_and_dtypes(vocab, dtype, kl_coef):
     given = batch([3, 0, 34], vocab, dtype, seed=vocab)
     assert_equals_reference(given, is_level="suffix", kl_coef=kl_coef, lam=0.9, reduction="sum")

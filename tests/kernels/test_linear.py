@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from dqo_kernels import linear_soft_bellman_loss, linear_token_stats, soft_bellman_loss, token_stats
 from dqo_kernels.linear.gemm import gradient_dtype
+from tests.combinations import pairwise
 from tests.kernels.backends import backends
 from tests.kernels.oracle import random_batch
 
@@ -45,10 +46,10 @@ def weighted(stats):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("workspace", WORKSPACES)
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("with_ref", [True, False])
-@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7}], ids=["plain", "scaled"])
+@pytest.mark.parametrize(
+    "workspace, with_bias, with_ref, options",
+    pairwise(WORKSPACES, [True, False], [True, False], [{}, {"softcap": 3.0, "temperature": 0.7}]),
+)
 def test_statistics_and_gradients_equal_those_of_the_logits(backend, workspace, with_bias, with_ref, options):
     policy, ref, actions = make()
     if not with_bias:
@@ -225,10 +226,10 @@ def test_no_rows_give_empty_statistics_and_zero_gradients(backend):
     assert not weight.grad.any()
 
 
-@pytest.mark.parametrize("workspace", WORKSPACES)
-@pytest.mark.parametrize("target", ["detach", "residual"])
-@pytest.mark.parametrize("soft_values", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "workspace, target, soft_values, reduction",
+    pairwise(WORKSPACES, ["detach", "residual"], [False, True], ["mean", "sum", "none"]),
+)
 def test_the_loss_from_hidden_states_equals_the_loss_from_logits(workspace, target, soft_values, reduction):
     policy, ref, _ = make(6)
     batch = random_batch(6, (3, 1, 0, 5), VOCAB)

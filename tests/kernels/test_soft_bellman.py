@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dqo_kernels import soft_bellman
+from tests.combinations import pairwise
 from tests.kernels.backends import backends
 from tests.kernels.oracle import bellman_rows, numeric_gradient, random_batch
 
@@ -197,9 +198,10 @@ def test_zero_rows_give_a_loss_of_zero(backend, reduction):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("total", [-1e3, 0.0, 1e3])
-@pytest.mark.parametrize("is_level", ["trajectory", "suffix", "prefix", "token"])
-@pytest.mark.parametrize("target", ["detach", "residual"])
+@pytest.mark.parametrize(
+    "total, is_level, target",
+    pairwise([-1e3, 0.0, 1e3], ["trajectory", "suffix", "prefix", "token"], ["detach", "residual"]),
+)
 def test_huge_log_ratios_never_overflow(backend, total, is_level, target):
     # Defect 11: exp before the cap is inf, and inf * 0 in its backward NaN. w stays in [0, e] instead. T8.
     rows = 8
@@ -220,9 +222,14 @@ def test_huge_log_ratios_never_overflow(backend, total, is_level, target):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("poisoned", ["logprobs", "ref_logprobs", "rewards", "values", "behavior_logprobs"])
-@pytest.mark.parametrize("target", ["detach", "residual"])
-@pytest.mark.parametrize("is_level", ["trajectory", "suffix", "prefix"])
+@pytest.mark.parametrize(
+    "poisoned, target, is_level",
+    pairwise(
+        ["logprobs", "ref_logprobs", "rewards", "values", "behavior_logprobs"],
+        ["detach", "residual"],
+        ["trajectory", "suffix", "prefix"],
+    ),
+)
 def test_a_nan_poisons_its_own_sequence_alone(backend, poisoned, target, is_level):
     batch = random_batch(4, (3, 4, 2))
     names = ("logprobs", "ref_logprobs", "rewards", "values", "behavior_logprobs")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dqo_kernels import soft_bellman, soft_bellman_loss
+from tests.combinations import pairwise
 from tests.tabular import TERMINAL, fit, random_tree
 
 POLICY_TARGETS = ("return", "td", "one_step")
@@ -128,15 +129,13 @@ def test_plain_adam_arrives_there_too():
     assert (values.detach() - optimum.v).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("soft_values", [False, True], ids=["value_table", "soft_values"])
-@pytest.mark.parametrize("target", ["detach", "residual"])
-@pytest.mark.parametrize("policy_target", POLICY_TARGETS)
-@pytest.mark.parametrize("lam", LAMBDAS)
-@pytest.mark.parametrize("is_level", IS_LEVELS)
-@pytest.mark.parametrize("length", [4, 2], ids=["whole", "cut"])
-def test_the_optimum_has_neither_loss_nor_gradient_on_any_path(
-    length, is_level, lam, policy_target, target, soft_values
-):
+# What is computed depends on policy_target, target and soft_values together: each meets every level, lambda and length.
+FORMS = list(itertools.product(POLICY_TARGETS, ["detach", "residual"], [False, True]))
+
+
+@pytest.mark.parametrize("form, is_level, lam, length", pairwise(FORMS, IS_LEVELS, LAMBDAS, [4, 2]))
+def test_the_optimum_has_neither_loss_nor_gradient_on_any_path(form, is_level, lam, length):
+    policy_target, target, soft_values = form
     # T2: (B) and (C) hold on every path, on-policy or off; a response cut short goes on with b = V*(s_{T+1}).
     whole, optimum = solved()
     tree, ends = whole.cut(length)
@@ -217,9 +216,10 @@ def test_the_policys_values_are_stationary_at_every_lambda_under_the_right_weigh
     assert value_gradient(tree, logits, truth, lam, "none").abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("target", ["detach", "residual"])
-@pytest.mark.parametrize("policy_target, lam", list(itertools.product(POLICY_TARGETS, LAMBDAS)))
-@pytest.mark.parametrize("change", ["shaping", "terminal bonus"])
+@pytest.mark.parametrize(
+    "change, policy_target, lam, target",
+    pairwise(["shaping", "terminal bonus"], POLICY_TARGETS, LAMBDAS, ["detach", "residual"]),
+)
 def test_shaping_and_a_constant_reward_move_the_values_and_not_the_policy(change, policy_target, lam, target):
     # T7: r + Phi(s') - Phi(s) with Phi(terminal) = 0 moves V to V - Phi, a bonus c at the end to V + c: for
     # any policy and values, and so for the optimum, every loss, weight and gradient stays what it was.

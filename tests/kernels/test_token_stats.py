@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dqo_kernels import token_stats
+from tests.combinations import pairwise
 from tests.kernels.backends import backends
 from tests.kernels.stats_cases import all_fields, closed_gradient, gradient, make, oracle, torch_gradient
 
@@ -56,10 +57,10 @@ def test_float64_statistics_and_gradient_equal_the_closed_forms(backend, problem
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("offset", [0.0, 100.0, -100.0])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"softcap": 30.0}], ids=["plain", "temp", "softcap"])
-@pytest.mark.parametrize("vocab", [2, 33, 1000])
+@pytest.mark.parametrize(
+    "dtype, offset, options, vocab",
+    pairwise(LOW, [0.0, 100.0, -100.0], [{}, {"temperature": 0.7}, {"softcap": 30.0}], [2, 33, 1000]),
+)
 def test_low_precision_inputs_keep_float32_accuracy(backend, dtype, offset, options, vocab):
     z, z_ref, actions, upstream = make(
         3, 64, vocab, dtype, offset=offset

@@ -14,6 +14,7 @@ import dqo.commands
 from dqo.commands import base
 from dqo.errors import UserError
 from dqo.models.new import save
+from tests.dqo import forked
 from tests.dqo.helpers import policy, rollout_rows, tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -32,7 +33,7 @@ def files(tmp_path):
 
 def training(files, *more):
     data = ("--dataset_name", files / "rollouts.jsonl", "--model_name_or_path", files / "model")
-    return dqo_run("train", *data, "--output_dir", files / "out", "--max_steps", 3, *more)
+    return forked.run("train", *data, "--output_dir", files / "out", "--max_steps", 3, *more, place=ROOT)
 
 
 @pytest.mark.slow
@@ -59,7 +60,7 @@ def test_training_on_a_file_ends_with_a_report_and_its_numbers(files):
 def test_the_written_config_reproduces_the_options(files):
     training(files)
     config = files / "out" / "config.yaml"
-    finished = dqo_run("train", "--config", config, "--output_dir", files / "again", "--dry_run")
+    finished = forked.run("train", "--config", config, "--output_dir", files / "again", "--dry_run")
     assert finished.returncode == 0, finished.stderr
     assert "max_steps: 3" in finished.stdout
     assert not (files / "again").exists()
@@ -106,7 +107,8 @@ def test_bad_eval_tasks_are_named_before_training(files):
 def test_a_used_output_directory_is_refused(files):
     (files / "out").mkdir()
     (files / "out" / "thesis.txt").write_text("mine")
-    finished = training(files)
+    data = ("--dataset_name", files / "rollouts.jsonl", "--model_name_or_path", files / "model")
+    finished = dqo_run("train", *data, "--output_dir", files / "out", "--max_steps", 3)
     assert finished.returncode == 2 and "holds other files" in finished.stderr
 
 
@@ -121,9 +123,10 @@ def test_gsm8k_solutions_go_from_conversion_to_training(tmp_path):
     ]
     (tmp_path / "solutions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert (
-        dqo_run("convert", "gsm8k-solutions", tmp_path / "solutions.jsonl", tmp_path / "rollouts.jsonl").returncode == 0
+        forked.run("convert", "gsm8k-solutions", tmp_path / "solutions.jsonl", tmp_path / "rollouts.jsonl").returncode
+        == 0
     )
-    bare = dqo_run(
+    bare = forked.run(
         "convert",
         "gsm8k-solutions",
         tmp_path / "solutions.jsonl",
@@ -136,7 +139,7 @@ def test_gsm8k_solutions_go_from_conversion_to_training(tmp_path):
     assert "<<" in (tmp_path / "rollouts.jsonl").read_text()
     assert "-2.0" in (tmp_path / "bare.jsonl").read_text() and "-0.5" in (tmp_path / "rollouts.jsonl").read_text()
     size = ("--vocab_size", 300, "--hidden_size", 16, "--layers", 1, "--heads", 2)
-    made = dqo_run("init", "--dataset_name", tmp_path / "rollouts.jsonl", "--output_dir", tmp_path / "model", *size)
+    made = forked.run("init", "--dataset_name", tmp_path / "rollouts.jsonl", "--output_dir", tmp_path / "model", *size)
     assert made.returncode == 0, made.stderr
     undecided = training(tmp_path)
     assert undecided.returncode == 2 and "--process_reward additive" in undecided.stderr

@@ -53,6 +53,7 @@ def test_the_summary_of_rows():
         "duplicates": "0",
         "steps": "2 a row, in 3 rows",
         "step rewards": "0.25 x 3, 0.5 x 3; mean 0.375",
+        "wrong steps": "marked by a reward of 0, in 0 rows",
         "other fields": "answer 1",
     }
     many = [{"prompt": "p", "completion": str(i), "reward": i / 10} for i in range(11)]

@@ -14,6 +14,7 @@ from dqo.comparison import run as comparison
 from dqo.comparison.plan import PlannedRun
 from dqo.comparison.run import alone, claim, compare, is_finished, train_one
 from dqo.errors import UserError
+from tests.dqo import forked
 from tests.pages import ROOT
 
 
@@ -130,11 +131,6 @@ def test_a_run_that_fails_is_named_with_its_status(tmp_path, capfd):
     assert "unknown option '--betta'" in capfd.readouterr().err
 
 
-def command(files, methods, seeds, *more) -> list[str]:
-    methods = ["--methods", ",".join(methods), "--seeds", str(seeds), "--output_dir", str(files / "out")]
-    return [sys.executable, "-m", "dqo", "compare", *methods, *options(files, "--logging_steps", "1", *more)]
-
-
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
@@ -148,22 +144,24 @@ def test_a_comparison_that_was_ended_goes_on_without_repeating_what_is_finished(
     tasks = [{"prompt": f"1+{i}=", "answer": "3"} for i in range(3)]
     (files / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
     more = ("--eval_tasks", str(files / "tasks.jsonl"), "--verifier", "gsm8k", "--max_completion_length", "4")
-    more += ("--num_generations", "2", "--dqo.beta", "0.3")
-    words = command(files, methods, len(seeds), *more)
-    with (files / "log").open("w") as log:
-        process = subprocess.Popen(words, env=ENVIRONMENT, stdout=log, stderr=log)
+    more += ("--num_generations", "2", "--dqo.beta", "0.3", "--logging_steps", "1")
+    words = ["compare", "--methods", ",".join(methods), "--seeds", str(len(seeds)), "--output_dir", str(files / "out")]
+    words += options(files, *more)
+    process = forked.start(
+        forked.run_in_place, forked.DQO_WITH_FORKS, words, [files / "log", files / "log"], files, {}, []
+    )
     runs = [(method, seed) for method in methods for seed in seeds]
     first, second = (files / "out" / f"{method}-seed{seed}" for method, seed in runs)
     deadline = time.monotonic() + 600
-    while not (second / "run.json").exists() and time.monotonic() < deadline:
+    while not (second / "run.json").exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(number)
-    process.wait()
-    assert process.returncode == (-9 if number == signal.SIGKILL else 143)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == (-9 if number == signal.SIGKILL else 143), (files / "log").read_text()
     assert is_finished(first)
     kept = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
     while time.monotonic() < deadline:  # the run that it left behind ends by itself; until then nobody else may begin
-        done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True)
+        done = forked.run(*words, entry=forked.DQO_WITH_FORKS, place=files)
         if "is at work in" not in done.stderr:
             break
         time.sleep(0.5)

@@ -31,6 +31,13 @@ def test_the_preset_decides_every_option_of_the_method_that_the_paper_tells():
     assert {name: flat[name] for name in PAPER} == PAPER
 
 
+def test_soft_is_the_papers_without_a_value_model_and_without_weights():
+    soft = load_options(["--preset", "soft"]).objective
+    assert not soft.needs_values and soft.weight_level == "none" and soft.problems() == []
+    changed = {name for name, value in PRESETS["soft"].items() if PAPER[name] != value}
+    assert changed == {"value_model", "is_level"} and PRESETS["soft"].keys() == PAPER.keys()
+
+
 def test_it_is_the_papers_whatever_the_defaults_are(monkeypatch):
     monkeypatch.setattr("dqo.config.options.objective_class", lambda *_: Later)
     assert load_options([]).objective.lam == 0.9
@@ -54,7 +61,7 @@ def test_flags_files_and_keywords_win_over_it(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--preset", "papr"], r"preset must be paper, got 'papr' \(from --preset\). Did you mean 'paper'\?"),
+        (["--preset", "papr"], r"preset must be paper, soft, got 'papr' \(from --preset\). Did you mean 'paper'\?"),
         (
             ["--preset=paper", "--method", "dpo"],
             r"preset paper \(from --preset\) is of method dqo, and method is dpo \(from",

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dqo.credit.steps import first_wrong_step, highest_half, step_highest, step_sums
+from dqo.credit.steps import first_wrong_step, highest_half, step_highest, step_sums, wrong_mark
 
 VALUES = [1.0, 2.0, -5.0, 4.0, 8.0]
 
@@ -46,7 +46,28 @@ def test_the_higher_half_of_steps_is_rounded_up_and_prefers_the_earlier():
     assert highest_half([]).tolist() == []
 
 
-def test_a_wrong_step_has_a_negative_reward_or_leaves_no_way_to_the_answer():
-    assert first_wrong_step([0.0, 1.0, -0.5, -1.0]) == 2
-    assert first_wrong_step([0.5, 0.25, 0.0, 0.0], "potential") == 2
-    assert first_wrong_step([0.0, 0.0]) is first_wrong_step([]) is first_wrong_step([0.5], "potential") is None
+def first_wrong(rewards, potentials=False, file=()):
+    return first_wrong_step(rewards, wrong_mark([*rewards, *file], potentials))
+
+
+def test_the_whole_file_tells_which_rewards_mark_a_wrong_step():
+    assert first_wrong([1.0, 0.0, 1.0]) == 1  # labels
+    assert first_wrong([1.0, 0.0, 1.0], file=[-1.0]) is None  # ratings: 0 is neutral
+    assert first_wrong([0.0, 1.0, -0.5, -1.0]) == 2
+    assert first_wrong([0.5, 0.25, 0.0, 0.0]) == first_wrong([0.5, 0.25, 0.0, 0.0], potentials=True) == 2
+    assert first_wrong([0.0, 0.0]) is first_wrong([]) is first_wrong([0.5], potentials=True) is None
+    assert first_wrong([0.0, 0.0], potentials=True) == 0  # no completion was ever right
+    assert first_wrong([0.0, 3.0]) is None  # points
+    assert first_wrong([0.2, -0.3], potentials=True) is None  # a model's values
+    assert first_wrong([1.0, -1.0], potentials=True) == 1
+
+
+@given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 1.0]), min_size=1, max_size=6), st.booleans())
+def test_no_response_without_the_mark_has_a_wrong_step(rewards, potentials):
+    found = first_wrong(rewards, potentials)
+    lowest = min(rewards)
+    if found is not None:
+        assert rewards[found] <= 0 and all(r > 0 or lowest < 0 == r for r in rewards[:found])
+    assert (found is None) == (lowest > 0 or (max(rewards) == 0 == lowest and not potentials)) or (
+        potentials and lowest < 0 and 0.5 in rewards
+    )

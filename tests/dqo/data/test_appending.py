@@ -11,6 +11,7 @@ import pytest
 from dqo.data import appending as module
 from dqo.data.appending import appending, begun_under
 from dqo.errors import UserError
+from tests.dqo.together import launched
 
 ROWS = [{"k": k, "text": "é" * k} for k in range(4)]
 
@@ -129,3 +130,54 @@ def test_a_disk_that_fills_while_rows_are_written_keeps_the_whole_ones(tmp_path,
         monkeypatch.undo()
     assert [json.loads(line) for line in path.read_text().splitlines()] == ROWS[:1]
     assert finish(path) == [0]
+
+
+def test_the_processes_of_a_launch_append_to_one_file_and_another_command_waits_for_all_of_them(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    finish(path)
+
+    def work(processes):
+        with appending(path, {"seed": 0}, number, processes=processes) as file:
+            assert file.found == [0, 1, 2, 3]
+            for k in range(100):
+                file.append([{"k": 4 + 100 * processes.rank + k, "text": "x" * k}])
+            if processes.rank == 0:
+                processes.barrier()
+                return
+            with pytest.raises(UserError, match="rows.jsonl: another process is writing to it"):
+                finish(path)
+            processes.barrier()
+            with pytest.raises(UserError, match="rows.jsonl: another process is writing to it"):
+                finish(path)  # the first process may have left
+
+    launched(2, work)
+    assert sorted(finish(path)) == list(range(204))
+
+
+def test_a_row_that_a_killed_process_left_half_written_is_cut_by_the_next_one_that_writes(tmp_path):
+    path = tmp_path / "rows.jsonl"
+
+    def work(processes):
+        with appending(path, {"seed": 0}, number, processes=processes) as file:
+            if processes.rank == 0:
+                file.append([ROWS[0]])
+                os.write(file.descriptor, b'{"k": 7, "te')
+            processes.barrier()
+            if processes.rank == 1:
+                file.append([ROWS[1]])
+
+    launched(2, work)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == ROWS[:2]
+
+
+def test_processes_of_a_launch_that_read_other_things_are_told(tmp_path):
+    def work(processes):
+        options = {"prompts": f"hash {processes.rank}"}
+        if processes.rank == 0:
+            with appending(tmp_path / "rows.jsonl", options, number, processes=processes):
+                return
+        told = 'do not read the same: prompts "hash 0" in process 0, "hash 1" in process 1'
+        with pytest.raises(UserError, match=told):
+            appending(tmp_path / "rows.jsonl", options, number, processes=processes).__enter__()
+
+    launched(2, work)

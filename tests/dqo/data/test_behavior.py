@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from dqo.data.behavior import ReferenceName, known_behavior, weight_level, weights_line
+from dqo.data.behavior import ReferenceName, known_behavior, reference_samples, weight_level, weights_line
 from dqo.data.rows import Row
 
 REFERENCE = ReferenceName("models/base", lambda: "sha256:1")
@@ -35,6 +35,17 @@ def test_stored_logprobs_are_the_behaviours_whoever_sampled(sampling):
 )
 def test_samples_of_the_reference_at_temperature_1_are_known(change):
     assert known_behavior(rows(SAMPLED, SAMPLED | change), REFERENCE).known
+
+
+def test_samples_of_the_reference_are_found_among_others_and_its_files_are_read_once():
+    asked = []
+
+    def identity():
+        asked.append(True)
+        return "sha256:1"
+
+    told = rows(SAMPLED, None, SAMPLED | {"temperature": 0.7}, SAMPLED | {"model_hash": "sha256:2"}, SAMPLED)
+    assert reference_samples(told, ReferenceName("models/base", identity)) == {"r:1", "r:5"} and len(asked) == 1
 
 
 def test_a_model_is_known_by_its_name_where_no_hash_is_given():

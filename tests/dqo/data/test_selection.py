@@ -47,8 +47,13 @@ def test_the_columns_are_what_the_episodes_say():
     assert (columns.prompt_length + columns.length).tolist() == [e.length for e in members]
     assert columns.same_as.tolist() == [0, 1, 2, 3, 1, 5]
     assert list(columns.source) == [e.source for e in members]
+    assert not columns.of_reference.any()
+    known = EpisodeColumns(members, lambda: {members[2].source})
+    assert known.of_reference.tolist() == [i == 2 for i in range(6)]
     names = [name for name, value in vars(Columns).items() if isinstance(value, property)]
-    assert all(len(getattr(columns, name)) == 6 for name in names) and len(names) == 8
+    assert len(columns.potential) == columns.length.sum() and np.isnan(columns.potential).all()
+    assert all(len(getattr(columns, name)) == 6 for name in names if name != "potential") and len(names) == 12
+    assert not columns.has_logprobs.any() and not columns.has_step_rewards.any()
 
 
 def test_an_array_of_indices_and_lists_of_any_lengths_are_groups():

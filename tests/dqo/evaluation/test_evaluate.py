@@ -3,10 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -20,10 +17,10 @@ from dqo.evaluation.options import EvalConfig
 from dqo.evaluation.results import read_evaluation, read_lines
 from dqo.models.new import save
 from dqo.stats import pass_at_k
+from tests.dqo import forked
 from tests.dqo.helpers import policy, rollout_rows, tokenizer
 
 VERIFIER = "python:tests.dqo.evaluation.verifiers:digits"
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -122,18 +119,25 @@ def _rounded(lines):
     return sorted(json.dumps(row | {"logprob": round(row["logprob"], 3)}, sort_keys=True) for row in rows)
 
 
+def _killed(arguments):
+    """`dqo eval` in a process of its own, which is killed after its second batch of rows."""
+    append, calls = Appended.append, []
+
+    def killed(self, rows):
+        append(self, rows)
+        calls.append(rows)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Appended.append = killed
+    eval_command([*arguments, "--use_cpu"])
+
+
 @pytest.mark.slow
 def test_a_sigkill_loses_and_doubles_nothing(there, whole):
-    code = (
-        "import os, signal\nfrom dqo.data.appending import Appended\nfrom dqo.commands.eval import eval_command\n"
-        "append, calls = Appended.append, []\n"
-        "def killed(self, rows):\n    append(self, rows)\n    calls.append(rows)\n"
-        "    if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"Appended.append = killed\neval_command({arguments(there, there / 'killed')!r} + ['--use_cpu'])\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    process = forked.start(_killed, arguments(there, there / "killed"))
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL
     assert len(read_lines(there / "killed" / "results.jsonl")) == 15
     eval_command([*arguments(there, there / "killed"), "--use_cpu"])
     assert _rounded(content(there / "killed")) == _rounded(content(there / "whole"))

@@ -12,7 +12,7 @@ from dqo.errors import UserError
 from dqo.evaluation.evaluate import evaluated
 from dqo.evaluation.options import EvalConfig
 from dqo.evaluation.results import read_evaluation
-from dqo.evaluation.scoring import episode_of
+from dqo.evaluation.scoring import episode_of, stored_name
 from dqo.models.new import character_tokenizer, save
 from dqo.scoring.by import models_of, step_rewards
 from dqo.train.run import train
@@ -81,6 +81,23 @@ def test_a_search_by_a_run_goes_on_and_a_run_that_was_trained_again_is_another_s
     again = read_evaluation("out")
     assert len(again.scores) == 2 and again.scores[name] == found.scores[name]
     assert Counter(key[0] for key in again.answers)["sampling"] == 12
+
+
+def test_a_run_with_another_reference_or_beta_is_another_scorer():
+    save(policy(seed=4), tokenizer(), Path("other"))
+    path = Path("run/config.yaml")
+    config = path.read_text()
+    assert "ref_model_name_or_path: null" in config and "beta: 0.05" in config
+    names = [stored_name("implicit:run"), stored_name("implicit:run")]
+    value = stored_name("value:run")
+    path.write_text(config.replace("beta: 0.05", "beta: 0.06"))
+    names.append(stored_name("implicit:run"))
+    path.write_text(config.replace("ref_model_name_or_path: null", "ref_model_name_or_path: other"))
+    names.append(stored_name("implicit:run"))
+    shutil.copy("run/model.safetensors", "other/model.safetensors")
+    names.append(stored_name("implicit:run"))
+    assert names[0] == names[1] and len(set(names)) == 4
+    assert stored_name("value:run") == value
 
 
 @pytest.mark.parametrize(

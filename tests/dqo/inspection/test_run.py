@@ -131,17 +131,28 @@ def test_right_is_what_was_right_in_the_run(place, tmp_path):
     assert [r.label for r in found.responses] == [True, False]
 
 
-def test_labels_of_0_and_1_are_said_to_mark_no_step(place, tmp_path):
-    row = {"prompt": "1+2+3=", "completions": ["1+2=3", "#6"], "labels": [True, False]}
-    assert any("a step with 0 does not count as wrong" in note for note in inspect(place / "out", [row]).notes)
-    make_run(tmp_path, process_reward="potential")
-    found = inspect(tmp_path / "out", [row])
-    assert found.responses[0].first_wrong_step == 1 and not any("0 and 1" in note for note in found.notes)
+@pytest.mark.parametrize("process_reward", [None, "none", "additive", "potential"])
+def test_labels_mark_the_wrong_step_whatever_they_were_paid_for(process_reward, tmp_path):
+    make_run(tmp_path, critic=False, process_reward=process_reward)
+
+    def first_wrong(*labels):
+        rows = [{"prompt": f"{i}+2+3=", "completions": ["1+2=3", "#6"], "labels": of} for i, of in enumerate(labels)]
+        return inspect(tmp_path / "out", rows, rows=[1]).responses[0].first_wrong_step
+
+    assert first_wrong([True, False]) == first_wrong([1, 0], [1, 1]) == first_wrong([1, -1]) == 1
+    assert first_wrong([1, 0], [-1, 1]) is None  # by another row 0 is neutral here
+    assert first_wrong([1, 1], [0, 1]) is None
 
 
-@pytest.mark.parametrize("option", ["beta", "gamma", "reward_threshold", "process_coef"])
-@pytest.mark.parametrize("value", ["abc", float("nan"), True, [1]])
-def test_a_config_with_something_else_where_a_number_stands_is_refused(option, value, place, tmp_path):
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("beta", -0.1, "beta must be positive, got -0.1"),
+        ("process_reward", "odd", "process_reward must be .*, got 'odd'"),
+        ("method", "dqq", "method must be one of .*, or package.module:Class, got 'dqq'"),
+    ],
+)
+def test_a_run_whose_options_were_altered_is_refused(option, value, said, place, tmp_path):
     make_run(tmp_path, critic=False, **{option: value})
-    with pytest.raises(UserError, match=f"config.yaml:\\d+: {option} is .*; write the one that it was trained with"):
+    with pytest.raises(UserError, match=f"config.yaml:\\d+: {said}; write what the run was trained with"):
         inspect(tmp_path / "out", place / "rows.jsonl", responses=1)

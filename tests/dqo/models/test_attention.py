@@ -324,3 +324,16 @@ def test_a_model_with_heads_of_several_sizes_says_why_its_batches_are_padded():
         layer.head_dim for layer in (config.per_layer_config[i] for i in range(2))
     )
     assert "no attention kernel" in attention.unavailable(config, torch.device("cpu"), torch.float32)
+
+
+def test_on_a_cpu_wide_models_are_packed_and_narrow_ones_are_padded(monkeypatch):
+    cpu, chosen = torch.device("cpu"), {}
+    for name in ("llama", "gemma3", "gemma2", "lfm2"):
+        made = model(name)
+        assert attention.unavailable(made.config, cpu, torch.float32) is not None
+        monkeypatch.setattr(attention, "WIDE", made.config.hidden_size)
+        chosen[name] = attention.choose(made, None, [4, 5, 6, 7])
+        assert attention.packs(made) == chosen[name]
+        monkeypatch.undo()
+    # one caps its scores, which torch's attention cannot, the other has layers that are no attention
+    assert chosen == {"llama": True, "gemma3": True, "gemma2": False, "lfm2": False}

@@ -3,7 +3,8 @@ import torch
 from transformers import GenerationConfig, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 from dqo.errors import UserError
-from dqo.models.generate import Request, Sampling, generate, in_order, without_generation_config
+from dqo.models.decoding import without_generation_config
+from dqo.models.generate import Request, Sampling, generate, in_order
 from tests.dqo.helpers import policy, tokenizer
 
 TOKENIZER = tokenizer()

@@ -175,8 +175,3 @@ def test_a_stopped_run_goes_on_bit_for_bit(files, monkeypatch, dtype):
         before, after = load_file(whole.output_dir / name), load_file(files / "out" / name)
         assert before.keys() == after.keys() and before
         assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-def test_weights_in_bfloat16_need_an_adapter():
-    with pytest.raises(UserError, match="dtype must be float32 without use_peft"):
-        load_options(["--dtype", "bfloat16"])

@@ -6,7 +6,9 @@ import torch
 from dqo.objectives import DQO, DRO
 from dqo.train import metrics as finished
 from dqo_kernels import soft_bellman
+from tests.dqo.objectives.on_tree import alike, loss_of
 from tests.dqo.objectives.packed import differences, random_case, stats_of
+from tests.tabular import random_tree
 
 
 def call(objective, logprobs, ref_logprobs, rewards, values, cu_seqlens, **extra):
@@ -54,7 +56,38 @@ def test_a_response_that_was_cut_is_paid_the_value_of_its_last_state():
     assert math.isclose((metrics["returns/mean"] - without["returns/mean"])[0].item(), 0.7, rel_tol=1e-6)
 
 
-@pytest.mark.parametrize("change", [{"beta": 0.3}, {"policy_scale": 2.0}, {"value_coef": 0.5}])
+def test_with_values_of_all_states_the_loss_is_a_mean_over_them_by_hand():
+    # e = R - V_t - beta*S = 1.05 and 0.75
+    loss, metrics, logprobs, values = call(DRO(beta=0.5, value_states="all"), *ARGUMENTS)
+    assert math.isclose(loss.item(), 1.5 * (1.05**2 + 0.75**2) / 2, rel_tol=1e-6)
+    loss.backward()
+    assert torch.allclose(logprobs.grad, torch.tensor([-0.9, -0.9]))  # the mean of the residuals
+    assert torch.allclose(values.grad, torch.tensor([-1.05, -0.75]) / 2)
+    assert metrics["value/mean"].tolist() == pytest.approx([0.9, 2.0])
+
+
+@pytest.mark.parametrize("states", ["first", "all"])
+def test_the_tabular_optimum_is_reached(states):
+    """Both parts have one residual, so that their gradients add up to that of half of the loss."""
+    tree = alike(random_tree(0, depth=3, num_actions=2))
+    tables = tree.ref_logits.clone().requires_grad_(), torch.zeros(len(tree.children)).double().requires_grad_()
+    optimizer = torch.optim.LBFGS(tables, max_iter=200, tolerance_grad=1e-11, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = 0.5 * loss_of(DRO(beta=tree.beta, policy_scale=1.0, value_states=states), tree, *tables)
+        (2.0 * loss).backward()
+        return loss
+
+    optimizer.step(closure)
+    optimum = tree.optimum()
+    assert (tables[0].detach().log_softmax(-1) - optimum.log_policy).abs().max() < 1e-4
+    assert (tables[1].detach() - optimum.v)[0].abs() < 1e-4
+    if states == "all":  # every state has the value of the prompt then: one response earns what any other does
+        assert (tables[1].detach() - optimum.v[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("change", [{"beta": 0.3}, {"policy_scale": 2.0}, {"value_coef": 0.5}, {"value_states": "all"}])
 def test_every_option_changes_the_gradient(change):
     def gradient(objective):
         loss, _, logprobs, values = call(objective, *ARGUMENTS)

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from dqo.config.options import load_options
 from dqo.data.selection import selected
 from dqo.errors import UserError
-from dqo.objectives import DQO, OBJECTIVES, OREO
+from dqo.objectives import DQO, DRO, OBJECTIVES, OREO, RTO
 from dqo.objectives.base import UNITS, Objective
 from dqo.train.inputs import load_rows
 from dqo_kernels import TokenStats, linear_row_loss, linear_token_stats
@@ -17,11 +18,41 @@ from tests.dqo.helpers import episodes
 from tests.dqo.objectives.packed import VOCAB, random_case
 
 CASES = [cls() for cls in OBJECTIVES.values()] + [DQO(kl_coef=0.5), DQO(value_model="none"), OREO(level="response")]
+CASES += [RTO(algorithm="dqo"), OREO(level="step"), DRO(value_states="all")]
 every_objective = pytest.mark.parametrize("objective", CASES, ids=repr)
+
+
+def chosen(objective, members):
+    """Its groups of episodes, each of which is a sample of the reference where it asks."""
+    return selected(objective, members, lambda: {e.source for e in members})
 
 
 def has_companions(objective):
     return type(objective).companion_sums is not Objective.companion_sums
+
+
+def complete(count):
+    """Episodes that lack nothing that a method reads."""
+    found = episodes(count)
+    for e in found:
+        e.behavior_logprobs = np.zeros(e.action_count, np.float32)
+        e.step_ends = [e.action_count // 2, e.action_count - 1]
+        e.step_rewards, e.prompt_value = [0.75, 1.0], 0.5
+    return found
+
+
+def case(objective, lengths):
+    """A random case, with the columns that the objective's prepare adds, and the means that the trainer makes of `step_sums`."""
+    logits, make, rows, cu_seqlens = random_case(lengths)
+    generator = torch.Generator().manual_seed(1)
+    for name in chosen(objective, complete(8))[0][0].columns.keys() - rows.keys():
+        rows[name] = torch.rand(len(lengths), generator=generator, dtype=torch.float64).repeat_interleave(
+            cu_seqlens.diff()
+        )
+    if objective.needs_step_sums:
+        sums = objective.step_sums(make(logits), rows, cu_seqlens)
+        rows |= {name: torch.full_like(rows["values"], (pair[0] / pair[1]).item()) for name, pair in sums.items()}
+    return logits, make, rows, cu_seqlens
 
 
 @every_objective
@@ -30,19 +61,24 @@ def test_it_declares_what_it_needs(objective):
     for name in ("needs_reference", "needs_values", "needs_kl", "needs_contrast", "fits_rewards"):
         assert isinstance(getattr(objective, name), bool)
     assert objective.problems() == []
-    assert objective.needs_values == (getattr(objective, "value_model", "none") != "none")
-    groups = selected(objective, episodes(8))
+    assert objective.needs_values == (objective.value_kind != "none")
+    groups = chosen(objective, complete(8))
     assert groups and {len(group) for group in groups} == {objective.group_size} or objective.group_size is None
     assert has_companions(objective) == any(e.companion is not None for group in groups for e in group)
 
 
 @every_objective
 def test_it_reads_no_more_than_it_declares(objective):
-    logits, make, rows, cu_seqlens = random_case([2, 3, 1, 4])
+    logits, make, rows, cu_seqlens = case(objective, [2, 3, 1, 4])
     stats = make(logits)
     if not objective.needs_kl:
         stats = stats._replace(ref_logprobs=None, ref_lse=None, kl=None)
-    absent = {"behavior_logprobs"} | (set() if objective.needs_values else {"values"})
+    absent = {"behavior_logprobs"} if getattr(objective, "behavior", "") != "stored" else set()
+    absent |= set() if objective.needs_values else {"values"}
+    absent |= {"values"} if objective.value_kind == "q_model" else {"q"}
+    absent |= set() if objective.values_decay is not None else {"target_values"}
+    absent |= set() if objective.needs_steps else {"step"}
+    absent |= set() if objective.discount_at == "turns" else {"turn_end"}
     absent |= set() if objective.needs_reference else {"ref_logprobs", "ref_lse"}
     absent |= set() if has_companions(objective) else {"companion_mean"}
     loss, _ = objective(stats, {name: x for name, x in rows.items() if name not in absent}, cu_seqlens)
@@ -51,7 +87,7 @@ def test_it_reads_no_more_than_it_declares(objective):
 
 @every_objective
 def test_loss_and_metrics_are_sums_over_micro_batches(objective):
-    logits, make, rows, cu_seqlens = random_case([2, 3, 1, 4])
+    logits, make, rows, cu_seqlens = case(objective, [2, 3, 1, 4])
     stats = make(logits)
     whole, metrics = objective(stats, rows, cu_seqlens)
     loss, added = 0.0, {}
@@ -71,7 +107,7 @@ def test_loss_and_metrics_are_sums_over_micro_batches(objective):
 
 @every_objective
 def test_the_held_out_loss_is_a_sum_over_micro_batches_and_has_no_weights(objective):
-    logits, make, rows, cu_seqlens = random_case([2, 3, 1, 4])
+    logits, make, rows, cu_seqlens = case(objective, [2, 3, 1, 4])
     loss, metrics = objective.evaluation(make(logits), rows, cu_seqlens)
     plain = objective
     if objective.weight_level != "none":
@@ -84,7 +120,7 @@ def test_the_held_out_loss_is_a_sum_over_micro_batches_and_has_no_weights(object
 @every_objective
 def test_from_hidden_states_it_has_the_loss_and_gradients_of_the_logits(objective):
     lengths = [2, 3, 1, 4]
-    _, _, rows, cu_seqlens = random_case(lengths)
+    _, _, rows, cu_seqlens = case(objective, lengths)
     rows = {name: x.float() if x.is_floating_point() else x for name, x in rows.items()}
     torch.manual_seed(0)
     weight, ref_weight = torch.randn(2, VOCAB, 5)

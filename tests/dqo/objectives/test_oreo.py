@@ -3,12 +3,17 @@ import math
 import pytest
 import torch
 
+from dqo.data.selection import selected
+from dqo.errors import UserError
 from dqo.objectives import DQO, OREO
 from dqo_kernels import TokenStats
+from tests.dqo.helpers import episodes
+from tests.dqo.objectives.on_tree import alike, trained
 from tests.dqo.objectives.packed import differences, random_case
+from tests.tabular import random_tree
 
 # beta 0.5: delta = [0.2, -0.4], r = [0, 1], V = [0.3, 0.6], KL = [0.1, 0.3]; R = [1, 1]
-ROWS = {"ref_logprobs": [-1.2, -0.6], "rewards": [0.0, 1.0], "values": [0.3, 0.6], "label": [1.0, 1.0]}
+ROWS = {"ref_logprobs": [-1.2, -0.6], "rewards": [0.0, 1.0], "values": [0.3, 0.6], "label": [1.0, 1.0], "step": [0, 0]}
 
 
 def call(objective, **extra):
@@ -45,6 +50,58 @@ def test_at_the_level_of_responses_the_first_state_counts_by_hand():
     assert metrics["value/mean"].tolist() == pytest.approx([0.3, 1.0])
 
 
+def test_at_the_level_of_steps_a_step_is_one_action_by_hand():
+    # delta = [0.2, -0.4, 0.5], steps [0, 0, 1], beta 0.5, R = [1.5, 1]; V = [0.3, ., 0.6]
+    # e_1 = 0.3 - 1.5 + 0.5 * 0.3 = -1.05, e_2 = 0.6 - 1 + 0.25 = -0.15; a token moves the action that it is in
+    rows = {name: torch.tensor(x) for name, x in STEP_ROWS.items()}
+    rows["values"].requires_grad_()
+    logprobs = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
+    loss, metrics = OREO(beta=0.5, alpha=0.0, level="step")(
+        TokenStats(logprobs, *torch.zeros(2, 3)), rows, torch.tensor([0, 3])
+    )
+    loss.backward()
+    assert math.isclose(loss.item(), 1.05**2 + 0.15**2, rel_tol=1e-5)  # twice the mean over two steps
+    assert torch.allclose(logprobs.grad, 0.5 * torch.tensor([-1.05, -1.05, -0.15]))
+    assert torch.allclose(rows["values"].grad, torch.tensor([-1.05, 0.0, -0.15]))
+    assert metrics["value/mean"].tolist() == pytest.approx([0.9, 2.0])
+
+
+STEP_ROWS = {"ref_logprobs": [-1.2, -0.6, -1.5], "rewards": [0.5, 0.0, 1.0], "values": [0.3, 9.0, 0.6]}
+STEP_ROWS |= {"label": [1.0, 1.0, 1.0], "step": [0, 0, 1]}
+
+
+@pytest.mark.parametrize("step, level", [(lambda i, length: i, "token"), (lambda i, length: 0 * i, "response")])
+def test_steps_of_one_token_are_tokens_and_one_step_is_the_response(step, level):
+    lengths = [3, 1, 4]
+    logits, make, rows, cu_seqlens = random_case(lengths)
+    rows |= {"step": torch.cat([step(torch.arange(n), n) for n in lengths])}
+    rows["bootstrap"] = torch.zeros_like(rows["values"]).index_fill_(0, cu_seqlens[1:] - 1, 0.7)
+    ours = gradient(OREO(beta=0.3, level="step"), logits, make, rows, cu_seqlens)
+    theirs = gradient(OREO(beta=0.3, level=level), logits, make, rows, cu_seqlens)
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(ours, theirs))
+
+
+def test_the_tabular_optimum_is_reached_by_steps():
+    tree = alike(random_tree(0, depth=3, num_actions=2))
+    n = len(tree.states)
+    step = (torch.arange(n) - tree.cu_seqlens[:-1][tree.sequences]) // 2  # two tokens, then one
+    policy, values = trained(OREO(beta=tree.beta, alpha=0.0, level="step"), tree, scale=0.4, max_steps=150, step=step)
+    assert (policy - tree.optimum().log_policy).abs().max() < 1e-4
+    starts = tree.states[(step * 2 == torch.arange(n) - tree.cu_seqlens[:-1][tree.sequences])]
+    assert (values - tree.optimum().v)[starts].abs().max() < 1e-4
+
+
+def test_responses_without_steps_are_counted_and_refused():
+    members = episodes(6)
+    for e in members[1:]:
+        e.step_ends = [0]
+    with pytest.raises(
+        UserError, match=r"and 5 of 6 responses have steps \(the first without: row 1\); `dqo score FILE --ste"
+    ):
+        selected(OREO(level="step"), members)
+    assert len(selected(OREO(level="token"), members)) == 6
+
+
 @pytest.mark.parametrize("level", ["token", "response"])
 def test_a_response_that_was_cut_is_paid_the_value_of_its_last_state(level):
     _, without, *_ = call(OREO(level=level))
@@ -53,7 +110,9 @@ def test_a_response_that_was_cut_is_paid_the_value_of_its_last_state(level):
     assert math.isclose(sums[0].item(), 0.7 * metrics["returns/mean"][1].item(), rel_tol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"beta": 0.1}, {"alpha": 0.5}, {"level": "response"}, {"value_coef": 0.5}])
+@pytest.mark.parametrize(
+    "change", [{"beta": 0.1}, {"alpha": 0.5}, {"level": "response"}, {"level": "step"}, {"value_coef": 0.5}]
+)
 def test_every_option_changes_the_gradient(change):
     gradients = [torch.cat(call(objective)[2:]) for objective in (OREO(), OREO(**change))]
     assert not torch.allclose(*gradients)
@@ -108,17 +167,20 @@ def by_the_paper(beta, alpha, level, stats, fixed, values, fixed_values, rows, c
     for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
         delta, still = stats.logprobs - rows["ref_logprobs"], fixed.logprobs - rows["ref_logprobs"]
         loss, states = 0.0, range(a, b) if level == "token" else [a]
+        if level == "step":
+            states = [t for t in range(a, b) if t == a or rows["step"][t] != rows["step"][t - 1]]
         for t in states:
             outcome = rows["rewards"][t:b].sum()
             value_error = values[t] - outcome + beta * still[t:b].sum()
-            tail = still if level == "token" else delta
-            policy_error = fixed_values[t] - outcome + beta * delta[t] + beta * tail[t + 1 : b].sum()
+            end = next((s for s in states if s > t), b)  # of the action
+            later = beta * still[end:b].sum()
+            policy_error = fixed_values[t] - outcome + beta * delta[t:end].sum() + later
             loss = loss + (value_error**2 + policy_error**2) / len(states)
         total = total + loss + alpha * stats.kl[a:b].mean()
     return total
 
 
-@pytest.mark.parametrize("level", ["token", "response"])
+@pytest.mark.parametrize("level", ["token", "step", "response"])
 def test_it_is_the_paper_s_loss_and_the_gradient_agrees_with_differences(level):
     logits, make, rows, cu_seqlens = random_case([3, 1, 4])
     objective, values, fixed = OREO(beta=0.4, alpha=0.3, level=level), rows["values"], make(logits)

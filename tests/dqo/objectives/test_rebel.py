@@ -1,13 +1,16 @@
 import math
+from itertools import combinations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dqo.data.selection import selected
 from dqo.objectives import DRO, REBEL
-from dqo_kernels import token_stats
+from dqo.objectives.sums import sequence_sums
 from tests.dqo.helpers import episodes
-from tests.dqo.objectives.packed import differences, random_case, stats_of
+from tests.dqo.objectives.packed import differences, lbfgs, random_case, stats_of
 from tests.tabular import random_tree
 
 
@@ -77,26 +80,10 @@ def test_it_is_dro_whose_value_cancels():
 def test_the_tabular_optimum_is_reached(seed):
     """A tree of states; each of its responses is paired with the next, and no value is known."""
     tree = random_tree(seed)
-    optimum, bounds = tree.optimum(), tree.cu_seqlens.tolist()
-    order = [i for a in range(len(bounds) - 1) for i in (a, (a + 1) % (len(bounds) - 1))]
-    at = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in order])
-    cu_seqlens = torch.tensor([0, *(bounds[i + 1] - bounds[i] for i in order)]).cumsum(0)
-    reference = tree.ref_logits.log_softmax(-1)[tree.states, tree.actions]
-    rows = {"ref_logprobs": reference[at], "rewards": tree.rewards[at], "label": torch.ones(len(at))}
-    logits = tree.ref_logits.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        stats = token_stats(logits[tree.states], tree.actions, backend="reference")
-        loss, _ = REBEL(beta=tree.beta)(type(stats)(*(None if x is None else x[at] for x in stats)), rows, cu_seqlens)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    assert (logits.detach().log_softmax(-1) - optimum.log_policy).abs().max() < 1e-6
+    count = len(tree.seqlens)
+    order = [i for a in range(count) for i in (a, (a + 1) % count)]
+    found = lbfgs(tree, REBEL(beta=tree.beta), order)
+    assert (found.log_softmax(-1) - tree.optimum().log_policy).abs().max() < 1e-6
 
 
 def test_every_option_changes_the_gradient():
@@ -115,6 +102,31 @@ def test_each_response_is_paired_with_the_next_of_its_prompt():
     found = [[members.index(e) for e in pair] for pair in selected(REBEL(), members)]
     assert found == [[0, 2], [2, 4], [4, 0], [1, 5]]  # prompts 2 and 3 have one response
     assert selected(REBEL(), members[3:4]) == [] and selected(REBEL(), []) == []
+
+
+@given(st.lists(st.integers(0, 3), max_size=12))
+def test_all_pairs_of_any_number_of_responses(prompts):
+    members = episodes(len(prompts))
+    for e, prompt in zip(members, prompts):
+        e.prompt_index = prompt
+    found = [tuple(members.index(e) for e in pair) for pair in selected(REBEL(pairing="all"), members)]
+    assert sorted(found) == [(a, b) for a, b in combinations(range(len(prompts)), 2) if prompts[a] == prompts[b]]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_all_pairs_are_the_spread_of_the_residuals(count):
+    """sum over pairs of (e_i - e_j)^2 = K * sum e^2 - (sum e)^2, with e = beta * S - R: any constant V(x) cancels."""
+    logits, make, rows, cu_seqlens = random_case([(3 * i) % 4 + 1 for i in range(count)])
+    stats = make(logits)
+    residuals = sequence_sums(0.7 * (stats.logprobs - rows["ref_logprobs"]) - rows["rewards"], cu_seqlens)
+    bounds, total = cu_seqlens.tolist(), 0.0
+    for a, b in combinations(range(count), 2):
+        at = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in (a, b)])
+        own = {name: x[at] for name, x in rows.items()}
+        first = bounds[a + 1] - bounds[a]
+        total += REBEL(beta=0.7)(stats_of(stats.logprobs[at]), own, torch.tensor([0, first, len(at)]))[0]
+    expected = count * residuals.square().sum() - residuals.sum().square()
+    assert torch.allclose(total, expected, rtol=1e-12)
 
 
 def test_options_out_of_range_are_named():

@@ -66,10 +66,27 @@ def near_the_model(e, offset=0.0):
     e.ref_lse = np.zeros_like(e.ref_logprobs)
 
 
-def test_dpo_is_trl_s():
+VARIANTS = [
+    {},
+    {"length_normalized": True},
+    {"loss_type": "ipo"},
+    {"loss_type": "robust", "label_smoothing": 0.2},
+    {"rpo_alpha": 0.7},
+    {"loss_type": "ipo", "rpo_alpha": 0.3},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_dpo_is_trl_s(variant):
     model, passes = model_of_logits()
-    objective = DPO(beta=0.4)
-    paired = [e for pair in selected(objective, episodes(12)) for e in pair]
+    objective = DPO(beta=0.4, **variant)
+    found = selected(objective, episodes(24))
+    if (
+        objective.rpo_alpha
+    ):  # theirs is a mean over tokens of the batch, ours over each response: of one length they are equal
+        found = [pair for pair in found if pair[0].action_count == found[0][0].action_count]
+        assert len(found) > 1
+    paired = [e for pair in found for e in pair]
     for e in paired:
         near_the_model(e)
     theirs = trl_steps.dpo_loss(model, objective)(trl_steps.dpo_batch(paired, model.device))

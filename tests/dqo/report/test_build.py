@@ -122,6 +122,14 @@ def test_held_out_rows_that_differ_between_seeds_are_a_limit(tmp_path):
     assert report["warnings"] == [] and "held-out rows are not the same" in report["notes"][0]
 
 
+def test_a_run_that_went_on_is_of_the_method_of_one_that_did_not(tmp_path):
+    """Its options come from its checkpoint, with 0.0 for 0."""
+    report = built(tmp_path, {"seed": 1}, {"seed": 2, "warmup_steps": 0.0})
+    assert [run["method"] for run in report["runs"]] == ["dqo", "dqo"]
+    told = built(tmp_path / "told", {"warmup_steps": 1}, {"warmup_steps": 2})
+    assert [run["method"] for run in told["runs"]] == ["dqo, warmup_steps 1.0", "dqo, warmup_steps 2.0"]
+
+
 def test_options_of_all_and_of_each_are_told_apart(tmp_path):
     report = built(tmp_path, {"beta": 0.2, "learning_rate": 1e-4}, {"method": "kto", "learning_rate": 1e-4})
     assert report["options"]["learning_rate"] == 1e-4 and "seed" not in report["options"]

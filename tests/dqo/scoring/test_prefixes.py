@@ -21,12 +21,14 @@ from dqo.errors import UserError
 from dqo.grading.arith import ArithTask
 from dqo.grading.pool import VerifierPool
 from dqo.models.new import save
+from dqo.processes import ALONE
 from dqo.scoring.options import ScoreConfig
 from dqo.scoring.prefixes import Measurement, prefixes_of
 from dqo.scoring.rows import read_scored
 from dqo.scoring.steps import line_steps
 from tests.dqo.helpers import gpt2, policy, rollout_rows, tokenizer
 from tests.dqo.scoring.demonstrator import Demonstrator
+from tests.dqo.together import launched
 
 TASK = ArithTask(3, 7, hard_share=0.7, right_share=0.7)
 TOKENIZER = tokenizer()
@@ -65,11 +67,32 @@ def on_tokens(rows):
     return scored, tokenize_rows([row.row for row in scored], TOKENIZER, backend.ends, len(TOKENIZER), 10**6)
 
 
-def measured(rows, pool, backend, config=CONFIG, said=None, path="values.jsonl"):
+def measured(rows, pool, backend, config=CONFIG, said=None, path="values.jsonl", processes=ALONE):
     scored, tokens = on_tokens(rows)
-    with appending(path, {}, lambda row: (row["prefix"], float(row["value"]))) as file:
+    with appending(path, {}, lambda row: (row["prefix"], float(row["value"])), processes=processes) as file:
         say = (lambda text: None) if said is None else said.append
-        return scored, Measurement(config, pool, file).values(scored, tokens, lambda: backend, say)
+        return scored, Measurement(config, pool, file, processes).values(scored, tokens, lambda: backend, say)
+
+
+def test_processes_of_a_launch_measure_parts_and_all_of_them_know_all(pool, monkeypatch):
+    rows = demonstrations(prompts=4)
+    alone = measured(rows, pool, Demonstrator(TASK), path="alone.jsonl")[1]
+    monkeypatch.setattr("dqo.scoring.prefixes.gather_objects", lambda items, processes: processes.gather(items))
+    backends = [Demonstrator(TASK), Demonstrator(TASK)]
+
+    def work(processes):
+        with VerifierPool("arith", 1) as own:
+            return measured(rows, own, backends[processes.rank], path="together.jsonl", processes=processes)[1]
+
+    assert launched(2, work) == [alone, alone]
+    assert by_key("together.jsonl") == by_key("alone.jsonl")
+    assert all(backend.asked for backend in backends)
+
+
+def by_key(path):
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    assert len({row["prefix"] for row in rows}) == len(rows)
+    return {row["prefix"]: row["value"] for row in rows}
 
 
 def texts(row):

@@ -221,11 +221,11 @@ def test_a_value_model_that_does_not_belong_to_the_policy_is_refused(files, make
         ),
         (
             ["--value_model", "seperate"],
-            r"value_model must be separate, head, implicit, none, or the directory of a value model",
+            r"value_model must be separate, head, implicit, none, implied:RUN or the directory of a value model",
         ),
         (
             ["--method", "dro", "--value_model", "none"],
-            r"value_model must be separate, head, implicit, or the directory",
+            r"value_model must be separate, head, implicit, implied:RUN or the directory",
         ),
         (
             ["--value_model", "DIR", "--freeze_value_model", "--target_ema", "0.9"],
@@ -250,7 +250,5 @@ def test_phases_leave_a_frozen_value_model_out():
             return Phase("policy", 2, ("policy",)), Phase("critic", trains=("critic",))
 
     phases.check_phases(Last(), 0.0)
-    with pytest.raises(
-        UserError, match="phase 'critic' of Last trains the value model alone, and freeze_value_model is on"
-    ):
+    with pytest.raises(UserError, match="phase 'critic' of Last trains the value model alone, which is frozen"):
         phases.check_phases(Last(), 0.0, frozen=True)

@@ -1,5 +1,6 @@
 """A run that is killed, at any moment and as often as may be, ends as an unbroken one: bit for bit, on the CPU."""
 
+import functools
 import json
 import random
 import signal
@@ -30,9 +31,10 @@ SEED = random.SystemRandom().randrange(2**32)  # set it to the printed one to se
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("kill")
-    save(policy(), tokenizer(), directory / "model")
-    (directory / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rollout_rows(prompts=16, samples=4))))
+    directory = tmp_path_factory.getbasetemp() / "kill"  # one for all files of tests that import this fixture
+    if not directory.exists():
+        save(policy(), tokenizer(), directory / "model")
+        (directory / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rollout_rows(prompts=16, samples=4))))
     return directory
 
 
@@ -59,6 +61,11 @@ def arguments(data, output_dir):
 
 @pytest.fixture(scope="module")
 def unbroken(data):
+    return made_unbroken(data)
+
+
+@functools.cache
+def made_unbroken(data):
     """An unbroken run, and how many seconds it and a start after its end take."""
     forked.start(int).join()  # the imports are not part of it
     marks = [time.monotonic()]

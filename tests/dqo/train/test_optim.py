@@ -9,19 +9,6 @@ from torch import nn
 from dqo.train import optim
 
 
-def test_warmup_rises_linearly_and_cosine_falls_to_zero():
-    factors = [optim.schedule(step, 10, 2, "cosine") for step in range(10)]
-    assert factors[:3] == [0.5, 1.0, 1.0]
-    assert factors[6] == pytest.approx(0.5)
-    assert factors == sorted(factors[:2]) + sorted(factors[2:], reverse=True)
-    assert 0 < factors[-1] < 0.05
-
-
-def test_linear_and_constant_schedules():
-    assert optim.schedule(5, 10, 0, "linear") == 0.5
-    assert optim.schedule(9, 10, 0, "constant") == 1.0
-
-
 def test_weight_decay_spares_vectors():
     model = nn.Linear(2, 2)
     optimizer = optim.make_optimizer(model, 0.1, 0.5, (0.9, 0.999), 1e-8)

@@ -2,12 +2,10 @@
 on two of them, killed and gone on with."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +16,8 @@ from dqo.config.options import load_options
 from dqo.errors import UserError
 from dqo.train.checkpoint import checkpoints, read_state
 from dqo.train.run import begin, train
+from tests.dqo import forked
 from tests.dqo.helpers import arguments, policy, rollout_rows, tokenizer
-
-ROOT = Path(__file__).parents[3]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-LAUNCH += ["--main_process_port", "0", "-m", "dqo.train"]
 
 # lists of all responses to a prompt, a column of its own, companions, and a critic that is fitted first
 LISTWISE = '''
@@ -99,11 +94,6 @@ def outside(files, tmp_path, monkeypatch):
     (files / "rollouts.jsonl").write_text("\n".join(kept))
     yield files
     sys.modules.pop("listwise", None)
-
-
-def environment(files):
-    path = os.pathsep.join([str(files / "outside"), str(ROOT)])
-    return {"OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
 
 def options(files, **changes):
@@ -233,15 +223,15 @@ def test_two_processes_of_a_launch_are_killed_and_go_on(outside, kind):
     steps = {"max_steps": 16, "logging_steps": 2}
     whole = train(load_options(options(outside, output_dir=outside / "whole", **steps)))
     torch.set_num_threads(threads)
-    command = [*LAUNCH, *options(outside, per_device_train_batch_size=1, save_steps=1, **steps)]
-    command += ["--fsdp"] if kind == "fsdp" else []
-    running = {"cwd": outside, "env": environment(outside), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    killed = subprocess.run(command, timeout=300, **running | {"env": running["env"] | {"KILLED": "1"}})
-    assert killed.returncode != 0 and b"SIGKILL" in killed.stderr
+    words = [*options(outside, per_device_train_batch_size=1, save_steps=1, **steps)]
+    words += ["--fsdp"] if kind == "fsdp" else []
+    in_two = {"entry": "dqo.commands.train:main", "place": outside, "path": [outside / "outside"]}
+    killed = forked.launch(*words, **in_two, environment={"KILLED": "1"})
+    assert killed[1].returncode == -signal.SIGKILL and killed[0].returncode != 0, killed
     assert 2 < len(checkpoints(outside / "out")) < 16 and not (outside / "out" / "report.html").exists()
-    done = subprocess.run(command, timeout=300, **running)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    assert b"going on from" in done.stdout
+    done = forked.launch(*words, **in_two)
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr[-3000:]
+    assert "going on from" in done[0].stdout
     one, two = weights(whole.output_dir), weights(outside / "out")
     assert all(torch.allclose(one[name], two[name], atol=2e-4) for name in one)
     assert len(logged(whole.output_dir)) == len(logged(outside / "out"))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from dqo.config.options import load_options
 from dqo.errors import UserError
-from dqo.objectives import DQO, DRO, SFT
+from dqo.objectives import DQO, DRO, OREO, SFT
 from dqo.objectives.base import Phase
 from dqo.train import phases
 from dqo.train.loop import Trainer
@@ -27,14 +27,6 @@ class Fitted(DRO):
 
     def phases(self, value_warmup):
         return Phase("critic", self.critic_share, ("critic",)), Phase("policy", trains=("policy",))
-
-
-@dataclass(frozen=True)
-class Staged(DRO):
-    """Two stages, the second with a refreshed reference."""
-
-    def phases(self, value_warmup):
-        return Phase("first", 0.5), Phase("second", refreshes=("reference",))
 
 
 def test_steps_below_one_are_a_share():
@@ -59,6 +51,9 @@ def test_the_warmup_concerns_value_models_alone():
     assert [stretch.begin for stretch in phases.stretches(SFT(), 5, 8)] == [0]
     assert [stretch.begin for stretch in phases.stretches(DQO(value_model="none"), 5, 8)] == [0]
     assert [stretch.begin for stretch in phases.stretches(DQO(), 5, 8)] == [0, 5]
+
+
+REFRESHING = Phase("a", refreshes=("reference",), trains=("policy",))
 
 
 def made(*its_phases, base=DRO):
@@ -91,7 +86,26 @@ def made(*its_phases, base=DRO):
         (made(Phase("a", 1, ()), Phase("b")), "phase 'a' of Made trains nothing; there is policy and critic"),
         (made(Phase("a", 1, ("actor",)), Phase("b")), "phase 'a' of Made trains actor; there is policy and critic"),
         (made(Phase("a", 1, ("critic",)), Phase("b"), base=SFT), "phase 'a' of Made trains critic; there is policy"),
-        (Staged(), "phase 'second' of Staged refreshes reference, which this trainer does not do yet"),
+        (
+            made(Phase("a", refreshes=("values", 3))),
+            "phase 'a' of Made refreshes values, 3; what can be refreshed is reference",
+        ),
+        (made(REFRESHING, base=SFT), "phase 'a' of Made refreshes the reference, which the method does not read"),
+        (made(REFRESHING, base=OREO), "phase 'a' of Made refreshes the reference, whose logits the exact KL reads"),
+        *(
+            (made(Phase("a", part=part)), f"phase 'a' of Made trains on the part {part!r}; expected two shares")
+            for part in (
+                (0.5, 0.5),
+                (0.6, 0.4),
+                (-0.1, 1),
+                (0, 1.1),
+                (float("nan"), 1),
+                (0.5,),
+                0.5,
+                (True, 1),
+                ("0", "1"),
+            )
+        ),
     ],
 )
 def test_phases_that_cannot_be_run_are_refused_in_one_line(objective, message):

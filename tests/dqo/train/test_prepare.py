@@ -7,9 +7,12 @@ import json
 import numpy as np
 import pytest
 
+from dqo.commands.check import CheckConfig, check
 from dqo.config.options import load_options
 from dqo.data import segments, stored, table
 from dqo.data.batches import collate, epoch_order
+from dqo.data.rows import read_rows
+from dqo.data.together import split_by_prompt
 from dqo.errors import UserError
 from dqo.models.new import save
 from dqo.models.policy import policy_stats
@@ -246,3 +249,36 @@ def test_processes_that_found_other_data_are_refused(monkeypatch):
     monkeypatch.setattr("dqo.train.prepare.gather_objects", lambda items, _: ["a", *items, "b"])
     with pytest.raises(UserError, match="^process 2 has other data than process 0: dataset_name must be one file"):
         same_for_all("a", Processes())
+
+
+def test_held_out_rows_have_the_marks_of_the_whole_file(files):
+    rows = [{"prompt": f"{i}+2=", "completions": ["1", "2"], "labels": [1, 0]} for i in range(12)]
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = prepared(files, process_reward="none", eval_fraction=0.3)
+    assert {e.first_wrong_step for (e,) in found.held_out + found.groups} == {1}
+    trained = {e.source for (e,) in found.groups}
+    at = next(i for i in range(12) if f"rollouts.jsonl:{i + 1}" in trained)
+    rows[at] |= {"labels": [1, -1]}  # of a row that is trained on: 0 is neutral in this file
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = prepared(files, process_reward="none", eval_fraction=0.3, output_dir=files / "again")
+    assert found.held_out and {e.first_wrong_step for (e,) in found.held_out} == {None}
+
+
+def test_the_importance_weights_are_chosen_by_the_whole_file_as_the_check_says(files, capsys):
+    path, name = files / "rollouts.jsonl", str(files / "model")
+    sampling = {"model": name, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "prefix_tokens": 0}
+    rows = [row | {"sampling": sampling} for row in rollout_rows()]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+    def levels(**changes):
+        prepared_level = prepared(files, eval_fraction=0.3, max_steps=1, **changes).objective.weight_level
+        capsys.readouterr()
+        check(CheckConfig(data=(str(path),), model_name_or_path=name, method="dqo", rows=0))
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("importance weights")]
+        return prepared_level, line.split()[2]
+
+    assert levels() == ("trajectory", "trajectory")
+    _, held_out = split_by_prompt(read_rows(path), 0.3, 42)
+    del rows[int(held_out[0].source.rpartition(":")[2]) - 1]["sampling"]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert levels(output_dir=files / "again") == ("none", "none")

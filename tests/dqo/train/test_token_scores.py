@@ -17,7 +17,8 @@ from dqo.models.new import character_tokenizer, save
 from dqo.models.policy import hidden_positions, load_policy
 from dqo.train.export import export
 from dqo.train.run import train
-from dqo.train.token_scores import NAMES, beta_of, load_run, reference_of, run_options, token_scores
+from dqo.train.saved import run_options
+from dqo.train.token_scores import NAMES, beta_of, load_run, reference_of, token_scores
 from tests.dqo.helpers import arguments, episodes, policy, rollout_rows, tokenizer
 
 EPISODES = episodes(5)

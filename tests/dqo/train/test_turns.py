@@ -103,7 +103,7 @@ def test_every_loss_is_that_of_the_actions_alone(objective):
     groups = selected(objective, members)
     order = [e for group in groups for e in group]
     batch = collate(order, 0, sizes=[len(group) for group in groups])
-    loss, metrics = objective_sums(Learner(model, critic), objective, batch, companion_mean=0.3)
+    loss, metrics = objective_sums(Learner(model, critic), objective, batch, means={"companion_mean": 0.3})
     # The same with every action picked out of whole conversations by hand.
     rows, statistics, values, bootstrap = {}, [], [], []
     if critic is not None:

@@ -34,6 +34,19 @@ def test_a_policy_far_from_its_reference_is_named():
     assert "2.5 nats a token away" in warning and "raise beta" in warning
 
 
+def test_a_policy_that_leaves_its_reference_under_a_low_beta_is_told_to_raise_it():
+    # of a run of the demonstration's model at 5e-4, beta 0.002 and without a cap, a row every 5 steps
+    kl = [1.6034, 0.0871, 0.0738, 0.1221, 0.265, 173.7552, 1171.5279, 1169.436]
+    (warning,) = said([{"loss": 0.3, "kl": x} for x in kl], beta=0.002, largest_reward=1.0)
+    assert (
+        "the policy is 1.17e+03 nats a token away from its reference (step 8): raise --beta (now 0.002, with" in warning
+    )
+    assert "rewards of 1 ask for 500 nats a response" in warning
+    assert said([{"loss": 0.3, "kl": x} for x in kl[:5]], beta=0.002, largest_reward=1.0) == []
+    (warning,) = said([{"loss": 0.3, "kl": x} for x in kl], beta=0.2, largest_reward=1.0)
+    assert warning.endswith("(step 8): lower the learning rate or raise beta")
+
+
 def test_implicit_rewards_far_beyond_the_rewards_are_named():
     row = {"loss": 0.1, "rewards/chosen": -0.4, "rewards/rejected": -3.2, "completions/mean_length": 100.0}
     (warning,) = said([row] * 5, beta=0.2, largest_reward=1.0)

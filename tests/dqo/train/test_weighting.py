@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dqo.config.options import load_options
 from dqo.data.behavior import ReferenceName
@@ -104,7 +106,7 @@ def test_the_weights_before_the_first_step_by_hand():
     assert weights_at_start(DQO(is_level="none"), members) is None and weights_at_start(SFT(), members) is None
 
 
-@pytest.mark.parametrize("bad", [Weights(0.5, LEAST / 2), Weights(LEAST / 2, 0.5), Weights(0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("bad", [Weights(0.5, LEAST / 2), Weights(LEAST / 2, 0.06), Weights(0.0, 0.0)], ids=str)
 def test_weights_that_stay_low_are_warned_of_and_then_stop_the_run(bad):
     collapse = Collapse(CONFIG)
     said = [collapse.note(step, bad) for step in range(1, STOPPED_AFTER)]
@@ -113,6 +115,24 @@ def test_weights_that_stay_low_are_warned_of_and_then_stop_the_run(bad):
     collapse.note(STOPPED_AFTER, bad)
     assert "--learning_rate (now 1e-06)" in collapse.stop(STOPPED_AFTER, bad)
     assert collapse.note(11, Weights(0.5, 0.5)) is None and collapse.stop(11, Weights(0.5, 0.5)) is None
+
+
+def test_weights_that_are_large_without_a_cap_are_told_from_those_that_collapse():
+    seen = Weights(0.017, 17.0)  # of a run on chains of 30 tokens, beta 0.002, is_cap None
+    collapse = Collapse(CONFIG, cap=None)
+    said = [collapse.note(step, weights) for step, weights in enumerate([seen, Weights(0.06, 20.0), seen, seen] * 5, 1)]
+    (warning,) = filter(None, said)
+    assert "at step 4 their mean is 17 and 1.7% are effective" in warning and "--is_cap 1 (now none)" in warning
+    assert collapse.stop(20, seen) is None
+
+
+@given(st.lists(st.floats(0, math.e), min_size=1, max_size=300))
+def test_capped_weights_are_never_called_large(weights):
+    found = Weights.of(float(np.mean(weights)), float(np.mean(np.square(weights))))
+    collapse = Collapse(CONFIG, cap=1.0)
+    said = [collapse.note(step, found) for step in range(1, STOPPED_AFTER)]
+    assert not any("a few samples" in warning for warning in said if warning)
+    assert any(said) == (min(found) < LEAST)
 
 
 def test_a_run_whose_policy_leaves_its_data_stops_with_the_cure(files, capsys):

@@ -1,10 +1,6 @@
 """Two processes (with Triton) and three (the other backends) that hold a slice of V each, against one that holds all of it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +10,9 @@ from dqo_kernels import token_stats
 from dqo_kernels.core import dispatch
 from dqo_kernels.core.row_stats import Coefficients
 from dqo_kernels.core.vocab_parallel import VocabSlices
-from tests.kernels.core.vocab_parallel_cases import CASES, backends_of
+from tests.dqo import forked
+from tests.kernels.core.vocab_parallel_cases import CASES, backends_of, main
 
-ROOT = Path(__file__).parents[3]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo"),
@@ -30,21 +26,12 @@ def outcomes(request, tmp_path_factory):
     if not backends:
         pytest.skip(f"none of {', '.join(backends_of(request.param))} runs here")
     place = tmp_path_factory.mktemp("group")
-    command = [sys.executable, "-m", "tests.kernels.core.vocab_parallel_cases"]
-    arguments = [str(request.param), str(place / "store"), str(place / "results")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(request.param)
-    ]
-    try:
-        errors = [process.communicate(timeout=900)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    arguments = request.param, str(place / "store"), str(place / "results")
+    processes = [forked.start(main, rank, *arguments) for rank in range(request.param)]
+    for process in processes:
+        process.join(900)
+        process.kill()
+    assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
     found = [json.loads((place / f"results.{rank}").read_text()) for rank in range(request.param)]
     return {
         case: {backend: [outcome[f"{case}-{backend}"] for outcome in found] for backend in backends} for case in CASES

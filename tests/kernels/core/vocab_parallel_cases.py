@@ -1,11 +1,7 @@
-"""What each process of a group runs for test_vocab_parallel.py; a case raises where its process disagrees with one process.
-
-python -m tests.kernels.core.vocab_parallel_cases RANK PROCESSES STORE RESULTS
-"""
+"""What each process of a group runs for test_vocab_parallel.py; a case raises where its process disagrees with one process."""
 
 import itertools
 import json
-import sys
 import traceback
 
 import torch
@@ -368,7 +364,3 @@ def main(rank, processes, store, results):
     with open(f"{results}.{rank}", "w") as file:
         json.dump(outcome, file)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

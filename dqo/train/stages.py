@@ -1,0 +1,121 @@
+"""What the phases of a run train on, in which order, and the reference that a phase begins with.
+
+output_dir/reference-400/    the policy of step 400, as transformers loads it, where a phase that refreshes the reference begins
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dqo.config.options import Options
+from dqo.data.batches import distinct, epoch_order
+from dqo.data.joined import Joined
+from dqo.errors import UserError
+from dqo.files import replacing
+from dqo.models.policy import load_policy, weights_hash
+from dqo.train.checkpoint import save_models
+from dqo.train.phases import Stretch
+from dqo.train.prepare import Prepared
+from dqo.train.run_models import reference_columns
+
+
+class Pool(NamedTuple):
+    """The groups `first` to `last`, without the last, from the step `begin` on."""
+
+    begin: int
+    first: int
+    last: int
+
+
+def pools_of(stretches: list[Stretch], count: int) -> list[Pool]:
+    """The parts of `count` groups that the phases train on; phases in a row with one part have one pool.
+
+    Raises:
+        UserError: for a phase whose part holds no group.
+    """
+    found: list[Pool] = []
+    for begin, phase in stretches:
+        first, last = (round(share * count) for share in phase.part)
+        if first == last:
+            raise UserError(
+                f"phase {phase.name!r} has no group to train on: there are {count:,} in all, and it takes a share of "
+                f"{phase.part[1] - phase.part[0]:.3g}; give fewer phases, or more data"
+            )
+        if not found or found[-1][1:] != (first, last):
+            found.append(Pool(begin, first, last))
+    return found
+
+
+class Stages:
+    """The groups of every step, from the seed and the step alone, and the references of the phases.
+
+    Args:
+        stretches: the run's phases on its `steps`.
+        step: where the run begins, or goes on.
+    """
+
+    def __init__(self, options: Options, prepared: Prepared, stretches: list[Stretch], steps: int, step: int):
+        self.options, self.prepared, self.stretches = options, prepared, stretches
+        self.pools = pools_of(stretches, len(prepared.groups))
+        self.order: tuple[Pool, int, np.ndarray] | None = None  # of an epoch of a pool
+        planned = prepared.objective.phases(options.train.value_warmup_steps)
+        there = {stretch.phase.name for stretch in stretches}
+        missing = [p.name for p in planned if p.name not in there and tuple(p.part) != (0.0, 1.0)]
+        if missing:
+            raise UserError(
+                f"{steps} steps leave none for {', '.join(map(repr, missing))} of the {len(planned)} phases; give more "
+                "steps, or fewer phases"
+            )
+        before = [begin for begin, phase in stretches if phase.refreshes and begin < step]
+        if before:
+            self._use_reference(before[-1])
+
+    def groups(self, step: int, position: int) -> list[int]:
+        """Indices of the groups of a step; `position` counts the steps that were left out too."""
+        pool = [pool for pool in self.pools if pool.begin <= step][-1]
+        size, per_step = pool.last - pool.first, self.prepared.per_step
+        epoch, index = divmod(position - pool.begin, math.ceil(size / per_step))
+        if self.order is None or self.order[:2] != (pool, epoch):
+            self.order = pool, epoch, epoch_order(size, epoch, self.options.train.seed)
+        return [pool.first + i for i in self.order[2][index * per_step : (index + 1) * per_step].tolist()]
+
+    def enter(self, step: int) -> None:
+        """Before a step: where a phase begins with it that refreshes the reference, the policy as it is becomes the reference.
+        All processes must call it."""
+        if any(begin == step and phase.refreshes for begin, phase in self.stretches):
+            prepared = self.prepared
+            with replacing(self._directory(step)) as beside:
+                save_models(beside, prepared.learner, prepared.tokenizer, prepared.processes, value_model=False)
+            prepared.processes.barrier()
+            prepared.processes.say(
+                f"step {step}: the policy as it is becomes the reference, kept in {self._directory(step)}"
+            )
+            self._use_reference(step)
+
+    def _directory(self, begin: int) -> Path:
+        return Path(self.options.train.output_dir) / f"reference-{begin}"
+
+    def _use_reference(self, begin: int) -> None:
+        """Reads the reference of the phase that begins there: the same weights for a run that goes on."""
+        prepared, directory = self.prepared, self._directory(begin)
+        if not (directory / "config.json").is_file() and not (directory / "adapter_config.json").is_file():
+            raise UserError(
+                f"{directory} is missing: it is the reference policy of this phase, which began after step {begin}; put it back, "
+                "or choose another --output_dir"
+            )
+        prepared.refreshed = directory
+        reference = load_policy(str(directory), prepared.processes.device)
+        reference_columns(
+            self.options.train,
+            Joined(prepared.episodes(), distinct(prepared.held_out)),
+            prepared.learner.policy,
+            reference,
+            prepared.batching,
+            prepared.identity | {"reference": weights_hash(reference)},
+            prepared.processes,
+            resuming=True,
+        )
