@@ -7,17 +7,19 @@ import json
 import numpy as np
 import pytest
 
-from dqo.data import segments, stored, table
+from dqo.credit.steps import step_index
+from dqo.data import segments, step_columns, stored, table
 from dqo.data.ends import ends_of
 from dqo.data.episode import Payment, cut, fingerprint, paid
-from dqo.data.episodes import open_episodes
+from dqo.data.episodes import open_episodes, put_columns
+from dqo.data.marks import Marks
 from dqo.data.rows import read_rows
 from dqo.data.selection import EpisodeColumns, Groups, data_fingerprint, selected, selection_fingerprint
 from dqo.data.stored import open_rows
 from dqo.data.tokens import tokenize_rows
 from dqo.errors import UserError
 from dqo.models.new import bpe_tokenizer
-from dqo.objectives import DPO, DQO, KTO
+from dqo.objectives import DAPO, DPO, DQO, KTO
 from dqo.reference.cache import Entry
 from dqo.reference.columns import key_of
 from tests.dqo.helpers import tokenizer
@@ -68,6 +70,8 @@ def same(one, other):
         assert type(getattr(one, f.name)) is type(getattr(other, f.name)), f.name
 
 
+COLUMNS = ("prompt", "reward", "label", "truncated", "prompt_length", "length", "tokens", "same_as")
+COLUMNS += ("has_logprobs", "has_step_rewards", "potential", "of_reference")
 PAYMENTS = [
     {},
     {"process_reward": "additive", "process_coef": 0.5, "reward_scale": 2.0},
@@ -79,6 +83,7 @@ PAYMENTS = [
 
 @pytest.mark.parametrize("options", PAYMENTS)
 def test_an_episode_of_a_table_is_what_its_row_becomes(options, file):
+    rows = read_rows(file)
     pay = Payment(
         options.get("process_reward", "none"),
         options.get("process_coef", 1.0),
@@ -87,9 +92,9 @@ def test_an_episode_of_a_table_is_what_its_row_becomes(options, file):
         options.get("truncation", "terminal"),
         options.get("reward_scale", 1.0),
         options.get("reward_shift", 0.0),
+        Marks.of_rows(rows, options.get("process_reward")),
     )
     longest = options.get("max_length", 64)
-    rows = read_rows(file)
     made = tokenize_rows(rows, TOKENIZER, ends_of(TOKENIZER), len(TOKENIZER), longest)
     made = [tokens if tokens.length <= longest else cut(tokens, longest) for tokens in made]
     made = [tokens for tokens in made if not tokens.truncated or pay.truncation != "drop"]
@@ -99,9 +104,15 @@ def test_an_episode_of_a_table_is_what_its_row_becomes(options, file):
     assert len(found) == len(expected) > 1
     for one, other in zip(found, expected):
         same(one, other)
-    of_table, of_list = EpisodeColumns(found), EpisodeColumns(expected)
-    for name in ("prompt", "reward", "label", "truncated", "prompt_length", "length", "tokens", "same_as"):
+    known = {e.source for e in expected[::2]}
+    of_table, of_list = (EpisodeColumns(of, lambda: known) for of in (found, expected))
+    for name in COLUMNS:
         np.testing.assert_array_equal(getattr(of_table, name), getattr(of_list, name), name)
+    assert of_list.of_reference.any() and of_list.has_step_rewards.any() and not np.isnan(of_list.potential).any()
+    stepped = np.array([bool(e.step_ends) for e in expected])
+    np.testing.assert_array_equal(step_columns.step_counts(found) > 0, stepped)
+    wanted = [step_index(e.step_ends, e.action_count) for e in expected if e.step_ends]
+    np.testing.assert_array_equal(step_columns.steps(found.take(stepped)), np.concatenate(wanted))
     assert list(of_table.source) == [e.source for e in expected]
     np.testing.assert_array_equal(found.totals(), [e.rewards.sum() for e in expected])
     np.testing.assert_array_equal(found.terminated, [e.terminated for e in expected])
@@ -125,7 +136,8 @@ def test_columns_companions_and_the_reference_are_on_what_is_read_and_on_parts_o
     found.add_columns({"each": np.arange(len(found)), "tokens": np.arange(EpisodeColumns(found).length.sum())})
     wanted = [found[4], found[4].companion, found[9]]
     entries = {key_of(e): Entry(*np.random.default_rng(0).random((2, e.action_count), np.float32)) for e in wanted}
-    found.set_reference(entries, key_of)
+    found.set_said(entries, key_of)
+    found.set_said({key_of(e): entries[key_of(e)] for e in wanted[:2]}, key_of, "other_logprobs")
     part = found.take(np.array([9, 4]))
     for e, i in ((part[1], 4), (part[0], 9), (groups[4][0], 4)):
         ends = EpisodeColumns(found).length.cumsum()
@@ -135,6 +147,36 @@ def test_columns_companions_and_the_reference_are_on_what_is_read_and_on_parts_o
         assert e.companion.completion_ids == found[i].companion.completion_ids
     np.testing.assert_array_equal(part[1].companion.ref_lse, entries[key_of(wanted[1])].lse)
     assert found[0].ref_logprobs is None
+    np.testing.assert_array_equal(part[1].columns["other_logprobs"], entries[key_of(wanted[0])].logprobs)
+    assert "other_logprobs" not in found[0].columns and not part[1].companion.columns  # an objective reads no such
+
+
+def test_what_is_added_to_the_distinct_episodes_is_on_those_of_the_groups(file):
+    """Pairs leave some responses out, and share others."""
+    groups = selected(DPO(), opened(file))
+    distinct = groups.distinct()
+    assert len(distinct) < len(opened(file)) and distinct is groups.distinct()
+    put_columns(distinct, {"tokens": np.arange(EpisodeColumns(distinct).length.sum())})
+    for pair, indices in zip(groups, groups.rows):
+        for e, i in zip(pair, indices):
+            np.testing.assert_array_equal(e.columns["tokens"], distinct[int(i)].columns["tokens"])
+    some = groups.take(np.array([1])).distinct()
+    assert [e.source for e in some] == [e.source for e in groups[1]]
+    np.testing.assert_array_equal(some[0].columns["tokens"], groups[1][0].columns["tokens"])
+
+
+def test_stored_log_probabilities_and_missing_steps_are_known_without_reading_episodes(file):
+    rows = [
+        {"prompt": f"{i}+2=", "completion_ids": [5, 6, EOS], "prompt_ids": [7, 8], "completion": "23", "reward": 1.0}
+        | {"logprobs": [-0.5, -1.0, -0.25]}
+        for i in range(5)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    columns = EpisodeColumns(opened(file))
+    assert columns.has_logprobs.tolist() == [True] * 5
+    assert np.isnan(columns.potential).all() and not columns.has_step_rewards.any()
+    with pytest.raises(UserError, match=r"0 of 5 responses have steps \(the first without: rollouts.jsonl:1\)"):
+        selected(DAPO(), opened(file))
 
 
 def test_a_preparation_that_was_killed_goes_on_and_another_run_reads_what_is_there(file, monkeypatch):

@@ -234,7 +234,7 @@ def test_the_saved_policy_and_critic_are_plain_transformers_models(files):
 
 
 def test_a_loss_that_is_not_finite_is_named_with_its_step_and_rows(files, monkeypatch):
-    from dqo.data.episodes import paid
+    from dqo.data.episode import paid
 
     def broken(*arguments):
         e = paid(*arguments)

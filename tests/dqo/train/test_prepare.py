@@ -255,7 +255,7 @@ def test_held_out_rows_have_the_marks_of_the_whole_file(files):
     rows = [{"prompt": f"{i}+2=", "completions": ["1", "2"], "labels": [1, 0]} for i in range(12)]
     (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = prepared(files, process_reward="none", eval_fraction=0.3)
-    assert {e.first_wrong_step for (e,) in found.held_out + found.groups} == {1}
+    assert {e.first_wrong_step for (e,) in [*found.held_out, *found.groups]} == {1}
     trained = {e.source for (e,) in found.groups}
     at = next(i for i in range(12) if f"rollouts.jsonl:{i + 1}" in trained)
     rows[at] |= {"labels": [1, -1]}  # of a row that is trained on: 0 is neutral in this file
