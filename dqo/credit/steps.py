@@ -79,5 +79,5 @@ def marked(step_rewards: ArrayLike, mark: Mark) -> np.ndarray:
 
 def first_wrong_step(step_rewards: Sequence[float], mark: Mark) -> int | None:
     """The first step, counted from 0, whose reward has the mark of a wrong one; None where there is none."""
-    found = np.flatnonzero(marked(step_rewards, mark)) if len(step_rewards) else ()
-    return int(found[0]) if len(found) else None
+    wrong = np.flatnonzero(marked(step_rewards, mark))
+    return int(wrong[0]) if len(wrong) else None
