@@ -17,7 +17,7 @@ from tests.dqo.helpers import arguments, measured, policy, tokenizer
 
 
 def flags(files, **changes):
-    return arguments(files, method="rto", behavior="reference", max_steps=4, **changes)
+    return arguments(files, method="rto", behavior="reference", max_steps=6, **changes)
 
 
 def test_its_log_probabilities_are_computed_once_and_cached(files, capsys):
