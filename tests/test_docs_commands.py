@@ -129,7 +129,9 @@ def options() -> set[str]:
 def test_options_that_it_names_are_options(name, options):
     assert {"--beta", "--max_pairs_per_prompt", "--vocab_size"} <= options
     assert not [
-        word for word in named(ROOT / name) if word.startswith("--") and word not in options | {"--help", "--config", "--fsdp_offload_params"}
+        word
+        for word in named(ROOT / name)
+        if word.startswith("--") and word not in options | {"--help", "--config", "--fsdp_offload_params"}
     ]
 
 
