@@ -74,7 +74,7 @@ def _class_of(method: Any, where: str) -> type[Objective]:
             return objective_class(str.__str__(method), where)
         except UserError:
             return _Elsewhere
-    if method not in OBJECTIVES:
+    if not isinstance(method, str) or method not in OBJECTIVES:
         known = ", ".join(OBJECTIVES)
         raise UserError(
             f"{where}: method must be one of {known}, or package.module:Class, got {brief(method)}; {_CURE}"

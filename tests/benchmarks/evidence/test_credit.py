@@ -8,8 +8,8 @@ from dqo.grading.arith import ArithTask, apply
 from dqo.objectives.registry import OBJECTIVES
 
 
-def test_every_method_has_options():
-    assert set(METHODS) == set(OBJECTIVES) and set(METHODS) <= set(OPTIONS)
+def test_the_methods_are_such_and_have_options():
+    assert set(METHODS) <= set(OBJECTIVES) and set(METHODS) <= set(OPTIONS)
 
 
 def test_unseen_mistakes_are_at_entries_that_the_demonstrations_have_right():

@@ -23,6 +23,7 @@ def test_what_a_critic_knows_by_hand():
     for episode in found:
         count = len(episode.completion_ids)
         episode.step_ends, episode.step_rewards = list(range(count)), [0.0] * (count - 1) + [-1.0]
+        episode.first_wrong_step = count - 1
     knowing = [np.full(e.action_count, e.reward) for e in found]
     said = critic_quality.quality_of_values(knowing, found)
     assert said["explained_variance/start"] == said["explained_variance/all"] == said["auc/end"] == 1

@@ -49,7 +49,7 @@ def test_one_altered_option_is_refused_where_training_refuses_it(tmp_path_factor
     method = data.draw(st.sampled_from(METHODS))
     name = data.draw(st.sampled_from([n for n in _NAMES[method] if n not in _FILES]))
     told = {"method": method, name: data.draw(_ODD)}
-    folder = tmp_path_factory.getbasetemp()
+    folder = tmp_path_factory.mktemp("stored")
     try:
         expected = options_of(told, "the file").flat()[name]
     except UserError:
@@ -67,7 +67,7 @@ def test_a_value_model_that_was_moved_and_a_class_that_is_not_here_are_no_faults
     told = {"method": "gone.package:Mine", "beta": 0.3, "own": 1}
     assert read(tmp_path, told) == {"method": "gone.package:Mine", "beta": 0.3}
     for name, value in (("beta", -1.0), ("gamma", 2.0), ("discount", "odd"), ("process_reward", "odd")):
-        with pytest.raises(UserError, match=f"config.yaml:3: {name} must be"):
+        with pytest.raises(UserError, match=rf"config.yaml:[23]: {name} must be"):
             read(
                 tmp_path,
                 told | {"beta": 0.1} | {"own": 1} | {name: value}
@@ -84,5 +84,5 @@ def test_an_option_of_another_version_is_named_and_passed_over(tmp_path, caplog)
 
 @pytest.mark.parametrize("method", ["dqq", 3, None, ["dqo"], ""])
 def test_a_method_that_is_none_is_named(method, tmp_path):
-    with pytest.raises(UserError, match="config.yaml:1: method must be one of dpo, .*, got .*; write what"):
+    with pytest.raises(UserError, match="config.yaml:1: method must be one of .*dpo, .*, got .*; write what"):
         read(tmp_path, {"method": method})

@@ -221,11 +221,11 @@ def test_a_value_model_that_does_not_belong_to_the_policy_is_refused(files, make
         ),
         (
             ["--value_model", "seperate"],
-            r"value_model must be separate, head, implicit, none, implied:RUN or the directory of a value model",
+            r"value_model must be separate, head, implicit, none, implied:RUN, or the directory of a value model",
         ),
         (
             ["--method", "dro", "--value_model", "none"],
-            r"value_model must be separate, head, implicit, implied:RUN or the directory",
+            r"value_model must be separate, head, implicit, implied:RUN, or the directory",
         ),
         (
             ["--value_model", "DIR", "--freeze_value_model", "--target_ema", "0.9"],

@@ -140,7 +140,7 @@ def test_a_run_reads_the_values_that_another_implies_and_keeps_no_model_of_it(fi
         (["--value_loss", "bce"], "value_loss bce is for value_model separate or head, not implied:"),
         (["--value_init", "mean_return"], "value_init mean_return is for value_model separate or head"),
         (["--gamma", "0"], "gamma must be above 0 with value_model implied:"),
-        (["--value_model", "implied:"], "value_model must be separate, .*, implied:RUN or the directory of"),
+        (["--value_model", "implied:"], "value_model must be separate, .*, implied:RUN, or the directory of"),
         (["--value_model", "implied:gone"], "value_model implied:gone: there is no such directory"),
         (["--freeze_value_model"], "freeze_value_model needs a value model that was fitted"),
     ],

@@ -51,13 +51,16 @@ def test_the_value_model_has_a_schedule_and_a_bound_of_its_own(files, monkeypatc
 
 
 READ_MORE = {"ppo", "dapo", "rto", "etpo"}  # than this file has; see test_frozen_models.py
+ALIKE = {"curry_dpo": {"stages": 1}, "xpo": {"reference_rows": "all"}}  # one reference from the first step to the last
 
 
 @pytest.mark.parametrize("method", sorted(OBJECTIVES.keys() - READ_MORE))
 def test_the_loss_falls(files, method):
-    finished = run(files, method=method, max_steps=40, eval_fraction=0)
+    finished = run(files, method=method, max_steps=40, eval_fraction=0, **ALIKE.get(method, {}))
     losses = logged(files / "out")
-    assert losses[-1] < losses[0]
+    if method == "rank_dpo":  # whose weights follow the policy's ranks: its loss does not compare between steps
+        losses = [-margin for margin in logged(files / "out", "rewards/margins")]
+    assert sum(losses[-3:]) < sum(losses[:3])  # of several steps, whose responses differ
     assert finished.steps == 40
 
 

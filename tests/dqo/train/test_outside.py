@@ -200,7 +200,8 @@ def test_a_changed_class_whose_run_would_be_another_is_refused(half, monkeypatch
 def test_a_kind_of_value_model_that_is_none_is_refused(half, monkeypatch):
     change(half, monkeypatch)
     with pytest.raises(
-        UserError, match=f"method {METHOD} has the value_kind 'critic'; it is one of separate, head, implicit, none"
+        UserError,
+        match=f"method {METHOD} has the value_kind 'critic'; it is one of separate, head, implicit, q_model, none",
     ):
         begin(load_options(options(half, output_dir=half / "other", value_model="critic")))
     assert not (half / "other").exists()
