@@ -220,6 +220,13 @@ def test_a_run_that_ends_within_its_first_epoch_asks_the_reference_of_the_rows_t
     assert set(read) <= known and len(known) < len(found.groups) == 32
     longer = prepared(files, max_steps=4, eval_fraction=0, output_dir=files / "longer")
     assert all(e.ref_logprobs is not None for e in longer.episodes())
+    staged = {
+        "method": "curry_dpo",
+        "stages": 2,
+        "per_device_train_batch_size": 1,
+    }  # whose phases have orders of their own
+    staged = prepared(files, max_steps=2, eval_fraction=0, output_dir=files / "staged", **staged)
+    assert len(staged.groups) > 2 and all(e.ref_logprobs is not None for e in staged.episodes())
 
 
 def test_a_run_on_rows_that_lie_in_tables_on_the_disk_is_the_run_on_rows_in_memory(files, monkeypatch):
