@@ -49,7 +49,7 @@ from dqo.models.implicit_value import (
 from dqo.models.lora import add_adapter, in_four_bits
 from dqo.models.on_disk import home, is_empty, without_memory
 from dqo.models.policy import hidden_positions, ready
-from dqo.models.q_model import QModel, load_q_model, save_q_model
+from dqo.models.q_model import QModel, load_q_model, save_description, save_q_model
 from dqo.models.value_form import ValueForm, form_from, form_of, surprisal_at_positions, surprisal_of_states
 from dqo.models.value_source import FORM_FILE, HEAD_FILE, IMPLICIT_FILE, Q_FILE
 from dqo.objectives.value_outputs import outputs_for
@@ -111,11 +111,9 @@ def add_own_adapter(value_model: nn.Module, peft_config: Any) -> None:
 
 def keep_outputs(value_model: nn.Module) -> None:
     """What turns hidden states into values is float32, whatever the trunk is: 8 bits would round every value by 0.4 %."""
-    if isinstance(value_model, QModel):  # which has no such layer
-        return
     if isinstance(value_model, ImplicitValue):
         value_model.start.float()
-    else:
+    elif not isinstance(value_model, QModel):  # which has no such layer
         (value_model if isinstance(value_model, ValueHead) else score_of(value_model)).float()
 
 
@@ -328,14 +326,15 @@ def save_value_model(value_model: nn.Module, state: dict[str, Tensor], directory
 
 def names_beside(value_model: nn.Module) -> list[str]:
     """The names, in the state dict, of what a value model with a trunk has beside the model file of the trunk."""
-    implicit = isinstance(value_model, ImplicitValue)
-    return [n for n in value_model.state_dict() if (n.startswith(START) if implicit else n == DIRECTION)]
+    return [n for n in value_model.state_dict() if n.startswith(START) or n == DIRECTION]
 
 
 def save_beside(value_model: nn.Module, state: dict[str, Tensor], directory: Path) -> None:
     """Writes these, and how the value model is read."""
     if isinstance(value_model, ImplicitValue):
         save_start(value_model, state, directory)
+    elif isinstance(value_model, QModel):
+        save_description(value_model, directory)
     elif form_of(value_model) != ValueForm():
         _save(state, directory / FORM_FILE, form_of(value_model))
 

@@ -79,6 +79,11 @@ def save_q_model(value_model: QModel, state: dict[str, Tensor], directory: Path)
         plain: Any = type(value_model.model)(value_model.model.config)  # only its names and config are used
         plain.to(next(iter(model.values())).dtype)
     plain.save_pretrained(directory, state_dict=model)
+    save_description(value_model, directory)
+
+
+def save_description(value_model: QModel, directory: Path) -> None:
+    """beta and the reference, beside the language model."""
     told = {"beta": value_model.beta, "reference": value_model.value_form.reference}
     (directory / Q_FILE).write_text(json.dumps(told, indent=1) + "\n")
 
