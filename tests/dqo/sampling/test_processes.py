@@ -67,7 +67,7 @@ def test_two_processes_go_on_where_one_was_and_one_where_two_were_killed(model, 
     with pytest.raises(UserError, match="another process is writing to it"):  # a part of the launch lives on
         sample_rows(options(model, tmp_path, **many), quiet=True)
     os.kill(other, signal.SIGKILL)
-    while alive(other):
+    while alive(one) or alive(other):
         time.sleep(0.01)
     found = sample_rows(options(model, tmp_path, **many), quiet=True)
     assert found.rows == 360 and 0 < found.new < 360

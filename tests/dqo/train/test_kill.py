@@ -181,13 +181,13 @@ def in_the_middle_of_a_metrics_line(output_dir):
 
 
 def in_the_middle_of_the_optimizer_of_a_checkpoint(output_dir):
-    write = checkpoint.save_file
+    write = checkpoint.write_tensors
 
-    def half(tensors, path):
-        write(tensors, path)
+    def half(path, tensors, processes):
+        write(path, tensors, processes)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
-    checkpoint.save_file = at_call(3, write, before=half)
+    checkpoint.write_tensors = at_call(3, write, before=half)
 
 
 def in_the_middle_of_the_policy_of_a_checkpoint(output_dir):
