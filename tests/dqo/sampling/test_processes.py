@@ -30,10 +30,12 @@ def launched(config):
 
 
 def alive(pid):
+    """Whether a thread of it runs: a killed process is a zombie before its last thread has closed its files."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+        stats = [task.joinpath("stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    except (FileNotFoundError, ProcessLookupError):  # it ended, or one of its threads did while it was looked at
+        return Path(f"/proc/{pid}").exists()
+    return any(stat.rpartition(")")[2].split()[0] not in "ZX" for stat in stats)
 
 
 @pytest.mark.slow
