@@ -20,4 +20,6 @@ def zpg_command(arguments: list[str], prog: str = "dqo zpg") -> None:
         f"{found.steps:,} steps, {found.samples:,} samples, {found.queries:,} queries, {found.seconds:,.0f} s -> "
         f"{found.output_dir}"
     )
-    print(f"Next: dqo eval --model_name_or_path {found.output_dir} --tasks TEST --verifier {config.verifier} --output_dir DIR")
+    print(
+        f"Next: dqo eval --model_name_or_path {found.output_dir} --tasks TEST --verifier {config.verifier} --output_dir DIR"
+    )

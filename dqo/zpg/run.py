@@ -142,7 +142,9 @@ class _Run:
             there = {p.name for p in self.directory.glob("*") if not is_aside(p)} if self.directory.is_dir() else set()
             there -= {"metrics.jsonl", "base_model"}  # what a run leaves that was killed before its first checkpoint
             if there:
-                raise UserError(f"{self.directory} holds {min(there)} and no checkpoint of dqo zpg; choose another --output_dir")
+                raise UserError(
+                    f"{self.directory} holds {min(there)} and no checkpoint of dqo zpg; choose another --output_dir"
+                )
             return None
         then, now = read_state(chosen)["identity"], _plain(self.identity)
         changed = [
@@ -174,7 +176,9 @@ class _Run:
                 sides.append(self._answers(chosen.tolist(), k, pool))
             differs = np.array([one.response.ids != other.response.ids for one, other in zip(*sides)])
             first, second = (np.array([answered.grade.score for answered in side]) for side in sides)
-            shares = np.where(differs, preferences(first, second, config.judges, rng), 0.5)  # nobody is asked about equal ones
+            shares = np.where(
+                differs, preferences(first, second, config.judges, rng), 0.5
+            )  # nobody is asked about equal ones
             difference = value_difference(shares, config.logit_bound)
             total += gradient(v, difference, config.mu, config.difference == "central")
             counters["queries"] += int(differs.sum()) * max(1, config.judges)
@@ -227,7 +231,9 @@ def _trained_parameters(policy: PreTrainedModel, config: ZPGConfig, directory: P
     if config.parameters:
         named = dict(policy.named_parameters())
         if missing := [word for word in config.parameters if not any(word in name for name in named)]:
-            raise UserError(f"parameters: no parameter's name contains {missing[0]!r}; there are {', '.join(named)[:500]}")
+            raise UserError(
+                f"parameters: no parameter's name contains {missing[0]!r}; there are {', '.join(named)[:500]}"
+            )
         return [p for name, p in named.items() if any(word in name for word in config.parameters)]
     base: Path | str = policy.name_or_path or directory / "base_model"
     if not policy.name_or_path:  # merged from an adapter

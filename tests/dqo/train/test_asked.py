@@ -85,7 +85,9 @@ def test_the_split_into_micro_batches_changes_no_count(files):
 def test_all_labels_asked_it_is_dpo_and_asks_each_pair_once(files):
     epochs = {"per_device_train_batch_size": 16, "max_steps": 6}
     run(files, "all", threshold=1e9, **epochs)
-    arguments_of_dpo = arguments(files, output_dir=files / "dpo", method="dpo", eval_fraction=0, logging_steps=1, **epochs)
+    arguments_of_dpo = arguments(
+        files, output_dir=files / "dpo", method="dpo", eval_fraction=0, logging_steps=1, **epochs
+    )
     train(load_options(arguments_of_dpo))
     rows = [json.loads(line) for line in (files / "dpo" / "metrics.jsonl").read_text().splitlines()]
     ours = logged(files / "all")
@@ -100,5 +102,7 @@ def test_pairs_that_are_missing_are_counted_and_the_cure_is_named(files):
 
     rows = [{"prompt": f"{i}+1=", "completion": "1", "reward": float(i % 2)} for i in range(6)]
     (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(UserError, match="method adpo: .* 0 pairs. There are 6 responses, 3 of them correct, to 6 prompts"):
+    with pytest.raises(
+        UserError, match="method adpo: .* 0 pairs. There are 6 responses, 3 of them correct, to 6 prompts"
+    ):
         run(files, "out")

@@ -14,11 +14,15 @@ def test_one_estimate_by_hand():
     shares = preferences(np.array([0.0, 1.0, 1.0, 0.25]), np.array([1.0, 1.0, 0.0, 0.75]), 0, np.random.default_rng(0))
     assert shares.tolist() == [1.0, 0.5, 0.0, 1.0]
     assert value_difference(shares, 1.0) == pytest.approx((1 + 0 - 1 + 1) / 4)
-    assert value_difference(np.array([0.6, 0.75, 1.0]), 1.0) == pytest.approx((math.log(1.5) + 2 * 1.0) / 3)  # log 3 is above 1
+    assert value_difference(np.array([0.6, 0.75, 1.0]), 1.0) == pytest.approx(
+        (math.log(1.5) + 2 * 1.0) / 3
+    )  # log 3 is above 1
     v, theta = np.array([0.6, -0.8]), np.array([1.0, 2.0])
     first, second = ends(theta, v, 0.5, central=False)
     assert first.tolist() == [1.0, 2.0] and second.tolist() == pytest.approx([1.3, 1.6])
-    assert gradient(v, 0.25, 0.5, central=False).tolist() == pytest.approx([2 / 0.5 * 0.25 * 0.6, -2 / 0.5 * 0.25 * 0.8])
+    assert gradient(v, 0.25, 0.5, central=False).tolist() == pytest.approx(
+        [2 / 0.5 * 0.25 * 0.6, -2 / 0.5 * 0.25 * 0.8]
+    )
     first, second = ends(theta, v, 0.5, central=True)
     assert first.tolist() == pytest.approx([0.7, 2.4]) and second.tolist() == pytest.approx([1.3, 1.6])
     assert gradient(v, 0.25, 0.5, central=True).tolist() == pytest.approx([0.3, -0.4])
@@ -88,7 +92,9 @@ class Bandit:
         v = direction(len(theta), rng).astype(np.float64)
         uniform = rng.random(pairs)  # the same for both policies
         sides = [
-            self.rewards[np.minimum(np.searchsorted(self.probabilities(at).cumsum(0).numpy(), uniform), len(self.rewards) - 1)]
+            self.rewards[
+                np.minimum(np.searchsorted(self.probabilities(at).cumsum(0).numpy(), uniform), len(self.rewards) - 1)
+            ]
             for at in ends(theta, v, mu, central)
         ]
         shares = preferences(*sides, judges, rng)
