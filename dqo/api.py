@@ -53,6 +53,7 @@ from dqo.train.loop import Trainer
 from dqo.train.metrics import read_metrics
 from dqo.train.resume import as_stored
 from dqo.train.run import Rows, begin, run_of
+from dqo.zpg.run import zpg as zpg
 
 
 class DQOConfig:

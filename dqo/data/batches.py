@@ -22,7 +22,7 @@ Group = list[Episode]  # episodes that stay together: one, a pair, or a list
 # Columns (N,) of a batch that are not the objective's; those in the second line come from the models, and q.
 COLUMNS = {"rewards", "label", "group", "turn_end", "behavior_logprobs", "ref_logprobs", "ref_lse"}
 COLUMNS |= {"values", "target_values", "bootstrap", "value_outputs", "value_range", "outcome_loss", "companion_mean"}
-COLUMNS |= {"q", "step"}
+COLUMNS |= {"q", "step", "known"}
 
 
 @dataclass(frozen=True)

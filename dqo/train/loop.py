@@ -21,6 +21,7 @@ from dqo.data.rows import Row
 from dqo.errors import UserError
 from dqo.processes import Processes
 from dqo.train import checkpoint, metrics, optim, phases
+from dqo.train.asked import Asked
 from dqo.train.callbacks import Callbacks
 from dqo.train.damage import checkpoints, fault, loading
 from dqo.train.engine import Engine
@@ -76,6 +77,7 @@ class Trainer:
             with loading(resumed):
                 state = checkpoint.read_state(resumed)
                 self._load(resumed, state)
+        self.asked = Asked(self.objective, state.get("asked"))
         then = state.get("derived", {})
         self.warmup = then.get("warmup", phases.as_steps(self.config.warmup_steps, self.steps))
         critic = self.learner.value_model if options.trains_values else None
@@ -167,7 +169,7 @@ class Trainer:
             clear_gradients(self.learner)  # of a try that ran out of memory
             substep_end = lambda: self.callbacks.call("on_substep_end")  # noqa: E731
             try:
-                return accumulate(self.engine, self.objective, groups, trains, substep_end)
+                return accumulate(self.engine, self.objective, groups, trains, substep_end, self.asked)
             except NotFinite as error:
                 raise stopped(error, name_of_step, self.output_dir, self.processes) from error
             except UserError as error:
@@ -180,6 +182,7 @@ class Trainer:
             self.processes.say(f"WARNING: {warning}")
         self.window = metrics.add(self.window, sums)
         self.counters["num_tokens"] += tokens
+        self.counters |= self.asked.settle(self.processes)
         trained = {name: model for name, model in self.models.items() if name in trains}
         rates = {name: self.rates[name] * self.schedules[name](step) for name in trained}
         logged = {"learning_rate": rates.get("policy", 0.0)}
@@ -259,7 +262,7 @@ class Trainer:
             "collapse": self.collapse.steps,
         }
         self.counters |= self.recorder.position()
-        state |= {"counters": self.counters, "steps": self.steps, "callbacks": self.callbacks.stored()}
+        state |= self.asked.stored() | {"counters": self.counters, "steps": self.steps, "callbacks": self.callbacks.stored()}
         state |= stored_options(
             self.options, self.warmup, self.stretches, self.prepared.save_dtype, self.objective.weight_level
         )

@@ -1,0 +1,164 @@
+"""`dqo zpg` on a tiny model."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dqo.commands.zpg import zpg_command
+from dqo.errors import UserError
+from dqo.evaluation.evaluate import evaluate
+from dqo.models.policy import load_policy
+from dqo.zpg import run as module
+from dqo.zpg.options import ZPGConfig
+from dqo.zpg.run import zpg
+
+VERIFIER = "python:tests.dqo.zpg.verifiers:even"
+
+
+def options(files, output="out", **changes):
+    rows = [{"prompt": f"{a}+{a % 7}=", "answer": str(a)} for a in range(10)]
+    (files / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"model_name_or_path": str(files / "model"), "tasks": str(files / "tasks.jsonl"), "verifier": VERIFIER}
+    given |= {"output_dir": str(files / output), "max_steps": 6, "num_pairs": 12, "max_completion_length": 4}
+    given |= {"save_steps": 2, "learning_rate": 0.01, "mu": 4.0, "lora_r": 1, "lora_alpha": 1.0, "use_cpu": True}
+    return given | changes
+
+
+def rows_of(directory):
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in row.items() if not name.startswith("perf/")} for row in rows]
+
+
+def weights_of(directory):
+    return {f"{path.name}/{n}": x for path in directory.glob("*.safetensors") for n, x in load_file(path).items()}
+
+
+def same(one, other):
+    ours, theirs = weights_of(one), weights_of(other)
+    assert ours and ours.keys() == theirs.keys() and all(torch.equal(x, theirs[n]) for n, x in ours.items())
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"parameters": ("norm",), "lora_r": 4, "lora_alpha": 8.0}], ids=["adapter", "own"]
+)
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(files, monkeypatch, changes):
+    changes |= {"num_directions": 2, "judges": 3}
+    whole = zpg(quiet=True, **options(files, "whole", **changes))
+    rows = rows_of(files / "whole")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert (rows[-1]["queries"], rows[-1]["samples"]) == (whole.queries, whole.samples)
+    assert whole.samples == 6 * 2 * 2 * 12 and 0 < whole.queries <= 3 * whole.samples / 2
+    assert whole.queries == 3 * round(sum(row["queries/share"] * 2 * 12 for row in rows))
+    assert len({row["update_norm"] for row in rows}) > 1
+
+    put, left = module._put, [3 * 5 + 1]
+
+    def dying(parameters, theta):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        put(parameters, theta)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # in the fourth step, its policy perturbed
+        patch.setattr(module, "_put", dying)
+        zpg(quiet=True, **options(files, "part", **changes))
+    assert (files / "part" / "checkpoint-2").is_dir() and not (files / "part" / "checkpoint-4").exists()
+    with (files / "part" / "metrics.jsonl").open("a") as file:
+        file.write('{"step"')  # as if it had died inside of a line
+    again = zpg(quiet=True, **options(files, "part", **changes))
+    assert rows_of(files / "part") == rows
+    assert (again.queries, again.samples) == (whole.queries, whole.samples)
+    same(files / "whole", files / "part")
+    assert sorted(p.name for p in (files / "part").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    longer = zpg(quiet=True, **options(files, "part", **changes, max_steps=7))
+    assert longer.steps == 7 and rows_of(files / "part")[:6] == rows
+
+
+def test_its_steps_are_the_algorithm_written_as_loops(files, monkeypatch):
+    seen = []
+    put = module._put
+    monkeypatch.setattr(module, "_put", lambda parameters, theta: seen.append(theta.copy()) or put(parameters, theta))
+    given = options(
+        files, difference="forward", max_steps=1, learning_rate=0.5, parameters=("norm",), lora_r=4, lora_alpha=8.0
+    )
+    zpg(quiet=True, **given)
+    first, second, updated = seen
+    (row,) = rows_of(files / "out")
+    v = (second - first) / 4.0
+    start = torch.cat([p.flatten() for n, p in load_policy(str(files / "model")).named_parameters() if "norm" in n])
+    assert np.array_equal(first, start.detach().numpy()) and np.linalg.norm(v) == pytest.approx(1.0, abs=1e-5)
+    sign = np.sign((updated - first) @ v)
+    expected = 0.5 * len(v) / 4.0 * sign * row["value_difference/abs_mean"] * v
+    assert np.allclose(updated - first, expected, atol=1e-5) and row["value_difference/abs_mean"] > 0
+    trained = torch.cat([p.flatten() for n, p in load_policy(str(files / "out")).named_parameters() if "norm" in n])
+    assert np.array_equal(trained.detach().numpy(), updated)
+
+
+def test_it_learns_what_is_preferred_and_what_it_writes_can_be_evaluated(files, capsys):
+    given = options(
+        files, max_steps=30, num_pairs=40, mu=6.0, learning_rate=0.5, max_completion_length=1, save_steps=30
+    )
+    zpg_command(
+        [word for name, value in given.items() if name != "use_cpu" for word in (f"--{name}", str(value))]
+        + ["--use_cpu"]
+    )
+    said = capsys.readouterr().out
+    assert "30 steps, 2,400 samples" in said and "Next: dqo eval" in said
+    rewards = [row["reward/mean"] for row in rows_of(files / "out")]
+    print(rewards)
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.2
+    found = evaluate(
+        quiet=True, model_name_or_path=given["output_dir"], tasks=given["tasks"], verifier=VERIFIER, max_completion_length=1,
+        output_dir=str(files / "eval"), num_generations=2, use_cpu=True,
+    )  # fmt: skip
+    assert found["problems"] == 10
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"mu": 0.0}, "mu must be positive, got 0.0"),
+        ({"num_pairs": 0}, "num_pairs must be at least 1, got 0"),
+        ({"verifier": "nubmer"}, "verifier must be one of"),
+        ({"judges": -1}, "judges must be at least 0"),
+        ({"parameters": ("norm",)}, "lora_r must be left out with parameters"),
+    ],
+)
+def test_options_out_of_range_are_named(files, changes, message):
+    problems = ZPGConfig(**options(files, **changes)).problems()
+    assert message in f"{problems[0][0]} {problems[0][1]}"
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_sampled(files, monkeypatch):
+    monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("sampled"))
+
+    def refused(message, **changes):
+        with pytest.raises(UserError, match=message):
+            zpg(quiet=True, **options(files, **changes))
+
+    refused(
+        "no parameter's name contains 'nrom'; there are model.embed", parameters=("nrom",), lora_r=4, lora_alpha=8.0
+    )
+    refused("no linear layer q_porj", lora_target_modules=("q_porj",))
+    refused("positions", max_completion_length=1000)
+    (files / "answerless.jsonl").write_text('{"prompt": "1+1="}\n')
+    refused("answerless.jsonl:1: has no answer", tasks=str(files / "answerless.jsonl"))
+    refused("holds model.safetensors|holds config.json", output_dir=str(files / "model"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("runs in one process")
+
+
+def test_another_run_is_not_gone_on_with(files):
+    zpg(quiet=True, **options(files, max_steps=1))
+    with pytest.raises(UserError, match="checkpoint-1 belongs to another run: mu 4.0 then, 5.0 now"):
+        zpg(quiet=True, **options(files, mu=5.0))
+    with pytest.raises(UserError, match="another run: lora_target_modules None then, "):
+        zpg(quiet=True, **options(files, lora_target_modules=("q_proj",)))
+    shutil.copytree(files / "model", files / "other")
+    (files / "other" / "generation_config.json").write_text("{}")
+    with pytest.raises(UserError, match="another run: model 'sha256:"):
+        zpg(quiet=True, **options(files, model_name_or_path=str(files / "other")))
