@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,6 @@ def make_base(name: str, seed: int, root: Path) -> dict[str, Any]:
         "warmup_steps": base.warmup, "adam_beta2": 0.99, "save_steps": 200, "save_total_limit": 1,
     }  # fmt: skip
     train(options_of(fitting, "the base model's options"), f"base {name}")
-    without_checkpoints(place / "model")
     demonstrations.unlink()
     if name == "other":
         return {}
@@ -70,11 +68,6 @@ def make_base(name: str, seed: int, root: Path) -> dict[str, Any]:
     as_text = [dataclasses.replace(row, prompt_ids=None, completion_ids=None, logprobs=None) for row in rows]
     write_rows(place / "samples.jsonl", as_text)
     return {"rows": len(rows), "right": sum(row.label for row in rows) / len(rows)}
-
-
-def without_checkpoints(directory: Path) -> None:
-    for path in directory.glob("checkpoint-*"):
-        shutil.rmtree(path)
 
 
 def sampled(
@@ -121,7 +114,7 @@ def make_data(name: str, seed: int, root: Path) -> dict[str, Any]:
     for file, rows in files.items():
         write_rows(place / file, rows)
     if name == "d":
-        measure(place, model_of(task.base, seed, root), BASES[task.base], seed)
+        measure(files[ROWS], place, model_of(task.base, seed, root), BASES[task.base], seed)
     rows = files[ROWS]
     right = sum(row.label for row in rows) / len(rows)
     return {"rows": len(rows), "prompts": len(made_of.by_prompt(rows)), "right": right}
@@ -168,12 +161,14 @@ def of_others(name: str, task: Task, seed: int, root: Path) -> list[Row]:
     return [row for found in made_of.by_prompt([row for part in parts for row in part]).values() for row in found]
 
 
-def measure(place: Path, model: Path, base: Base, seed: int) -> None:
+def measure(rows: Sequence[Row], place: Path, model: Path, base: Base, seed: int) -> None:
     """measured.jsonl: the rows with the pass rates of their prefixes in the place of the labels of their steps."""
     from dqo.scoring.run import score
 
+    unlabelled = place / "unlabelled.jsonl"
+    write_rows(unlabelled, [dataclasses.replace(row, step_rewards=None) for row in rows])
     score(
-        data=str(place / ROWS),
+        data=str(unlabelled),
         verifier="arith",
         output_file=str(place / "measured.jsonl"),
         existing_rewards="keep",

@@ -15,7 +15,6 @@ from benchmarks.evidence.study.data import (
     problems_of,
     right,
     sampled,
-    without_checkpoints,
 )
 from benchmarks.evidence.study.pieces import Piece, options_of_run, result_of, spec_of
 from benchmarks.evidence.study.settings import BASE, Settings
@@ -44,6 +43,8 @@ def make(piece: Piece, root: Path) -> dict[str, Any]:
         result = run(piece, root)
     result |= {"all_cpu_seconds": time.process_time() - cpu, "all_seconds": time.perf_counter() - wall, "spec": spec}
     write_whole(place / "result.json", json.dumps(result).encode())
+    for path in [*place.rglob("checkpoint-*"), *([place / "run"] if piece.stage == "tune" else [])]:
+        shutil.rmtree(path, ignore_errors=True)  # nothing goes on from there any more
     return result
 
 
@@ -58,8 +59,10 @@ def run(piece: Piece, root: Path) -> dict[str, Any]:
         rounds = trained_in_rounds if task.rounds > 1 else trained
         try:
             model = rounds(piece, task, options, root)
-        except UserError as error:  # a run that ended itself
-            failed = str(error)
+        except UserError as error:
+            if isinstance(error.__cause__, OSError):  # the machine's fault
+                raise
+            failed = str(error)  # a run that ended itself
     seconds = time.process_time() - cpu
     if failed is None:
         scores = evaluated(task, base, model, piece.seed)
@@ -98,7 +101,6 @@ def train_once(options: Settings, data: Path, model: Path, output: Path, seed: i
     places |= {"ref_cache_dir": data / "ref_cache"}
     given = own | {name: str(path) for name, path in places.items()} | {"seed": seed}
     train(options_of(given, "the study's options"), output.parent.name)
-    without_checkpoints(output)
     return output
 
 

@@ -44,14 +44,14 @@ def samples(small, tmp_path):
 def test_it_goes_on_from_piece_to_piece_and_ends_in_tables(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pieces, "SEEDS", (0, 1))
     monkeypatch.setattr(pieces, "FEW_SEEDS", (0,))
-    asked = [str(tmp_path), "--task", "a,g2", "--method", "dqo,dpo", "--stage", "train"]
+    asked = [str(tmp_path), "--task", "a,g2", "--method", "kto,dpo", "--stage", "train"]
     study.main([*asked, "--minutes", "0"])
     assert "pieces are left" in capsys.readouterr().out
     study.main(asked)
     out = capsys.readouterr().out
-    assert "pieces are left" not in out and "| dqo | 2 |" in out and (tmp_path / "study.svg").exists()
+    assert "pieces are left" not in out and "| kto | 2 |" in out and (tmp_path / "study.svg").exists()
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/result.json")}
-    assert len(made) == len(study.wanted(["a", "g2"], ["dqo", "dpo"], ["train"]))
+    assert len(made) == len(study.wanted(["a", "g2"], ["kto", "dpo"], ["train"]))
     study.main(asked)
     assert made == {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/result.json")}
     # a random model is never right: no pair for dpo, which counts as the base model
@@ -61,9 +61,9 @@ def test_it_goes_on_from_piece_to_piece_and_ends_in_tables(small, tmp_path, caps
     assert (
         "0 pairs" in failed["failed"] and failed["greedy"] == base["greedy"] and failed["sampling"] == base["sampling"]
     )
-    trained = json.loads((tmp_path / "runs/g2/dqo/seed-0/result.json").read_text())
+    trained = json.loads((tmp_path / "runs/g2/kto/seed-0/result.json").read_text())
     assert trained["failed"] is None and len(trained["greedy"]) == 6 and len(trained["sampling"][0]) == 2
-    first, second = (read_rows(str(tmp_path / f"runs/g2/dqo/seed-0/round-{k}/rows.jsonl")) for k in (0, 1))
+    first, second = (read_rows(str(tmp_path / f"runs/g2/kto/seed-0/round-{k}/rows.jsonl")) for k in (0, 1))
     assert not {row.prompt for row in first} & {row.prompt for row in second}
     assert first[0].sampling["model_hash"] != second[0].sampling["model_hash"]  # the policy of the round before
 
