@@ -2,10 +2,10 @@
 
     dqo demo --output_dir dqo-demo && python -m benchmarks.evidence.objectives dqo-demo     (about half an hour on one core)
 
-All make the same number of updates from as many responses each, at one set of options (OPTIONS). The command line of `dqo compare`
-is printed. It keeps what is finished and goes on with the rest, and so does this command: --methods trains some of them now, and the
-table has all that are finished. Then the policies are asked what they know of held-out responses; the table is printed, and goes
-with a plot to benchmarks/results/objectives.json and objectives.svg.
+All make the same number of updates from as many responses each, at one set of options (OPTIONS). The command line of
+`dqo compare` is printed. It keeps what is finished and goes on with the rest, and so does this command: --methods trains
+some of them now, and the table has all that are finished. Then the policies are asked what they know of held-out responses; the
+table is printed, and goes with a plot to benchmarks/results/objectives.json and objectives.svg.
 
 Nothing is tuned here. xpo, which samples anew in every round, is not among them.
 """

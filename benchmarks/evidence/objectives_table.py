@@ -23,17 +23,13 @@ from dqo.train.metrics import read_metrics
 RESULTS = Path(__file__).parents[1] / "results"
 OBJECTIVE_FILES = Path(__file__).parents[2] / "dqo" / "objectives"
 READS = {"rto": "dpo"}  # a method, and the one whose policy it reads
-# What the contract and the trainer had to learn for a method, as the commits that brought it tell
+# What dqo/objectives/base.py, as it was first written, did not have; their commits tell
 BEYOND = {
-    "kto": "responses put behind another prompt (companions) and a mean over the step before its losses",
     "curry_dpo": "phases that train on a part of the pairs and refresh the reference",
-    "dqo": "importance weights, a moving average of the values",
-    "oreo": "the exact KL, differentiable; for steps as actions, which step a token belongs to",
-    "ppo": "log-probabilities of the sampler, means over a whole step before its losses",
-    "dapo": "a value model that is fitted to a column of the file, and phases of critic and policy",
-    "rto": "log-probabilities of a third model, computed once and cached",
-    "etpo": "a language model as critic, and the KL to it",
-    "rank_dpo": "nothing: lists of any length were there",
+    "dapo": "a critic that is fitted to a column, and the file's pass rates as that column",
+    "ppo": "means over a whole step, known before its losses; whether log-probabilities are stored",
+    "rto": "a frozen third model, asked once",
+    "etpo": "a language model as critic, and the exact KL to it",
 }
 SHOWN = PANELS | {"auc": ("credit AUC", 1, (0.3, 1))}
 
