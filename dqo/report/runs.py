@@ -39,6 +39,7 @@ _NUMBER = (int, float)
 _RECORD: dict[str, Any] = {"created": str, "commands": list, "steps": int, "phases": list, "data": dict, "model": dict}
 _RECORD |= {"parameters": dict, "versions": dict, "device": str, "finished": bool, "seconds": _NUMBER}
 _RECORD |= {
+    "cpu_seconds": _NUMBER,
     "tokens_per_second": _NUMBER,
     "made": int,
     "held_out": dict,

@@ -27,8 +27,8 @@ from dqo.train.run import Run
 
 def store_results(run: Run, accuracies: dict[str, Accuracy]) -> None:
     """Writes what only the models can tell. `accuracies`: of the base and of the trained model; {} without eval_tasks."""
-    found: dict[str, Any] = {"seconds": run.seconds, "tokens_per_second": run.tokens_per_second, "made": run.steps}
-    found |= {"held_out": run.held_out, "value_traces": [], "files": []}
+    found: dict[str, Any] = {"seconds": run.seconds, "cpu_seconds": run.cpu_seconds, "made": run.steps}
+    found |= {"tokens_per_second": run.tokens_per_second, "held_out": run.held_out, "value_traces": [], "files": []}
     if accuracies:
         before, after = accuracies.values()
         write_lines(run.output_dir / ANSWERS_FILE, answer_rows(before, after))

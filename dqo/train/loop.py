@@ -63,6 +63,7 @@ class Trainer:
             "skipped": 0,
             "num_tokens": 0,
             "train_seconds": 0.0,
+            "train_cpu_seconds": 0.0,
             "metrics_position": 0,
         }
         self.train_rows: Sequence[Row] = ()
@@ -314,11 +315,12 @@ class Trainer:
                 events.epoch_begin()
             events.step_begin()
             self.stages.enter(counters["step"])
-            begun = time.perf_counter()
+            begun, cpu_begun = time.perf_counter(), time.process_time()
             chosen = self.stages.groups(counters["step"], self.position)
             logged = self.train_step(counters["step"], [self.prepared.groups[i] for i in chosen])
             counters["step"] += 1
             counters["train_seconds"] += time.perf_counter() - begun
+            counters["train_cpu_seconds"] += time.process_time() - cpu_begun
             self._after_step(logged, bar)
             bar.update(self.position - bar.n)
             if (reason := self.collapse.stop(counters["step"], self.weights)) is not None:

@@ -35,6 +35,7 @@ class Run:
     prepared: Prepared  # with the trained models
     steps: int
     seconds: float  # of the steps alone
+    cpu_seconds: float  # the same of the processor, all threads of this process
     tokens_per_second: float
     held_out: dict[str, float]
     objective: Objective
@@ -110,6 +111,7 @@ def run_of(trainer: Trainer, held_out: dict[str, float]) -> Run:
         whole_policy = load_policy(str(trainer.output_dir), trainer.processes.device)
         value_model = load_critic(critic, trainer.processes.device) if critic.exists() else None
         trainer.prepared.learner = Learner(whole_policy, value_model)
-    seconds = trainer.counters["train_seconds"]
+    seconds, cpu_seconds = (trainer.counters[name] for name in ("train_seconds", "train_cpu_seconds"))
     rate = trainer.counters["num_tokens"] / seconds if seconds else 0.0
-    return Run(trainer.output_dir, trainer.prepared, trainer.steps, seconds, rate, held_out, trainer.objective)
+    found = (trainer.steps, seconds, cpu_seconds, rate, held_out, trainer.objective)
+    return Run(trainer.output_dir, trainer.prepared, *found)
