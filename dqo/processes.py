@@ -18,6 +18,7 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
+from dqo import peers
 from dqo.errors import UserError
 
 
@@ -73,23 +74,44 @@ class Processes:
             dist.barrier()
             dist.destroy_process_group()
 
-    def end(self) -> None:
+    def end(self, status: int = 0) -> None:
         """The end of the program. One of several processes ends here and at once: in an ordinary exit threads of gloo that are
         still there now and then abort it (torch 2.13), after all its work is done."""
         if self.world > 1:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(0)
+            os._exit(status)
 
 
 ALONE = Processes()
 
 
-def start(use_cpu: bool = False, fsdp: bool = False, **group: Any) -> Processes:
-    """Joins the process group of the launcher, whose arguments are `group`; one process without a launcher."""
+def start(use_cpu: bool = False, fsdp: bool = False, problem: str | None = None, **group: Any) -> Processes:
+    """Joins the process group of the launcher, whose arguments are `group`; one process without a launcher.
+
+    Args:
+        problem: why this process cannot go on, which the others are told.
+
+    Raises:
+        UserError: with the problem of another process.
+    """
     state = PartialState(cpu=use_cpu or not torch.accelerator.is_available(), **group)
     sharded = fsdp and state.num_processes > 1
-    return Processes(state.process_index, state.num_processes, state.device, sharded, state.local_process_index)
+    processes = Processes(state.process_index, state.num_processes, state.device, sharded, state.local_process_index)
+    if processes.world > 1:
+        known = gather_objects([(peers.listen(), problem)], processes)
+        peers.know([peer for peer, _ in known], processes.rank)
+        told = [f"{peers.called(rank)}: {text}" for rank, (_, text) in enumerate(known) if text is not None]
+        if told and problem is None:
+            raise UserError(told[0])
+    return processes
+
+
+def tell(problem: str) -> None:
+    """Tells the other machines of a launch that this process does not go on: they would wait for it until their patience ends.
+    Those of this machine are ended by their launcher."""
+    if peers.several_machines() and not dist.is_initialized():
+        start(os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true", problem=problem).end(2)
 
 
 def launched(use_cpu: bool = False) -> Processes:

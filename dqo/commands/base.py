@@ -15,9 +15,10 @@ import errno
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 
-from dqo import signals
+from dqo import peers, signals
 from dqo.environment import version_line
 from dqo.errors import UserError, did_you_mean, is_out_of_memory, printable
 from dqo.modules import modules_in
@@ -80,6 +81,10 @@ def run(command: Callable[[], None]) -> None:
         command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        if peers.several_machines():
+            from dqo.processes import tell
+
+            tell(str(error))
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit):
         if signals.noted():
@@ -94,6 +99,10 @@ def run(command: Callable[[], None]) -> None:
         print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:  # where no smaller batch helps: while models are loaded, say
+        if peers.is_lost(error):
+            print(f"error: {peers.loss(error)}", file=sys.stderr, flush=True)
+            time.sleep(peers.STAY_SECONDS)
+            os._exit(2)  # an ordinary exit would wait for the lost one
         if not is_out_of_memory(error):
             raise
         what = " ".join(str(error).split())[:200] or type(error).__name__

@@ -56,6 +56,9 @@ PARALLELISM = ("TP_SIZE", "CP_SIZE", "SP_SIZE", "DP_REPLICATE_SIZE")  # 1 asks f
 PARALLELISM_DETAILS = {"DP_SHARD_SIZE", "CP_BACKEND", "CP_COMM_STRATEGY", "SP_BACKEND", "SP_SEQ_LENGTH"}
 PARALLELISM_DETAILS |= {"SP_SEQ_LENGTH_IS_VARIABLE", "SP_ATTN_IMPLEMENTATION"}
 
+# Where one of them is set, a process is one of several: of torchrun and of the launchers of MPI.
+_OF_SEVERAL = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
+
 # FSDP_ settings, read under ACCELERATE_USE_FSDP: the values that are what this trainer does anyway, in lower case.
 FSDP = {
     "VERSION": {"2"},
@@ -159,6 +162,13 @@ def _refuse_settings(environment: Mapping[str, str]) -> None:
         value = environment.get(name, "").strip()
         return None if value.lower() in OFF else value
 
+    alone = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
+    if alone and not environment.keys() & _OF_SEVERAL:
+        raise UserError(
+            f"accelerate launch was asked for several processes (MASTER_ADDR={environment['MASTER_ADDR']} is set) and started one: "
+            "it starts several only with its option multi_gpu, on CPUs too (accelerate launch --multi_gpu --cpu --num_processes N). "
+            "Where one is meant, unset MASTER_ADDR"
+        )
     for name, why in SWITCHES.items():
         if value := given(name):
             _refuse(name, value, why)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +34,8 @@ from dqo_kernels import TokenStats, linear_token_stats
 
 transformers_logging.disable_progress_bar()
 logger = logging.getLogger(__name__)
+
+WITH_WEIGHTS = "with_weights"  # a method of a head that is sharded alone: calls a function while its weights are whole
 
 
 def load_tokenizer(path: str):
@@ -183,8 +187,20 @@ def hidden_and_router(
     return hidden.bfloat16() if bf16 else hidden, getattr(output, "router_logits", None)
 
 
+def with_heads(models: Sequence[PreTrainedModel], work: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """`work(hidden)` where the weights of the models' heads are whole: one that is sharded alone is gathered for it."""
+    for model in models:
+        work = partial(_with_head(model), work)
+    return work(hidden)
+
+
+def _with_head(model: PreTrainedModel) -> Callable:
+    return getattr(model.get_output_embeddings(), WITH_WEIGHTS, lambda work, hidden: work(hidden))
+
+
 def head_of(model: PreTrainedModel, dtype: torch.dtype) -> dict:
-    """weight, bias and softcap of the head in `dtype`, as the arguments of `dqo_kernels`' linear operations."""
+    """weight, bias and softcap of the head in `dtype`, as the arguments of `dqo_kernels`' linear operations; inside of
+    `with_heads`."""
     head = model.get_output_embeddings()
     bias = None if head.bias is None else head.bias.to(dtype)
     return {"weight": head.weight.to(dtype), "bias": bias, "softcap": final_softcap(model)}
@@ -214,8 +230,12 @@ def reference_head(reference: PreTrainedModel, hidden: Tensor) -> dict[str, Tens
 
 def head_stats(policy: PreTrainedModel, hidden: Tensor, actions: Tensor) -> TokenStats:
     """(N, D) hidden states and (N,) tokens -> (N,) statistics."""
-    head = head_of(policy, hidden.dtype)
-    return linear_token_stats(head_inputs(policy, hidden), head.pop("weight"), actions, **head)
+
+    def work(hidden: Tensor) -> TokenStats:
+        head = head_of(policy, hidden.dtype)
+        return linear_token_stats(head_inputs(policy, hidden), head.pop("weight"), actions, **head)
+
+    return with_heads([policy], work, hidden)
 
 
 def policy_stats(policy: PreTrainedModel, batch: Batch, bf16: bool = False) -> TokenStats:

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from dqo.data.batches import Batch
 from dqo.errors import UserError
-from dqo.models.policy import head_inputs, head_of, head_stats, hidden_positions, load_policy, reference_head
+from dqo.models.policy import head_inputs, head_of, head_stats, hidden_positions, load_policy, reference_head, with_heads
 from dqo.models.value_form import ValueForm
 from dqo.models.value_source import Q_FILE
-from dqo_kernels import linear_token_stats
+from dqo_kernels import TokenStats, linear_token_stats
 
 _MODEL = "model."  # in front of the names of its parameters
 
@@ -60,9 +60,13 @@ class QModel(nn.Module):
             hidden: (N, D) the policy's hidden states of the rows.
         """
         own = hidden_positions(self.model, batch, bf16)[batch.states]
-        head = head_of(policy, hidden.dtype) | reference_head(self.model, own.to(hidden.dtype))
-        weight = head.pop("weight")
-        both = linear_token_stats(head_inputs(policy, hidden), weight, batch.actions, **head)
+
+        def work(hidden: Tensor) -> TokenStats:
+            head = head_of(policy, hidden.dtype) | reference_head(self.model, own.to(hidden.dtype))
+            weight = head.pop("weight")
+            return linear_token_stats(head_inputs(policy, hidden), weight, batch.actions, **head)
+
+        both = with_heads([policy, self.model], work, hidden)
         assert both.kl is not None and both.ref_lse is not None
         return self.beta * (both.ref_lse - batch.columns["ref_lse"] - both.kl)
 

@@ -21,6 +21,7 @@ from dqo.files import in_units
 from dqo.models.memory import in_memory
 from dqo.processes import Processes
 from dqo.reference.cache import Entry, ReferenceCache, response_key
+from dqo.reference.exchange import exchange
 from dqo_kernels import TokenStats
 
 logger = logging.getLogger(__name__)
@@ -165,14 +166,14 @@ def reference_entries(
     Args:
         episodes: equal responses are computed once; they are read again where they are computed.
         stats_of: the reference's forward pass, on batches of `batching`.
-        processes: each computes its share and reads the others' after a barrier; several need a cache.
+        processes: each computes its share and reads the others' after a barrier, or is sent them; several need a cache.
         cache: what is there is not computed, and what is computed goes there a segment at a time; None keeps nothing.
         what: whose forward pass it is, for messages.
         together: a forward pass is one of all processes, whose shards it gathers: who is done computes along.
         companions: False leaves them out.
 
     Raises:
-        UserError: for a response to which the reference gives no finite log-probability, or a cache that ranks do not share.
+        UserError: for a response to which the reference gives no finite log-probability.
     """
     places: dict[bytes, tuple[int, bool]] = {}  # the first episode, and whether its companion is meant
     lengths: dict[bytes, int] = {}  # actions
@@ -190,6 +191,8 @@ def reference_entries(
         return found
 
     entries = {} if cache is None else cache.lookup(lengths)
+    if processes.world > 1 and cache is not None:
+        exchange(entries, lengths, cache, processes)
 
     # By key among equals, and shares of all responses rather than of the missing ones: after a kill every rank goes on as before.
     ordered = sorted(places, key=lambda key: (-sizes[key], key))
@@ -244,13 +247,8 @@ def reference_entries(
         assert cache is not None  # the caller gives one
         processes.barrier()
         entries |= cache.lookup({key: length for key, length in lengths.items() if key not in entries})
-        lost = sum(key not in entries for key in places)
-        if lost:
-            raise UserError(
-                f"{cache.directory} lacks {lost:,} responses that other ranks computed; ref_cache_dir must be one "
-                "directory that all machines see"
-            )
-    if cache is not None and processes.main:
+        exchange(entries, lengths, cache, processes)
+    if cache is not None and processes.local_rank == 0:
         cache.describe()
     return entries, len(missing)
 

@@ -88,8 +88,9 @@ def load_optimizer_tensors(optimizers: dict[str, torch.optim.Optimizer], tensors
         state: dict[int, dict[str, Any]] = {}
         for key, value in tensors.items():
             owner, index, field = key.split("/")
-            if owner == name:  # cloned: out of the file's mapping
-                state.setdefault(int(index), {})[field] = like(value.clone(), parameters[int(index)])
+            if owner == name:  # copied: out of the file's mapping
+                own = like(value, parameters[int(index)])
+                state.setdefault(int(index), {})[field] = value.clone() if own is value else own
         if isinstance(optimizer, torch.optim.AdamW):
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
             continue

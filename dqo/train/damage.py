@@ -18,6 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from dqo import peers
 from dqo.errors import UserError
 
 STATE_FILE = "dqo_state.json"
@@ -123,6 +124,8 @@ def loading(checkpoint: Path) -> Iterator[None]:
     except OSError as error:  # nothing of it may be renamed then
         raise UserError(f"{error.filename or checkpoint}: cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if peers.is_lost(error):  # while shards are read
+            raise
         what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise Damaged(f"{checkpoint} is damaged: {what}") from error
 

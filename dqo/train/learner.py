@@ -22,6 +22,7 @@ from dqo.models.policy import (
     hidden_positions,
     policy_stats,
     reference_head,
+    with_heads,
 )
 from dqo.models.q_model import QModel
 from dqo.models.router import router_loss
@@ -114,9 +115,6 @@ def _objective(
     wanted = {"output_router_logits": True} if router_coef else {}
     with torch.set_grad_enabled(train_policy and torch.is_grad_enabled()):
         hidden, router_logits = hidden_and_router(policy, batch, learner.bf16, wanted)
-        head = head_of(policy, hidden.dtype)
-    if not train_policy:  # a parameter that needs no cast is still itself
-        head |= {name: None if head[name] is None else head[name].detach() for name in ("weight", "bias")}
     with torch.set_grad_enabled("critic" in trains and torch.is_grad_enabled()):
         columns = batch.columns | _value_columns(learner, batch, hidden)
     extremes = {}
@@ -124,8 +122,8 @@ def _objective(
         values = columns["values"].detach()
         extremes = {"value/min": values.amin(), "value/max": values.amax()}
     columns |= {name: torch.full_like(columns["rewards"], mean) for name, mean in means.items()}
-    if objective.needs_kl:
-        head |= _reference_head(learner, objective, batch)
+    reference = _reference_of(learner, objective) if objective.needs_kl else None
+    ref_hidden = None if reference is None else _reference_hidden(reference, batch, learner.bf16)
 
     loss_of = objective if kept is None else objective.evaluation
 
@@ -147,18 +145,29 @@ def _objective(
                     kept.setdefault(name, []).append(value.detach())
         return loss, sums | metrics.common(stats, rows)
 
-    loss, sums = linear_row_loss(
-        head_inputs(policy, hidden[batch.states]),
-        head.pop("weight"),
-        batch.actions,
-        row_loss,
-        batch.cu_seqlens,
-        rows=columns,
-        cu_groups=torch.tensor([0, *accumulate(batch.sizes)], device="cpu"),
-        seqlens=[e.action_count for e in batch.episodes],
-        loss_scale=loss_scale,
-        **head,
-    )
+    def from_head(rows_of_hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.set_grad_enabled(train_policy and torch.is_grad_enabled()):
+            head = head_of(policy, hidden.dtype)
+        if not train_policy:  # a parameter that needs no cast is still itself
+            head |= {name: None if head[name] is None else head[name].detach() for name in ("weight", "bias")}
+        if reference is not None and ref_hidden is not None:
+            with torch.no_grad():
+                head |= reference_head(reference, ref_hidden)
+        return linear_row_loss(
+            head_inputs(policy, rows_of_hidden),
+            head.pop("weight"),
+            batch.actions,
+            row_loss,
+            batch.cu_seqlens,
+            rows=columns,
+            cu_groups=torch.tensor([0, *accumulate(batch.sizes)], device="cpu"),
+            seqlens=[e.action_count for e in batch.episodes],
+            loss_scale=loss_scale,
+            **head,
+        )
+
+    heads = [policy] if reference in (None, policy) else [policy, reference]
+    loss, sums = with_heads(heads, from_head, hidden[batch.states])
     if router_coef:
         assert router_logits is not None  # they were asked for
         auxiliary = router_loss(policy, router_logits, batch)
@@ -196,19 +205,19 @@ def _value_columns(learner: Learner, batch: Batch, hidden: Tensor) -> dict[str, 
     return columns
 
 
-@torch.no_grad()
-def _reference_head(learner: Learner, objective: Objective, batch: Batch) -> dict[str, Tensor | None]:
-    """Hidden states and head of what the KL is to: the reference, a model of its own or the policy with its adapter off, or the
-    Q-model."""
+def _reference_of(learner: Learner, objective: Objective) -> PreTrainedModel:
+    """What the KL is to: the reference, a model of its own or the policy with its adapter off, or the Q-model."""
     if objective.kl_to == "critic":
         assert isinstance(learner.value_model, QModel)
-        model = learner.value_model.model
-        hidden = hidden_positions(model, batch, learner.bf16)
-        return reference_head(model, hidden[batch.states])
-    model = learner.policy if learner.reference is None else learner.reference
-    with adapter_off(model):
-        hidden = hidden_positions(model, batch, learner.bf16)
-    return reference_head(model, hidden[batch.states])
+        return learner.value_model.model
+    return learner.policy if learner.reference is None else learner.reference
+
+
+@torch.no_grad()
+def _reference_hidden(reference: PreTrainedModel, batch: Batch, bf16: bool) -> Tensor:
+    """(N, D): the hidden states of a batch's rows."""
+    with adapter_off(reference):
+        return hidden_positions(reference, batch, bf16)[batch.states]
 
 
 @torch.no_grad()

@@ -10,18 +10,24 @@ data and knows every step's counts without communication.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
 from dqo.config.launcher import blocks_to_shard
 from dqo.errors import UserError
+from dqo.models.policy import WITH_WEIGHTS
 from dqo.processes import Processes
 from dqo.train.masters import has_masters, master_of, round_to_weights
+
+
+PIECE = 2**24  # bytes
 
 
 def wrap(
@@ -38,7 +44,13 @@ def wrap(
     if not processes.fsdp:
         return nn.parallel.DistributedDataParallel(module, find_unused_parameters=some_unused)
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     precision = MixedPrecisionPolicy(
@@ -55,22 +67,29 @@ def wrap(
         )
     options: Any = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
     for part in list(module.modules()):
-        if isinstance(part, PreTrainedModel) and (table := _apart_from_head(part)) is not None:
-            fully_shard(table, **options)
+        table, head = _table_and_head(part)
+        if table is not None:
+            alone: Any = fully_shard(table, **options)
+            alone.set_unshard_in_backward(type(table).forward is not nn.Embedding.forward)  # the gradient is of ids alone
+        if head is not None:
+            setattr(head, WITH_WEIGHTS, lambda work, hidden: work(hidden))
+            fully_shard(head, **options)
+            register_fsdp_forward_method(head, WITH_WEIGHTS)
         if type(part).__name__ in blocks:
             fully_shard(part, **options)
     fully_shard(module, **options, reshard_after_forward=True)
     return module
 
 
-def _apart_from_head(model: PreTrainedModel) -> nn.Module | None:
-    """The table of embeddings, where it is not the head too, which is read outside of its module: it is gathered alone."""
-    head = model.get_output_embeddings()
-    if model.base_model is model or not (head is None or isinstance(head, nn.Linear)):
-        return None
-    table = model.get_input_embeddings()
-    shared = head is not None and head.weight is table.weight
-    return None if shared or not isinstance(table, nn.Embedding) else table
+def _table_and_head(part: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The table of embeddings and the head of a whole model, each of which is gathered alone. One tensor that is both belongs to
+    what is gathered for a whole forward and backward."""
+    if not isinstance(part, PreTrainedModel) or part.base_model is part:
+        return None, None
+    table, head = part.get_input_embeddings(), part.get_output_embeddings()
+    if head is not None and (not isinstance(head, nn.Linear) or head.weight is table.weight):
+        return None, None
+    return table if isinstance(table, nn.Embedding) else None, head
 
 
 def without_sync(module: nn.Module, last: bool):
@@ -86,11 +105,42 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def pieces(tensor: Tensor, processes: Processes) -> Iterator[Tensor]:
+    """The rows of a tensor, sharded by rows or whole, one part behind the other, of a sharded one at most `PIECE` bytes at once:
+    less than the shard itself. All processes must take them."""
+    if not isinstance(tensor, DTensor) or not tensor.placements[0].is_shard(0):
+        yield whole(tensor)
+        return
+    own, rows = tensor.to_local(), -(-len(tensor) // processes.world)  # as torch.chunk divides them
+    at_once = max(1, PIECE // max(1, tensor.itemsize * (tensor.numel() // max(1, len(tensor)))))
+    for rank in range(processes.world):
+        for begin in range(0, min(rows, len(tensor) - rank * rows), at_once):
+            count = min(at_once, min(rows, len(tensor) - rank * rows) - begin)
+            if rank == processes.rank:
+                part = own[begin : begin + count].contiguous().to(processes.device)
+            else:
+                part = torch.empty((count, *tensor.shape[1:]), dtype=tensor.dtype, device=processes.device)
+            dist.broadcast(part.view(-1).view(torch.uint8), src=rank)
+            yield part
+
+
+def own_rows(parameter: Tensor) -> slice:
+    """The rows of a whole tensor that this process's shard of `parameter` has; of one that is not sharded all of them."""
+    if not isinstance(parameter, DTensor):
+        return slice(None)
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return slice(offset[0], offset[0] + shape[0])
+
+
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor sharded as `parameter` is."""
-    if isinstance(parameter, DTensor) and tensor.dim() > 0:
-        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return tensor
+    """A whole tensor, which every process has, sharded as `parameter` is; what is kept is a copy."""
+    if not isinstance(parameter, DTensor) or tensor.dim() == 0:
+        return tensor
+    own = tensor[own_rows(parameter)].to(parameter.device, copy=True).contiguous()
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
 
 
 def whole_state(module: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:

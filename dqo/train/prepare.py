@@ -56,6 +56,7 @@ from dqo.train.frozen_models import add_columns, frozen_models
 from dqo.train.implied_values import ImpliedValues, implied_values_of
 from dqo.train.inputs import Given
 from dqo.train.learner import Learner
+from dqo.train.machines import check_same
 from dqo.train.masters import add_masters
 from dqo.train.optim import steps_of
 from dqo.train.resume import FITTED, OF_OBJECTIVE, TRAINED_END
@@ -266,6 +267,7 @@ def prepare(
             check_adapter(model, some_ids)
     max_tokens = config.batch_tokens(processes.device.type)
     batching = Batching(tokenizer.pad_token_id, max_tokens, processes.device, attention.packs(policy))
+    check_same(identity, processes)
     resumed = claim_output(options, identity, processes)
     if processes.main:
         warn_of_little_room(Path(config.output_dir), learner, config.save_total_limit)

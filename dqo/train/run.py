@@ -21,6 +21,7 @@ from dqo.train.callbacks import check_callbacks
 from dqo.train.inputs import Given, check_options, load_rows
 from dqo.train.learner import Learner
 from dqo.train.loop import Answers, Trainer
+from dqo.train.machines import check_launch
 from dqo.train.prepare import Prepared, prepare
 from dqo.train.record import begin_record, data_record, machine, parameters, penalised_steps
 from dqo.train.resume import as_stored
@@ -64,6 +65,7 @@ def begin(
     train_rows, held_rows = rows or load_rows(options, given)
     options, normalised = with_normalised_rewards(options, train_rows)
     processes = start(options.train.use_cpu, options.train.fsdp)
+    check_launch(options, processes)
     if normalised:
         processes.say(normalised)
     trainer = Trainer(options, prepare(options, given, train_rows, held_rows, processes), given.callbacks, answers)

@@ -18,6 +18,7 @@ from dqo.errors import UserError
 from dqo.files import replacing
 from dqo.models.policy import load_policy, weights_hash
 from dqo.train.checkpoint import save_models
+from dqo.train.machines import seen
 from dqo.train.phases import Stretch
 from dqo.train.prepare import Prepared
 from dqo.train.run_models import reference_columns
@@ -102,7 +103,8 @@ class Stages:
     def _use_reference(self, begin: int) -> None:
         """Reads the reference of the phase that begins there: the same weights for a run that goes on."""
         prepared, directory = self.prepared, self._directory(begin)
-        if not (directory / "config.json").is_file() and not (directory / "adapter_config.json").is_file():
+        there = seen(directory, prepared.processes)
+        if not there or not any((directory / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UserError(
                 f"{directory} is missing: it is the reference policy of this phase, which began after step {begin}; put it back, "
                 "or choose another --output_dir"

@@ -1,4 +1,4 @@
-"""Safetensors files of sharded tensors, gathered and written one after the other: no process holds more than one whole tensor.
+"""Safetensors files of sharded tensors, whose rows are sent and written in pieces: no process holds more than one of them.
 
 The files are those that transformers and safetensors write, so a checkpoint is read by any number of processes, each by slices.
 """
@@ -26,7 +26,7 @@ from dqo.models.critic import (
 )
 from dqo.models.on_disk import Weights, read_into, weight_files
 from dqo.processes import Processes
-from dqo.train.parallel import load_whole_state, whole, whole_state
+from dqo.train.parallel import load_whole_state, pieces, whole_state
 
 _NAMES = {
     torch.float64: "F64",
@@ -63,7 +63,7 @@ def write_tensors(
     path: Path, tensors: dict[str, Tensor], processes: Processes, dtypes: dict[str, torch.dtype] | None = None
 ) -> None:
     """Writes a safetensors file of tensors, sharded or not, in the dtypes that `dtypes` names or their own. All processes must
-    call it; the first writes, and each gathers one tensor at a time."""
+    call it; the first writes, and each sends its rows."""
     kinds = {name: (dtypes or {}).get(name, tensor.dtype) for name, tensor in tensors.items()}
     names = sorted(
         tensors, key=lambda name: (-kinds[name].itemsize, name)
@@ -80,11 +80,10 @@ def write_tensors(
         if file is not None:
             file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            tensor = whole(tensors[name].detach())
-            if file is not None:
-                content = tensor.to("cpu", kinds[name]).contiguous()
-                file.write(content.flatten().view(torch.uint8).numpy().data)
-            del tensor
+            for part in pieces(tensors[name].detach(), processes):
+                if file is not None:
+                    content = part.to("cpu", kinds[name]).contiguous()
+                    file.write(content.flatten().view(torch.uint8).numpy().data)
     finally:
         if file is not None:
             file.close()

@@ -10,8 +10,9 @@ from typing import Any
 from dqo.processes import Processes
 
 
-def launched(world: int, work: Callable[[Processes], Any]) -> list[Any]:
-    """`work(processes)` in each of `world` threads at once; what they return. `processes` has from_main, barrier and gather."""
+def launched(world: int, work: Callable[[Processes], Any], machines: int = 1) -> list[Any]:
+    """`work(processes)` in each of `world` threads at once; what they return. `processes` has from_main, barrier and gather.
+    `machines`: on so many they are, as many on each."""
     meet, told, lists = threading.Barrier(world, timeout=60), [], [[] for _ in range(world)]
 
     class Thread(Processes):
@@ -27,7 +28,10 @@ def launched(world: int, work: Callable[[Processes], Any]) -> list[Any]:
         def gather(self, items):
             lists[self.rank] = items
             meet.wait()
-            return [item for members in lists for item in members]
+            found = [item for members in lists for item in members]
+            meet.wait()  # a faster one may already tell the next
+            return found
 
+    ranks = [Thread(rank, world, local_rank=rank % (world // machines)) for rank in range(world)]
     with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(work, [Thread(rank, world) for rank in range(world)]))
+        return list(pool.map(work, ranks))

@@ -1,8 +1,5 @@
 """A reference pass whose model is counted, for the tests of its numbers and of its limits."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import numpy as np
 
 from dqo.data.batches import Batching
@@ -41,16 +38,6 @@ def fresh(count=20, seed=0):
 
 def add(members, stats_of, cache=None, processes=ALONE, max_tokens=PER_BATCH):
     return reference.add_reference(members, stats_of, Batching(0, max_tokens), processes, cache)
-
-
-@dataclass(frozen=True)
-class Rank(Processes):
-    """One of several in one process."""
-
-    waiting: Callable[[], None] = lambda: None
-
-    def barrier(self):
-        self.waiting()
 
 
 def columns(members):

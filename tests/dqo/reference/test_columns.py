@@ -19,7 +19,8 @@ from dqo.reference.cache import ReferenceCache
 from dqo.reference.columns import AGREEMENT_BOUNDS, check_agreement
 from tests.dqo import forked
 from tests.dqo.helpers import policy
-from tests.dqo.reference.passes import IDENTITY, PER_BATCH, Counting, Rank, add, columns, fresh, same
+from tests.dqo.reference.passes import IDENTITY, PER_BATCH, Counting, add, columns, fresh, same
+from tests.dqo.together import launched
 
 
 def test_every_episode_gets_its_own_log_probabilities_whatever_the_batch():
@@ -150,28 +151,36 @@ def test_a_killed_pass_goes_on_where_it_was(cache):
     assert same(columns(members), columns(unbroken))
 
 
-def test_ranks_compute_their_shares_and_read_the_others(cache):
-    """Two ranks in one process: rank 1 runs where rank 0 waits for it."""
-    first, second, forwards = fresh(), fresh(), [Counting(), Counting()]
-    computed = []
-
-    def rank_1():
-        computed.append(add(second, forwards[1], cache, Rank(1, 2)))
-
-    computed.append(add(first, forwards[0], cache, Rank(0, 2, waiting=rank_1)))
+def test_ranks_compute_their_shares_and_read_the_others(cache, monkeypatch):
+    monkeypatch.setattr("dqo.reference.exchange.gather_objects", lambda items, processes: processes.gather(items))
+    members, forwards = [fresh(), fresh()], [Counting(), Counting()]
+    computed = launched(2, lambda p: add(members[p.rank], forwards[p.rank], cache, p))
     assert computed == [10, 10]
-    assert sorted(forwards[0].responses + forwards[1].responses) == sorted(e.source for e in first)
-    assert same(columns(first), columns(second))
+    assert sorted(forwards[0].responses + forwards[1].responses) == sorted(e.source for e in members[0])
+    assert same(columns(members[0]), columns(members[1]))
     alone = fresh()
     add(alone, Counting())
-    assert all(np.allclose(a.ref_logprobs, b.ref_logprobs, atol=1e-6) for a, b in zip(first, alone))
-    third = Counting()
-    assert add(fresh(), third, cache, processes=Rank(1, 2)) == 0
+    assert all(np.allclose(a.ref_logprobs, b.ref_logprobs, atol=1e-6) for a, b in zip(members[0], alone))
+    assert launched(2, lambda p: add(fresh(), Counting(), cache, p)) == [0, 0]
 
 
-def test_ranks_that_do_not_share_the_cache_are_told(cache):
-    with pytest.raises(UserError, match="lacks 10 responses that other ranks computed; ref_cache_dir must be one"):
-        add(fresh(), Counting(), cache, processes=Rank(0, 2))
+def test_machines_with_caches_of_their_own_compute_each_response_once_and_keep_all(tmp_path, monkeypatch):
+    monkeypatch.setattr("dqo.reference.exchange.gather_objects", lambda items, processes: processes.gather(items))
+    caches = [ReferenceCache(tmp_path / name, IDENTITY, "model") for name in ("first", "second")]
+    known, forwards = fresh()[::3], [Counting() for _ in range(4)]
+    add(known, Counting(), caches[1])  # of an earlier run of the second machine alone
+    members = [fresh() for _ in range(4)]
+    add_on = lambda p: add(members[p.rank], forwards[p.rank], caches[p.rank // 2], p)  # noqa: E731
+    assert sum(launched(4, add_on, machines=2)) == 20 - len(known)
+    asked = [source for forward in forwards for source in forward.responses]
+    assert sorted(asked + [e.source for e in known]) == sorted(e.source for e in members[0])
+    for other in members[1:]:
+        assert same(columns(other), columns(members[0]))  # bit for bit: who computed a number sends it
+    for cache in caches:  # each machine goes on alone
+        again = fresh()
+        assert add(again, Counting(), cache) == 0
+        assert same(columns(again), columns(members[0]))
+        assert json.loads((cache.directory / "meta.json").read_text())["responses"] >= 20
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
