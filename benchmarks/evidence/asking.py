@@ -38,11 +38,11 @@ RESULTS = Path(__file__).parents[1] / "results"
 RECIPE = Recipe()
 OF_DPO = {"learning_rate": 6e-5, "beta": 0.7, "lr_scheduler_type": "constant", "adam_beta2": 0.99, "max_length": 256}
 OF_DPO |= {"per_device_train_batch_size": RECIPE.batch // 2, "process_reward": "none", "eval_fraction": 0.0}
-XPO = OF_DPO | {"alpha": 1e-5, "max_steps": RECIPE.updates // 2}  # a round, of two
+XPO = OF_DPO | {"alpha": 1e-5, "max_steps": 16}  # a round, of two
 ROUNDS = {"ROUNDS": "2", "SAMPLES": "2", "VERIFIER": "arith", "LONGEST": str(RECIPE.max_new_tokens), "SEED": "0"}
-PROBLEMS = 1024  # that XPO and ZPG answer
+PROBLEMS = 512  # that XPO and ZPG answer
 ADPO = OF_DPO | {"threshold": 1.3, "max_steps": RECIPE.updates}
-ZPG = {"parameters": "norm", "mu": 2.0, "learning_rate": 0.1, "num_pairs": 192, "max_steps": 90, "verifier": "arith"}
+ZPG = {"parameters": "norm", "mu": 2.0, "learning_rate": 0.1, "num_pairs": 192, "max_steps": 40, "verifier": "arith"}
 ZPG |= {"max_completion_length": RECIPE.max_new_tokens, "seed": 0}
 
 

@@ -89,8 +89,8 @@ class DPO(Objective):
         return self.beta * sequence_sums(stats.logprobs - rows["ref_logprobs"], cu_seqlens)
 
     def signs(self, margin, rows, cu_seqlens):
-        """(pairs,): 1 where the first response counts as the better one, -1 where the second does. `margin` is that of the policy,
-        without a gradient."""
+        """(pairs,): 1 where the first response counts as the better one, -1 where the second does. `margin` is that of the
+        policy, without a gradient."""
         import torch
 
         return torch.ones_like(margin)

@@ -29,7 +29,9 @@ class Asked:
         names = base64.b64decode(stored["questions"]) if stored else b""
         self.questions = {names[i : i + _BYTES] for i in range(0, len(names), _BYTES)}
         self.pseudo_labels: int = stored["pseudo_labels"] if stored else 0
-        self._new: list[tuple[bytes, bool]] = []  # of the step that is being made: unknown questions, and whether each is asked
+        self._new: list[
+            tuple[bytes, bool]
+        ] = []  # of the step that is being made: unknown questions, and whether each is asked
 
     def begin(self) -> None:
         """Before a step, or before another try at it."""

@@ -77,8 +77,8 @@ def objective_sums(
     means: Mapping[str, float] = NOTHING,
     token_share: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective's loss summed over a micro-batch, times `loss_scale`, and its [sum, count] metrics. Of an objective that `asks`
-    one entry more, ASKED: (groups,) bool.
+    """The objective's loss summed over a micro-batch, times `loss_scale`, and its [sum, count] metrics; of an objective that
+    `asks` one entry more, ASKED: (groups,) bool.
 
     Args:
         trains: the models that get a gradient, of "policy" and "critic".

@@ -263,7 +263,11 @@ class Trainer:
             "collapse": self.collapse.steps,
         }
         self.counters |= self.recorder.position()
-        state |= self.asked.stored() | {"counters": self.counters, "steps": self.steps, "callbacks": self.callbacks.stored()}
+        state |= self.asked.stored() | {
+            "counters": self.counters,
+            "steps": self.steps,
+            "callbacks": self.callbacks.stored(),
+        }
         state |= stored_options(
             self.options, self.warmup, self.stretches, self.prepared.save_dtype, self.objective.weight_level
         )

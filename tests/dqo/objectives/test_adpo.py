@@ -73,8 +73,8 @@ def test_it_is_dpo_where_all_is_asked_and_sure_of_itself_where_nothing_is(option
 
 @pytest.mark.parametrize("start, known, sign", [(0.0, 0.0, 1), (-1.0, 0.0, 1), (-3.0, 0.0, -1), (-3.0, 1.0, 1)])
 def test_the_optimum_of_two_actions_is_dpo_s_or_that_of_what_the_policy_was_sure_of(start, known, sign):
-    """With a share e of wrong labels DPO's margin is log((1 - e) / e). A policy that begins surely wrong ends there with the other
-    sign, unless it asked once."""
+    """With a share e of wrong labels DPO's margin is log((1 - e) / e). A policy that begins surely wrong ends there with the
+    other sign, unless it asked once."""
     share, objective = 0.1, ADPO(beta=1.0, threshold=2.0, label_smoothing=0.1)
     logits = torch.tensor([start, 0.0], dtype=torch.float64, requires_grad=True)
     ref = torch.full((2,), math.log(0.5), dtype=torch.float64)
