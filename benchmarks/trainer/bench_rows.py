@@ -4,9 +4,9 @@
     python -m benchmarks.trainer.bench_rows --rows 10000 200000 --code OTHER_CHECKOUT --label before
     python -m benchmarks.trainer.bench_rows --rows 1000000 --tokens 500 --processes 1 2 --share_tables
 
-Results join benchmarks/results/rows.json under their commit, and the table of docs/benchmarks.md is printed. Memory is the peak of
-a process over samples of /proc: all of it ("resident", with the pages of mapped files, which the kernel takes back when it needs
-them), and what no file backs ("own"). Of several processes it is that of the largest.
+Results join benchmarks/results/rows.json under their commit, and the table of docs/benchmarks.md is printed. Memory is the peak
+of a process over samples of /proc: all of it ("resident", with the pages of mapped files, which the kernel takes back when it
+needs them), and what no file backs ("own"). Of several processes it is that of the largest.
 
 The model has two layers, and a token for each character. Its tokenizer is the demonstration's. That of rows of more than 256
 tokens needs a third of the time: the tokenizers library is not what they measure.
