@@ -1,11 +1,15 @@
 """Rows against time and memory: `dqo check` and ten steps of training on files of many rows, in processes that are watched.
 
-    python -m benchmarks.trainer.bench_rows --rows 10000 200000 --model DIR
-    python -m benchmarks.trainer.bench_rows --rows 10000 --model DIR --code OTHER_CHECKOUT --label before
+    python -m benchmarks.trainer.bench_rows --rows 10000 200000 --processes 1 2
+    python -m benchmarks.trainer.bench_rows --rows 10000 200000 --code OTHER_CHECKOUT --label before
+    python -m benchmarks.trainer.bench_rows --rows 1000000 --tokens 500 --processes 1 2 --share_tables
 
-Results join benchmarks/results/rows.json under their commit, and the table of docs/data.md is printed. Memory is the peak of a
-process over samples of /proc: all of it ("resident", with the pages of mapped files, which the kernel takes back when it needs
-them), and what no file backs ("own"). Of several processes it is that of the largest.
+Results join benchmarks/results/rows.json under their commit, and the table of docs/benchmarks.md is printed. Memory is the peak
+of a process over samples of /proc: all of it ("resident", with the pages of mapped files, which the kernel takes back when it
+needs them), and what no file backs ("own"). Of several processes it is that of the largest.
+
+The model has two layers, and a token for each character. Its tokenizer is the demonstration's. That of rows of more than 256
+tokens needs a third of the time: the tokenizers library is not what they measure.
 """
 
 from __future__ import annotations
@@ -27,6 +31,22 @@ from dqo.files import write_whole
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "rows.json"
 STEPS, BATCH = 10, 16
+CHARACTERS = "0123456789+-*=\n#"
+
+
+def write_model(directory: Path, tokens: int) -> None:
+    """A new model that reads rows of so many tokens."""
+    from tokenizers import Tokenizer
+
+    from dqo.models import new
+
+    tokenizer = new.character_tokenizer(CHARACTERS)
+    if tokens > 256:
+        told = json.loads(tokenizer.backend_tokenizer.to_str())
+        told["model"] = {"type": "BPE", "vocab": told["model"]["vocab"], "merges": [], "unk_token": new.PAD}
+        tokenizer = new._fast(Tokenizer.from_str(json.dumps(told | {"pre_tokenizer": None})))
+    model = new.new_llama(tokenizer, hidden_size=64, layers=2, heads=4, max_length=tokens + 64)
+    new.save(model, tokenizer, directory)
 
 
 def write_rows(path: Path, count: int, tokens: int) -> None:
@@ -89,9 +109,11 @@ def watched(command: list[str], code: Path) -> dict[str, float]:
     return {name: round(value, 1) for name, value in found.items()}
 
 
-def commands(file: Path, model: str, output: Path, processes: int) -> dict[str, list[str]]:
-    check = [sys.executable, "-m", "dqo", "check", str(file), "--model_name_or_path", model, "--rows", "0"]
-    options = {
+def commands(file: Path, model: Path, output: Path, processes: int, tables: Path | None) -> dict[str, list[str]]:
+    check = [sys.executable, "-m", "dqo", "check", str(file), "--model_name_or_path", str(model), "--rows", "0"]
+    check += [] if tables is None else ["--row_cache_dir", str(tables)]
+    options = {} if tables is None else {"row_cache_dir": tables}
+    options |= {
         "dataset_name": file,
         "model_name_or_path": model,
         "output_dir": output,
@@ -113,8 +135,11 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
             file = Path(scratch) / "rollouts.jsonl"
             write_rows(file, count, arguments.tokens)
+            model = Path(scratch) / "model"
+            write_model(model, arguments.tokens)
+            tables = Path(scratch) / "tables" if arguments.share_tables else None
             for processes in arguments.processes:
-                todo = commands(file, arguments.model, Path(scratch) / f"out-{processes}", processes)
+                todo = commands(file, model, Path(scratch) / f"out-{processes}", processes, tables)
                 for name, command in todo.items():
                     if name.split(",")[0] in arguments.what:
                         row = {"label": arguments.label, "rows": count, "tokens": arguments.tokens, "what": name}
@@ -142,14 +167,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=190)
     parser.add_argument("--processes", type=int, nargs="+", default=[1])
     parser.add_argument("--what", nargs="+", default=["check", "train"], choices=["check", "train"])
-    parser.add_argument("--model", required=True, help="a directory with a small model of the arith task")
+    parser.add_argument("--share_tables", action="store_true", help="the first command writes the tables of all")
     parser.add_argument("--code", default=str(ROOT), help="the checkout that is measured")
+    parser.add_argument("--commit", help="its commit, where it is another than this")
     parser.add_argument("--label", default="now", help="what the table calls it")
     parser.add_argument("--scratch", default=None, help="a directory with room for the files")
     arguments = parser.parse_args()
     import torch
 
-    told = {"commit": commit(), "device": device_name(torch.device("cpu")), "date": today()}
+    told = {"commit": arguments.commit or commit(), "device": device_name(torch.device("cpu")), "date": today()}
     before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     entries = [told | row for row in measure(arguments)]
     same = {(e["label"], e["rows"], e["tokens"], e["what"]) for e in entries}

@@ -83,11 +83,11 @@ class Episodes(Sequence[Episode]):
         if self._key_of is not None:
             for e in filter(None, (episode, episode.companion)):
                 key = self._key_of(e)
-                for name, said in self._said.items():
-                    if (found := said.get(key)) is not None and name is None:
+                for column_of, said in self._said.items():
+                    if (found := said.get(key)) is not None and column_of is None:
                         e.ref_logprobs, e.ref_lse = found.logprobs, found.lse
-                    elif found is not None and name is not None and e is episode:
-                        e.columns[name] = found.logprobs
+                    elif found is not None and column_of is not None and e is episode:
+                        e.columns[column_of] = found.logprobs
         return episode
 
     def __iter__(self) -> Iterator[Episode]:

@@ -259,6 +259,11 @@ def needed(form: str) -> tuple[str, ...]:
     return _NEEDED[form]
 
 
+def one_row_each(form: str) -> bool:
+    """Whether rows of this form are flat ones, but for the names of columns."""
+    return form in ("flat", "oreo")
+
+
 def to_flat(record: Record, form: str, reward_threshold: float) -> list[Record]:
     """The flat rows of one row.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dqo.data.checks import Common, checked
-from dqo.data.forms import Record, Shapes, check_columns, needed, to_flat
+from dqo.data.forms import Record, Shapes, check_columns, needed, one_row_each, to_flat
 from dqo.data.sources import BadRow, Source, open_source
 from dqo.data.turns import turn_count
 from dqo.errors import UserError
@@ -122,7 +122,7 @@ def checked_rows(source: Source, reward_threshold: float, scored: bool, say: Say
         say: called with a level of `logging` and a line.
 
     Raises:
-        UserError: for columns that rows cannot have.
+        UserError: for columns that rows cannot have, and a file that changes meanwhile.
     """
     shapes = Shapes()
     for item in source.items():
@@ -148,7 +148,7 @@ def checked_rows(source: Source, reward_threshold: float, scored: bool, say: Say
             except UserError as error:
                 yield BadRow(item.index, item.source, str(error))
 
-    if form in ("flat", "oreo"):
+    if one_row_each(form):
         common = Common.of_shapes(shapes.all, needed(form))
     else:
         common = Common.of(item for item in flat_records() if isinstance(item, Record))
@@ -160,6 +160,7 @@ def checked_rows(source: Source, reward_threshold: float, scored: bool, say: Say
             yield Row(**checked(item, common, reward_threshold, scored), source=item.source)
         except UserError as error:
             yield BadRow(item.index, item.source, str(error))
+    source.check_unchanged()
 
 
 def refuse(name: str, problems: list[BadRow], fit: int, skip_bad_rows: bool, scored: bool, say: Say) -> None:

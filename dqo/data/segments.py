@@ -98,6 +98,7 @@ class Segments:
         self._file: IO[bytes] | None = None  # of a larger one; it has no name
         self._begins: dict[int, tuple[int, int]] = {}  # where a segment begins and ends in it
         self._mapped: OrderedDict[int, Segment] = OrderedDict()
+        self._damaged: set[int] = set()
 
     def __len__(self) -> int:
         return self.count
@@ -131,7 +132,9 @@ class Segments:
         try:
             found = self._open(number, check=True)
         except Damaged as error:
-            logger.warning("%s is damaged (%s) and is written again", self._path(number), error)
+            if number not in self._damaged:  # it is looked for more than once
+                logger.warning("%s is damaged (%s) and is written again", self._path(number), error)
+            self._damaged.add(number)
             return None
         self.count = max(self.count, number + 1)
         return found
@@ -203,7 +206,12 @@ class Segments:
             self.directory.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with writing(self.directory):
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    logger.info("another process writes %s; this one waits for it", self.directory)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
             remove_asides(self.directory)
             yield
         finally:

@@ -39,6 +39,21 @@ class Source:
     name: str
     items: Callable[[], Iterator[Record | BadRow]]
     path: Path | None = None  # of a file
+    stamp: tuple[int, ...] = ()  # of that file when it was opened
+
+    def check_unchanged(self) -> None:
+        """Refuses a file that another process has written to since it was opened: it is read more than once."""
+        if self.path is not None and stamp_of(self.path) != self.stamp:
+            raise UserError(f"{self.path}: changed while it was read; start again when its writer has ended")
+
+
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """What differs when a file is written to, or replaced; () where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_records(source: Any) -> tuple[str, list[Record], list[BadRow]]:
@@ -78,10 +93,10 @@ def open_source(source: Any) -> Source:
     if path.is_dir():
         return Source(path.name, _iterable(_from_saved(path)))
     if path.suffix == ".parquet":
-        return Source(path.name, partial(_from_parquet, path), path)
+        return Source(path.name, partial(_from_parquet, path), path, stamp_of(path))
     if path.suffix not in _SUFFIXES:
         raise UserError(f"{path}: unknown kind of file {path.suffix!r}; expected .jsonl or .parquet")
-    return Source(path.name, partial(_from_jsonl, path), path)
+    return Source(path.name, partial(_from_jsonl, path), path, stamp_of(path))
 
 
 def _from_jsonl(path: Path) -> Iterator[Record | BadRow]:

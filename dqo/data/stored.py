@@ -130,7 +130,8 @@ class StoredRows(Sequence[Row]):
         segment = self.segments[number // ROWS].arrays
         place, ends = number % ROWS, segment["ends"]
         content = segment["content"][ends[place - 1] if place else 0 : ends[place]].tobytes()
-        return Row(*(pickle.loads(content[1:]) if content[:1] == b"p" else marshal.loads(content[1:])))
+        own = self.segments.directory is None and content[:1] == b"p"
+        return Row(*(pickle.loads(content[1:]) if own else marshal.loads(content[1:])))
 
     @property
     def root(self) -> Path | None:

@@ -7,11 +7,13 @@ of its rows (dqo.data.stored), a segment of tokens for each segment of rows, so 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import gc
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import chain
@@ -124,8 +126,9 @@ def token_table(
                 with clock_at(template_time):
                     for number, begin in enumerate(range(0, rows.total, ROWS)):
                         if segments.find(number) is None:
-                            chunk = tokenize_chunk(whole[begin : begin + ROWS], tokenizer, ends, vocab_size)
-                            segments.put(number, *_packed(chunk))
+                            with uncollected():
+                                chunk = tokenize_chunk(whole[begin : begin + ROWS], tokenizer, ends, vocab_size)
+                                segments.put(number, *_packed(chunk))
                 segments.finish({})
     return TokenTable(segments, rows.total, ends)
 
@@ -147,7 +150,19 @@ def _described(tokenizer, template_time: datetime.datetime | None) -> Any:
     ]
 
 
-def response_bytes(completion: list[int], env_mask: Sequence[Any] | np.ndarray | None) -> bytes:
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the collector of cycles, which looks at all that was imported whenever some thousand lists of ids are made."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def response_bytes(completion: list[int] | np.ndarray, env_mask: Sequence[Any] | np.ndarray | None) -> bytes:
     """Equal for equal completions in which the model wrote the same tokens."""
     mask = b"" if env_mask is None else np.asarray(env_mask, np.bool_).tobytes()
     return np.asarray(completion, np.int32).tobytes() + mask
@@ -155,6 +170,12 @@ def response_bytes(completion: list[int], env_mask: Sequence[Any] | np.ndarray |
 
 def _packed(chunk: Chunk) -> tuple[Arrays, dict[str, Any]]:
     made = [tokens for _, tokens in chunk.found]
+    ids = _ragged("ids", [part for t in made for part in (t.prompt, t.completion)], np.int32, 2)
+    prompts, responses = [], []
+    for tokens, end in zip(made, ids["ids_end"].tolist()):
+        begin = end - len(tokens.completion)
+        prompts.append(ids["ids"][end - tokens.length : begin].tobytes())
+        responses.append(response_bytes(ids["ids"][begin:end], tokens.env_mask))
     arrays = {
         "row": np.array([index for index, _ in chunk.found], np.int32),
         "prompt_length": np.array([len(tokens.prompt) for tokens in made], np.int32),
@@ -163,9 +184,9 @@ def _packed(chunk: Chunk) -> tuple[Arrays, dict[str, Any]]:
         "first_action": np.array([tokens.first_action for tokens in made], np.int32),
         "truncated": np.array([tokens.truncated for tokens in made], np.bool_),
         "open_end": np.array([tokens.open_end for tokens in made], np.bool_),
-        "prompt": hashes([np.asarray(tokens.prompt, np.int32).tobytes() for tokens in made]),
-        "response": hashes([response_bytes(tokens.completion, tokens.env_mask) for tokens in made]),
-        **_ragged("ids", [part for t in made for part in (t.prompt, t.completion)], np.int32, 2),
+        "prompt": hashes(prompts),
+        "response": hashes(responses),
+        **ids,
         **_ragged("step_ends", [tokens.step_ends for tokens in made], np.int32),
         **_ragged("turn_ends", [tokens.turn_ends for tokens in made], np.int32),
         **_ragged("logprobs", [tokens.logprobs or [] for tokens in made], np.float32),

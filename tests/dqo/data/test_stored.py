@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dqo.data import segments, stored, table
+from dqo.data import rows, segments, stored, table
 from dqo.data.control import with_shuffled_rewards
 from dqo.data.rows import read_rows
 from dqo.data.stored import _COLUMNS, column, open_rows, process_rewards
@@ -179,3 +179,38 @@ def test_of_two_that_open_a_file_at_the_same_time_one_checks_it(tmp_path, monkey
         thread.join()
     logging.getLogger("dqo.data.stored").setLevel(logging.NOTSET)
     assert len(calls) == 1 and found[0] == found[1] == found[2]
+
+
+def test_who_waits_for_another_says_so(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    waiting = threading.Thread(target=lambda: open_rows(path, root=tmp_path / "cache"))
+    path = written(tmp_path, FILES["flat"])
+    directory = open_rows(path, root=tmp_path / "cache").segments.directory
+    (directory / "whole.json").unlink()
+    with segments.Segments(directory).alone():
+        waiting.start()
+        waiting.join(0.05)
+        while waiting.is_alive() and not caplog.messages:
+            waiting.join(0.05)
+        assert f"another process writes {directory}" in caplog.text and not (directory / "whole.json").exists()
+    waiting.join()
+    assert (directory / "whole.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_file_that_changes_while_it_is_read_is_refused_and_leaves_no_table(kind, tmp_path, monkeypatch):
+    path, checked = written(tmp_path, FILES["flat"], kind), rows.checked
+
+    def another_writes(*arguments):
+        written(tmp_path, FILES["flat"] * 2, kind)
+        return checked(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rows, "checked", another_writes)
+        for read in (read_rows, lambda path: open_rows(path, root=tmp_path / "cache")):
+            with pytest.raises(
+                UserError, match=f"rollouts.{kind}: changed while it was read; start again when its writer"
+            ):
+                read(written(tmp_path, FILES["flat"], kind))
+    assert not list(tmp_path.rglob("whole.json"))
+    assert open_rows(path, root=tmp_path / "cache") == read_rows(path)
