@@ -1,4 +1,4 @@
-"""Memory of tensors by their storages, without what an allocator keeps: what is alive, its greatest sum, and where it was made."""
+"""Memory of tensors by their storages, without what an allocator keeps: what is alive, its greatest sum, where it was made."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Tensors(TorchDispatchMode):
     def __init__(self, parts: bool = False):
         super().__init__()
         self._storages: dict[int, tuple[weakref.ref, str]] = {}
-        self._with_parts = parts
+        self._with_parts, self._new = parts, False
         self.most, self.parts = 0, Counter()
 
     def note(self, *tensors: Tensor) -> None:
@@ -46,7 +46,9 @@ class Tensors(TorchDispatchMode):
         for value in tree_iter(found):
             if isinstance(value, Tensor):
                 self._see(value, None)
-        self._sum()
+        if self._new or function.namespace in ("fsdp", "c10d"):  # FSDP2 enlarges storages, and then fills them
+            self._new = False
+            self._sum()
         return found
 
     def take(self) -> int:
@@ -73,6 +75,7 @@ class Tensors(TorchDispatchMode):
         key = storage._cdata
         known = self._storages.get(key)
         if known is None or known[0]() is None:
+            self._new = True
             self._storages[key] = weakref.ref(storage), origin or (_origin() if self._with_parts else "")
 
     def _sum(self) -> None:

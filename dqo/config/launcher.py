@@ -165,9 +165,9 @@ def _refuse_settings(environment: Mapping[str, str]) -> None:
     alone = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
     if alone and not environment.keys() & _OF_SEVERAL:
         raise UserError(
-            f"accelerate launch was asked for several processes (MASTER_ADDR={environment['MASTER_ADDR']} is set) and started one: "
-            "it starts several only with its option multi_gpu, on CPUs too (accelerate launch --multi_gpu --cpu --num_processes N). "
-            "Where one is meant, unset MASTER_ADDR"
+            f"accelerate launch was asked for several processes (MASTER_ADDR={environment['MASTER_ADDR']} is set) and started "
+            "one: it starts several only with its option multi_gpu, on CPUs too: accelerate launch --multi_gpu --num_processes "
+            "N, without --cpu. Where one is meant, unset MASTER_ADDR"
         )
     for name, why in SWITCHES.items():
         if value := given(name):

@@ -20,7 +20,15 @@ from transformers import PreTrainedModel
 
 from dqo.data.batches import Batch
 from dqo.errors import UserError
-from dqo.models.policy import head_inputs, head_of, head_stats, hidden_positions, load_policy, reference_head, with_heads
+from dqo.models.policy import (
+    head_inputs,
+    head_of,
+    head_stats,
+    hidden_positions,
+    load_policy,
+    reference_head,
+    with_heads,
+)
 from dqo.models.value_form import ValueForm
 from dqo.models.value_source import Q_FILE
 from dqo_kernels import TokenStats, linear_token_stats

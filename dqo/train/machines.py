@@ -78,7 +78,7 @@ _CURES = {
     "model": "model_name_or_path must be one directory that all machines see, or equal copies of it",
     "reference": "ref_model_name_or_path must be one directory that all machines see, or equal copies of it",
 }
-_CURES |= {name: "all machines need the same version of dqo, and of the objective" for name in OF_OBJECTIVE}
+_CURES |= dict.fromkeys(OF_OBJECTIVE, "all machines need the same version of dqo, and of the objective")
 
 
 def check_same(identity: dict, processes: Processes) -> None:

@@ -25,9 +25,9 @@ from dqo.errors import UserError
 from dqo.models.policy import WITH_WEIGHTS
 from dqo.processes import Processes
 from dqo.train.masters import has_masters, master_of, round_to_weights
+from dqo_kernels.core import dispatch
 
-
-PIECE = 2**24  # bytes
+PIECE = 2**23  # bytes
 
 
 def wrap(
@@ -66,19 +66,37 @@ def wrap(
             f"{', '.join(sorted(own)) or 'unknown'}"
         )
     options: Any = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
+    native = dispatch.choose("linear_row_loss", processes.device.type, None, torch.float32) != "reference"
     for part in list(module.modules()):
         table, head = _table_and_head(part)
         if table is not None:
             alone: Any = fully_shard(table, **options)
-            alone.set_unshard_in_backward(type(table).forward is not nn.Embedding.forward)  # the gradient is of ids alone
+            if type(table).forward is nn.Embedding.forward:  # the gradient is made of ids alone
+                alone.set_unshard_in_backward(False)
+                _reduced_at_once(table)
         if head is not None:
             setattr(head, WITH_WEIGHTS, lambda work, hidden: work(hidden))
-            fully_shard(head, **options)
+            alone = fully_shard(head, **options)
+            # the policy's gradients are made while its loss is computed
+            alone.set_unshard_in_backward(not native or part is not getattr(module, "policy", None))
             register_fsdp_forward_method(head, WITH_WEIGHTS)
         if type(part).__name__ in blocks:
             fully_shard(part, **options)
     fully_shard(module, **options, reshard_after_forward=True)
     return module
+
+
+def _reduced_at_once(table: nn.Module) -> None:
+    """FSDP2 takes the gradient of a module's input as the sign that those of its parameters are there. Ids have none, and the
+    whole gradient of a table would lie there until the backward ends: a zero that has one is added to what the table gives."""
+
+    def with_zero(module: Any, inputs: tuple, options: dict) -> tuple[tuple, dict]:
+        live = torch.is_grad_enabled() and module.weight.requires_grad
+        return inputs, options | {"zero": torch.zeros((), device=inputs[0].device, requires_grad=live)}
+
+    plain = table.forward
+    table.forward = lambda ids, zero: plain(ids) + zero.to(table.weight.dtype)  # type: ignore[method-assign]
+    table.register_forward_pre_hook(with_zero, with_kwargs=True, prepend=True)
 
 
 def _table_and_head(part: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
@@ -128,9 +146,7 @@ def own_rows(parameter: Tensor) -> slice:
     """The rows of a whole tensor that this process's shard of `parameter` has; of one that is not sharded all of them."""
     if not isinstance(parameter, DTensor):
         return slice(None)
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return slice(offset[0], offset[0] + shape[0])
 
 

@@ -92,6 +92,26 @@ def test_the_launcher_of_one_process_is_obeyed():
     assert not launcher.obey(options_of({}, "test"), environment | {"ACCELERATE_USE_CPU": "False"}).train.use_cpu
 
 
+def test_several_processes_of_which_the_launcher_started_one_are_refused():
+    """As on a CPU without its option multi_gpu."""
+    args = launch_command_parser().parse_args(["--cpu", "script.py"])
+    args.mixed_precision, args.dynamo_backend, args.num_machines, args.num_cpu_threads_per_process = "no", "no", 1, 1
+    made = {}
+    for args.num_processes in (1, 2):
+        _, environment = launch.prepare_simple_launcher_cmd_env(args)
+        names = [name for name in environment if name.startswith(OURS) or name.startswith("MASTER_")]
+        made[args.num_processes] = {name: environment[name] for name in names}
+    launcher.obey(options_of({}, "test"), made[1])
+    with pytest.raises(
+        UserError, match=r"several processes \(MASTER_ADDR=127.0.0.1 is set\) and started one: .*--multi_gpu"
+    ):
+        launcher.obey(options_of({}, "test"), made[2])
+    with pytest.raises(UserError, match="started one"):  # whatever the command
+        launcher.whole_models("dqo sample", made[2])
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        launcher.obey(options_of({}, "test"), made[2] | {name: "2"})
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -70,7 +70,9 @@ def together(nodes, *options, environments=({}, {})):
         process.join(300)
         process.kill()
         process.join()
-    return [(process.exitcode, *(file.read_text() if file.exists() else "" for file in said)) for process, said in running]
+    return [
+        (process.exitcode, *(file.read_text() if file.exists() else "" for file in said)) for process, said in running
+    ]
 
 
 def weights(directory):
@@ -153,12 +155,13 @@ class Network:
 
     def __enter__(self):
         self.names = [f"dqo{os.getpid()}{end}" for end in "ab"]
-        self.addresses = ["10.213.77.1", "10.213.77.2"]
+        self.addresses, self.links = ["10.213.77.1", "10.213.77.2"], ["veth0", "veth1"]
         try:
             for name in self.names:
                 self._ip("netns", "add", name)
-            self._ip("link", "add", "a", "netns", self.names[0], "type", "veth", "peer", "name", "b", "netns", self.names[1])
-            for name, link, address in zip(self.names, "ab", self.addresses):
+            first, second = self.names
+            self._ip(*f"link add veth0 netns {first} type veth peer name veth1 netns {second}".split())
+            for name, link, address in zip(self.names, self.links, self.addresses):
                 self._ip("-n", name, "address", "add", f"{address}/24", "dev", link)
                 for up in ("lo", link):
                     self._ip("-n", name, "link", "set", up, "up")
@@ -178,12 +181,24 @@ class Network:
 def test_a_machine_whose_power_ends_is_named_by_the_launcher_of_the_other(files, nodes):
     """As the documentation tells it: a launcher on each machine, the second of which is killed with its process."""
     with Network() as network:
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--cpu", "--num_machines", "2"]
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2"]
         launch += ["--num_processes", "2", "--main_process_ip", network.addresses[0], "--main_process_port", "29517"]
         running = []
-        for rank, (node, name, link) in enumerate(zip(nodes, network.names, "ab")):
-            command = [*launch, "--machine_rank", str(rank), "-m", "dqo.train", *flags(files / "out", max_steps=100_000)]
-            environment = {"OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(node)}
+        for rank, (node, name, link) in enumerate(zip(nodes, network.names, network.links)):
+            command = [
+                *launch,
+                "--machine_rank",
+                str(rank),
+                "-m",
+                "dqo.train",
+                *flags(files / "out", max_steps=100_000),
+            ]
+            environment = {
+                "OMP_NUM_THREADS": "1",
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": str(ROOT),
+                "HOME": str(node),
+            }
             environment |= {"GLOO_SOCKET_IFNAME": link, "HF_HUB_OFFLINE": "1"}
             with (node / "said").open("w") as said:
                 # the pair has one number, by which all of a machine is ended
