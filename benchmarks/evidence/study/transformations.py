@@ -45,12 +45,14 @@ def few_positives(rows: Sequence[Row], rng: random.Random, without: float, most:
 
 
 def half_right(rows: Sequence[Row], rng: random.Random, positives: float, most: int | None) -> list[Row]:
-    """Wrong responses with at least half of their steps right, and drawn right ones, which are a share `positives` of all."""
+    """Wrong responses with at least half of their steps right, and right responses to the same prompts, drawn, which are a share
+    `positives` of all."""
     wrong = [row for row in rows if not row.label and 0 < 2 * wrong_steps(row) <= len(row.step_rewards or ())]
-    right = [row for row in rows if row.label]
-    count = min(most or len(rows), int(len(wrong) / (1 - positives)), int(len(right) / positives))
-    few = rng.sample(right, round(count * positives))
-    mixed = rng.sample([*wrong[: count - len(few)], *few], count)
+    count = min(most or len(rows), int(len(wrong) / (1 - positives)))
+    wrong = wrong[: count - round(count * positives)]
+    prompts = {row.prompt for row in wrong}
+    few = rng.sample([row for row in rows if row.label and row.prompt in prompts], count - len(wrong))
+    mixed = rng.sample([*wrong, *few], count)
     return [row for found in by_prompt(mixed).values() for row in found]
 
 

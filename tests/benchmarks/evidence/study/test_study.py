@@ -148,7 +148,7 @@ def study_results(task, root):
 
 
 def test_a_control_that_gains_makes_its_table_suspect(tmp_path):
-    for task, right in (("a", [9, 9, 10, 9, 9]), ("c", [2, 3, 1, 3, 3])):
+    for task, right in (("a", [9, 9, 10, 9, 9]), ("c", [2, 3, 1, 3, 3]), ("e1", [0, 1, 0, 0, 0])):
         fill(tmp_path, task, {"base": [2, 3, 2, 2, 3], "dqo": [18, 17, 18, 17, 18], "shuffled": right})
         rows = rows_of(task, study_results(task, tmp_path), tmp_path)
         assert next(row for row in rows if row["method"] == "shuffled")["control"]["suspect"] == (task == "a")

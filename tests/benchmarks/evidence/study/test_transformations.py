@@ -77,6 +77,7 @@ def test_half_right_responses_are_wrong_with_half_of_the_steps_right_and_a_tenth
         assert row.label or 2 * grade.step_correct.count(True) >= len(grade.step_correct) > grade.step_correct.count(
             True
         )
+    assert {row.prompt for row in rows if row.label} <= {row.prompt for row in rows if not row.label}  # for pairs
     whole = made_of.half_right(samples, random.Random(0), 0.1, None)
     assert len(whole) > 200 and sum(row.label for row in whole) == round(0.1 * len(whole))
     prompts = [row.prompt for row in rows]
