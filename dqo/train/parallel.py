@@ -95,7 +95,7 @@ def _reduced_at_once(table: nn.Module) -> None:
         return inputs, options | {"zero": torch.zeros((), device=inputs[0].device, requires_grad=live)}
 
     plain = table.forward
-    table.forward = lambda ids, zero: plain(ids) + zero.to(table.weight.dtype)  # type: ignore[method-assign]
+    table.forward = lambda ids, zero: plain(ids) + zero.to(table.weight.dtype)
     table.register_forward_pre_hook(with_zero, with_kwargs=True, prepend=True)
 
 

@@ -270,7 +270,8 @@ def prepare(
     check_same(identity, processes)
     resumed = claim_output(options, identity, processes)
     if processes.main:
-        warn_of_little_room(Path(config.output_dir), learner, config.save_total_limit)
+        refreshes = sum("reference" in phase.refreshes for phase in objective.phases(config.value_warmup_steps))
+        warn_of_little_room(Path(config.output_dir), learner, config.save_total_limit, refreshes)
     if has_adapter(policy) and not policy.name_or_path and processes.main:
         save_base(policy, Path(base_of(policy, config)), again=resumed is None)
     visited = distinct(_visited(groups, options, per_step, resumed))
