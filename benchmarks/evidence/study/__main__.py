@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -61,8 +62,8 @@ def claimed(piece: Piece, root: Path) -> Iterator[bool]:
 
 
 def go_on(pieces: list[Piece], root: Path, minutes: float) -> int:
-    """Makes what has no result, until the time is over; returns how many pieces are left."""
-    begun, finished = time.monotonic(), set()
+    """Makes what has no result, until the time is over; returns how many pieces are left. One that fails is told, and left."""
+    begun, finished, failed = time.monotonic(), set(), set()
 
     def done(piece: Piece) -> bool:
         if piece not in finished and result_of(piece, root) is not None:
@@ -72,16 +73,22 @@ def go_on(pieces: list[Piece], root: Path, minutes: float) -> int:
     while left := [piece for piece in pieces if not done(piece)]:
         if time.monotonic() - begun >= 60 * minutes:
             return len(left)
-        for piece in (piece for piece in left if all(map(done, piece.needs()))):
+        for piece in (piece for piece in left if piece not in failed and all(map(done, piece.needs()))):
             with claimed(piece, root) as mine:
                 if not mine or done(piece):
                     continue
                 started = time.monotonic()
                 print(f"{time.strftime('%H:%M:%S')}  {piece.place} ({len(left)} left)", flush=True)
-                make(piece, root)
+                try:
+                    make(piece, root)
+                except Exception:
+                    traceback.print_exc()
+                    failed.add(piece)
                 print(f"          {time.monotonic() - started:.0f} s", flush=True)
             break
         else:
+            if failed:
+                return len(left)
             time.sleep(WAIT)  # another process is at all that is ready
     return 0
 
@@ -130,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     left = go_on(wanted(asked.task, asked.method, asked.stage), root, asked.minutes)
     write_tables(root, " ".join(["python -m benchmarks.evidence.study", *given]), asked.record)
     if left:
-        print(f"{left} pieces are left; the same command goes on")
+        print(f"{left} pieces are left; the same command goes on with them")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks.evidence.study import __main__ as study
 from benchmarks.evidence.study import pieces, settings
 from benchmarks.evidence.study.__main__ import claimed, wanted
 from benchmarks.evidence.study.pieces import Piece
@@ -100,6 +101,25 @@ def test_what_is_wanted_brings_what_it_needs():
         ("24-32", "data"),
     }
     assert {p.stage for p in wanted(["a"], ["dpo"], ["data"])} == {"data"} and wanted(["a"], ["dpo"], ["table"]) == []
+
+
+def test_a_piece_that_fails_keeps_back_only_what_needs_it(tmp_path, monkeypatch, capsys):
+    asked = wanted(["a"], ["rft", "dpo"], ["train"])
+    broken = Piece("run", "a", TUNING_SEED, "dpo", setting=3)
+    made = []
+
+    def make(piece, root):
+        made.append(piece)
+        if piece == broken:
+            raise OSError("no room")
+        write(piece, root, [1, 0])
+
+    monkeypatch.setattr(study, "make", make)
+    left = study.go_on(asked, tmp_path, minutes=1)
+    assert left == 1 + len(SEEDS) and len(made) == len(set(made)) == len(asked) - len(SEEDS)
+    assert "no room" in capsys.readouterr().err
+    monkeypatch.setattr(study, "make", lambda piece, root: write(piece, root, [1, 0]))
+    assert study.go_on(asked, tmp_path, minutes=0) == left and study.go_on(asked, tmp_path, minutes=1) == 0
 
 
 def test_a_piece_is_taken_by_one_process(tmp_path):
