@@ -261,13 +261,10 @@ class Trainer:
             "identity": self.prepared.identity,
             "window": {name: pair.tolist() for name, pair in window.items()},
             "collapse": self.collapse.steps,
+            **self.asked.stored(),
         }
         self.counters |= self.recorder.position()
-        state |= self.asked.stored() | {
-            "counters": self.counters,
-            "steps": self.steps,
-            "callbacks": self.callbacks.stored(),
-        }
+        state |= {"counters": self.counters, "steps": self.steps, "callbacks": self.callbacks.stored()}
         state |= stored_options(
             self.options, self.warmup, self.stretches, self.prepared.save_dtype, self.objective.weight_level
         )

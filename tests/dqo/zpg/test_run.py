@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from dqo import signals
 from dqo.commands.zpg import zpg_command
 from dqo.errors import UserError
+from dqo.evaluation.accuracy import Answered
 from dqo.evaluation.evaluate import evaluate
 from dqo.grading.grade import Grade
+from dqo.models.generate import Response
 from dqo.models.policy import load_policy
 from dqo.zpg import run as module
 from dqo.zpg.options import ZPGConfig
@@ -36,6 +38,12 @@ def options(files, output="out", **changes):
 def rows_of(directory):
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{name: x for name, x in row.items() if not name.startswith("perf/")} for row in rows]
+
+
+def _norms(directory):
+    """What OWN trains."""
+    found = [p.detach().flatten() for name, p in load_policy(str(directory)).named_parameters() if "norm" in name]
+    return torch.cat(found).numpy()
 
 
 def weights_of(directory):
@@ -121,29 +129,43 @@ def test_its_steps_are_the_algorithm_written_as_loops(files, here, monkeypatch):
     first, second, updated = seen
     (row,) = rows_of(files / "out")
     v = (second - first) / 4.0
-    start = torch.cat([p.flatten() for n, p in load_policy(str(files / "model")).named_parameters() if "norm" in n])
-    assert np.array_equal(first, start.detach().numpy()) and np.linalg.norm(v) == pytest.approx(1.0, abs=1e-5)
+    assert np.array_equal(first, _norms(files / "model")) and np.linalg.norm(v) == pytest.approx(1.0, abs=1e-5)
     sign = np.sign((updated - first) @ v)
     expected = 0.5 * len(v) / 4.0 * sign * row["value_difference/abs_mean"] * v
     assert np.allclose(updated - first, expected, atol=1e-5) and row["value_difference/abs_mean"] > 0
-    trained = torch.cat([p.flatten() for n, p in load_policy(str(files / "out")).named_parameters() if "norm" in n])
-    assert np.array_equal(trained.detach().numpy(), updated)
+    assert np.array_equal(_norms(files / "out"), updated)
 
 
-def test_it_learns_what_is_preferred_and_what_it_writes_can_be_evaluated(files, capsys):
-    """To end within six tokens."""
-    anything = "python:tests.dqo.zpg.verifiers:anything"
-    given = options(files, verifier=anything, max_steps=25, num_pairs=40, max_completion_length=6, save_steps=30)
-    given |= {"parameters": "embed", "lora_r": 4, "lora_alpha": 8.0, "mu": 2.0, "learning_rate": 0.05}
+def test_it_climbs_where_the_value_is_known(files, here, monkeypatch):
+    """A response is right with the probability sigmoid(a (theta - start)), |a| = 1; both policies share the random numbers."""
+    start = _norms(files / "model")
+    a = np.random.default_rng(0).standard_normal(len(start))
+    a /= np.linalg.norm(a)
+
+    def answers(self, chosen, k, pool):
+        chance = 1 / (1 + np.exp(-(module._flat(self.parameters) - start) @ a))
+        right = np.random.default_rng([self.counters["step"], k]).random(len(chosen)) < chance
+        said = [Response([int(r)], [0.0], True) for r in right]
+        return [Answered(self.problems[i], r, "", Grade(float(r.ids[0]))) for i, r in zip(chosen, said)]
+
+    monkeypatch.setattr(module._Run, "_answers", answers)
+    given = options(files, max_steps=40, num_pairs=100, mu=1.0, learning_rate=0.1, save_steps=40, **OWN)
+    zpg(quiet=True, **given)
+    rewards = [row["reward/mean"] for row in rows_of(files / "out")]
+    assert rewards[0] < 0.65 and np.mean(rewards[-5:]) > 0.85
+    assert (_norms(files / "out") - start) @ a > 2.0
+
+
+def test_the_command_trains_and_what_it_writes_can_be_evaluated(files, capsys):
+    given = options(files, max_steps=1, lora_r=2)
     words = [word for name, value in given.items() if name != "use_cpu" for word in (f"--{name}", str(value))]
     zpg_command([*words, "--use_cpu"])
     said = capsys.readouterr().out
-    assert "25 steps, 2,000 samples" in said and "Next: dqo eval" in said
-    rewards = [row["reward/mean"] for row in rows_of(files / "out")]
-    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.2
+    assert "1 steps, 24 samples" in said and "Next: dqo eval" in said
+    assert (files / "out" / "adapter_model.safetensors").exists()
     found = evaluate(
-        quiet=True, model_name_or_path=given["output_dir"], tasks=given["tasks"], verifier=anything, max_completion_length=6,
-        output_dir=str(files / "eval"), greedy=False, num_generations=4, use_cpu=True,
+        quiet=True, model_name_or_path=given["output_dir"], tasks=given["tasks"], verifier=VERIFIER, max_completion_length=4,
+        output_dir=str(files / "eval"), greedy=False, num_generations=2, use_cpu=True,
     )  # fmt: skip
     assert found["problems"] == 10
 
