@@ -26,6 +26,7 @@ from dqo.config.options import Options, check_values, options_of
 from dqo.config.sampling import SampleConfig
 from dqo.config.values import checked_config
 from dqo.data.overlap import check_unseen, trained_problems
+from dqo.data.stored import column
 from dqo.environment import env as env
 from dqo.errors import UserError, did_you_mean
 from dqo.evaluation.during import answering
@@ -44,14 +45,15 @@ from dqo.scoring.run import score  # noqa: F401
 from dqo.train import checkpoint, hub
 from dqo.train.absent import ABSENT
 from dqo.train.callbacks import check_callbacks, made
+from dqo.train.evaluation_rows import evaluation_episodes
 from dqo.train.export import export as export
 from dqo.train.held_out import predictions
 from dqo.train.inputs import Given, check_options, load_rows, shared_prompts
 from dqo.train.loop import Trainer
 from dqo.train.metrics import read_metrics
-from dqo.train.prepare import evaluation_episodes
 from dqo.train.resume import as_stored
 from dqo.train.run import Rows, begin, run_of
+from dqo.zpg.run import zpg as zpg
 
 
 class DQOConfig:
@@ -220,7 +222,7 @@ class DQOTrainer:
             check_options(self.options, self.given)
             rows = load_rows(self.options, self.given) if tasks else None
         if tasks:
-            trained = trained_problems(rows[0]) if rows else self._begin().train_problems
+            trained = trained_problems(rows[0] if rows else self._begin().train_rows)
             names = (
                 str(self.options.train.eval_tasks),
                 self.options.train.dataset_name or "the rows that are trained on",
@@ -257,7 +259,7 @@ class DQOTrainer:
         groups = None
         if eval_dataset is not None:
             found, rows = evaluation_episodes(self.options, self.given, trainer.prepared, eval_dataset)
-            shared_prompts(trainer.train_prompts, rows, "eval_dataset", "the rows that are trained on")
+            shared_prompts(column(trainer.train_rows, "prompt"), rows, "eval_dataset", "the rows that are trained on")
             groups = found.objective
         metrics = trainer.held_out(groups)
         trainer.callbacks.evaluated(metrics)

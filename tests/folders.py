@@ -19,7 +19,7 @@ ORDER = [
     ("config", "convert", "models", "reference"),
     ("sampling",),
     ("train",),
-    ("scoring", "evaluation"),
+    ("scoring", "evaluation", "zpg"),
     ("report", "inspection"),
     ("api", "comparison", "demo"),
     ("commands",),

@@ -26,7 +26,8 @@ import numpy as np
 
 from benchmarks.evidence.objectives import COMMON, OPTIONS, RECIPE, train
 from benchmarks.harness.environment import commit
-from dqo.data.episodes import Episode, make_episodes
+from dqo.data.episode import Episode
+from dqo.data.episodes import make_episodes
 from dqo.data.rows import Row, read_rows
 from dqo.demo.rollouts import distinct_problems, graded_rows, rng_of
 from dqo.grading.arith import ArithTask, Entry
@@ -154,10 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = given.output_dir or given.demonstration / "credit"
     runs = {m: [output / f"{m}-{given.updates}-seed-{seed}" for seed in range(given.seeds)] for m in given.methods}
     for method, directories in runs.items():
-        warmup = int(OPTIONS[method].get("value_warmup_steps", 0))
         for seed, directory in enumerate(directories):
             if not (directory / "report.html").exists():
-                train(method, given.demonstration, directory, seed=seed, max_steps=warmup + given.updates)
+                train(method, given.demonstration, directory, seed=seed, max_steps=given.updates)
     told = {"held_out": measured(runs, read_rows(given.demonstration / "data" / "held_out.jsonl"))}
     if given.unseen_mistakes:
         told["unseen_mistakes"] = measured(runs, unseen_rows(RECIPE.held_out_problems, RECIPE.eval_samples))

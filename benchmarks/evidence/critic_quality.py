@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dqo.credit.quality import Judged, quality_of
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.grading.arith import ArithTask
 from dqo.stats import auc
 

@@ -22,6 +22,8 @@ from dqo.stats import accuracy_interval, paired_test
 
 RESULTS = Path(__file__).parents[1] / "results"
 DECODINGS = ("greedy", "sampling")
+# {what a row has: (its name, factor, limits)}
+PANELS = {name: (f"{name} accuracy, %", 100, (0, 100)) for name in DECODINGS}
 
 
 def run_seeds(directory: Path, seeds: list[int]) -> dict[int, dict]:
@@ -89,30 +91,31 @@ def table(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(summary: dict, path: Path) -> None:
+def plot(rows: list[dict], path: Path, panels: dict[str, tuple] = PANELS) -> None:
+    """Means and intervals by method, one panel a measure; a method without the measure has none."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = list(dict.fromkeys(row["method"] for row in summary["rows"]))
+    names = list(dict.fromkeys(row["method"] for row in rows))
     grey = "#808080"  # readable on white and on black
     plt.rcParams.update({"svg.fonttype": "none", "text.color": grey, "axes.labelcolor": grey, "axes.edgecolor": grey})
     plt.rcParams.update({"xtick.color": grey, "ytick.color": grey, "font.family": "sans-serif", "svg.hashsalt": "dqo"})
-    figure, panels = plt.subplots(1, 2, figsize=(8.5, 2.6), sharey=True)
-    for panel, decoding in zip(panels, DECODINGS):
+    figure, axes = plt.subplots(1, len(panels), figsize=(8.5, 1.35 + 0.25 * len(names)), sharey=True)
+    for panel, (measure, (title, factor, limits)) in zip(axes, panels.items()):
         for y, name in enumerate(names):
-            rows = [row for row in summary["rows"] if row["method"] == name]
-            for offset, row in zip(np.linspace(-0.2, 0.2, len(rows)), rows):
-                low, mean, high = (100 * row[decoding][key] for key in ("low", "mean", "high"))
+            runs = [row for row in rows if row["method"] == name and row.get(measure)]
+            for offset, row in zip(np.linspace(-0.2, 0.2, len(runs)) if len(runs) > 1 else [0.0], runs):
+                low, mean, high = (factor * row[measure][key] for key in ("low", "mean", "high"))
                 colour = "#d55e00" if name == "dqo" else "#0072b2"
                 panel.errorbar(mean, y + offset, xerr=[[mean - low], [high - mean]], fmt="o", ms=4, color=colour, lw=1)
         panel.set_yticks(range(len(names)), names)
-        panel.set_xlabel(f"{decoding} accuracy, %")
-        panel.set_xlim(0, 100)
+        panel.set_xlabel(title)
+        panel.set_xlim(*limits)
         panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].invert_yaxis()
+    axes[0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, transparent=True, metadata={"Date": None})
 
@@ -125,7 +128,7 @@ def main() -> None:
     summary = summarise(run_seeds(arguments.directory, arguments.seeds))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "methods.json").write_text(json.dumps(summary, indent=1) + "\n")
-    plot(summary, RESULTS / "methods.svg")
+    plot(summary["rows"], RESULTS / "methods.svg")
     print(table(summary))
 
 

@@ -1,34 +1,37 @@
-"""Every objective by `dqo-train` on one rollout file: the demonstration's, from the demonstration's base model.
+"""Every objective on one rollout file, the demonstration's, from the demonstration's base model, by `dqo compare`.
 
-    dqo demo --output_dir dqo-demo && python -m benchmarks.evidence.objectives dqo-demo      (about eight minutes on two cores)
+    dqo demo --output_dir dqo-demo && python -m benchmarks.evidence.objectives dqo-demo     (about half an hour on one core)
 
-The same number of updates for all, at one set of options each (OPTIONS). Those of rft, dpo and dqo are the demonstration's, tried
-on another seed; those of kto, rebel, dro, oreo and of the step rewards are first guesses, so the table ranks nothing. A method
-that is not there yet is trained; the table is printed and goes to benchmarks/results/objectives.json.
+All make the same number of updates from as many responses each, at one set of options (OPTIONS). The command line of
+`dqo compare` is printed. It keeps what is finished and goes on with the rest, and so does this command: --methods trains
+some of them now, and the table has all that are finished. Then the policies are asked what they know of held-out responses; the
+table is printed, and goes with a plot to benchmarks/results/objectives.json and objectives.svg.
+
+Nothing is tuned here. xpo, which samples anew in every round, is not among them.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import dataclasses
 import json
+import shlex
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.evidence.methods import per_problem
-from benchmarks.harness.environment import commit
+from dqo.comparison.plan import flags_of, plan
+from dqo.comparison.run import is_finished
+from dqo.data.rows import Row, read_rows, write_rows
 from dqo.demo.recipe import Recipe
-from dqo.demo.report import evaluate_model
 from dqo.demo.rollouts import distinct_problems, rng_of
 from dqo.grading.arith import ArithTask
-from dqo.stats import accuracy_interval
-from dqo.train.metrics import read_metrics
-from dqo.train.record import machine
 
-RESULTS = Path(__file__).parents[1] / "results"
 RECIPE = Recipe()
-COMMON = {
+COMMON: dict[str, Any] = {
     "per_device_train_batch_size": RECIPE.batch,
     "max_steps": RECIPE.updates,
     "max_length": 256,
@@ -37,86 +40,138 @@ COMMON = {
     "process_reward": "none",
     "learning_rate": 1e-4,
 }
-WITH_VALUES = {"critic_learning_rate": 1e-3, "value_warmup_steps": 64, "max_steps": 64 + RECIPE.updates}
-OPTIONS = {
+WITH_VALUES = {"critic_learning_rate": 1e-3, "value_warmup_steps": 64}
+PAIRS = {"beta": 0.7, "learning_rate": 6e-5}
+PPO = {"behavior": "reference", **WITH_VALUES}  # the base model wrote the file, and stored no log-probabilities
+# {OUT}: the directory of the comparison. Those of rft, dpo and dqo are the demonstration's, all others are first guesses.
+OPTIONS: dict[str, dict[str, Any]] = {
     "sft": {},
     "rft": {},
-    "dpo": {"beta": 0.7, "learning_rate": 6e-5, "per_device_train_batch_size": RECIPE.batch // 2},
+    "dpo": PAIRS,
+    "curry_dpo": {**PAIRS, "stages": 3},
+    "rank_dpo": PAIRS,
     "kto": {"beta": 0.5},
-    "rebel": {"beta": 0.2, "per_device_train_batch_size": RECIPE.batch // 2},
+    "rebel": {"beta": 0.2},
+    "qrpo": {"beta": 0.2},
+    "tbrm": {"beta": 0.2},
     "dro": {"beta": 0.2, **WITH_VALUES},
     "oreo": {"beta": 0.2, **WITH_VALUES},
     "dqo": {"beta": 0.2, **WITH_VALUES},
-    "dqo, step rewards": {"beta": 0.2, "process_reward": "additive", "process_coef": 0.2, **WITH_VALUES},
-}
-COLUMNS = ("eval_loss", "eval_kl", "eval_rewards/margins", "eval_value/explained_variance", "eval_value/auc_end")
+    "dapo": {"beta": 0.2, "process_reward": "potential", "dataset_name": "{OUT}-data/prefix_values.jsonl", **WITH_VALUES},
+    "ppo": {"beta": 0.05, **PPO},
+    "rto": {"beta": 0.01, "beta1": 0.05, "dpo_model": "{OUT}/dpo-seed0", **PPO},
+    # a language model is its critic; the paper's average, of decay 0.995, goes less than half of the way in as many steps
+    "etpo": {"beta": 0.2, "target_ema": 0.9, **WITH_VALUES, "critic_learning_rate": 3e-4},
+}  # fmt: skip
+# Of the comparison alone
+WARMUP = 32
+BUDGET: dict[str, Any] = {"max_steps": 64, "per_device_train_batch_size": 128, "seed": 0, "eval_fraction": 0.05}
+PROBLEMS, SAMPLES = 250, 2
+FIRST = "dpo"  # which rto reads
 
 
-def train(name: str, demonstration: Path, output: Path, **changes: int) -> None:
-    data, base = demonstration / "data" / "rollouts.jsonl", demonstration / "base"
-    options = COMMON | OPTIONS[name] | changes
-    command = [sys.executable, "-m", "dqo", "train", "--method", name.partition(",")[0]]
-    command += ["--dataset_name", str(data), "--model_name_or_path", str(base), "--output_dir", str(output)]
-    command += [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    subprocess.run(command, check=True)
+def train(name: str, demonstration: Path, output: Path, **changes: Any) -> None:
+    """One run by `dqo train`. A value warm-up comes on top of max_steps, and a method of pairs takes half as many pairs."""
+    words = _words(COMMON | _data(demonstration) | changes) + _words(OPTIONS[name], f"{name}.")
+    (run,), _ = plan([name], 1, output.parent, flags_of(words))
+    *arguments, _ = run.arguments  # the last word is a directory of the plan's
+    subprocess.run([sys.executable, "-m", "dqo", "train", *arguments, str(output)], check=True)
 
 
-def measured(name: str, model: Path, problems: list[str]) -> dict:
-    found = evaluate_model(name, model, problems, RECIPE, seed=0).accuracy
-    row = {"method": name}
-    for decoding, scores in found.scores().items():
-        interval = accuracy_interval(per_problem(scores))
-        row[decoding] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
-    if (model / "metrics.jsonl").exists() and name != "base":
-        rows = read_metrics(model / "metrics.jsonl")
-        row |= {key: value for key, value in rows[-1].items() if key in COLUMNS}
-        speeds = sorted(r["perf/tokens_per_second"] for r in rows if "perf/tokens_per_second" in r)
-        row["tokens_per_second"] = speeds[len(speeds) // 2]
-    return row
+def _data(demonstration: Path) -> dict[str, Any]:
+    return {
+        "dataset_name": demonstration / "data" / "rollouts.jsonl",
+        "model_name_or_path": demonstration / "base",
+    }
 
 
-def table(rows: list[dict]) -> str:
-    names = {"eval_loss": "loss", "eval_kl": "kl", "eval_rewards/margins": "margin"}
-    names |= {"eval_value/explained_variance": "value explains", "eval_value/auc_end": "value AUC"}
-    lines = ["| method | greedy, % | sampling, % | " + " | ".join(names[c] for c in COLUMNS) + " | tokens/s |"]
-    lines.append("|---" * (4 + len(COLUMNS)) + "|")
+def _words(options: dict[str, Any], prefix: str = "", output: Path | None = None) -> list[str]:
+    """The command line of options."""
+    told = {name: str(value).replace("{OUT}", str(output)) for name, value in options.items()}
+    return [word for name, value in told.items() for word in (f"--{prefix}{name}", value)]
+
+
+def own_options(method: str) -> dict[str, Any]:
+    """Those of one method in the comparison."""
+    options = dict(OPTIONS[method])
+    if "value_warmup_steps" in options:
+        options["value_warmup_steps"] = WARMUP
+    if method == "rank_dpo":
+        options["per_device_train_batch_size"] = BUDGET["per_device_train_batch_size"] // RECIPE.samples
+    return options
+
+
+def comparison(methods: Sequence[str], demonstration: Path, output: Path, **changes: Any) -> list[str]:
+    """The arguments of `dqo compare`."""
+    asked = {
+        "eval_tasks": _extra(output) / "problems.jsonl",
+        "verifier": "arith",
+        "max_completion_length": RECIPE.max_new_tokens,
+    }
+    common = COMMON | BUDGET | _data(demonstration) | asked | {"num_generations": SAMPLES} | changes
+    words = ["--methods", ",".join(methods), "--seeds", "1", "--output_dir", str(output), *_words(common)]
+    for method in methods:
+        words += _words(own_options(method), f"{method}.", output)
+    return words
+
+
+def _extra(output: Path) -> Path:
+    """Files that the comparison reads beside the demonstration's."""
+    return output.with_name(f"{output.name}-data")
+
+
+def write_data(demonstration: Path, output: Path) -> None:
+    """New problems, and the rollouts with the values of their prefixes, beside `output`."""
+    directory = _extra(output)
+    directory.mkdir(parents=True, exist_ok=True)
+    seed = json.loads((demonstration / "demo.json").read_text())["seed"]
+    task = ArithTask(RECIPE.min_steps, RECIPE.max_steps)
+    asked = distinct_problems(task, rng_of(seed, "evaluation"), RECIPE.eval_problems, set())[:PROBLEMS]
+    lines = [json.dumps({"prompt": problem, "answer": task.answer(problem)}) + "\n" for problem in asked]
+    (directory / "problems.jsonl").write_text("".join(lines))
+    rows = read_rows(str(demonstration / "data" / "rollouts.jsonl"))
+    write_rows(directory / "prefix_values.jsonl", with_prefix_values(rows))
+
+
+def with_prefix_values(rows: Sequence[Row]) -> list[Row]:
+    """The rows, each step's reward the mean outcome of the stored responses to the prompt that begin like this one up to its end:
+    what outcomes alone tell of a prefix."""
+    outcomes = defaultdict(list)
     for row in rows:
-        cells = [row["method"]]
-        for decoding in ("greedy", "sampling"):
-            interval = row[decoding]
-            cells.append(f"{100 * interval['mean']:.1f} ({100 * interval['low']:.1f}–{100 * interval['high']:.1f})")
-        cells += [f"{row[c]:.3g}" if c in row else "" for c in COLUMNS]
-        cells.append(f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for _, end in row.steps or ():
+            outcomes[row.prompt, row.completion[:end]].append(row.reward)
+    means = {prefix: sum(rewards) / len(rewards) for prefix, rewards in outcomes.items()}
+    return [
+        dataclasses.replace(row, step_rewards=[means[row.prompt, row.completion[:end]] for _, end in row.steps or ()])
+        for row in rows
+    ]
 
 
-def main() -> None:
+def compare(arguments: list[str]) -> None:
+    """`dqo compare` in a process of its own, as from a shell."""
+    print(shlex.join(["dqo", "compare", *arguments]), flush=True)
+    subprocess.run([sys.executable, "-m", "dqo", "compare", *arguments], check=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    from benchmarks.evidence.objectives_table import write_results
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demonstration", type=Path)
     parser.add_argument("--methods", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
-    arguments = parser.parse_args()
-    seed = json.loads((arguments.demonstration / "demo.json").read_text())["seed"]
-    task = ArithTask(RECIPE.min_steps, RECIPE.max_steps)
-    problems = distinct_problems(task, rng_of(seed, "evaluation"), RECIPE.eval_problems, set())
-    rows = [measured("base", arguments.demonstration / "base", problems)]
-    for name in arguments.methods:
-        output = arguments.demonstration / "objectives" / name.replace(", ", "-").replace(" ", "-")
-        if not (output / "report.html").exists():
-            train(name, arguments.demonstration, output)
-        rows.append(measured(name, output, problems))
-    command = f"python -m benchmarks.evidence.objectives {arguments.demonstration}"
-    facts = {
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "seed": seed,
-        **machine(),
-    }
-    facts |= {"options": {name: COMMON | OPTIONS[name] for name in OPTIONS}, "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "objectives.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(table(rows))
+    parser.add_argument("--output_dir", type=Path, help="of `dqo compare`; by default DEMONSTRATION/objectives")
+    parser.add_argument("--updates", type=int, default=BUDGET["max_steps"], help="of every method's policy")
+    given = parser.parse_args(arguments)
+    output = given.output_dir or given.demonstration / "objectives"
+    if not (_extra(output) / "prefix_values.jsonl").exists():
+        write_data(given.demonstration, output)
+    if "rto" in given.methods and not is_finished(output / f"{FIRST}-seed0"):
+        compare(comparison([FIRST], given.demonstration, output, max_steps=given.updates))
+    if not all(is_finished(output / f"{method}-seed0") for method in given.methods):
+        compare(comparison(given.methods, given.demonstration, output, max_steps=given.updates))
+    words = ["python -m benchmarks.evidence.objectives", *(sys.argv[1:] if arguments is None else arguments)]
+    finished = [method for method in OPTIONS if is_finished(output / f"{method}-seed0")]
+    write_results(finished, given.demonstration, output, " ".join(words))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from benchmarks.harness.timing import Candidate, Case, Operation, Phases
 from benchmarks.harness.units import TOKENS
 from benchmarks.trainer import trl_steps
 from dqo.data.batches import Batching, groups_of
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.data.selection import selected
 from dqo.models.critic import value_model_from
 from dqo.models.policy import policy_stats

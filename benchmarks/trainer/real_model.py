@@ -31,7 +31,7 @@ from benchmarks.harness import environment
 from benchmarks.trainer import trl_steps
 from dqo.data.batches import Batching, groups_of
 from dqo.data.ends import ends_of
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.models import attention, decoding, generate
 from dqo.models.critic import ValueHead
 from dqo.models.generate import Request, Sampling

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dqo.data.batches import collate
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.objectives import DPO, KTO
 
 

@@ -6,9 +6,10 @@ import dataclasses
 import os
 import statistics
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,11 +18,15 @@ from tyro.conf import Positional
 from dqo.commands.check_view import view
 from dqo.config.flags import parse_flags
 from dqo.config.rows import RowOptions
+from dqo.credit.steps import marked
 from dqo.data.advice import row_warnings
 from dqo.data.behavior import ReferenceName, known_behavior, weight_level, weights_line
-from dqo.data.episodes import Episode, make_episodes
+from dqo.data.episodes import Episodes, open_episodes
 from dqo.data.marks import Marks
-from dqo.data.rows import Row, check_process_reward, duplicate_count, prompt_key, read_rows
+from dqo.data.rows import Row
+from dqo.data.stored import FINISHES, OPTIONAL, StoredRows, column, open_rows, paid_by_turns, process_rewards, several
+from dqo.data.table import token_table
+from dqo.data.together import check_process_reward, duplicate_count
 from dqo.errors import UserError, printable
 from dqo.objectives.base import Objective
 from dqo.objectives.registry import DEFAULT_METHOD, objective_class
@@ -81,14 +86,15 @@ def check(config: CheckConfig) -> None:
     if not config.data:
         raise UserError("no file to check; give one or more: dqo check rollouts.jsonl")
     objective = _objective(config)
-    prompts: dict[str, set[str]] = {}
+    prompts: dict[str, np.ndarray] = {}
+    root = None if config.row_cache_dir is None else Path(config.row_cache_dir)
     for path in config.data:
-        rows = read_rows(path, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold)
+        rows = open_rows(path, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold, root=root)
         _table(path, summary(rows, config.process_reward))
         if line := _weights_line(rows, config, objective or objective_class(DEFAULT_METHOD)()):
             print(printable(line))
         _warn(row_warnings(rows, config, objective))
-        if config.process_reward is None and any(row.process_rewards is not None for row in rows):
+        if config.process_reward is None and (column(rows, "paid") >= 0).any():
             _warn(
                 [
                     "there are step_rewards or turn_rewards: training wants to know what they do, --process_reward additive, "
@@ -99,19 +105,20 @@ def check(config: CheckConfig) -> None:
             check_process_reward(rows, path, config.process_reward)
         if config.model_name_or_path is not None:
             _on_tokens(rows, config, config.model_name_or_path)
+        own = np.unique(column(rows, "prompt"))
         for other, keys in prompts.items():
-            shared = len(keys & {prompt_key(row) for row in rows})
+            shared = int(np.isin(own, keys).sum())
             _warn(
                 [f"{shared:,} prompts are in {other} too: training refuses held-out rows of its own prompts"]
                 * bool(shared)
             )
-        prompts[path] = {prompt_key(row) for row in rows}
+        prompts[path] = own
 
 
-def _weights_line(rows: list[Row], config: CheckConfig, objective: Objective) -> str:
+def _weights_line(rows: Sequence[Row], config: CheckConfig, objective: Objective) -> str:
     """What training will say of the importance weights; "" for a method without them, and where only the model can tell."""
     path = config.model_name_or_path
-    if objective.weight_level == "none" or (path is None and any(row.logprobs is None for row in rows)):
+    if objective.weight_level == "none" or (path is None and not _present(rows, "logprobs").all()):
         return ""
 
     def identity() -> str:
@@ -140,46 +147,48 @@ def _objective(config: CheckConfig) -> Objective | None:
     return objective
 
 
-def summary(rows: list[Row], process_reward: str | None = None) -> dict[str, str]:
+def summary(rows: Sequence[Row], process_reward: str | None = None) -> dict[str, str]:
     """What rows hold, without a tokenizer; name -> text. `process_reward`: the option."""
-    rewards = Counter(row.reward for row in rows)
-    by_prompt = _rewards_by_prompt(rows)
-    mixed = sum(len(found) > 1 for found in by_prompt.values())
-    ends = Counter(row.finish_reason or "not given" for row in rows)
-    right = sum(row.label for row in rows)
+    count, right = len(rows), int(column(rows, "label").sum())
+    prompts, mixed = several(column(rows, "prompt"), column(rows, "reward"))
+    ends = Counter(column(rows, "finish_reason").tolist())
     found = {
-        "rows": f"{len(rows):,} of {len(by_prompt):,} prompts",
-        "correct": f"{right / len(rows):.1%} ({right:,})",
-        "rewards": _mix(rewards),
-        "mixed prompts": f"{mixed:,} of {len(by_prompt):,} have responses with different rewards",
-        "finish_reason": ", ".join(f"{name} {count:,}" for name, count in ends.most_common()),
+        "rows": f"{count:,} of {prompts:,} prompts",
+        "correct": f"{right / count:.1%} ({right:,})",
+        "rewards": _mix(column(rows, "reward")),
+        "mixed prompts": f"{mixed:,} of {prompts:,} have responses with different rewards",
+        "finish_reason": ", ".join(f"{FINISHES[end] or 'not given'} {n:,}" for end, n in ends.most_common()),
         "duplicates": f"{duplicate_count(rows):,}",
     }
-    turns = [row.turns for row in rows]
-    if max(turns) > 1:
-        found["turns"] = f"{_range(turns)} a row, in {sum(count > 1 for count in turns):,} rows several"
-    paid = [reward for row in rows for reward in row.turn_rewards or ()]
-    if paid:
-        found["turn rewards"] = f"{_mix(Counter(paid))}; mean {statistics.fmean(paid):.3g}"
-    stepped = [row for row in rows if row.steps is not None]
-    counts = [len(row.steps) for row in rows if row.steps is not None]
-    if stepped:
-        paid = [reward for row in stepped for reward in row.step_rewards or ()]
-        found["steps"] = f"{_range(counts)} a row, in {len(stepped):,} rows"
-        if paid:
-            found["step rewards"] = f"{_mix(Counter(paid))}; mean {statistics.fmean(paid):.3g}"
+    turns = column(rows, "turns")
+    if turns.max() > 1:
+        found["turns"] = f"{_range(turns)} a row, in {(turns > 1).sum():,} rows several"
+    rewards, of_turns = process_rewards(rows), paid_by_turns(rows)
+    if of_turns.any():
+        found["turn rewards"] = f"{_mix(rewards[of_turns])}; mean {statistics.fmean(rewards[of_turns]):.3g}"
+    steps = column(rows, "steps")
+    if (steps >= 0).any():
+        found["steps"] = f"{_range(steps[steps >= 0])} a row, in {(steps >= 0).sum():,} rows"
+        if not of_turns.all():
+            found["step rewards"] = f"{_mix(rewards[~of_turns])}; mean {statistics.fmean(rewards[~of_turns]):.3g}"
             marks = Marks.of_rows(rows, process_reward)
-            wrong = sum(marks.first_wrong(row) is not None for row in stepped)
+            row_of = np.repeat(np.arange(count), np.maximum(column(rows, "paid"), 0))
+            wrong = len(np.unique(row_of[~of_turns][marked(rewards[~of_turns], marks.steps)]))
             how = {"negative": "by a reward below 0", "zero": "by a reward of 0", "none": "by no reward"}[marks.steps]
             found["wrong steps"] = f"marked {how}, in {wrong:,} rows"
-    optional = ("prompt_value", "completion_ids", "logprobs", "answer", "prompt_id", "sampling", "grading")
-    present = {name: sum(getattr(row, name) is not None for row in rows) for name in optional}
+    present = {name: int(_present(rows, name).sum()) for name in OPTIONAL}
     found["other fields"] = ", ".join(f"{name} {count:,}" for name, count in present.items() if count) or "none"
     return found
 
 
-def _on_tokens(rows: list[Row], config: CheckConfig, model: str) -> None:
+def _present(rows: Sequence[Row], name: str) -> np.ndarray:
+    """bool (n,): whether rows have one of the optional fields."""
+    return (column(rows, "present") >> OPTIONAL.index(name) & 1).astype(bool)
+
+
+def _on_tokens(rows: StoredRows, config: CheckConfig, model: str) -> None:
     from dqo.data.ends import ends_of
+    from dqo.data.selection import EpisodeColumns
     from dqo.models.fitness import check_positions, check_tokenizer  # imports torch
     from dqo.models.policy import load_config, load_tokenizer, stop_ids
 
@@ -188,11 +197,15 @@ def _on_tokens(rows: list[Row], config: CheckConfig, model: str) -> None:
     stops = stop_ids(model)
     ends = ends_of(tokenizer, stops, messages=not isinstance(rows[0].prompt, str))
 
-    def made(max_length: int) -> list[Episode]:
-        return make_episodes(
+    vocab_size = model_config.get_text_config().vocab_size
+    table = token_table(rows, tokenizer, ends, vocab_size)
+
+    def made(max_length: int) -> Episodes:
+        return open_episodes(
             rows,
             tokenizer,
-            vocab_size=model_config.get_text_config().vocab_size,
+            table=table,
+            vocab_size=vocab_size,
             max_length=max_length,
             stop_ids=stops,
             skip_bad_rows=config.skip_bad_rows,
@@ -207,23 +220,24 @@ def _on_tokens(rows: list[Row], config: CheckConfig, model: str) -> None:
         )
 
     episodes = made(sys.maxsize)
-    lengths = [episode.length for episode in episodes]
-    written = sum(len(episode.completion_ids) for episode in episodes)
-    masked = written - sum(episode.action_count for episode in episodes)
+    columns = EpisodeColumns(episodes)
+    lengths, responses = columns.tokens, columns.tokens - columns.prompt_length
+    written = int(responses.sum())
+    masked = written - int(columns.length.sum())
     environment = {"environment": f"{masked:,} of {written:,} tokens of responses are no actions"} if masked else {}
-    over = sum(length > config.max_length for length in lengths)
+    over = int((lengths > config.max_length).sum())
     _table(
         f"tokens of {model}",
         {
-            "prompts": _range(len(episode.prompt_ids) for episode in episodes),
-            "responses": _range(len(episode.completion_ids) for episode in episodes),
+            "prompts": _range(columns.prompt_length),
+            "responses": _range(responses),
             **environment,
-            "together": f"{_range(lengths)}; {sum(lengths):,} in all",
+            "together": f"{_range(lengths)}; {int(lengths.sum()):,} in all",
             "end": _ends_text(tokenizer, ends),
             "over max_length": f"{over / len(lengths):.1%} ({over:,}) have more than {config.max_length:,}",
         },
     )
-    print(histogram(lengths))
+    print(histogram(lengths.tolist()))
     if tokenizer.chat_template is not None and isinstance(rows[0].prompt, str):
         _warn(
             [
@@ -259,25 +273,17 @@ def histogram(lengths: list[int], bins: int = 10) -> str:
     return "\n".join(lines)
 
 
-def _rewards_by_prompt(rows: list[Row]) -> dict[str, set[float]]:
-    found: dict[str, set[float]] = defaultdict(set)
-    for row in rows:
-        found[prompt_key(row)].add(row.reward)
-    return found
-
-
-def _mix(values: Counter) -> str:
+def _mix(values: np.ndarray) -> str:
     """Each value with its count, or the range when there are many."""
-    if len(values) <= 6:
-        return ", ".join(f"{value:g} x {count:,}" for value, count in sorted(values.items()))
-    return f"{len(values):,} values, {_range(values.elements())}"
+    distinct, counts = np.unique(values, return_counts=True)
+    if len(distinct) <= 6:
+        return ", ".join(f"{value:g} x {count:,}" for value, count in zip(distinct.tolist(), counts.tolist()))
+    return f"{len(distinct):,} values, {_range(values)}"
 
 
-def _range(values: Iterable[float]) -> str:
-    values = sorted(values)
-    if values[0] == values[-1]:
-        return f"{values[0]:,g}"
-    return f"{values[0]:,g} to {values[-1]:,g} (median {statistics.median(values):,g})"
+def _range(values: np.ndarray) -> str:
+    least, most, median = float(values.min()), float(values.max()), float(np.median(values))
+    return f"{least:,g}" if least == most else f"{least:,g} to {most:,g} (median {median:,g})"
 
 
 def _table(title: str, rows: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ from itertools import groupby
 
 import numpy as np
 
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.data.ids import token_texts
 from dqo.errors import printable
 

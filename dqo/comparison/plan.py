@@ -108,8 +108,14 @@ def _budget(method: str, common: list[Flag], own: list[Flag]) -> tuple[list[str]
     if options.trains_values and config.value_warmup_steps:
         warmup = as_steps(config.value_warmup_steps, config.max_steps)
         changes |= {"value_warmup_steps": warmup, "max_steps": config.max_steps + warmup}
-    size = objective.group_size or 1
-    if size > 1 and "per_device_train_batch_size" not in named:
+    size = objective.group_size
+    if size is None and "per_device_train_batch_size" not in named:
+        raise UserError(
+            "it trains on all responses to a prompt at once, so that an update has per_device_train_batch_size prompts; give "
+            f"--{method}.per_device_train_batch_size: {config.per_device_train_batch_size} responses are "
+            f"{config.per_device_train_batch_size / 8:g} prompts of 8"
+        )
+    if size is not None and size > 1 and "per_device_train_batch_size" not in named:
         if config.per_device_train_batch_size % size:
             raise UserError(
                 f"per_device_train_batch_size {config.per_device_train_batch_size} responses cannot be cut into groups of {size}"

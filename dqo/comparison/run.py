@@ -245,9 +245,10 @@ def _described(firsts: list[Options], seeds: int) -> str:
         config = options.train
         warmup = int(config.value_warmup_steps) if options.trains_values else 0
         updates = config.max_steps - warmup
-        size = options.objective.group_size or 1
+        size = options.objective.group_size
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        unit = "responses" if size == 1 else f"groups of {size} responses"
+        units = {1: "responses", None: "prompts with all their responses"}
+        unit = units.get(size, f"groups of {size} responses")
         before = f" after {warmup:,} of the value model alone" if warmup else ""
         lines.append(
             f"{config.method}: {seeds} seeds, {updates:,} updates of the policy{before}, {batch:,} {unit} each"

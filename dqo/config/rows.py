@@ -27,5 +27,8 @@ class RowOptions:
     """The outcome reward is reward_scale * reward + reward_shift."""
     reward_threshold: float = 0.5
     """A response without a label counts as correct when its reward is above this."""
+    row_cache_dir: str | None = None
+    """The checked rows of a file of more than 8 MB, and their tokens, are kept here, so that no other process and no later
+    command makes them again. None keeps those of a training in output_dir/row_cache, and those of a check nowhere."""
     skip_bad_rows: bool = False
     """Rows that fail the checks are left out and counted, instead of ending the run."""

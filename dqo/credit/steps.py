@@ -71,9 +71,13 @@ def wrong_mark(step_rewards: Iterable[float], potentials: bool = False) -> Mark:
     return "zero" if potentials or 0 < max(numbers) <= 1 else "none"
 
 
+def marked(step_rewards: ArrayLike, mark: Mark) -> np.ndarray:
+    """(S,) bool: the steps whose reward has the mark of a wrong one."""
+    rewards = np.asarray(step_rewards, float)
+    return {"negative": rewards < 0, "zero": rewards == 0, "none": np.zeros(len(rewards), bool)}[mark]
+
+
 def first_wrong_step(step_rewards: Sequence[float], mark: Mark) -> int | None:
     """The first step, counted from 0, whose reward has the mark of a wrong one; None where there is none."""
-    if mark == "none":
-        return None
-    wrong = (lambda reward: reward < 0) if mark == "negative" else (lambda reward: reward == 0)
-    return next((i for i, reward in enumerate(step_rewards) if wrong(reward)), None)
+    wrong = np.flatnonzero(marked(step_rewards, mark))
+    return int(wrong[0]) if len(wrong) else None

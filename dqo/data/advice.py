@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
-from dqo.data.rows import Row, check_contrast, duplicate_count, prompt_key
+import numpy as np
+
+from dqo.data.rows import Row
+from dqo.data.stored import FINISHES, column, process_rewards, several
+from dqo.data.together import check_contrast, duplicate_count
 from dqo.errors import UserError
 from dqo.objectives.base import Objective
 
@@ -13,7 +17,7 @@ _UNENDED = 0.1  # share of responses that did not end, from which on it is worth
 LARGEST_RATIO = 200.0  # nats, see _magnitude
 
 
-def row_warnings(rows: list[Row], settings: Any, objective: Objective | None = None) -> list[str]:
+def row_warnings(rows: Sequence[Row], settings: Any, objective: Objective | None = None) -> list[str]:
     """Warnings, one line each.
 
     Args:
@@ -33,10 +37,10 @@ def row_warnings(rows: list[Row], settings: Any, objective: Objective | None = N
         return found
     if objective.fits_rewards:
         found += _magnitude(rows, settings, getattr(objective, "beta", 1.0))
-    return found + objective.advice([row.label for row in rows])
+    return found + objective.advice(column(rows, "label").tolist())
 
 
-def _contrast(rows: list[Row], objective: Objective | None) -> list[str]:
+def _contrast(rows: Sequence[Row], objective: Objective | None) -> list[str]:
     if objective is not None:  # some may train on right responses alone
         contrast = check_contrast(rows) if objective.needs_contrast else ""
         return [contrast] * bool(contrast)
@@ -46,21 +50,18 @@ def _contrast(rows: list[Row], objective: Objective | None) -> list[str]:
         contrast = str(error)
     if contrast:
         return [contrast]
-    labels: dict[str, set[bool]] = defaultdict(set)
-    for row in rows:
-        labels[prompt_key(row)].add(row.label)
-    if any(len(both) > 1 for both in labels.values()):
+    if several(column(rows, "prompt"), column(rows, "label"))[1]:
         return []
     return ["no prompt has both a correct and a wrong response: methods that go by labels find no contrast"]
 
 
-def _duplicates(rows: list[Row]) -> list[str]:
+def _duplicates(rows: Sequence[Row]) -> list[str]:
     repeated = duplicate_count(rows)
     return [f"{repeated:,} of {len(rows):,} rows repeat another row's prompt and completion"] * bool(repeated)
 
 
-def _unended(rows: list[Row], truncation: str) -> list[str]:
-    cut = sum(row.finish_reason == "length" for row in rows) / len(rows)
+def _unended(rows: Sequence[Row], truncation: str) -> list[str]:
+    cut = float((column(rows, "finish_reason") == FINISHES.index("length")).mean())
     if cut <= _UNENDED or truncation != "terminal":
         return []
     return [
@@ -68,12 +69,13 @@ def _unended(rows: list[Row], truncation: str) -> list[str]:
     ]
 
 
-def _step_rewards(rows: list[Row], process_reward: str | None) -> list[str]:
-    paid = [reward for row in rows for reward in row.process_rewards or ()]
-    if process_reward == "additive" and paid and not any(paid):
+def _step_rewards(rows: Sequence[Row], process_reward: str | None) -> list[str]:
+    paid = process_rewards(rows)
+    if process_reward == "additive" and len(paid) and not paid.any():
         return ["every step reward is 0: --process_reward additive pays nothing for steps"]
-    paid += [row.prompt_value for row in rows if row.prompt_value is not None]
-    outside = sum(not 0 <= reward <= 1 for reward in paid)
+    values = column(rows, "prompt_value")
+    paid = np.concatenate([paid, values[~np.isnan(values)]])
+    outside = int((~((paid >= 0) & (paid <= 1))).sum())
     if process_reward == "potential" and outside:
         return [
             f"{outside:,} of {len(paid):,} step rewards are outside of [0, 1]: --process_reward potential takes them for pass "
@@ -82,15 +84,15 @@ def _step_rewards(rows: list[Row], process_reward: str | None) -> list[str]:
     return []
 
 
-def _magnitude(rows: list[Row], settings: Any, beta: float) -> list[str]:
+def _magnitude(rows: Sequence[Row], settings: Any, beta: float) -> list[str]:
     """At the optimum log(pi/ref) of a response is (R - V)/beta, and until V has learned it is asked to be R/beta. A policy can
     raise it to -log ref at most, one nat a token or less for a response that the reference may write: some hundred nats."""
-
-    def paid(row: Row) -> float:
-        steps = sum(row.process_rewards or ()) if settings.process_reward == "additive" else 0.0
-        return abs(settings.reward_scale * row.reward + settings.reward_shift + settings.process_coef * steps)
-
-    largest = max(map(paid, rows))
+    paid = settings.reward_scale * column(rows, "reward") + settings.reward_shift
+    if settings.process_reward == "additive":
+        counts = np.maximum(column(rows, "paid"), 0)
+        row_of = np.repeat(np.arange(len(counts)), counts)
+        paid = paid + settings.process_coef * np.bincount(row_of, process_rewards(rows), len(counts))
+    largest = float(np.abs(paid).max())
     if largest / beta <= LARGEST_RATIO:
         return []
     return [

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 
 Group = list[Episode]  # episodes that stay together: one, a pair, or a list
 # Columns (N,) of a batch that are not the objective's; those in the second line come from the models, and q.
 COLUMNS = {"rewards", "label", "group", "turn_end", "behavior_logprobs", "ref_logprobs", "ref_lse"}
 COLUMNS |= {"values", "target_values", "bootstrap", "value_outputs", "value_range", "outcome_loss", "companion_mean"}
-COLUMNS |= {"q", "step"}
+COLUMNS |= {"q", "step", "known"}
 
 
 @dataclass(frozen=True)
@@ -145,14 +145,15 @@ def groups_of(episodes: list[Episode], size: int) -> list[Group]:
     return [episodes[i : i + size] for i in range(0, len(episodes), size)]
 
 
-def distinct(groups: list[Group]) -> list[Episode]:
+def distinct(groups: Sequence[Group]) -> Sequence[Episode]:
     """The episodes of all groups, each once: pairs may share responses."""
-    return list({id(e): e for group in groups for e in group}.values())
+    made = getattr(groups, "distinct", None)  # of groups that are made when they are read
+    return list({id(e): e for group in groups for e in group}.values()) if made is None else made()
 
 
-def epoch_order(count: int, epoch: int, seed: int) -> list[int]:
+def epoch_order(count: int, epoch: int, seed: int) -> np.ndarray:
     """The permutation of one epoch, from (seed, epoch) alone, so that a cursor is enough to resume."""
-    return np.random.default_rng([seed, epoch]).permutation(count).tolist()
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def _tokens(group: Group) -> int:

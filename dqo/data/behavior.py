@@ -4,10 +4,11 @@ those that are stored, or the reference's where the reference wrote the response
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from dqo.data.rows import Row
+from dqo.data.stored import OPTIONAL, column
 
 _ADVICE = "; where it was the reference at temperature 1, give --is_level trajectory"
 
@@ -29,7 +30,7 @@ class ReferenceName(NamedTuple):
 def known_behavior(rows: Sequence[Row], reference: ReferenceName) -> Known:
     """By stored logprobs, which are taken for those of the policy that sampled; else by `sampling`, where every row's names the
     reference."""
-    if all(row.logprobs is not None for row in rows):
+    if (column(rows, "present") >> OPTIONAL.index("logprobs") & 1).all():
         return Known(True, "every row has the logprobs of the policy that wrote it")
     other = not_of_reference(rows, reference)
     if other is None:
@@ -39,7 +40,7 @@ def known_behavior(rows: Sequence[Row], reference: ReferenceName) -> Known:
     return Known(False, f"no row has logprobs, and {other}")
 
 
-def not_of_reference(rows: Sequence[Row], reference: ReferenceName) -> str | None:
+def not_of_reference(rows: Iterable[Row], reference: ReferenceName) -> str | None:
     """Of the first row that is not said to be sampled from the reference as it is, why not; None where all are."""
     identity: list[str | None] = []
     for row in rows:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -74,16 +73,17 @@ def clock_at(when: datetime.datetime | None) -> Iterator[None]:
         module.datetime = clock
 
 
-def unread_keys(tokenizer, rows: list[Row]) -> Counter[str]:
-    """Keys of messages, tools and chat_template_kwargs that the chat template does not read, with the number of rows that have
-    them."""
+def unread_rows(tokenizer, rows: Iterable[Row]) -> dict[str, list[int]]:
+    """Keys of messages, tools and chat_template_kwargs that the chat template does not read, with the indices of the rows that
+    have them."""
     source = template_text(tokenizer)
-    found: Counter[str] = Counter()
-    for row in rows:
+    found: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
         if not isinstance(row.prompt, str):
             keys = {key for message in (*row.prompt, *row.completion) for key in message} - _PLAIN
-            found.update(keys | set(row.chat_template_kwargs or ()) | ({"tools"} if row.tools else set()))
-    return Counter({key: count for key, count in found.items() if not _read(key, source)})
+            for key in keys | set(row.chat_template_kwargs or ()) | ({"tools"} if row.tools else set()):
+                found.setdefault(key, []).append(i)
+    return {key: of for key, of in found.items() if not _read(key, source)}
 
 
 def _read(key: str, source: str) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from dqo.data.fields import each, finite_number, is_int, numbers, truth_of
-from dqo.data.forms import Record, shown
+from dqo.data.forms import Record, Shape, shown
 from dqo.data.json_text import DoubledKey, decode
 from dqo.data.turns import turn_fields
 from dqo.errors import UserError
@@ -38,13 +39,29 @@ class Common:
     logprobs: bool
 
     @classmethod
-    def of(cls, records: list[Record]) -> Common:
-        kinds = Counter(_kind(record.values["prompt"]) for record in records)
-        return cls(
-            prompts=kinds.most_common(1)[0][0] if kinds else "string",
-            rewards=any(record.values.get("reward") is not None for record in records),
-            logprobs=any("logprobs" in record.values for record in records),
-        )
+    def of(cls, records: Iterable[Record]) -> Common:
+        """Of flat rows."""
+        kinds: Counter[str] = Counter()
+        rewards = logprobs = False
+        for record in records:
+            kinds[_kind(record.values["prompt"])] += 1
+            rewards = rewards or record.values.get("reward") is not None
+            logprobs = logprobs or "logprobs" in record.values
+        return cls(_most(kinds), rewards, logprobs)
+
+    @classmethod
+    def of_shapes(cls, shapes: list[Shape], needed: Collection[str]) -> Common:
+        """The same from the columns of rows that are flat, or have other names alone, where they have those that are needed."""
+        kinds: Counter[str] = Counter()
+        whole = [shape for shape in shapes if all(name in shape.keys for name in needed)]
+        for shape in whole:
+            kinds["list of messages" if shape.messages else "string"] += shape.count
+        rewards = any("reward" in shape.keys and not shape.null_reward for shape in whole)
+        return cls(_most(kinds), rewards, any("logprobs" in shape.keys for shape in whole))
+
+
+def _most(kinds: Counter[str]) -> str:
+    return kinds.most_common(1)[0][0] if kinds else "string"
 
 
 def _kind(value: Any) -> str:

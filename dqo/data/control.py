@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from dqo.data.rows import Row
+from dqo.data.stored import StoredRows, column
 from dqo.errors import UserError
 
 _STREAM = 0x5AFE  # of the generator, beside the seed: no other use of the seed draws the same numbers
 
 
-def with_shuffled_rewards(rows: list[Row], seed: int, process_used: bool) -> tuple[list[Row], str]:
+def with_shuffled_rewards(rows: Sequence[Row], seed: int, process_used: bool) -> tuple[Sequence[Row], str]:
     """The rows with their rewards permuted over all of them, and a line that says how many changed.
 
     A reward moves with its label. Where rewards of steps or turns are used it moves with those too, and only between rows with
@@ -23,24 +24,36 @@ def with_shuffled_rewards(rows: list[Row], seed: int, process_used: bool) -> tup
         UserError: where no row gets a different reward, so that it would be no control.
     """
     names = ("reward", "label", *(("step_rewards", "turn_rewards") if process_used else ()))
-    alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for i, row in enumerate(rows):
-        counts = len(row.step_rewards or ()), len(row.turn_rewards or ())
-        alike[counts if process_used else ()].append(i)
+    source, alone = np.arange(len(rows)), 0
     random = np.random.default_rng([seed, _STREAM])
-    shuffled, moved = list(rows), 0
-    for members in alike.values():
-        for i, source in zip(members, random.permutation(members)):
-            bundle = {name: getattr(rows[source], name) for name in names}
-            shuffled[i] = replace(rows[i], **bundle)
-            moved += any(getattr(rows[i], name) != value for name, value in bundle.items())
+    for members in _alike(rows, process_used):
+        source[members] = random.permutation(members)
+        alone += len(members) == 1
+    moved = sum(
+        any(getattr(rows[i], name) != getattr(rows[j], name) for name in names) for i, j in enumerate(source.tolist())
+    )
     if not moved:
         raise UserError(
             "shuffle_rewards changes no row's reward: there are too few rows, or no two with the same number of steps or turns"
         )
-    alone = sum(len(members) == 1 for members in alike.values())
     kept = f"; {alone:,} rows keep theirs, as no other has so many steps or turns" if alone else ""
+    if isinstance(rows, StoredRows):
+        shuffled: Sequence[Row] = rows.with_moved(source, names)
+    else:
+        shuffled = [
+            replace(row, **{name: getattr(rows[j], name) for name in names}) for row, j in zip(rows, source.tolist())
+        ]
     return shuffled, (
         f"CONTROL (shuffle_rewards): {moved:,} of {len(rows):,} rows have a reward that is not theirs{kept}. What this run gains "
         "is not gained by the rewards"
     )
+
+
+def _alike(rows: Sequence[Row], process_used: bool) -> list[np.ndarray]:
+    """Indices of rows with equal numbers of rewards of steps and of turns, by the first of each."""
+    if not process_used:
+        return [np.arange(len(rows))] if len(rows) else []
+    paid, turns = np.maximum(column(rows, "paid"), 0), column(rows, "turns_paid")
+    key = paid.astype(np.int64) * 2 + (turns & (paid > 0))
+    _, first, kind = np.unique(key, return_index=True, return_inverse=True)
+    return [np.flatnonzero(kind == i) for i in np.argsort(first, kind="stable")]

@@ -1,202 +1,314 @@
-"""Rows -> episodes: token ids, rewards on tokens, and whether the response ended.
+"""Rows -> episodes: a sequence that makes each one when it is read, from the rows and from their tokens on the disk.
 
-A response that ended has exactly one end token, which carries the outcome reward; step rewards sit on the last token of their
-step. Of several turns only the tokens that the model wrote are actions: arrays hold those alone, one behind the other, and
-`env_mask` says where they lie among the completion's tokens. Nothing but the batches' input ids knows of the others.
+What is asked of all episodes is answered by columns. What training adds (columns, companions, log-probabilities of the reference
+and of other frozen models) is kept beside the table, and is on an episode whenever it is read. What is set on an episode that was
+read is lost with it.
 """
 
 from __future__ import annotations
 
 import datetime
-import hashlib
-import json
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, overload
 
 import numpy as np
 
-from dqo.credit.steps import first_wrong_step
-from dqo.data.chat import clock_at
 from dqo.data.ends import ends_of
+from dqo.data.episode import Episode, Payment, content_of, cut, mismatched, paid
 from dqo.data.fields import FLOAT32_MAX
 from dqo.data.marks import Marks
 from dqo.data.rows import Row
-from dqo.data.tokens import Tokens, tokenize_rows
+from dqo.data.segments import gathered
+from dqo.data.sources import BadRow
+from dqo.data.stored import StoredRows, column, hashes, process_rewards, stored
+from dqo.data.table import TokenTable, piece, response_bytes, token_table
+from dqo.data.tokens import Tokens, refuse_rows, too_long
 from dqo.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class Episode:
-    """One response. T is the number of its actions, the completion's tokens that the model wrote; arrays are float32 (T,)."""
+class Episodes(Sequence[Episode]):
+    """n responses on tokens.
 
-    prompt_ids: list[int]
-    completion_ids: list[int]  # the last is an action
-    rewards: np.ndarray  # outcome reward on the last token, and what `process_reward` makes of the step rewards
-    reward: float  # outcome reward as trained on
-    label: bool
-    terminated: bool  # its last state is worth nothing; False: it is bootstrapped
-    prompt_index: int  # episodes of one prompt share it
-    source: str
-    truncated: bool = False  # cut by a length limit, whatever its last state is taken for
-    behavior_logprobs: np.ndarray | None = None
-    step_ends: list[int] = field(default_factory=list)  # index of the last token of each step
-    step_rewards: list[float] = field(default_factory=list)
-    prompt_value: float | None = None  # as the file has it, beside step rewards that are potentials
-    first_wrong_step: int | None = None  # that the step rewards mark, counted from 0; see dqo.data.marks
-    ref_logprobs: np.ndarray | None = None
-    ref_lse: np.ndarray | None = None
-    columns: dict[str, np.ndarray] = field(default_factory=dict)  # what the objective adds, (T,) each
-    companion: Episode | None = None  # another response to the same prompt, read without gradient
-    env_mask: np.ndarray | None = (
-        None  # bool, one for each of completion_ids, False on the environment's; None: all are actions
-    )
-    turn_ends: list[int] = field(default_factory=list)  # the last action of each turn that came to its end
-
-    @property
-    def actions(self) -> np.ndarray:
-        """(T,) positions of the actions among completion_ids."""
-        return np.arange(len(self.completion_ids)) if self.env_mask is None else np.flatnonzero(self.env_mask)
-
-    @property
-    def action_count(self) -> int:
-        """T."""
-        return len(self.completion_ids) if self.env_mask is None else int(self.env_mask.sum())
-
-    @property
-    def turn_end(self) -> np.ndarray:
-        """(T,) 1 on the last action of each turn that came to its end, else 0."""
-        return _flags(self.turn_ends, self.action_count).astype(np.float32)
-
-    def discounts(self, gamma: float, discount: str) -> np.ndarray:
-        """(T,) the factor behind each action. `discount`: "tokens", it acts at each; "turns", at the last of each turn alone."""
-        acts = self.turn_end > 0 if discount == "turns" else np.ones(self.action_count, bool)
-        return np.where(acts, gamma, 1.0)
-
-    @property
-    def action_ids(self) -> list[int]:
-        """(T,) token ids of the actions."""
-        return self.completion_ids if self.env_mask is None else [self.completion_ids[i] for i in self.actions]
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt_ids) + len(self.completion_ids)
-
-
-def first_tokens(ids: list[int], env_mask: Any, count: int) -> tuple[list[int], Any, int]:
-    """The first `count` ids of a completion, without the environment's behind the last action; their mask; and the actions among
-    them."""
-    if env_mask is None:
-        return ids[:count], None, min(count, len(ids))
-    kept = np.flatnonzero(env_mask[:count])
-    end = kept[-1] + 1 if len(kept) else 0
-    return ids[:end], env_mask[:end], len(kept)
-
-
-def _cut(tokens: Tokens, max_length: int) -> Tokens:
-    """The first max_length tokens; steps and turns go with their tokens, and the response has not ended."""
-    ids, mask, actions = first_tokens(tokens.completion, tokens.env_mask, max_length - len(tokens.prompt))
-    logprobs = None if tokens.logprobs is None else tokens.logprobs[: len(ids)]
-    step_ends, turn_ends = ([end for end in ends if end < actions] for ends in (tokens.step_ends, tokens.turn_ends))
-    return Tokens(tokens.row, tokens.prompt, ids, step_ends, logprobs, True, turn_ends, False, mask)
-
-
-@dataclass(frozen=True, slots=True)
-class _Payment:
-    """How tokens are paid; see `make_episodes`."""
-
-    process_reward: str
-    process_coef: float
-    gamma: float
-    discount: str
-    truncation: str
-    scale: float
-    shift: float
-    marks: Marks
-
-
-def shaping(
-    step_ends: list[int],
-    potentials: list[float],
-    length: int,
-    gamma: float | np.ndarray,
-    terminated: bool,
-    initial: float = 0.0,
-) -> np.ndarray:
-    """(length,) gamma * Phi(s_{t+1}) - Phi(s_t) of every token (Ng, Harada and Russell 1999), which moves no optimum.
-
-    Phi(s_{t+1}), of the prefix that ends with token t, is the potential of the last step that has ended by then: it stays
-    between the ends of steps, so that with gamma < 1 every token is paid. `initial` is that of the prompt, which all its
-    responses share. It is 0 for a terminal state, whatever its step has: another value there would reward the way of ending.
-    `terminated` False: the last state goes on, and keeps its potential.
-    `gamma` may be one number for each token.
+    Args:
+        rows: those that the responses are of, and others. entries, places: int (n,) where each response is in the table, and
+            where its row is among `rows`.
+        prompt: int (n,) the prompt_index of each.
     """
-    after = np.full(length, initial)
-    for end, potential in zip(step_ends, potentials):
-        after[end:] = potential
-    if terminated:
-        after[-1] = 0.0
-    before = np.concatenate([[initial], after[:-1]])
-    return gamma * after - before
 
+    def __init__(
+        self,
+        table: TokenTable,
+        rows: StoredRows,
+        entries: np.ndarray,
+        places: np.ndarray,
+        pay: Payment,
+        max_length: int,
+        prompt: np.ndarray | None = None,
+    ):
+        self.table, self.rows, self.entries, self.places = table, rows, entries, places
+        self.pay, self.max_length = pay, max_length
+        self.prompt = _by_first(table.column("prompt")[entries]) if prompt is None else prompt
+        self._columns: dict[str, np.ndarray] = {}  # that were added
+        self._companions: np.ndarray | None = None  # indices in _whole
+        self._whole, self._longest = self, 0
+        # What frozen models say of responses, by keys, under the column that it makes; None: it is the reference's.
+        self._said: dict[str | None, Mapping[bytes, Any]] = {}
+        self._key_of: Callable[[Episode], bytes] | None = None
 
-def _flags(indices: list[int], length: int) -> np.ndarray:
-    """(length,) bool, True at these indices."""
-    found = np.zeros(length, dtype=bool)
-    found[indices] = True
-    return found
+    def __len__(self) -> int:
+        return len(self.entries)
 
+    @overload
+    def __getitem__(self, i: int) -> Episode: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Episode]: ...
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        i = int(i) % len(self)
+        episode = self._bare(i)
+        for name, values in self._columns.items():
+            by_row = len(values) == len(self)
+            begin = i if by_row else int(self._ends[i]) - episode.action_count
+            own = values[begin : begin + 1].repeat(episode.action_count) if by_row else values[begin : self._ends[i]]
+            episode.columns[name] = own
+        if self._companions is not None and (other := int(self._companions[i])) >= 0:
+            episode.companion = mismatched(episode, self._whole._bare(other), self._longest)
+        if self._key_of is not None:
+            for e in filter(None, (episode, episode.companion)):
+                key = self._key_of(e)
+                for column_of, said in self._said.items():
+                    if (found := said.get(key)) is not None and column_of is None:
+                        e.ref_logprobs, e.ref_lse = found.logprobs, found.lse
+                    elif found is not None and column_of is not None and e is episode:
+                        e.columns[column_of] = found.logprobs
+        return episode
 
-def _episode(tokens: Tokens, prompt_index: int, pay: _Payment) -> Episode:
-    row = tokens.row
-    bootstrapped = tokens.truncated and pay.truncation == "bootstrap"
-    outcome = 0.0 if bootstrapped else pay.scale * row.reward + pay.shift
-    step_rewards = list(row.process_rewards or [])[: len(tokens.step_ends)]
-    ends = tokens.step_ends[: len(step_rewards)]
-    env_mask = None if tokens.env_mask is None else np.asarray(tokens.env_mask, dtype=bool)
-    length = len(tokens.completion) if env_mask is None else int(env_mask.sum())
-    turn_ends = tokens.turn_ends[:-1] if tokens.open_end else tokens.turn_ends
-    rewards = np.zeros(length)
-    rewards[-1] = outcome
-    if pay.process_reward == "additive":
-        np.add.at(rewards, ends, pay.process_coef * np.asarray(step_rewards))
-    elif pay.process_reward == "potential":
-        gamma = pay.gamma if pay.discount == "tokens" else np.where(_flags(turn_ends, length), pay.gamma, 1.0)
-        rewards += pay.process_coef * shaping(
-            ends, step_rewards, length, gamma, not bootstrapped, row.prompt_value or 0.0
+    def __iter__(self) -> Iterator[Episode]:
+        return (self[i] for i in range(len(self)))
+
+    def _tokens(self, i: int) -> Tokens:
+        return self.table.tokens(int(self.entries[i]), self.rows[int(self.places[i])])
+
+    def _bare(self, i: int) -> Episode:
+        tokens = self._tokens(i)
+        tokens = tokens if tokens.length <= self.max_length else cut(tokens, self.max_length)
+        return paid(tokens, int(self.prompt[i]), self.pay)
+
+    def take(self, indices: np.ndarray) -> Episodes:
+        """Some of the episodes, with all that was added to them. `indices`: integers, or bool (n,)."""
+        indices = np.flatnonzero(indices) if indices.dtype == bool else indices
+        made = Episodes(
+            self.table,
+            self.rows,
+            self.entries[indices],
+            self.places[indices],
+            self.pay,
+            self.max_length,
+            self.prompt[indices],
         )
-    beyond = np.flatnonzero(~(np.abs(rewards) <= FLOAT32_MAX))
-    if len(beyond):
-        raise UserError(
-            f"{row.source}: the reward of token {beyond[0] + 1} is {rewards[beyond[0]]:.3g} with the factors of reward_scale, "
-            f"reward_shift and process_coef; float32 holds at most {FLOAT32_MAX:.2g}: lower them, or drop the row"
-        )
-    logprobs = None if tokens.logprobs is None else np.asarray(tokens.logprobs, dtype=np.float32)
-    return Episode(
-        prompt_ids=tokens.prompt,
-        completion_ids=tokens.completion,
-        rewards=rewards.astype(np.float32),
-        reward=pay.scale * row.reward + pay.shift,
-        label=row.label,
-        terminated=not bootstrapped,
-        prompt_index=prompt_index,
-        source=row.source,
-        truncated=tokens.truncated,
-        behavior_logprobs=logprobs if logprobs is None or env_mask is None else logprobs[env_mask],
-        step_ends=tokens.step_ends,
-        step_rewards=step_rewards,
-        prompt_value=row.prompt_value,
-        first_wrong_step=first_wrong_step(step_rewards, pay.marks.of(row)),
-        env_mask=env_mask,
-        turn_ends=turn_ends,
-    )
+        for name, values in self._columns.items():
+            by_row = len(values) == len(self)
+            made._columns[name] = values[indices] if by_row else gathered(values, self.action_counts, indices)
+        made._said, made._key_of = self._said, self._key_of
+        if self._companions is not None:
+            made._companions, made._whole, made._longest = self._companions[indices], self._whole, self._longest
+        return made
+
+    def source(self, i: int) -> str:
+        return self.rows[int(self.places[i])].source
+
+    @property
+    def reward(self) -> np.ndarray:
+        """float64 (n,)."""
+        return self.pay.scale * column(self.rows, "reward")[self.places] + self.pay.shift
+
+    @property
+    def label(self) -> np.ndarray:
+        """bool (n,)."""
+        return column(self.rows, "label")[self.places]
+
+    @cached_property
+    def _over(self) -> np.ndarray:
+        """Indices of those that are cut."""
+        return np.flatnonzero(self.table.column("length")[self.entries] > self.max_length)
+
+    def patched(self, found: np.ndarray, value: Callable[[Episode], int]) -> np.ndarray:
+        """(n,) numbers of whole responses, with `value` of what is left of those that are cut."""
+        for i in self._over.tolist():
+            found[i] = value(self._bare(i))
+        return found
+
+    @property
+    def truncated(self) -> np.ndarray:
+        """bool (n,)."""
+        found = self.table.column("truncated")[self.entries]
+        found[self._over] = True
+        return found
+
+    @property
+    def terminated(self) -> np.ndarray:
+        """bool (n,)."""
+        return ~self.truncated if self.pay.truncation == "bootstrap" else np.ones(len(self), np.bool_)
+
+    @property
+    def prompt_length(self) -> np.ndarray:
+        """int32 (n,)."""
+        return self.table.column("prompt_length")[self.entries]
+
+    @property
+    def action_counts(self) -> np.ndarray:
+        """int32 (n,)."""
+        return self.patched(self.table.column("actions")[self.entries], lambda e: e.action_count)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32 (n,) prompt and completion."""
+        return self.patched(self.table.column("length")[self.entries], lambda e: e.length)
+
+    @property
+    def responses(self) -> np.ndarray:
+        """uint64 (n,) hashes of prompt and completion."""
+        whole = self.table.column("response")[self.entries]
+        found = self.patched(whole, lambda e: int(hashes([response_bytes(e.completion_ids, e.env_mask)])[0]))
+        return found ^ (self.prompt.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+
+    @property
+    def has_logprobs(self) -> np.ndarray:
+        """bool (n,): whether those of the policy that wrote it are stored."""
+        return self.table.counts("logprobs")[self.entries] > 0
+
+    @property
+    def has_steps(self) -> np.ndarray:
+        """bool (n,): whether steps or turns of it may have rewards."""
+        return column(self.rows, "paid")[self.places] > 0
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """int64 (n,): where the actions of each end, of all one behind the other."""
+        return self.action_counts.cumsum(dtype=np.int64)
+
+    @cached_property
+    def _outcomes_alone(self) -> np.ndarray:
+        """bool (n,): whether nothing but the outcome is paid."""
+        if self.pay.process_reward == "none":
+            return np.ones(len(self), np.bool_)
+        found = ~self.has_steps
+        if self.pay.process_reward == "potential":
+            values = column(self.rows, "prompt_value")[self.places]
+            found &= np.isnan(values) | (values == 0)
+        return found
+
+    @property
+    def _outcomes(self) -> np.ndarray:
+        return np.where(self.terminated, self.reward, 0.0)
+
+    def totals(self) -> np.ndarray:
+        """float32 (n,): the sum of each one's rewards."""
+        found = self._outcomes.astype(np.float32)
+        for i in np.flatnonzero(~self._outcomes_alone).tolist():
+            found[i] = self._bare(i).rewards.sum()
+        return found
+
+    def check_pay(self) -> None:
+        """Refuses rewards that float32 does not hold, naming the first row."""
+        outcomes, steps = self._outcomes, 0.0
+        if self.pay.process_reward != "none":  # no token is paid more than this, whatever lies between
+            counts = np.maximum(column(self.rows, "paid"), 0)
+            row_of = np.repeat(np.arange(len(counts)), counts)
+            largest = np.zeros(len(counts))
+            np.add.at(largest, row_of, np.abs(process_rewards(self.rows)))
+            largest += np.abs(np.nan_to_num(column(self.rows, "prompt_value")))
+            steps = 2 * abs(self.pay.process_coef) * largest[self.places]
+        for i in np.flatnonzero(~(np.abs(outcomes) + steps <= FLOAT32_MAX)).tolist():
+            self._bare(i)
+
+    def add_columns(self, columns: dict[str, np.ndarray]) -> None:
+        """Numbers for the objective: (n,), or one for each action, of all one behind the other."""
+        self._columns |= {name: np.asarray(values, dtype=np.float32) for name, values in columns.items()}
+
+    def add_companions(self, companions: np.ndarray) -> None:
+        """int (n,): whose completion is put behind each one's prompt; -1: none."""
+        self._companions, self._longest = companions, int(self.lengths.max(initial=0))
+
+    def set_said(
+        self, entries: Mapping[bytes, Any], key_of: Callable[[Episode], bytes], column: str | None = None
+    ) -> None:
+        """What a frozen model says of responses, by their keys: an entry has logprobs and lse, float32 (T,). Those that have none
+        stay without. `column`: its log-probabilities are this one; None: it is the reference."""
+        self._said, self._key_of = self._said | {column: entries}, key_of
+
+    def take_said(self, other: Sequence[Episode]) -> None:
+        """That of some of these episodes, or of all."""
+        if isinstance(other, Episodes):
+            self._said, self._key_of = other._said, other._key_of
+
+    @property
+    def bare(self) -> bool:
+        """Whether an objective added nothing."""
+        return not self._columns and self._companions is None
+
+    def contents(self, indices: Iterable[int]) -> Iterator[bytes]:
+        """What `fingerprint` reads of each."""
+        label, terminated, outcomes = self.label, self.terminated, self._outcomes.astype(np.float32)
+        plain = self._outcomes_alone & (self.table.column("length")[self.entries] <= self.max_length)
+        zeros = np.zeros(2**16, np.float32).tobytes()
+        for i in indices:
+            arrays, place = self.table.place(int(self.entries[i]))
+            ids, prompt = piece(arrays, "ids", place), int(arrays["prompt_length"][place])
+            count = len(ids) - prompt
+            other = len(piece(arrays, "logprobs", place)) or len(piece(arrays, "mask", place))
+            if not plain[i] or other or count > 2**16:
+                yield content_of(self._bare(i))
+                continue
+            told = np.array([prompt, count, terminated[i], label[i]], np.int64).tobytes()
+            yield told + ids.astype(np.int64).tobytes() + zeros[: 4 * (count - 1)] + outcomes[i].tobytes()
 
 
-def make_episodes(
-    rows: list[Row],
+def totals(episodes: Sequence[Episode]) -> list[float]:
+    """The sum of each one's rewards."""
+    if isinstance(episodes, Episodes):
+        return episodes.totals().tolist()
+    return [float(e.rewards.sum()) for e in episodes]
+
+
+def ended(episodes: Sequence[Episode]) -> Sequence[Episode]:
+    """Those whose last state is worth nothing; all of them where none is such."""
+    if isinstance(episodes, Episodes):
+        found = episodes.terminated
+        return episodes.take(found) if found.any() and not found.all() else episodes
+    return [e for e in episodes if e.terminated] or episodes
+
+
+def put_columns(episodes: Sequence[Episode], columns: dict[str, np.ndarray]) -> None:
+    """Numbers for the objective, float32: (n,), or one for each action, of all one behind the other."""
+    if isinstance(episodes, Episodes):
+        episodes.add_columns(columns)
+        return
+    counts = np.array([e.action_count for e in episodes], np.int64)
+    for name, given in columns.items():
+        values = np.asarray(given, dtype=np.float32)
+        on_tokens = values if len(values) != len(episodes) else np.repeat(values, counts)
+        for e, own in zip(episodes, np.split(on_tokens, counts.cumsum()[:-1])):
+            e.columns[name] = own
+
+
+def _by_first(key: np.ndarray) -> np.ndarray:
+    """int32 (n,): equal keys share a number, which counts from 0 in the order of the first of each."""
+    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int32)
+    rank[np.argsort(first, kind="stable")] = np.arange(len(first), dtype=np.int32)
+    return rank[inverse]
+
+
+def open_episodes(
+    rows: Sequence[Row],
     tokenizer,
     *,
     vocab_size: int,
@@ -213,7 +325,8 @@ def make_episodes(
     reward_scale: float = 1.0,
     reward_shift: float = 0.0,
     marks: Marks | None = None,
-) -> list[Episode]:
+    table: TokenTable | None = None,
+) -> Episodes:
     """Tokenises rows.
 
     Args:
@@ -232,46 +345,52 @@ def make_episodes(
             last state instead) or "drop".
         reward_scale, reward_shift: the outcome reward becomes scale * reward + shift.
         marks: which step rewards say that a step is wrong; None: what these rows tell of it.
+        table: the rows on tokens, where they are known already.
 
     Raises:
         UserError: naming the row, for prompts or completions that cannot be placed on tokens.
     """
+    rows = stored(rows)
     ends = ends_of(tokenizer, stop_ids, messages=not isinstance(rows[0].prompt, str))
-    with clock_at(template_time):
-        tokenized = tokenize_rows(rows, tokenizer, ends, vocab_size, max_length, skip_bad_rows)
-    lengths = [tokens.length for tokens in tokenized]
-    over = [tokens for tokens in tokenized if tokens.length > max_length]
-    if over:
-        share, p99 = len(over) / len(tokenized), int(np.percentile(lengths, 99))
-        cut = f"{share:.1%} of rows exceed max_length={max_length} (p99 = {p99:,}; first: {over[0].row.source})"
+    if table is None:
+        table = token_table(rows, tokenizer, ends, vocab_size, template_time)
+    index = np.arange(rows.total) if rows.chosen is None else rows.chosen
+    place_of = np.full(rows.total, -1, np.int32)
+    place_of[index] = np.arange(len(rows), dtype=np.int32)
+    places = place_of[table.column("row")]
+    entries = np.flatnonzero(places >= 0).astype(np.int32)
+    entries = entries[np.argsort(places[entries], kind="stable")]
+    prompts, first = table.column("prompt_length")[entries], table.column("first_action")[entries]
+    problems, fits = table.problems(place_of, rows), prompts + first.astype(np.int64) < max_length
+    for entry in entries[~fits].tolist():
+        row = rows[int(places[entry])]
+        problems.append(BadRow(int(places[entry]), row.source, too_long(table.tokens(entry, row), max_length) or ""))
+    entries = entries[fits]
+    refuse_rows(problems, len(rows), len(entries), skip_bad_rows)
+    table.say_remarks(place_of)
+    lengths = table.column("length")[entries]
+    over = lengths > max_length
+    if over.any():
+        share, p99 = over.mean(), int(np.percentile(lengths, 99))
+        source = rows[int(places[entries[over][0]])].source
+        said = f"{share:.1%} of rows exceed max_length={max_length} (p99 = {p99:,}; first: {source})"
         if not allow_truncation:
-            raise UserError(f"{cut}. Raise --max_length, or pass --allow_truncation")
-        logger.warning("%s and are cut there", cut)
-        tokenized = [tokens if tokens.length <= max_length else _cut(tokens, max_length) for tokens in tokenized]
-    kept = [tokens for tokens in tokenized if not tokens.truncated or truncation != "drop"]
-    if len(kept) < len(tokenized):
-        logger.warning("%d responses that did not end are dropped (truncation=drop)", len(tokenized) - len(kept))
-    if not kept:
+            raise UserError(f"{said}. Raise --max_length, or pass --allow_truncation")
+        logger.warning("%s and are cut there", said)
+    if truncation == "drop":
+        whole = ~(over | table.column("truncated")[entries])
+        if not whole.all():
+            logger.warning("%d responses that did not end are dropped (truncation=drop)", int((~whole).sum()))
+        entries = entries[whole]
+    if not len(entries):
         raise UserError("no response is left to train on")
     marks = marks or Marks.of_rows(rows, process_reward)
-    pay = _Payment(process_reward, process_coef, gamma, discount, truncation, reward_scale, reward_shift, marks)
-    indices: dict[str, int] = {}
-    episodes = []
-    for tokens in kept:
-        index = indices.setdefault(json.dumps(tokens.prompt), len(indices))
-        episodes.append(_episode(tokens, index, pay))
-    return episodes
+    pay = Payment(process_reward, process_coef, gamma, discount, truncation, reward_scale, reward_shift, marks)
+    made = Episodes(table, rows, entries, places[entries], pay, max_length)
+    made.check_pay()
+    return made
 
 
-def fingerprint(episodes: Iterable[Episode]) -> str:
-    """sha256 of everything that training reads of the data; a resumed run must find the same."""
-    digest = hashlib.sha256()
-    for e in episodes:
-        digest.update(np.asarray([len(e.prompt_ids), len(e.completion_ids), e.terminated, e.label], np.int64).tobytes())
-        digest.update(np.asarray(e.prompt_ids + e.completion_ids, np.int64).tobytes())
-        digest.update(e.rewards.tobytes())
-        if e.behavior_logprobs is not None:
-            digest.update(e.behavior_logprobs.tobytes())
-        if e.env_mask is not None:
-            digest.update(e.env_mask.tobytes() + np.asarray(e.turn_ends, np.int64).tobytes())
-    return digest.hexdigest()
+def make_episodes(rows: Sequence[Row], tokenizer, **options: Any) -> list[Episode]:
+    """The episodes of few rows as a list; see `open_episodes`."""
+    return list(open_episodes(rows, tokenizer, **options))

@@ -17,16 +17,14 @@ With messages a row may have `tools` and `chat_template_kwargs`, which go to the
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from dqo.data.hints import renaming_hint, structure_hint
 from dqo.errors import UserError, closest, printable
-
-logger = logging.getLogger(__name__)
 
 FIELDS = (
     "prompt",
@@ -108,7 +106,7 @@ class Record:
         return self.names.get(column, column)
 
 
-def form_of(values: dict[str, Any]) -> str:
+def form_of(values: Collection[str]) -> str:
     """The form that these columns belong to; "flat" when they fit no other."""
     if "completion" in values:
         return "flat"
@@ -119,29 +117,78 @@ def form_of(values: dict[str, Any]) -> str:
     return "oreo" if "response" in values else "flat"
 
 
-def check_columns(name: str, records: list[Record], scored: bool = True) -> str:
-    """The form of most rows. Drops null values, which stand for columns that a row does not have. `scored`: flat rows need a
+@dataclass
+class Shape:
+    """Rows with the same columns and the same kind of prompt."""
+
+    keys: tuple[str, ...]  # in the order of the first such row
+    null_reward: bool  # a reward that could not be computed
+    messages: bool  # the prompt is a list
+    count: int
+    first: str  # the source of the first
+
+
+class Shapes:
+    """The columns of all rows of a source, as few numbers: what is needed to know their form, and what they have in common."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple, Shape] = {}
+
+    def note(self, record: Record) -> None:
+        """Counts a row, without the values that `tidy` drops."""
+        _tidy(record)
+        values = record.values
+        null_reward, messages = values.get("reward", 0) is None, isinstance(values.get("prompt"), (list, tuple))
+        key = (*values, null_reward, messages)
+        shape = self._found.get(key)
+        if shape is None:
+            self._found[key] = Shape(tuple(values), null_reward, messages, 1, record.source)
+        else:
+            shape.count += 1
+
+    def tidy(self, record: Record) -> None:
+        """Drops what stands for columns that a row does not have; when all rows are noted."""
+        _tidy(record)
+        if self.drops_rewards:
+            record.values.pop("reward", None)
+
+    @cached_property
+    def drops_rewards(self) -> bool:
+        """Whether the column reward holds nothing, and labels are there in its place."""
+        rewarded = any("reward" in shape.keys and not shape.null_reward for shape in self._found.values())
+        return not rewarded and any("label" in shape.keys for shape in self._found.values())
+
+    @property
+    def all(self) -> list[Shape]:
+        """In the order in which they were met, without a column of rewards that holds nothing."""
+        shapes = list(self._found.values())
+        if not self.drops_rewards:
+            return shapes
+        return [
+            replace(shape, keys=tuple(key for key in shape.keys if key != "reward"), null_reward=False)
+            for shape in shapes
+        ]
+
+
+def check_columns(name: str, shapes: Shapes, scored: bool = True) -> tuple[str, str]:
+    """The form of most rows, and a line on columns that nothing reads ("" where there are none). `scored`: flat rows need a
     reward or a label.
 
     Raises:
         UserError: for a column that looks like a misspelling, and for a needed column that no row has.
     """
-    for record in records:
-        # a reward that could not be computed must be heard, not replaced by the label
-        record.values = {key: v for key, v in record.values.items() if v is not None or key == "reward"}
-        _name_mask(record)
-    rewarded = any(record.values.get("reward") is not None for record in records)
-    if not rewarded and any("label" in record.values for record in records):
-        for record in records:
-            record.values.pop("reward", None)
-    form = Counter(form_of(record.values) for record in records).most_common(1)[0][0]
+    all_shapes = shapes.all
+    forms: Counter[str] = Counter()
+    for shape in all_shapes:
+        forms[form_of(shape.keys)] += shape.count
+    form = forms.most_common(1)[0][0]
     known = {*_NEEDED[form], *((*_OF_THE_PROMPT, *_EACH) if form == "grouped" else FIELDS)}
     meant: dict[str, str | None] = {}
     misspelt: Counter[str] = Counter()
     first: dict[str, str] = {}
     found: dict[str, None] = {}
-    for record in records:
-        for key in record.values:
+    for shape in all_shapes:
+        for key in shape.keys:
             found[key] = None
             if key in known:
                 continue
@@ -149,18 +196,19 @@ def check_columns(name: str, records: list[Record], scored: bool = True) -> str:
                 meant[key] = closest(str(key), known - _HARMLESS, cutoff=0.8)
                 if closest(str(key), known, cutoff=0.8) in _HARMLESS:
                     meant[key] = None
-            if meant[key] and meant[key] not in record.values:
-                misspelt[key] += 1
-                first.setdefault(key, record.source)
+            if meant[key] and meant[key] not in shape.keys:
+                misspelt[key] += shape.count
+                first.setdefault(key, shape.first)
     missing = [column for column in _NEEDED[form] if column not in found]
     if form == "flat" and scored and "reward" not in found and "label" not in found:
         missing.append("reward (or label)")
     names = set(map(str, found))
     structure = structure_hint(names) if missing else ""
+    total = sum(shape.count for shape in all_shapes)
     if misspelt and not structure:
         raise UserError(
             "\n".join(
-                f"{first[key]}: unknown column '{key}' (in {count} of {len(records)} rows). "
+                f"{first[key]}: unknown column '{key}' (in {count} of {total} rows). "
                 f"Did you mean '{meant[key]}'? Rename it, or drop it if it is something else"
                 for key, count in misspelt.items()
             )
@@ -172,8 +220,14 @@ def check_columns(name: str, records: list[Record], scored: bool = True) -> str:
             f"{name}: no row has {' or '.join(missing)}; needs the columns {needed}; "
             f"found {', '.join(map(str, found))}{f'. {hint}' if hint else ''}"
         )
-    _name_unused(name, records, form)
-    return form
+    return form, _unused(name, all_shapes, form)
+
+
+def _tidy(record: Record) -> None:
+    """Drops null values, but that of a reward which could not be computed: it must be heard, not replaced by the label."""
+    if any(value is None for value in record.values.values()):
+        record.values = {key: v for key, v in record.values.items() if v is not None or key == "reward"}
+    _name_mask(record)
 
 
 def _name_mask(record: Record) -> None:
@@ -184,18 +238,30 @@ def _name_mask(record: Record) -> None:
         record.names["env_mask"] = mask
 
 
-def _name_unused(name: str, records: list[Record], form: str) -> None:
-    """One line for the columns that nothing reads."""
+def _unused(name: str, shapes: list[Shape], form: str) -> str:
+    """One line for the columns that nothing reads; "" where there are none."""
     used = {*_NEEDED[form], *(_USED.get(form) or FIELDS)}
-    if not any(isinstance(record.values.get("prompt"), (list, tuple)) for record in records):
+    if not any(shape.messages for shape in shapes):
         used -= set(_OF_TEMPLATES)
-    counts = Counter(key for record in records for key in record.values if key not in used)
+    counts: Counter[str] = Counter()
+    for shape in shapes:
+        counts.update({key: shape.count for key in shape.keys if key not in used})
     if not counts:
-        return
+        return ""
     columns = ", ".join(f"{key!r} (in {count:,} rows)" for key, count in counts.items())
     scores = "; the rewards of chosen and rejected are 1 and 0, write grouped rows (completions, rewards) for scores"
     hint = scores if form == "preference" and any("score" in str(key) for key in counts) else ""
-    logger.warning("%s: columns that are not used: %s%s", name, printable(columns), hint)
+    return f"{name}: columns that are not used: {printable(columns)}{hint}"
+
+
+def needed(form: str) -> tuple[str, ...]:
+    """The columns that every row of this form has."""
+    return _NEEDED[form]
+
+
+def one_row_each(form: str) -> bool:
+    """Whether rows of this form are flat ones, but for the names of columns."""
+    return form in ("flat", "oreo")
 
 
 def to_flat(record: Record, form: str, reward_threshold: float) -> list[Record]:

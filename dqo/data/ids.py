@@ -10,6 +10,7 @@ from typing import Any
 from dqo.data.ends import Ends
 from dqo.errors import UserError
 
+IDS_ALONE = {"return_attention_mask": False, "return_token_type_ids": False}  # what nothing reads takes time and memory
 _PREFIXES = ("\u2581", "\u0120")  # a space's piece, of sentencepiece and of byte-level tokenizers
 
 
@@ -115,7 +116,7 @@ class Continuation:
         plain = [i for i in range(len(texts)) if self.backend is None or (self.everywhere and last[i] in self.added)]
         if plain:
             encoded = self.tokenizer(
-                [texts[i] for i in plain], add_special_tokens=False, return_offsets_mapping=offsets
+                [texts[i] for i in plain], add_special_tokens=False, return_offsets_mapping=offsets, **IDS_ALONE
             )
             spans = encoded["offset_mapping"] if offsets else [[]] * len(plain)
             for i, ids, span in zip(plain, encoded["input_ids"], spans):

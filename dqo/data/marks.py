@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from dqo.credit.steps import Mark, first_wrong_step, wrong_mark
 from dqo.data.rows import Row
+from dqo.data.stored import column, paid_by_turns, process_rewards
 
 
 @dataclass(frozen=True)
@@ -15,14 +18,11 @@ class Marks:
     turns: Mark  # 0 is what most turns are paid, so it marks none of them, unless it is a pass rate
 
     @classmethod
-    def of_rows(cls, rows: Iterable[Row], process_reward: str | None) -> Marks:
+    def of_rows(cls, rows: Sequence[Row], process_reward: str | None) -> Marks:
         """Told by all rows of a file, because one row alone may have no wrong step. `process_reward`: the option."""
         pass_rates = process_reward == "potential"
-        numbers: set[float] = set()
-        prompt_values = False
-        for row in rows:
-            numbers.update(row.step_rewards or ())
-            prompt_values |= row.prompt_value is not None
+        prompt_values = not np.isnan(column(rows, "prompt_value")).all()
+        numbers = np.unique(process_rewards(rows)[~paid_by_turns(rows)]).tolist()
         return cls(wrong_mark(numbers, pass_rates or prompt_values), "zero" if pass_rates else "negative")
 
     def of(self, row: Row) -> Mark:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from dqo.data.checks import Common, checked
-from dqo.data.forms import Record, check_columns, to_flat
-from dqo.data.sources import BadRow, progress, read_records
+from dqo.data.forms import Record, Shapes, check_columns, needed, one_row_each, to_flat
+from dqo.data.sources import BadRow, Source, open_source
 from dqo.data.turns import turn_count
 from dqo.errors import UserError
 from dqo.files import replacing
 
 logger = logging.getLogger(__name__)
 
+_ENCODED = json.JSONEncoder(sort_keys=True).encode
+Say = Callable[[int, str], None]
 _LISTED = 10  # problems in one message
 _NAMED = 9  # further rows that are named with a problem
 
@@ -93,46 +94,85 @@ def read_rows(
     Raises:
         UserError: naming the first ten rows that do not fit, each with its file and line.
     """
-    name, records, problems = read_records(source)
-    return rows_of(
-        name, records, problems, skip_bad_rows=skip_bad_rows, reward_threshold=reward_threshold, scored=scored
-    )
+    return _rows(open_source(source), skip_bad_rows, reward_threshold, scored)
 
 
-def rows_of(
-    name: str,
-    records: list[Record],
-    problems: list[BadRow],
-    *,
-    skip_bad_rows: bool = False,
-    reward_threshold: float = 0.5,
-    scored: bool = True,
-) -> list[Row]:
+def rows_of(name: str, records: list[Record], problems: list[BadRow], *, scored: bool = True) -> list[Row]:
     """The rows of records as `read_records` returns them; see `read_rows`."""
-    flat, rows, problems = [], [], list(problems)
-    if records:
-        form = check_columns(name, records, scored)
-        if form != "flat":
-            logger.info("%s: read as %s rows", name, form)
-        for record in records:
-            try:
-                flat.extend(to_flat(record, form, reward_threshold))
-            except UserError as error:
-                problems.append(BadRow(record.index, record.source, str(error)))
-    common = Common.of(flat)
-    for record in progress(flat, f"check {name}"):
-        try:
-            rows.append(Row(**checked(record, common, reward_threshold, scored), source=record.source))
-        except UserError as error:
-            problems.append(BadRow(record.index, record.source, str(error)))
-    if problems:
-        message = report(name, problems, len(rows) + len(problems))
-        if not skip_bad_rows or not rows:
-            # an option of training; `dqo score` drops no row
-            usable = f"\n{len(rows)} rows fit: --skip_bad_rows goes on with them" if rows and scored else ""
-            raise UserError(message + usable)
-        logger.warning("%s\nThey are dropped; %d rows are left", message, len(rows))
+    return _rows(Source(name, lambda: chain(problems, records)), scored=scored)
+
+
+def _rows(source: Source, skip_bad_rows: bool = False, reward_threshold: float = 0.5, scored: bool = True) -> list[Row]:
+    rows: list[Row] = []
+    problems: list[BadRow] = []
+    for item in checked_rows(source, reward_threshold, scored, logger.log):
+        if isinstance(item, Row):
+            rows.append(item)
+        else:
+            problems.append(item)
+    refuse(source.name, problems, len(rows), skip_bad_rows, scored, logger.log)
     return rows
+
+
+def checked_rows(source: Source, reward_threshold: float, scored: bool, say: Say) -> Iterator[Row | BadRow]:
+    """The rows of a source one by one, and why others are none, in their order. The source is read twice or three times: what
+    rows have in common is known after the first.
+
+    Args:
+        say: called with a level of `logging` and a line.
+
+    Raises:
+        UserError: for columns that rows cannot have, and a file that changes meanwhile.
+    """
+    shapes = Shapes()
+    for item in source.items():
+        if isinstance(item, Record):
+            shapes.note(item)
+    if not shapes.all:
+        yield from (item for item in source.items() if isinstance(item, BadRow))
+        return
+    form, unused = check_columns(source.name, shapes, scored)
+    if unused:
+        say(logging.WARNING, unused)
+    if form != "flat":
+        say(logging.INFO, f"{source.name}: read as {form} rows")
+
+    def flat_records() -> Iterator[Record | BadRow]:
+        for item in source.items():
+            if isinstance(item, BadRow):
+                yield item
+                continue
+            shapes.tidy(item)
+            try:
+                yield from to_flat(item, form, reward_threshold)
+            except UserError as error:
+                yield BadRow(item.index, item.source, str(error))
+
+    if one_row_each(form):
+        common = Common.of_shapes(shapes.all, needed(form))
+    else:
+        common = Common.of(item for item in flat_records() if isinstance(item, Record))
+    for item in flat_records():
+        if isinstance(item, BadRow):
+            yield item
+            continue
+        try:
+            yield Row(**checked(item, common, reward_threshold, scored), source=item.source)
+        except UserError as error:
+            yield BadRow(item.index, item.source, str(error))
+    source.check_unchanged()
+
+
+def refuse(name: str, problems: list[BadRow], fit: int, skip_bad_rows: bool, scored: bool, say: Say) -> None:
+    """Raises for rows that do not fit, or says that they are dropped. `fit`: how many do."""
+    if not problems:
+        return
+    message = report(name, problems, fit + len(problems))
+    if not skip_bad_rows or not fit:
+        # an option of training; `dqo score` drops no row
+        usable = f"\n{fit} rows fit: --skip_bad_rows goes on with them" if fit and scored else ""
+        raise UserError(message + usable)
+    say(logging.WARNING, f"{message}\nThey are dropped; {fit} rows are left")
 
 
 def report(name: str, problems: list[BadRow], total: int) -> str:
@@ -172,81 +212,9 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
 def prompt_key(row: Prompted) -> str:
     """A key that rows of the same prompt share, and no others."""
     more = [row.tools, row.chat_template_kwargs] if row.tools or row.chat_template_kwargs else []
-    return json.dumps([row.prompt, *more] if more else row.prompt, sort_keys=True)
+    return _ENCODED([row.prompt, *more] if more else row.prompt)
 
 
-def check_contrast(rows: list[Row]) -> str:
-    """A warning when no prompt has responses with different rewards, else "".
-
-    Raises:
-        UserError: when all rewards are equal and no step has a reward, so that there is nothing to learn.
-    """
-    rewards = {row.reward for row in rows}
-    if len(rewards) == 1 and not any(any(row.process_rewards or ()) for row in rows):
-        raise UserError(
-            f"every reward is {rewards.pop()}: nothing to learn. Check the grader, or add responses that it "
-            "rewards differently"
-        )
-    by_prompt: dict[str, set] = defaultdict(set)
-    for row in rows:
-        by_prompt[prompt_key(row)].add(row.reward)
-    if any(len(found) > 1 for found in by_prompt.values()):
-        return ""
-    return (
-        f"no prompt has responses with different rewards ({len(rows)} responses, {len(by_prompt)} prompts): "
-        "responses can only be compared across prompts"
-    )
-
-
-def check_process_reward(rows: list[Row], name: str, process_reward: str | None) -> None:
-    """Refuses rewards of steps or turns without a choice of what they do, a choice without any, and potentials that differ where
-    they belong to one state."""
-    found = next((row for row in rows if row.process_rewards is not None), None)
-    if process_reward == "potential":
-        _check_prompt_values(rows, name)
-        found = found or next((row for row in rows if row.prompt_value is not None), None)
-    if found is not None and process_reward is None:
-        what = "step" if found.turn_rewards is None else "turn"
-        raise UserError(
-            f"{name} has {what}_rewards; choose what they do: --process_reward additive (added on the last token of their "
-            f"{what}), --process_reward potential (they are pass rates of the prefixes, whose differences are paid and move no "
-            "optimum) or --process_reward none"
-        )
-    if found is None and process_reward not in (None, "none"):
-        raise UserError(
-            f"{name} has no step_rewards, so --process_reward {process_reward} would do nothing; drop the option, or add "
-            "steps and step_rewards, or turn_rewards (`dqo score FILE --prefix_values 8` measures pass rates of prefixes)"
-        )
-
-
-def _check_prompt_values(rows: list[Row], name: str) -> None:
-    """A potential of the prompt that all its rows share moves no optimum; different ones are rewards."""
-    values: dict[str, Row] = {}
-    for row in rows:
-        first = values.setdefault(prompt_key(row), row)
-        if row.prompt_value != first.prompt_value:
-            raise UserError(
-                f"{row.source or name}: prompt_value is {row.prompt_value}, and {first.source or 'a row'} of the same prompt has "
-                f"{first.prompt_value}; as potentials they must be equal: give every row of a prompt one value, or none"
-            )
-
-
-def duplicate_count(rows: list[Row]) -> int:
-    """Rows that repeat prompt and completion of an earlier row."""
-    return len(rows) - len({(prompt_key(row), json.dumps(row.completion, sort_keys=True)) for row in rows})
-
-
-def split_by_prompt(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and rows held out, in their order; all rows of a prompt fall on one side.
-
-    A prompt is held out with probability `fraction` by a hash of its text and the seed, whatever the other
-    rows are. So a small file may have none.
-    """
-    if not 0.0 <= fraction < 1.0:
-        raise UserError(f"the held-out fraction must be in [0, 1), got {fraction}")
-    train: list[Row] = []
-    held_out: list[Row] = []
-    for row in rows:
-        digest = hashlib.sha256(f"{seed}/{prompt_key(row)}".encode()).digest()
-        (held_out if int.from_bytes(digest[:8], "big") < fraction * 2**64 else train).append(row)
-    return train, held_out
+def completion_key(row: Row) -> str:
+    """A key that rows with the same completion share, and no others."""
+    return _ENCODED(row.completion)

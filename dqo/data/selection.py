@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from dqo.credit.steps import step_index
+from dqo.data import step_columns
 from dqo.data.batches import COLUMNS, Group
-from dqo.data.episodes import Episode, first_tokens
+from dqo.data.episode import Episode, digest_of, fingerprint, mismatched
+from dqo.data.episodes import Episodes, put_columns
 from dqo.errors import UserError
 from dqo.objectives.base import Columns, Objective, Selection
 
@@ -27,64 +28,138 @@ class EpisodeColumns:
     def __init__(self, episodes: Sequence[Episode], reference_samples: Callable[[], Collection[str]] | None = None):
         self._episodes, self._reference_samples = episodes, reference_samples
 
-    def _of(self, name: str, dtype: type) -> np.ndarray:
-        return np.array([getattr(e, name) for e in self._episodes], dtype=dtype)
+    def _of(self, name: str, attribute: str, dtype: type) -> np.ndarray:
+        """`name`: that of Episodes, `attribute`: that of an Episode."""
+        if isinstance(self._episodes, Episodes):
+            return getattr(self._episodes, name).astype(dtype, copy=False)
+        return np.array([getattr(e, attribute) for e in self._episodes], dtype=dtype)
 
     @cached_property
     def prompt(self) -> np.ndarray:
-        return self._of("prompt_index", np.int64)
+        return self._of("prompt", "prompt_index", np.int64)
 
     @cached_property
     def reward(self) -> np.ndarray:
-        return self._of("reward", np.float64)
+        return self._of("reward", "reward", np.float64)
 
     @cached_property
     def label(self) -> np.ndarray:
-        return self._of("label", bool)
+        return self._of("label", "label", bool)
 
     @cached_property
     def truncated(self) -> np.ndarray:
-        return self._of("truncated", bool)
+        return self._of("truncated", "truncated", bool)
 
     @cached_property
     def has_logprobs(self) -> np.ndarray:
+        if isinstance(self._episodes, Episodes):
+            return self._episodes.has_logprobs
         return np.array([e.behavior_logprobs is not None for e in self._episodes], dtype=bool)
 
     @cached_property
     def has_step_rewards(self) -> np.ndarray:
-        return np.array([0 < len(e.step_ends) == len(e.step_rewards) for e in self._episodes], dtype=bool)
+        return step_columns.has_step_rewards(self._episodes)
 
     @cached_property
     def potential(self) -> np.ndarray:
-        return np.concatenate([_potential(e) for e in self._episodes] or [np.zeros(0)])
+        return step_columns.potential(self._episodes)
 
     @cached_property
     def prompt_length(self) -> np.ndarray:
-        return np.array([len(e.prompt_ids) for e in self._episodes], dtype=np.int64)
+        return self._of("prompt_length", "prompt_count", np.int64)
 
     @cached_property
     def length(self) -> np.ndarray:
-        return np.array([e.action_count for e in self._episodes], dtype=np.int64)
+        return self._of("action_counts", "action_count", np.int64)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int64: of prompt and response, the environment's too."""
+        return self._of("lengths", "length", np.int64)
 
     @cached_property
     def of_reference(self) -> np.ndarray:
         known = self._reference_samples() if self._reference_samples is not None else ()
-        return np.array([e.source in known for e in self._episodes], dtype=bool)
+        return np.array([source in known for source in self.source], dtype=bool)
 
     @cached_property
     def same_as(self) -> np.ndarray:
-        first: dict[tuple, int] = {}
+        if isinstance(self._episodes, Episodes):
+            _, first, same = np.unique(self._episodes.responses, return_index=True, return_inverse=True)
+            return first[same].astype(np.int64)
+        seen: dict[tuple, int] = {}
         keys = ((e.prompt_index, tuple(e.completion_ids), _holes(e)) for e in self._episodes)
-        return np.array([first.setdefault(key, i) for i, key in enumerate(keys)], dtype=np.int64)
+        return np.array([seen.setdefault(key, i) for i, key in enumerate(keys)], dtype=np.int64)
 
     @property
     def source(self) -> Sequence[str]:
-        return [e.source for e in self._episodes]
+        return _Sources(self._episodes)
+
+
+class _Sources(Sequence[str]):
+    def __init__(self, episodes: Sequence[Episode]):
+        self._episodes = episodes
+
+    def __len__(self) -> int:
+        return len(self._episodes)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        return self._episodes.source(i) if isinstance(self._episodes, Episodes) else self._episodes[i].source
+
+
+class Groups(Sequence[Group]):
+    """Groups of episodes that are made when they are read. `rows`: the indices of each group's."""
+
+    def __init__(self, episodes: Episodes, rows: np.ndarray | Sequence[np.ndarray]):
+        self.episodes, self.rows = episodes, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        return [self.episodes[int(row)] for row in np.asarray(self.rows[i])]
+
+    def take(self, indices: np.ndarray) -> Groups:
+        chosen = self.rows[indices] if isinstance(self.rows, np.ndarray) else [self.rows[i] for i in indices.tolist()]
+        return Groups(self.episodes, chosen)
+
+    def flat(self) -> np.ndarray:
+        """Indices of the episodes of all groups, one group behind the other."""
+        if isinstance(self.rows, np.ndarray):
+            return self.rows.reshape(-1)
+        return np.concatenate([np.asarray(group) for group in self.rows]) if len(self.rows) else np.zeros(0, np.int64)
+
+    def distinct(self) -> Episodes:
+        """The episodes of all groups, each once, in the order of the groups; the groups' own where those are no others."""
+        order = self._order()
+        return self.episodes if np.array_equal(order, np.arange(len(self.episodes))) else self.episodes.take(order)
+
+    def alone(self) -> Groups:
+        """The same groups of their distinct episodes alone: what is added to `distinct` of them is on what is read of them."""
+        own = self.distinct()
+        if own is self.episodes:
+            return self
+        index = np.full(len(self.episodes), -1, np.int64)
+        index[self._order()] = np.arange(len(own))
+        if isinstance(self.rows, np.ndarray):
+            return Groups(own, index[self.rows])
+        return Groups(own, [index[np.asarray(group)] for group in self.rows])
+
+    def _order(self) -> np.ndarray:
+        flat = self.flat()
+        _, first = np.unique(flat, return_index=True)
+        return flat[np.sort(first)]
 
 
 def selected(
-    objective: Objective, episodes: list[Episode], reference_samples: Callable[[], Collection[str]] | None = None
-) -> list[Group]:
+    objective: Objective,
+    episodes: Sequence[Episode],
+    reference_samples: Callable[[], Collection[str]] | None = None,
+) -> Sequence[Group]:
     """The groups that the objective trains on. Its further columns, and its companions, are set on the episodes.
 
     Args:
@@ -100,7 +175,12 @@ def selected(
     selection = objective.prepare(columns)
     for problem in _problems(selection, objective, columns):
         raise UserError(f"{type(objective).__name__}.prepare gives {problem}")
-    _set_columns(selection, episodes, columns.length)
+    put_columns(episodes, selection.columns)
+    if isinstance(episodes, Episodes):
+        if selection.companions is not None:
+            episodes.add_companions(np.asarray(selection.companions))
+        groups = Groups(episodes, selection.groups)
+        return groups.alone() if len(groups) else groups
     if selection.companions is not None:
         longest = max((e.length for e in episodes), default=0)
         for e, companion in zip(episodes, np.asarray(selection.companions).tolist()):
@@ -108,25 +188,16 @@ def selected(
     return [[episodes[row] for row in np.asarray(group).tolist()] for group in selection.groups]
 
 
-def _potential(e: Episode) -> np.ndarray:
-    """(T,) of the state before each token; NaN where the file tells none."""
-    found = np.full(e.action_count, np.nan if e.prompt_value is None else e.prompt_value)
-    for end, value in zip(e.step_ends, e.step_rewards):
-        found[end + 1 :] = value
-    return found
-
-
-def _set_steps(objective: Objective, episodes: list[Episode]) -> None:
+def _set_steps(objective: Objective, episodes: Sequence[Episode]) -> None:
     """The column step."""
-    without = [e for e in episodes if not e.step_ends]
-    if without:
+    without = np.flatnonzero(step_columns.step_counts(episodes) == 0)
+    if len(without):
         raise UserError(
             f"{type(objective).__name__} takes steps for actions, and {len(episodes) - len(without):,} of {len(episodes):,} "
-            f"responses have steps (the first without: {without[0].source}); `dqo score FILE --steps lines --output_file NEW` "
-            "cuts them into steps"
+            f"responses have steps (the first without: {episodes[int(without[0])].source}); `dqo score FILE --steps lines "
+            "--output_file NEW` cuts them into steps"
         )
-    for e in episodes:
-        e.columns["step"] = step_index(e.step_ends, e.action_count)
+    put_columns(episodes, {"step": step_columns.steps(episodes)})
 
 
 def nothing_selected(objective: Objective, episodes: Sequence[Episode]) -> str:
@@ -138,6 +209,13 @@ def nothing_selected(objective: Objective, episodes: Sequence[Episode]) -> str:
         f"{len(sizes):,} prompts, {int((sizes > 1).sum()):,} of them with several; `dqo sample --num_generations 8` gives each "
         "prompt more, which `dqo score` grades"
     )
+
+
+def data_fingerprint(groups: Sequence[Group]) -> str:
+    """`episodes.fingerprint` of all groups."""
+    if isinstance(groups, Groups):
+        return digest_of(groups.episodes.contents(groups.flat().tolist()))
+    return fingerprint(chain(*groups))
 
 
 def _holes(episode: Episode) -> bytes:
@@ -210,18 +288,13 @@ def _column_problems(name: str, values: Any, columns: Columns) -> Iterator[str]:
         )
 
 
-def _set_columns(selection: Selection, episodes: list[Episode], length: np.ndarray) -> None:
-    for name, values in selection.columns.items():
-        values = np.asarray(values, dtype=np.float32)
-        on_tokens = values if len(values) != len(episodes) else np.repeat(values, length)
-        for e, piece in zip(episodes, np.split(on_tokens, length.cumsum()[:-1])):
-            e.columns[name] = piece
-
-
-def selection_fingerprint(groups: list[Group]) -> str:
+def selection_fingerprint(groups: Sequence[Group]) -> str:
     """sha256 of what the objective made of the data: the sizes of its groups, its columns and its companions. The responses
     themselves, in the order of the groups, are in `episodes.fingerprint`."""
     digest = hashlib.sha256()
+    if isinstance(groups, Groups) and groups.episodes.bare:
+        digest.update(np.array([len(group) for group in groups.rows], np.int64).tobytes())
+        return digest.hexdigest()
     for group in groups:
         digest.update(np.int64(len(group)).tobytes())
         for e in group:
@@ -230,29 +303,3 @@ def selection_fingerprint(groups: list[Group]) -> str:
             if e.companion is not None:
                 digest.update(np.asarray(e.companion.completion_ids, np.int64).tobytes() + _holes(e.companion))
     return digest.hexdigest()
-
-
-def mismatched(episode: Episode, other: Episode, longest: int) -> Episode:
-    """The prompt of one with the completion of the other, cut where both would have more than `longest` tokens, and after its
-    first action at the earliest."""
-    room = max(longest - len(episode.prompt_ids), int(other.actions[0]) + 1)
-    completion, env_mask, actions = first_tokens(other.completion_ids, other.env_mask, room)
-    return replace(
-        episode,
-        completion_ids=completion,
-        rewards=np.zeros(actions, dtype=np.float32),
-        reward=0.0,
-        label=False,
-        terminated=True,
-        source=f"{episode.source} with the completion of {other.source}",
-        behavior_logprobs=None,
-        step_ends=[],
-        step_rewards=[],
-        first_wrong_step=None,
-        ref_logprobs=None,
-        ref_lse=None,
-        columns={},
-        companion=None,
-        env_mask=env_mask,
-        turn_ends=[end for end in other.turn_ends if end < actions],
-    )

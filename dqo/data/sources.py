@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dqo.files import name_problem
 logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
+_BATCH = 1024  # rows of a Parquet file that are read at once
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")  # org/name, or org/name:split
 
 
@@ -30,70 +32,116 @@ class BadRow:
     message: str
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from. `items` gives them again whenever it is called: rows, and lines that are no rows, in their order."""
+
+    name: str
+    items: Callable[[], Iterator[Record | BadRow]]
+    path: Path | None = None  # of a file
+    stamp: tuple[int, ...] = ()  # of that file when it was opened
+
+    def check_unchanged(self) -> None:
+        """Refuses a file that another process has written to since it was opened: it is read more than once."""
+        if self.path is not None and stamp_of(self.path) != self.stamp:
+            raise UserError(f"{self.path}: changed while it was read; start again when its writer has ended")
+
+
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """What differs when a file is written to, or replaced; () where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def read_records(source: Any) -> tuple[str, list[Record], list[BadRow]]:
     """The name of a source, its rows, and the lines that are no rows.
 
     Raises:
         UserError: when the source cannot be read at all.
     """
+    opened = open_source(source)
+    records: list[Record] = []
+    problems: list[BadRow] = []
+    for item in opened.items():
+        if isinstance(item, Record):
+            records.append(item)
+        else:
+            problems.append(item)
+    return opened.name, records, problems
+
+
+def open_source(source: Any) -> Source:
+    """A source that is read a row at a time: no more than a batch of it is in memory.
+
+    Raises:
+        UserError: when there is no such source. One that cannot be read is named when it is read.
+    """
     if not isinstance(source, (str, Path)):
-        return "rows", *_from_iterable(source)
+        return Source("rows", _iterable(source))
     if (problem := name_problem(str(source))) is not None:
         raise UserError(f"the name of a rollout file {problem}")
     path = Path(source)
     if not path.exists():
         in_folder = path.parent.is_dir()  # where it is a misspelt file
         if isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix not in _SUFFIXES and not in_folder:
-            return source, *_from_hub(source)
+            return Source(source, _iterable(_from_hub(source)))
         siblings = [p.name for p in path.parent.glob("*")] if in_folder else []
         raise UserError(f"{path}: no such file.{did_you_mean(path.name, siblings)} Expected a .jsonl or .parquet file")
     if path.is_dir():
-        return path.name, *_from_saved(path)
+        return Source(path.name, _iterable(_from_saved(path)))
     if path.suffix == ".parquet":
-        return path.name, *_from_parquet(path)
+        return Source(path.name, partial(_from_parquet, path), path, stamp_of(path))
     if path.suffix not in _SUFFIXES:
         raise UserError(f"{path}: unknown kind of file {path.suffix!r}; expected .jsonl or .parquet")
-    return path.name, *read_jsonl(path)
+    return Source(path.name, partial(_from_jsonl, path), path, stamp_of(path))
 
 
-def read_jsonl(path: Path) -> tuple[list[Record], list[BadRow]]:
+def _from_jsonl(path: Path) -> Iterator[Record | BadRow]:
     """The objects of a JSON Lines file, one a line. Empty lines are skipped."""
-    records, problems = [], []
+    empty = True
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            for number, line in enumerate(progress(file, f"read {path.name}"), start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.strip():
+                    empty = False
+                    yield _of_line(path, number, line)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    if not content.strip():
+    if empty:
         raise UserError(f"{path}: is empty; expected one JSON object a line")
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    for number, line in enumerate(progress(lines, f"read {path.name}"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path.name}:{number}"
-        try:
-            value = decode(line.decode())
-        except UnicodeDecodeError as error:
-            problem = f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
-        except json.JSONDecodeError as error:
-            what = error.msg[0].lower() + error.msg[1:].removesuffix(" starting at")
-            problem = f"not valid JSON ({what} at column {error.colno})"
-            if number == 1 and len(lines) > 1 and (line.lstrip().startswith(b"[") or line.strip() == b"{"):
-                problem += f"; {_not_lines(path, line)}"
-            elif number == len(lines) and line.startswith(b"{") and not line.endswith(b"}"):
-                problem += "; the last line has no end: its writer was cut off"
-        except DoubledKey as error:
-            problem = str(error)
-        except (ValueError, RecursionError) as error:
-            problem = f"not valid JSON ({error})"
-        else:
-            if isinstance(value, dict):
-                records.append(Record(number, where, value))
-                continue
-            problem = f'is a {_json_type(value)}; expected an object such as {{"prompt": ..., "completion": ...}}'
-            if isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
-                problem = f"is a list of {len(value):,}; {_not_lines(path, line)}"
-        problems.append(BadRow(number, where, problem))
-    return records, problems
+
+
+def _of_line(path: Path, number: int, line: bytes) -> Record | BadRow:
+    """`line`: with its end, which only the last of a file may lack."""
+    where, ended = f"{path.name}:{number}", line.endswith(b"\n")
+    line = line.removesuffix(b"\n")
+    try:
+        value = decode(line.decode())
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
+    except json.JSONDecodeError as error:
+        what = error.msg[0].lower() + error.msg[1:].removesuffix(" starting at")
+        problem = f"not valid JSON ({what} at column {error.colno})"
+        if number == 1 and ended and (line.lstrip().startswith(b"[") or line.strip() == b"{"):
+            problem += f"; {_not_lines(path, line)}"
+        elif not ended and line.startswith(b"{") and not line.endswith(b"}"):
+            problem += "; the last line has no end: its writer was cut off"
+    except DoubledKey as error:
+        problem = str(error)
+    except (ValueError, RecursionError) as error:
+        problem = f"not valid JSON ({error})"
+    else:
+        if isinstance(value, dict):
+            return Record(number, where, value)
+        problem = f'is a {_json_type(value)}; expected an object such as {{"prompt": ..., "completion": ...}}'
+        if isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+            problem = f"is a list of {len(value):,}; {_not_lines(path, line)}"
+    return BadRow(number, where, problem)
 
 
 def _not_lines(path: Path, line: bytes) -> str:
@@ -111,21 +159,25 @@ def progress(items: Iterable, description: str) -> Iterable:
     return tqdm(items, description, unit="row", delay=2, leave=False, disable=None)
 
 
-def _from_parquet(path: Path) -> tuple[list[Record], list[BadRow]]:
+def _from_parquet(path: Path) -> Iterator[Record | BadRow]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"{path}: Parquet files need pyarrow: pip install pyarrow") from error
+    index = 0
     try:
         if (name := _doubled_field(pyarrow.parquet.read_schema(path))) is not None:
             raise UserError(f"{path}: has the column {name!r} more than once; keep one")
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+            for batch in file.iter_batches(_BATCH):
+                for row in batch.to_pylist():
+                    index += 1
+                    yield Record(index, f"{path.name}:{index}", _without_nulls(row))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
-    if not rows:
+    if not index:
         raise UserError(f"{path}: is empty; expected one response a row")
-    return [Record(i, f"{path.name}:{i}", _without_nulls(row)) for i, row in enumerate(rows, start=1)], []
 
 
 def _doubled_field(fields: Iterable) -> str | None:
@@ -165,7 +217,7 @@ def _datasets(needed_by: str):
     return datasets
 
 
-def _from_hub(source: str) -> tuple[list[Record], list[BadRow]]:
+def _from_hub(source: str) -> Any:
     """A data set of the Hugging Face hub; ":split" chooses a split."""
     name, _, split = source.partition(":")
     datasets = _datasets(f"{source}: there is no such file; as the name of a data set on the Hugging Face hub it")
@@ -176,10 +228,10 @@ def _from_hub(source: str) -> tuple[list[Record], list[BadRow]]:
         raise UserError(
             f"{source}: there is no such file, and as a data set of the Hugging Face hub it cannot be loaded: {what}"
         ) from error
-    return _from_iterable(_one_split(found, name, split, ":"))
+    return _one_split(found, name, split, ":")
 
 
-def _from_saved(path: Path) -> tuple[list[Record], list[BadRow]]:
+def _from_saved(path: Path) -> Any:
     """A folder that Dataset.save_to_disk or DatasetDict.save_to_disk wrote."""
     if not (path / "dataset_info.json").exists() and not (path / "dataset_dict.json").exists():
         raise UserError(
@@ -190,7 +242,7 @@ def _from_saved(path: Path) -> tuple[list[Record], list[BadRow]]:
         found = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: cannot be read as a saved data set: {error}") from error
-    return _from_iterable(_one_split(found, str(path), "", "/"))
+    return _one_split(found, str(path), "", "/")
 
 
 def _one_split(found: Any, name: str, split: str, separator: str) -> Any:
@@ -208,15 +260,20 @@ def _one_split(found: Any, name: str, split: str, separator: str) -> Any:
     return found[split]
 
 
-def _from_iterable(source: Any) -> tuple[list[Record], list[BadRow]]:
+def _iterable(source: Any) -> Callable[[], Iterator[Record | BadRow]]:
     if isinstance(source, dict):
         raise UserError(
             f"rows are a dict with the keys {', '.join(map(str, source))}; pass one split, or a list of dicts"
         )
     if not isinstance(source, Iterable):
         raise UserError(f"rows are a {type(source).__name__}; expected a path, a list of dicts or a datasets.Dataset")
-    records, problems = [], []
-    arrow = hasattr(source, "features")  # a datasets.Dataset
+    # what can be read once alone is kept
+    again = source if isinstance(source, Sequence) or hasattr(source, "features") else list(source)
+    return partial(_from_iterable, again)
+
+
+def _from_iterable(source: Iterable) -> Iterator[Record | BadRow]:
+    i, arrow = 0, hasattr(source, "features")  # a datasets.Dataset
     for i, row in enumerate(source, start=1):
         where = f"row {i}"
         if is_dataclass(row) and not isinstance(row, type):
@@ -224,12 +281,11 @@ def _from_iterable(source: Any) -> tuple[list[Record], list[BadRow]]:
             where = row.pop("source", "") or where
         if isinstance(row, dict):
             row = {name: _plain(value) for name, value in row.items()}
-            records.append(Record(i, where, _without_nulls(row) if arrow else row))
+            yield Record(i, where, _without_nulls(row) if arrow else row)
         else:
-            problems.append(BadRow(i, where, f"is a {type(row).__name__}; expected a dict"))
-    if not records and not problems:
+            yield BadRow(i, where, f"is a {type(row).__name__}; expected a dict")
+    if not i:
         raise UserError("there are no rows")
-    return records, problems
 
 
 def _plain(value: Any) -> Any:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from dqo.data.chat import Completion, completion_after, opening, prompt_text, unread_keys
+from dqo.data.chat import Completion, completion_after, opening, prompt_text, unread_rows
 from dqo.data.ends import Ends
-from dqo.data.ids import Continuation, Specials, clean_completion, clean_prompt
+from dqo.data.ids import IDS_ALONE, Continuation, Specials, clean_completion, clean_prompt
 from dqo.data.rows import Row, prompt_key, report
 from dqo.data.sources import BadRow
 from dqo.data.trajectory import TAG, Pieces, Trajectory, encoded, is_trajectory, of_stored_ids, pieces_of
@@ -36,8 +37,44 @@ class Tokens:
     env_mask: list[int] | None = None  # 1 where the model wrote the token; None: everywhere
 
     @property
+    def first_action(self) -> int:
+        """The index of the first token of the completion that the model wrote."""
+        return 0 if self.env_mask is None else self.env_mask.index(1)
+
+    @property
     def length(self) -> int:
         return len(self.prompt) + len(self.completion)
+
+
+class Cuts(Counter[str]):
+    """Counts what is cut off, and remembers of which rows. `row`: the index of the one at work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row, self.rows = 0, dict[str, list[int]]()
+
+    def __setitem__(self, what: str, count: int) -> None:
+        super().__setitem__(what, count)
+        self.rows.setdefault(what, []).append(self.row)
+
+
+@dataclass
+class Remarks:
+    """What is to be said of rows on tokens: indices of the rows, for each thing that is said."""
+
+    cuts: dict[str, list[int]] = field(default_factory=dict)  # what was cut off
+    unread: dict[str, list[int]] = field(default_factory=dict)  # keys that the chat template does not read
+    stopped: list[int] = field(default_factory=list)  # stored ids whose finish_reason is "stop"
+    ended: list[int] = field(default_factory=list)  # those of them that end in an end token or in padding
+
+
+@dataclass
+class Chunk:
+    """Some rows on tokens. Indices count from the first of them."""
+
+    found: list[tuple[int, Tokens]]
+    problems: list[BadRow]
+    remarks: Remarks
 
 
 def tokenize_rows(
@@ -48,24 +85,68 @@ def tokenize_rows(
     Raises:
         UserError: naming the rows that cannot be placed on tokens; with `skip_bad_rows` only when none can.
     """
+    chunk = tokenize_chunk(rows, tokenizer, ends, vocab_size)
+    found = []
+    for index, tokens in chunk.found:
+        if (problem := too_long(tokens, max_length)) is None:
+            found.append(tokens)
+        else:
+            chunk.problems.append(BadRow(index, tokens.row.source, problem))
+    refuse_rows(chunk.problems, len(rows), len(found), skip_bad_rows)
+    remarks = chunk.remarks
+    say_remarks(
+        {what: len(of) for what, of in remarks.cuts.items()},
+        {key: len(of) for key, of in remarks.unread.items()},
+        len(remarks.stopped),
+        len(remarks.ended),
+        ends,
+    )
+    return found
+
+
+def tokenize_chunk(rows: Sequence[Row], tokenizer, ends: Ends, vocab_size: int) -> Chunk:
+    """Rows on tokens, whatever their length, and what is to be said of them."""
     problems: list[BadRow] = []
-    cuts: Counter[str] = Counter()
-    specials = Specials.of(tokenizer)
+    cuts, specials = Cuts(), Specials.of(tokenizer)
     found = []
     for index, row, prompt, completion, encoding in _encoded(rows, tokenizer, ends, specials, cuts, problems):
+        cuts.row = index
         try:
             found.append(
-                _tokens(row, prompt, completion, encoding, tokenizer, ends, specials, cuts, vocab_size, max_length)
+                (index, _tokens(row, prompt, completion, encoding, tokenizer, ends, specials, cuts, vocab_size))
             )
         except UserError as error:
             problems.append(BadRow(index, row.source, str(error)))
-    if problems:
-        message = report("the data", problems, len(rows))
-        if not skip_bad_rows or not found:
-            raise UserError(message)
-        logger.warning("%s\nThey are dropped; %d rows are left", message, len(found))
-    _warn(rows, tokenizer, ends, cuts)
-    return found
+    remarks = Remarks(cuts.rows, unread_rows(tokenizer, rows))
+    for i, row in enumerate(rows):
+        if row.completion_ids is not None and row.finish_reason == "stop":
+            remarks.stopped.append(i)
+            if row.completion_ids[-1] in ends.stops or row.completion_ids[-1] == tokenizer.pad_token_id:
+                remarks.ended.append(i)
+    return Chunk(found, problems, remarks)
+
+
+def refuse_rows(problems: list[BadRow], total: int, fit: int, skip_bad_rows: bool) -> None:
+    """Raises for rows that cannot be placed on tokens, or says that they are dropped."""
+    if not problems:
+        return
+    message = report("the data", problems, total)
+    if not skip_bad_rows or not fit:
+        raise UserError(message)
+    logger.warning("%s\nThey are dropped; %d rows are left", message, fit)
+
+
+def too_long(tokens: Tokens, max_length: int) -> str | None:
+    """Why a row has no action among its first tokens; None where it has."""
+    if len(tokens.prompt) >= max_length:
+        return f"prompt has {len(tokens.prompt)} tokens, max_length is {max_length}; raise --max_length or drop the row"
+    first = len(tokens.prompt) + tokens.first_action
+    if first >= max_length:
+        return (
+            f"the model's first token comes after {first} others, max_length is {max_length}; raise --max_length or drop "
+            "the row"
+        )
+    return None
 
 
 def prompt_ids(tokenizer, texts: list[str], of_template: list[bool]) -> list[list[int]]:
@@ -74,7 +155,7 @@ def prompt_ids(tokenizer, texts: list[str], of_template: list[bool]) -> list[lis
     for templated in (False, True):
         distinct = list({text: None for text, own in zip(texts, of_template) if own == templated})
         if distinct:
-            encoded = tokenizer(distinct, add_special_tokens=not templated)["input_ids"]
+            encoded = tokenizer(distinct, add_special_tokens=not templated, **IDS_ALONE)["input_ids"]
             found |= {(templated, text): list(ids) for text, ids in zip(distinct, encoded)}
     return [found[templated, text] for text, templated in zip(texts, of_template)]
 
@@ -91,13 +172,14 @@ def string_prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
     return state_ids(tokenizer, texts, [False] * len(texts))
 
 
-def _encoded(rows: list[Row], tokenizer, ends: Ends, specials: Specials, cuts: Counter, problems: list[BadRow]):
+def _encoded(rows: Sequence[Row], tokenizer, ends: Ends, specials: Specials, cuts: Cuts, problems: list[BadRow]):
     """(index, row, ids of the prompt, its completion's text, that text's ids and spans) of every row that can be written. Of
     several turns the text is None, and a Trajectory stands in the place of ids and spans."""
     end = tokenizer.convert_ids_to_tokens(ends.trained)
     prompts: dict[str, str] = {}  # the template writes each once
     kept: list[tuple[int, Row, str | None, Completion | Pieces | None]] = []
     for i, row in enumerate(rows):
+        cuts.row = i
         needs_text = row.completion_ids is None or row.steps is not None
         prompt: str | None
         try:
@@ -122,7 +204,7 @@ def _encoded(rows: list[Row], tokenizer, ends: Ends, specials: Specials, cuts: C
     written = [(prompt, not isinstance(row.prompt, str)) for _, row, prompt, _ in kept if row.prompt_ids is None]
     made = iter(prompt_ids(tokenizer, *map(list, zip(*written))) if written else [])
     ids = []
-    for _, row, _, _ in kept:
+    for cuts.row, row, _, _ in kept:
         found = list(next(made) if row.prompt_ids is None else row.prompt_ids)
         ids.append(clean_prompt(found, row.prompt_ids is not None, not isinstance(row.prompt, str), specials, cuts))
     texts = {i: text for i, (*_, text) in enumerate(kept) if isinstance(text, Completion)}
@@ -149,7 +231,6 @@ def _tokens(
     specials: Specials,
     cuts: Counter,
     vocab_size: int,
-    max_length: int,
 ) -> Tokens:
     logprobs, truncated = row.logprobs, row.finish_reason == "length"
     trajectory, (ids, spans) = (
@@ -189,20 +270,9 @@ def _tokens(
         raise UserError("completion has no tokens")
     if max(prompt + ids) >= vocab_size:
         raise UserError(f"token id {max(prompt + ids)} >= vocabulary {vocab_size}: sampled with a different tokenizer?")
-    if len(prompt) >= max_length:
-        raise UserError(
-            f"prompt has {len(prompt)} tokens, max_length is {max_length}; raise --max_length or drop the row"
-        )
     turn_ends = [len(ids) - 1] if trajectory is None else trajectory.turn_ends
-    if trajectory is not None:
-        if (empty := trajectory.empty_turn()) is not None:
-            raise UserError(f"turn {empty} of the model has no tokens; drop the row")
-        first = len(prompt) + trajectory.env_mask.index(1)
-        if first >= max_length:
-            raise UserError(
-                f"the model's first token comes after {first} others, max_length is {max_length}; raise --max_length or drop "
-                "the row"
-            )
+    if trajectory is not None and (empty := trajectory.empty_turn()) is not None:
+        raise UserError(f"turn {empty} of the model has no tokens; drop the row")
     return Tokens(
         row,
         prompt,
@@ -280,18 +350,17 @@ def _opened_once(
     return ids[begin:], None if logprobs is None else logprobs[begin:]
 
 
-def _warn(rows: list[Row], tokenizer, ends: Ends, cuts: Counter) -> None:
-    stored = [row.completion_ids for row in rows if row.completion_ids is not None and row.finish_reason == "stop"]
-    if stored and not any(ids[-1] in ends.stops or ids[-1] == tokenizer.pad_token_id for ids in stored):
+def say_remarks(cuts: dict[str, int], unread: dict[str, int], stopped: int, ended: int, ends: Ends) -> None:
+    """Warnings, by the numbers of rows."""
+    if stopped and not ended:
         logger.warning(
             '0 of %d completions end in EOS (%d) although finish_reason is "stop"; it is added to each. Keep it in '
             "completion_ids, or sample with this tokenizer's EOS",
-            len(stored),
+            stopped,
             ends.trained,
         )
     if cuts:
         logger.warning("cut off: %s", ", ".join(f"{what} ({count:,} rows)" for what, count in cuts.items()))
-    unread = unread_keys(tokenizer, rows)
     if unread:
         named = ", ".join(f"{key!r} ({count:,} rows)" for key, count in sorted(unread.items()))
         what = "keys of messages, tools or chat_template_kwargs that the chat template does not read"

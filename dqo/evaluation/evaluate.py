@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from dqo.config.values import checked_config
 from dqo.data.appending import Appended, begun_under
 from dqo.data.chat import clock_at, reads_clock
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.data.prompts import Prompt
 from dqo.evaluation.compare import compared
 from dqo.evaluation.options import EvalConfig

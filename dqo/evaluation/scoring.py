@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.errors import UserError
 from dqo.evaluation.options import EvalConfig
 from dqo.models.critic import load_critic

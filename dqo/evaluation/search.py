@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.evaluation.scoring import episode_of
 from dqo.models.attention import unpacked
 from dqo.models.decoding import without_generation_config

@@ -6,15 +6,18 @@ A model that is refused here would be trained wrongly without a sign of it, or d
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.data.rows import Row
+from dqo.data.selection import EpisodeColumns
+from dqo.data.stored import column
 from dqo.errors import UserError, is_out_of_memory
 from dqo.models.policy import head_stats
 
@@ -28,7 +31,7 @@ AFTER_PAD |= {"xlm-roberta-xl", "xmod"}
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 
 
-def check_tokenizer(tokenizer, rows: list[Row], config: PreTrainedConfig) -> None:
+def check_tokenizer(tokenizer, rows: Sequence[Row], config: PreTrainedConfig) -> None:
     """Refuses a tokenizer whose special tokens have no embedding, or which cannot place the rows' steps on tokens."""
     size = config.get_text_config().vocab_size
     for name in ("pad", "eos"):
@@ -38,11 +41,11 @@ def check_tokenizer(tokenizer, rows: list[Row], config: PreTrainedConfig) -> Non
                 f"the tokenizer's {name}_token {token!r} has id {index}, and the model has embeddings for ids below {size}: "
                 "use the model's own tokenizer, choose one of its tokens, or enlarge the model by resize_token_embeddings"
             )
-    stepped = next((row for row in rows if row.steps is not None), None)
-    if stepped is not None and not tokenizer.is_fast:
+    stepped = [] if tokenizer.is_fast else np.flatnonzero(column(rows, "steps") >= 0).tolist()
+    if stepped:
         raise UserError(
-            f"{stepped.source}: steps are placed on tokens by their characters, which {type(tokenizer).__name__} does not "
-            "report; use a fast tokenizer, or leave out steps and step_rewards"
+            f"{rows[stepped[0]].source}: steps are placed on tokens by their characters, which {type(tokenizer).__name__} does "
+            "not report; use a fast tokenizer, or leave out steps and step_rewards"
         )
 
 
@@ -60,14 +63,15 @@ def position_limit(config: PreTrainedConfig) -> tuple[int | None, bool]:
     return limit, not (rotary or getattr(text, "alibi", False) or text.model_type in ENDLESS)
 
 
-def check_positions(config: PreTrainedConfig, episodes: list[Episode], cure: str | None = None) -> None:
+def check_positions(config: PreTrainedConfig, episodes: Sequence[Episode], cure: str | None = None) -> None:
     """Refuses episodes with more tokens than the model has positions; warns of more than it was trained on. `cure`: for the
     message; None: training's."""
     limit, hard = position_limit(config)
-    longer = [] if limit is None else [e for e in episodes if e.length > limit]
+    lengths = EpisodeColumns(episodes).tokens
+    longer = [] if limit is None else np.flatnonzero(lengths > limit).tolist()
     if not longer:
         return
-    first = f"{longer[0].source}: {longer[0].length:,} tokens of prompt and completion"
+    first = f"{episodes[longer[0]].source}: {lengths[longer[0]]:,} tokens of prompt and completion"
     if hard:
         cure = cure or f"drop the rows, or cut them: --max_length {limit} --allow_truncation"
         raise UserError(

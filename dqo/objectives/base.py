@@ -145,6 +145,8 @@ class Objective:
     are the column OPTION_logprobs."""
     kl_to: ClassVar[str] = "reference"
     """What stats.kl is the KL to: "reference", or "critic", a value model of the kind q_model."""
+    asks: ClassVar[bool] = False
+    """It asks for the labels of some groups, by `asked`; the trainer counts each question once, in all checkpoints of the run."""
     nothing_left: ClassVar[str] = "no response to train on"
     """What to say when `prepare` gives no group."""
 
@@ -266,6 +268,11 @@ class Objective:
         is the column `name`, the same on every row."""
         raise NotImplementedError(f"{type(self).__name__} needs step_sums and has none")
 
+    def asked(self, stats: TokenStats, rows: dict[str, Tensor], cu_seqlens: Tensor) -> Tensor:
+        """(groups,) bool: whose label is needed now, known or not; arguments as of `__call__`, only asked where it `asks`. In
+        later steps the column known is 1 on every row of such a group, and of one with the same responses."""
+        raise NotImplementedError(f"{type(self).__name__} asks and has no asked")
+
     def weights(self, log_ratio: Tensor, cu_seqlens: Tensor) -> Tensor | None:
         """The importance weights, (B,) of responses or (N,) of tokens; None where it weighs nothing.
 
@@ -290,14 +297,15 @@ class Objective:
             stats: of N response tokens, those of the environment left out: logprobs, lse, entropy (N,); kl where `needs_kl`.
             rows: columns (N,): rewards, label (1 on every token of a response that counts as correct), turn_end (1 on the last
                 token of each turn, else 0), group (0, 1, ... of the response among those of this call), those of `prepare` and
-                of `step_sums`, where `needs_steps` step (0, 1, ... of the token's step in its response; what follows the end of
-                the last step belongs to it), and where there are such ref_logprobs, ref_lse, behavior_logprobs, values
-                (differentiable), bootstrap (V of the last state of a response that was cut, on its last row), target_values (of
-                the value model's moving average), companion_mean, and with a `values_loss` other than squared value_outputs
-                (N, K) (differentiable in the place of values) and value_range (N, 2), or of a value model that is fitted to
-                outcomes outcome_loss (differentiable in the place of values, on the last row of a response), see
-                dqo.objectives.value_outputs. Of a q_model: q, Q of the token (differentiable in the place of values), and
-                target_values, E_pi[Q] - beta * KL(pi || ref) of its moving average, or of itself without one.
+                of `step_sums`, where it `asks` known (in training alone), where `needs_steps` step (0, 1, ... of the token's
+                step in its response; what follows the end of the last step belongs to it), and where there are such
+                ref_logprobs, ref_lse, behavior_logprobs, values (differentiable), bootstrap (V of the last state of a response
+                that was cut, on its last row), target_values (of the value model's moving average), companion_mean, and with a
+                `values_loss` other than squared value_outputs (N, K) (differentiable in the place of values) and value_range (N,
+                2), or of a value model that is fitted to outcomes outcome_loss (differentiable in the place of values, on the
+                last row of a response), see dqo.objectives.value_outputs. Of a q_model: q, Q of the token (differentiable in the
+                place of values), and target_values, E_pi[Q] - beta * KL(pi || ref) of its moving average, or of itself without
+                one.
             cu_seqlens: (B+1,) boundaries of the responses.
 
         Returns:

@@ -60,10 +60,11 @@ class DPO(Objective):
     def __call__(self, stats, rows, cu_seqlens):
         import torch
 
-        from dqo.objectives.sums import mean_metric, response_metrics, sequence_means, sequence_sums
+        from dqo.objectives.sums import mean_metric, response_metrics, sequence_means
 
-        reward = self.beta * sequence_sums(stats.logprobs - rows["ref_logprobs"], cu_seqlens)  # (2 * pairs,): beta * S
+        reward = self.implicit_rewards(stats, rows, cu_seqlens)
         margin = reward[0::2] - reward[1::2]  # of the implicit rewards, whatever the loss makes of them
+        sign = self.signs(margin.detach(), rows, cu_seqlens)
         chosen = torch.arange(len(reward), device=reward.device) % 2 == 0  # by reward; both may have the same label
         metrics = {
             "rewards/margins": mean_metric(margin),
@@ -73,12 +74,26 @@ class DPO(Objective):
         if self.length_normalized or self.loss_type == "ipo":
             scaled = reward / cu_seqlens.diff()
             margin = scaled[0::2] - scaled[1::2]
-        loss = self.of_margins(margin).sum()
+        loss = self.of_margins(sign * margin).sum()
         if self.rpo_alpha > 0:
-            likelihood = sequence_means(stats.logprobs, cu_seqlens)[0::2]
+            likelihood = sequence_means(stats.logprobs, cu_seqlens)
+            likelihood = torch.where(sign < 0, likelihood[1::2], likelihood[0::2])
             loss = loss - self.rpo_alpha * likelihood.sum()
             metrics["loss/nll"] = mean_metric(-likelihood)
         return loss, metrics
+
+    def implicit_rewards(self, stats, rows, cu_seqlens):
+        """(2 * pairs,): beta * S of each response, S being the sum."""
+        from dqo.objectives.sums import sequence_sums
+
+        return self.beta * sequence_sums(stats.logprobs - rows["ref_logprobs"], cu_seqlens)
+
+    def signs(self, margin, rows, cu_seqlens):
+        """(pairs,): 1 where the first response counts as the better one, -1 where the second does. `margin` is that of the
+        policy, without a gradient."""
+        import torch
+
+        return torch.ones_like(margin)
 
     def of_margins(self, margin):
         """The losses of pairs, of their margins m: sigmoid is eq. 7 where label_smoothing is 0."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from dqo import signals
 from dqo.data.batches import Batch, Batching
-from dqo.data.episodes import Episode, first_tokens
+from dqo.data.episode import Episode, first_tokens
+from dqo.data.episodes import Episodes
+from dqo.data.joined import parts_of
 from dqo.errors import UserError
 from dqo.files import in_units
 from dqo.models.memory import in_memory
@@ -37,17 +39,22 @@ PACE_SECONDS = 5.0  # after so many the pace is known
 AGREEMENT_BOUNDS = {"float32": 3e-5, "bfloat16": 0.1}
 
 
-def _batches(episodes: list[Episode], max_tokens: int) -> Iterator[list[Episode]]:
-    """Runs of `episodes`, longest first, of at most `max_tokens` padded tokens, or one episode. Where a run ends depends on
-    nothing before its first episode, so a pass that goes on after some runs computes the same batches as an unbroken one."""
+def _batches(keys: list[bytes], sizes: dict[bytes, int], max_tokens: int) -> Iterator[list[bytes]]:
+    """Runs of responses, longest first, of at most `max_tokens` padded tokens, or one response. Where a run ends depends on
+    nothing before its first response, so a pass that goes on after some runs computes the same batches as an unbroken one."""
     begin = 0
-    while begin < len(episodes):
-        end = begin + max(1, max_tokens // episodes[begin].length)
-        yield episodes[begin:end]
+    while begin < len(keys):
+        end = begin + max(1, max_tokens // sizes[keys[begin]])
+        yield keys[begin:end]
         begin = end
 
 
-def _together(batches: Iterator[list[Episode]], processes: Processes) -> Iterator[list[Episode]]:
+def key_of(e: Episode) -> bytes:
+    """Of its entry in the cache."""
+    return response_key(e.prompt_ids, e.completion_ids, e.env_mask)
+
+
+def _together(batches: Iterator[list[bytes]], processes: Processes) -> Iterator[list[bytes]]:
     """`batches`, and empty ones until every process is through with its own."""
     while True:
         batch = next(batches, [])
@@ -56,7 +63,7 @@ def _together(batches: Iterator[list[Episode]], processes: Processes) -> Iterato
         yield batch
 
 
-def _with_companions(episodes: list[Episode]) -> Iterator[Episode]:
+def _with_companions(episodes: Iterable[Episode]) -> Iterator[Episode]:
     for e in episodes:
         yield e
         if e.companion is not None:
@@ -121,31 +128,76 @@ def add_reference(
     what: str = "reference",
     together: bool = False,
 ) -> int:
-    """Fills `ref_logprobs` and `ref_lse`, float32 (T,), of every episode and of its companion; returns how many it computed.
+    """Fills `ref_logprobs` and `ref_lse`, float32 (T,), of every episode and of its companion; returns how many it computed. See
+    `reference_entries`."""
+    entries, computed = reference_entries(episodes, stats_of, batching, processes, cache, what, together)
+    fill(episodes, entries)
+    return computed
+
+
+def fill(episodes: Sequence[Episode], entries: dict[bytes, Entry], column: str | None = None) -> None:
+    """Sets `ref_logprobs` and `ref_lse` of every episode and of its companion, or this column of every episode to the logprobs.
+    Episodes that are made when they are read have them from then on."""
+    for part in parts_of(episodes):
+        if isinstance(part, Episodes):
+            part.set_said(entries, key_of, column)
+            continue
+        for e in _with_companions(part) if column is None else part:
+            found = entries[key_of(e)]
+            if column is None:
+                e.ref_logprobs, e.ref_lse = found.logprobs, found.lse
+            else:
+                e.columns[column] = found.logprobs
+
+
+@torch.no_grad()
+def reference_entries(
+    episodes: Sequence[Episode],
+    stats_of: StatsOf,
+    batching: Batching,
+    processes: Processes,
+    cache: ReferenceCache | None = None,
+    what: str = "reference",
+    together: bool = False,
+    companions: bool = True,
+) -> tuple[dict[bytes, Entry], int]:
+    """What the reference says of every episode and of its companion, by `key_of`, and how many of them it computed.
 
     Args:
-        episodes: equal responses are computed once. stats_of: the reference's forward pass, on batches of `batching`.
+        episodes: equal responses are computed once; they are read again where they are computed.
+        stats_of: the reference's forward pass, on batches of `batching`.
         processes: each computes its share and reads the others' after a barrier, or is sent them; several need a cache.
         cache: what is there is not computed, and what is computed goes there a segment at a time; None keeps nothing.
         what: whose forward pass it is, for messages.
         together: a forward pass is one of all processes, whose shards it gathers: who is done computes along.
+        companions: False leaves them out.
 
     Raises:
         UserError: for a response to which the reference gives no finite log-probability.
     """
-    members: dict[bytes, Episode] = {}
-    everything = [(response_key(e.prompt_ids, e.completion_ids, e.env_mask), e) for e in _with_companions(episodes)]
-    for key, e in everything:
-        members.setdefault(key, e)
-    lengths = {key: e.action_count for key, e in members.items()}
+    places: dict[bytes, tuple[int, bool]] = {}  # the first episode, and whether its companion is meant
+    lengths: dict[bytes, int] = {}  # actions
+    sizes: dict[bytes, int] = {}  # tokens
+    for i, episode in enumerate(episodes):
+        for e in filter(None, (episode, episode.companion if companions else None)):
+            key = key_of(e)
+            if key not in places:
+                places[key], lengths[key], sizes[key] = (i, e is not episode), e.action_count, e.length
+
+    def member(key: bytes) -> Episode:
+        i, of_companion = places[key]
+        found = episodes[i].companion if of_companion else episodes[i]
+        assert found is not None
+        return found
+
     entries = {} if cache is None else cache.lookup(lengths)
     if processes.world > 1 and cache is not None:
         exchange(entries, lengths, cache, processes)
 
     # By key among equals, and shares of all responses rather than of the missing ones: after a kill every rank goes on as before.
-    ordered = sorted(members, key=lambda key: (-members[key].length, key))
+    ordered = sorted(places, key=lambda key: (-sizes[key], key))
     missing = [key for key in ordered[processes.rank :: processes.world] if key not in entries]
-    known = f" ({len(entries):,} of {len(members):,} cached)" if entries else ""
+    known = f" ({len(entries):,} of {len(places):,} cached)" if entries else ""
     hidden = not processes.main or not missing
     bar = tqdm(total=len(missing), desc=f"{what}{known}", unit="response", disable=hidden, leave=False)
     pending: dict[bytes, Entry] = {}
@@ -156,26 +208,26 @@ def add_reference(
         entries.update(pending)
         pending.clear()
 
-    done, tokens, flushed, batch = 0, 0, time.monotonic(), []
-    pace = Pace(processes, [members[key].length for key in missing], what)
+    done, tokens, flushed = 0, 0, time.monotonic()
+    batch: list[bytes] = []
+    pace = Pace(processes, [sizes[key] for key in missing], what)
     if cache is not None:
-        cache.check_room([lengths[key] for key in members if key not in entries])
+        cache.check_room([lengths[key] for key in places if key not in entries])
     if processes.main and missing:
-        todo = sum(members[key].length for key in missing)
+        todo = sum(sizes[key] for key in missing)
         of = f" for each of {processes.world} processes" if processes.world > 1 else ""
         needs = "" if cache is None else f", {in_units(cache.size([lengths[key] for key in missing]))} of cache"
         processes.say(f"{what} pass: {len(missing):,} responses, {todo:,} tokens{needs}{of}")
 
     def rest_of_the_pass(max_tokens: int) -> None:
         nonlocal done, tokens, flushed, batch
-        own = _batches([members[key] for key in missing[done:]], max_tokens)
+        own = _batches(missing[done:], sizes, max_tokens)
         for batch in _together(own, processes) if together else own:
             if not batch:
-                stats_of(batching.collate([members[ordered[-1]]]))
+                stats_of(batching.collate([member(ordered[-1])]))
                 continue
-            keys = missing[done : done + len(batch)]
-            pending.update(_compute(batch, keys, stats_of, batching, what))
-            done, tokens = done + len(batch), tokens + sum(lengths[key] for key in keys)
+            pending.update(_compute([member(key) for key in batch], batch, stats_of, batching, what))
+            done, tokens = done + len(batch), tokens + sum(lengths[key] for key in batch)
             bar.update(len(batch))
             pace.note(done)
             if tokens >= FLUSH_TOKENS or time.monotonic() - flushed >= FLUSH_SECONDS:
@@ -183,7 +235,7 @@ def add_reference(
                 tokens, flushed = 0, time.monotonic()
 
     def smaller(_: int) -> int | None:
-        return len(batch) * batch[0].length // 2 if len(batch) > 1 and not together else None
+        return len(batch) * sizes[batch[0]] // 2 if len(batch) > 1 and not together else None
 
     with signals.raising():
         try:
@@ -198,9 +250,7 @@ def add_reference(
         exchange(entries, lengths, cache, processes)
     if cache is not None and processes.local_rank == 0:
         cache.describe()
-    for key, e in everything:
-        e.ref_logprobs, e.ref_lse = entries[key].logprobs, entries[key].lse
-    return len(missing)
+    return entries, len(missing)
 
 
 def _shortened(e: Episode) -> Episode:
@@ -216,7 +266,7 @@ def _shortened(e: Episode) -> Episode:
 
 @torch.no_grad()
 def check_agreement(
-    episodes: list[Episode],
+    episodes: Sequence[Episode],
     stats_of: StatsOf,
     batching: Batching,
     dtype: str = "float32",

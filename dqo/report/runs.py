@@ -21,6 +21,7 @@ from dqo.train.record import ANSWERS_FILE, HELD_OUT_FILE, RUN_FILE
 # Options that say where and how a run is made, and not what it learns: runs that differ in them alone are of one method.
 OF_A_PLACE = {"output_dir", "seed", "run_name", "project", "report_to", "ref_cache_dir", "resume_from_checkpoint"}
 OF_A_PLACE |= {
+    "row_cache_dir",
     "dry_run",
     "use_cpu",
     "fsdp",
@@ -38,6 +39,7 @@ _NUMBER = (int, float)
 _RECORD: dict[str, Any] = {"created": str, "commands": list, "steps": int, "phases": list, "data": dict, "model": dict}
 _RECORD |= {"parameters": dict, "versions": dict, "device": str, "finished": bool, "seconds": _NUMBER}
 _RECORD |= {
+    "cpu_seconds": _NUMBER,
     "tokens_per_second": _NUMBER,
     "made": int,
     "held_out": dict,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from dqo.credit.implied import implied_values, soft_return, starts
 from dqo.credit.steps import step_sums
 from dqo.data.batches import distinct
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.evaluation.accuracy import Accuracy, Answered
 from dqo.models import attention
 from dqo.objectives.base import Objective
@@ -26,8 +27,8 @@ from dqo.train.run import Run
 
 def store_results(run: Run, accuracies: dict[str, Accuracy]) -> None:
     """Writes what only the models can tell. `accuracies`: of the base and of the trained model; {} without eval_tasks."""
-    found: dict[str, Any] = {"seconds": run.seconds, "tokens_per_second": run.tokens_per_second, "made": run.steps}
-    found |= {"held_out": run.held_out, "value_traces": [], "files": []}
+    found: dict[str, Any] = {"seconds": run.seconds, "cpu_seconds": run.cpu_seconds, "made": run.steps}
+    found |= {"tokens_per_second": run.tokens_per_second, "held_out": run.held_out, "value_traces": [], "files": []}
     if accuracies:
         before, after = accuracies.values()
         write_lines(run.output_dir / ANSWERS_FILE, answer_rows(before, after))
@@ -66,7 +67,7 @@ def _shown_prompt(prompt: str | list[dict]) -> str:
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)
 
 
-def _tokens(run: Run, episodes: list[Episode]) -> list[Tokens]:
+def _tokens(run: Run, episodes: Sequence[Episode]) -> list[Tokens]:
     prepared = run.prepared
     learner = prepared.learner
     batching = replace(prepared.batching, max_tokens=16_384, packed=attention.packs(learner.policy))
@@ -92,7 +93,7 @@ def held_out_row(e: Episode, tokens: Tokens, start: dict[str, Any]) -> dict[str,
     return row | start
 
 
-def _shown(episodes: list[Episode], each: int = 3) -> list[int]:
+def _shown(episodes: Sequence[Episode], each: int = 3) -> list[int]:
     """The first correct and the first wrong responses of distinct prompts."""
     chosen: dict[bool, list[int]] = {True: [], False: []}
     prompts: set[int] = set()
@@ -103,7 +104,9 @@ def _shown(episodes: list[Episode], each: int = 3) -> list[int]:
     return chosen[True] + chosen[False]
 
 
-def value_traces(tokenizer, objective: Objective, episodes: list[Episode], tokens: list[Tokens]) -> list[ValueTrace]:
+def value_traces(
+    tokenizer, objective: Objective, episodes: Sequence[Episode], tokens: list[Tokens]
+) -> list[ValueTrace]:
     """The value along some of the responses: the value model's, and with a reference what the policy implies."""
     found = [_trace(tokenizer, episodes[i]) for i in _shown(episodes)]
     if "values" in tokens[0]:

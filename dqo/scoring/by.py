@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from dqo.credit.steps import step_sums
-from dqo.data.episodes import Episode, make_episodes
+from dqo.data.episode import Episode
+from dqo.data.episodes import make_episodes
 from dqo.data.rows import prompt_key
 from dqo.errors import UserError
 from dqo.models.fitness import check_positions, check_tokenizer

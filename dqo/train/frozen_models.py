@@ -3,7 +3,7 @@ cached as the reference's are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dqo.config.options import Options
 from dqo.data.batches import Batch, Batching
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
+from dqo.data.joined import parts_of
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.fitness import check_positions
@@ -27,7 +28,7 @@ from dqo.models.policy import (
 )
 from dqo.processes import Processes
 from dqo.reference.cache import ReferenceCache, ReferenceId
-from dqo.reference.columns import add_reference
+from dqo.reference.columns import fill, reference_entries
 from dqo.train.token_scores import other_token
 from dqo_kernels import TokenStats
 
@@ -47,7 +48,11 @@ class Frozen:
 
 
 def frozen_models(
-    options: Options, tokenizer: PreTrainedTokenizerBase, vocab_size: int, episodes: list[Episode], device: torch.device
+    options: Options,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    episodes: Sequence[Episode],
+    device: torch.device,
 ) -> list[Frozen]:
     """The models that the objective reads, on `device`.
 
@@ -65,14 +70,15 @@ def frozen_models(
             if differ:
                 what = f"another tokenizer: token {differ[0]} is {differ[2]!r} there, and {differ[1]!r} of the policy"
             raise UserError(f"{option} {path} has {what}; give a model that shares the policy's tokens")
-        check_positions(its_config, episodes)
+        for part in parts_of(episodes):
+            check_positions(its_config, part)
         model = load_policy(path, device)
         found.append(Frozen(option, path, model, weights_hash(model)))
     return found
 
 
 def add_columns(
-    frozen: Iterable[Frozen], options: Options, episodes: list[Episode], batching: Batching, processes: Processes
+    frozen: Iterable[Frozen], options: Options, episodes: Sequence[Episode], batching: Batching, processes: Processes
 ) -> None:
     """Sets the column of each model on all episodes, from the cache where it has them."""
     config = options.train
@@ -84,8 +90,6 @@ def add_columns(
         def stats_of(batch: Batch, model: PreTrainedModel = one.model) -> TokenStats:
             return policy_stats(model, batch, config.bf16)
 
-        copies = [replace(e, companion=None, columns={}) for e in episodes]  # whose reference it is
-        add_reference(copies, stats_of, replace(batching, packed=attention.packs(one.model)), processes, cache)
-        for e, copied in zip(episodes, copies):
-            assert copied.ref_logprobs is not None
-            e.columns[one.column] = copied.ref_logprobs
+        its_batching = replace(batching, packed=attention.packs(one.model))
+        entries, _ = reference_entries(episodes, stats_of, its_batching, processes, cache, companions=False)
+        fill(episodes, entries, one.column)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dqo.credit.quality import Judged, quality_of
 from dqo.data.batches import Batch, Group, distinct, unit_count
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.models.policy import policy_stats
 from dqo.objectives.base import Objective
 from dqo.processes import Processes, gather_objects
@@ -102,7 +102,7 @@ def log_ratios(episode: Episode, tokens: Tokens) -> np.ndarray:
     return np.where(np.abs(ratios) <= rounding, np.float32(0.0), ratios)
 
 
-def credit_metrics(tokens: list[Tokens], episodes: list[Episode]) -> dict[str, float]:
+def credit_metrics(tokens: list[Tokens], episodes: Sequence[Episode]) -> dict[str, float]:
     """eval_credit/...: what log(pi/ref) knows of right and wrong responses and of the first wrong step (dqo.credit.quality); {}
     without a reference, and for a policy that gives no numbers. A factor such as beta changes none of it."""
     if not all(e.ref_logprobs is not None and np.isfinite(said["logprobs"]).all() for e, said in zip(episodes, tokens)):
@@ -116,7 +116,9 @@ def credit_metrics(tokens: list[Tokens], episodes: list[Episode]) -> dict[str, f
 
 
 @torch.no_grad()
-def of_each(engine: Engine, work: Callable[[Learner, Batch], list], episodes: list[Episode], description: str) -> list:
+def of_each(
+    engine: Engine, work: Callable[[Learner, Batch], list], episodes: Sequence[Episode], description: str
+) -> list:
     """What `work` says of each episode, in their order, on every process."""
     index = {id(e): i for i, e in enumerate(episodes)}
     groups = [[e] for e in episodes]
@@ -145,7 +147,7 @@ def tokens_of(learner: Learner, batch: Batch) -> list[Tokens]:
     return of_responses(batch, rows)
 
 
-def predictions(engine: Engine, episodes: list[Episode]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def predictions(engine: Engine, episodes: Sequence[Episode]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """What policy and value model say of N responses, and what they were paid.
 
     Returns:
@@ -169,7 +171,7 @@ def predictions(engine: Engine, episodes: list[Episode]) -> tuple[dict[str, np.n
 
 
 def value_auc(
-    traces: Sequence[Sequence[float] | np.ndarray], episodes: list[Episode]
+    traces: Sequence[Sequence[float] | np.ndarray], episodes: Sequence[Episode]
 ) -> tuple[float | None, float | None]:
     """AUC of V for correct against wrong responses, before their last token and before the middle one."""
     labels = [e.label for e in episodes]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dqo.credit.steps import step_highest
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.train.held_out import Tokens
 from dqo.train.record import write_lines
 

@@ -14,7 +14,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,9 @@ from transformers import PreTrainedModel
 from dqo.config.options import Options
 from dqo.credit.implied import implied_values, soft_return, starts
 from dqo.data.batches import Batch, Batching
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
+from dqo.data.episodes import ended, put_columns
+from dqo.data.joined import parts_of
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.adapters import adapter_base, merge
@@ -31,7 +32,7 @@ from dqo.models.policy import load_policy, load_tokenizer, policy_stats, weights
 from dqo.objectives.base import Objective
 from dqo.processes import Processes
 from dqo.reference.cache import ReferenceCache, reference_id
-from dqo.reference.columns import add_reference
+from dqo.reference.columns import key_of, reference_entries
 from dqo.train.implied_run import ImpliedRun, implied_run
 from dqo.train.token_scores import other_token, reference_of
 from dqo_kernels import TokenStats
@@ -80,7 +81,7 @@ class ImpliedValues:
             attention.choose(policy, self.options.train.padding_free, self.ids)
         return policy
 
-    def add(self, episodes: list[Episode], batching: Batching, processes: Processes) -> None:
+    def add(self, episodes: Sequence[Episode], batching: Batching, processes: Processes) -> None:
         """The columns `values`, and where a response was cut `bootstrap`, of episodes that have ref_logprobs."""
         config = self.options.train
         policy = self.policy = self.policy or self._loaded(torch.device(batching.device))
@@ -91,10 +92,9 @@ class ImpliedValues:
         numbers = reference_id(policy, weights_hash(policy), config.bf16)
         root = config.ref_cache_dir or Path(config.output_dir) / "ref_cache"
         cache = ReferenceCache(root, numbers, str(self.run.path))
-        copies = [replace(e, ref_logprobs=None, ref_lse=None, companion=None) for e in episodes]
         batching = replace(batching, packed=attention.packs(policy))
-        add_reference(copies, stats_of, batching, processes, cache, "frozen")
-        logprobs: list[Any] = [copy.ref_logprobs for copy in copies]
+        entries, _ = reference_entries(episodes, stats_of, batching, processes, cache, "frozen", companions=False)
+        logprobs = [entries[key_of(e)].logprobs for e in episodes]
         add_columns(self.options.objective, episodes, logprobs, self.run.beta, self.mean)
 
     def release(self) -> None:
@@ -103,7 +103,7 @@ class ImpliedValues:
 
 
 def implied_values_of(
-    options: Options, reference: PreTrainedModel, tokenizer, trained: list[Episode], ids: list[int]
+    options: Options, reference: PreTrainedModel, tokenizer, trained: Sequence[Episode], ids: list[int]
 ) -> ImpliedValues | None:
     """None where value_model is another. `trained`: the episodes that are trained on. `ids`: a few tokens to try a model with."""
     run = implied_run(options.objective)
@@ -114,34 +114,41 @@ def implied_values_of(
     return found
 
 
-def mean_return(objective: Objective, episodes: list[Episode]) -> float:
+def mean_return(objective: Objective, episodes: Sequence[Episode]) -> float:
     """Of whole responses. Those that were cut are left out where others are not: what would have followed is unknown."""
-    whole = [e for e in episodes if e.terminated] or episodes
+    whole = ended(episodes)
     return float(np.mean([soft_return(np.zeros(e.action_count), e.rewards, _discounts(objective, e)) for e in whole]))
 
 
 def add_columns(
-    objective: Objective, episodes: list[Episode], logprobs: Sequence[np.ndarray], beta: float, mean: float
+    objective: Objective, episodes: Sequence[Episode], logprobs: Sequence[np.ndarray], beta: float, mean: float
 ) -> None:
     """The columns of `ImpliedValues.add`.
 
     Args:
         logprobs: (T,) of each episode, of the frozen policy. beta: of its run. mean: V of a prompt without other responses.
     """
-    gains, discounts, returns = [], [], []
+    paths, prompts, returns, terminated = [], [], [], []
     for e, own in zip(episodes, logprobs):
         assert e.ref_logprobs is not None
-        gains.append(beta * (own.astype(np.float64) - e.ref_logprobs))
-        discounts.append(_discounts(objective, e))
-        returns.append(soft_return(gains[-1], e.rewards, discounts[-1]) if e.terminated else np.nan)
-    begun = starts([json.dumps(e.prompt_ids) for e in episodes], returns, np.full(len(episodes), mean))
-    cut = not all(e.terminated for e in episodes)
-    for e, gain, discount, start in zip(episodes, gains, discounts, begun):
-        values = implied_values(gain, e.rewards, start.value, discount).values.astype(np.float32)
-        e.columns["values"] = values[:-1]
-        if cut:
-            e.columns["bootstrap"] = np.zeros_like(values[:-1])
-            e.columns["bootstrap"][-1] = 0.0 if e.terminated else values[-1]
+        gain, discount = beta * (own.astype(np.float64) - e.ref_logprobs), _discounts(objective, e)
+        paths.append((gain, e.rewards, discount))
+        prompts.append(json.dumps(e.prompt_ids))
+        returns.append(soft_return(*paths[-1]) if e.terminated else np.nan)
+        terminated.append(e.terminated)
+    begun = starts(prompts, returns, np.full(len(prompts), mean))
+    values, bootstrap = [], []
+    for (gain, rewards, discount), start, whole in zip(paths, begun, terminated):
+        found = implied_values(gain, rewards, start.value, discount).values.astype(np.float32)
+        values.append(found[:-1])
+        bootstrap.append(np.zeros_like(found[:-1]))
+        bootstrap[-1][-1] = 0.0 if whole else found[-1]
+    columns = {"values": values} if all(terminated) else {"values": values, "bootstrap": bootstrap}
+    begin = 0
+    for part in parts_of(episodes):
+        end = begin + len(part)
+        put_columns(part, {name: np.concatenate(pieces[begin:end]) for name, pieces in columns.items()})
+        begin = end
 
 
 def _discounts(objective: Objective, e: Episode) -> np.ndarray:

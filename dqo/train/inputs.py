@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dqo.config.effects import without_effect
 from dqo.config.lora import check_lora_config, check_lora_options
@@ -15,7 +18,9 @@ from dqo.config.options import Options, TrainConfig
 from dqo.config.values import refuse
 from dqo.data.advice import row_warnings
 from dqo.data.control import with_shuffled_rewards
-from dqo.data.rows import Row, check_process_reward, prompt_key, read_rows, split_by_prompt
+from dqo.data.rows import Row
+from dqo.data.stored import StoredRows, column, open_rows, take
+from dqo.data.together import check_process_reward, split_by_prompt
 from dqo.errors import UserError
 from dqo.files import is_aside
 from dqo.models.objects import check_objects
@@ -29,6 +34,8 @@ from dqo.train.phases import check_phases
 from dqo.train.schedules import check_schedules
 
 logger = logging.getLogger(__name__)
+
+ROW_CACHE = "row_cache"  # in output_dir
 
 
 @dataclass
@@ -89,7 +96,7 @@ def check_options(options: Options, given: Given | None = None) -> None:
     used = Path(config.output_dir)
     if used.exists() and not used.is_dir():
         raise UserError(f"output_dir {used} is a file; choose a directory")
-    if not used.exists() or all(is_aside(path) for path in used.iterdir()):
+    if not used.exists() or all(is_aside(path) or path.name == ROW_CACHE for path in used.iterdir()):
         return
     if config.resume_from_checkpoint == "never":
         raise UserError(f"output_dir {used} is in use; choose another, or --resume_from_checkpoint auto to go on there")
@@ -162,29 +169,31 @@ def _check_value_model(options: Options) -> None:
             raise UserError("target_ema must be None with freeze_value_model: what is frozen has no moving average")
 
 
-def read(config: TrainConfig, source: Any) -> list[Row]:
-    """Rows as the options say."""
-    return read_rows(source, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold)
+def read(config: TrainConfig, source: Any) -> StoredRows:
+    """Rows as the options say; those of a large file are kept in row_cache_dir."""
+    root = Path(config.row_cache_dir or Path(config.output_dir) / ROW_CACHE)
+    kept = None if config.dry_run and config.row_cache_dir is None else root
+    return open_rows(source, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold, root=kept)
 
 
-def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], list[Row]]:
+def load_rows(options: Options, given: Given | None = None) -> tuple[Sequence[Row], Sequence[Row]]:
     """Rows to train on and rows held out, by problem; every check of the data that needs no model."""
     config, given = options.train, given or Given()
     adapters = config.use_peft or given.peft_config is not None
     held_out_given = config.eval_dataset_name is not None or given.eval_dataset is not None
     if idle := without_effect(options, adapters, held_out_given):
         logger.warning(idle)
-    rows = read(config, config.dataset_name if given.dataset is None else given.dataset)
+    rows: Sequence[Row] = read(config, config.dataset_name if given.dataset is None else given.dataset)
     check_process_reward(rows, config.dataset_name or "the data set", config.process_reward)
     for warning in row_warnings(rows, config, options.objective):
         logger.warning(warning)
     _check_step_rewards(options, rows)
     held_source = config.eval_dataset_name if given.eval_dataset is None else given.eval_dataset
-    held_out: list[Row] = []
+    held_out: Sequence[Row] = []
     if held_source is not None:
         held_out = read(config, held_source)
         names = config.eval_dataset_name or "eval_dataset", config.dataset_name or "the training rows"
-        shared_prompts({prompt_key(row) for row in rows}, held_out, *names)
+        shared_prompts(column(rows, "prompt"), held_out, *names)
     elif config.eval_fraction:
         rows, held_out = split_by_prompt(rows, config.eval_fraction, config.seed)
     if config.shuffle_rewards:
@@ -193,12 +202,12 @@ def load_rows(options: Options, given: Given | None = None) -> tuple[list[Row], 
     return rows, held_out
 
 
-def _check_step_rewards(options: Options, rows: list[Row]) -> None:
+def _check_step_rewards(options: Options, rows: Sequence[Row]) -> None:
     """Refuses another sense of step rewards than the method's."""
     wanted, told = options.objective.wants_process_reward, options.train.process_reward
     if wanted in (None, told):
         return
-    known = sum(row.process_rewards is not None for row in rows)
+    known = int((column(rows, "paid") >= 0).sum())
     measured = " `dqo score FILE --prefix_values 8` measures pass rates of prefixes." if wanted == "potential" else ""
     raise UserError(
         f"method {options.train.method} reads step rewards in the sense of --process_reward {wanted}, and it is {told}; "
@@ -206,12 +215,14 @@ def _check_step_rewards(options: Options, rows: list[Row]) -> None:
     )
 
 
-def shared_prompts(trained: set[str], rows: list[Row], name: str, trained_name: str) -> None:
-    """Refuses rows for evaluation whose prompts are trained on; `trained` are the prompt keys of those."""
-    shared = [row for row in rows if prompt_key(row) in trained]
-    if shared:
+def shared_prompts(trained: np.ndarray, rows: Sequence[Row], name: str, trained_name: str) -> None:
+    """Refuses rows for evaluation whose prompts are trained on. `trained`: the column prompt of the rows that are."""
+    prompts = column(rows, "prompt")
+    shared = np.isin(prompts, trained)
+    if shared.any():
+        first = take(rows, np.flatnonzero(shared)[:1])[0]
         raise UserError(
-            f"{len({prompt_key(row) for row in shared})} prompts of {name} are in {trained_name} too (the first: "
-            f"{shared[0].source or repr(shared[0].prompt)[:80]}); take their rows out of one of the two, or give no evaluation "
+            f"{len(np.unique(prompts[shared]))} prompts of {name} are in {trained_name} too (the first: "
+            f"{first.source or repr(first.prompt)[:80]}); take their rows out of one of the two, or give no evaluation "
             "rows: eval_fraction holds prompts out"
         )

@@ -32,6 +32,7 @@ from dqo.train import metrics
 from dqo.train.masters import master_of, round_to_weights
 from dqo_kernels import linear_row_loss
 
+ASKED = "asked"  # among the sums of a micro-batch in training: no sum, but the groups whose labels are asked
 NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
@@ -76,7 +77,8 @@ def objective_sums(
     means: Mapping[str, float] = NOTHING,
     token_share: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective's loss summed over a micro-batch, times `loss_scale`, and its [sum, count] metrics.
+    """The objective's loss summed over a micro-batch, times `loss_scale`, and its [sum, count] metrics; of an objective that
+    `asks` one entry more, ASKED: (groups,) bool.
 
     Args:
         trains: the models that get a gradient, of "policy" and "critic".
@@ -125,9 +127,14 @@ def _objective(
 
     loss_of = objective if kept is None else objective.evaluation
 
+    asked: list[Tensor] = []  # of each run of groups
+
     def row_loss(stats, rows, cu_seqlens):
         rows = rows | {"group": rows["group"] - rows["group"][:1]}  # a call may begin with any group of the micro-batch
         loss, sums = metrics.checked(loss_of(stats, rows, cu_seqlens), type(objective).__name__)
+        if objective.asks and kept is None:
+            with torch.no_grad():
+                asked.append(objective.asked(stats, rows, cu_seqlens))
         if kept is not None:  # the runs of groups come in their order
             for name, value in (
                 ("logprobs", stats.logprobs),
@@ -167,7 +174,7 @@ def _objective(
         loss = loss + router_coef * token_share * auxiliary
         tokens = torch.tensor(float(batch.tokens), device=loss.device)
         sums["router_aux_loss"] = torch.stack([auxiliary.detach() * tokens, tokens])
-    return loss, sums | extremes
+    return loss, sums | extremes | ({ASKED: torch.cat(asked)} if asked else {})
 
 
 def _value_columns(learner: Learner, batch: Batch, hidden: Tensor) -> dict[str, Tensor]:

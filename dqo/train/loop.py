@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from transformers import EvalPrediction, PreTrainedModel
 from dqo import signals
 from dqo.config.options import Options
 from dqo.data.batches import Group, distinct
+from dqo.data.episodes import totals
+from dqo.data.rows import Row
 from dqo.errors import UserError
 from dqo.processes import Processes
 from dqo.train import checkpoint, metrics, optim, phases
+from dqo.train.asked import Asked
 from dqo.train.callbacks import Callbacks
 from dqo.train.damage import checkpoints, fault, loading
 from dqo.train.engine import Engine
@@ -60,10 +63,10 @@ class Trainer:
             "skipped": 0,
             "num_tokens": 0,
             "train_seconds": 0.0,
+            "train_cpu_seconds": 0.0,
             "metrics_position": 0,
         }
-        self.train_prompts: set[str] = set()
-        self.train_problems: set[bytes] = set()
+        self.train_rows: Sequence[Row] = ()
         self.window: dict[str, torch.Tensor] = {}  # this process's metric sums since the last logged row
         self.weights: metrics.Weights | None = None  # of the last step
         self.collapse = Collapse(self.config, getattr(self.objective, "is_cap", None))
@@ -75,6 +78,7 @@ class Trainer:
             with loading(resumed):
                 state = checkpoint.read_state(resumed)
                 self._load(resumed, state)
+        self.asked = Asked(self.objective, state.get("asked"))
         then = state.get("derived", {})
         self.warmup = then.get("warmup", phases.as_steps(self.config.warmup_steps, self.steps))
         critic = self.learner.value_model if options.trains_values else None
@@ -150,8 +154,7 @@ class Trainer:
 
     def _watch(self) -> Watch:
         beta = getattr(self.objective, "beta", None)
-        paid = (abs(float(e.rewards.sum())) for e in self.prepared.episodes())
-        largest = max(paid) if self.objective.fits_rewards else None
+        largest = max(map(abs, totals(self.prepared.episodes()))) if self.objective.fits_rewards else None
         return Watch(beta=beta, largest_reward=largest, trains_values=self.options.trains_values)
 
     @property
@@ -167,7 +170,7 @@ class Trainer:
             clear_gradients(self.learner)  # of a try that ran out of memory
             substep_end = lambda: self.callbacks.call("on_substep_end")  # noqa: E731
             try:
-                return accumulate(self.engine, self.objective, groups, trains, substep_end)
+                return accumulate(self.engine, self.objective, groups, trains, substep_end, self.asked)
             except NotFinite as error:
                 raise stopped(error, name_of_step, self.output_dir, self.processes) from error
             except UserError as error:
@@ -180,6 +183,7 @@ class Trainer:
             self.processes.say(f"WARNING: {warning}")
         self.window = metrics.add(self.window, sums)
         self.counters["num_tokens"] += tokens
+        self.counters |= self.asked.settle(self.processes)
         trained = {name: model for name, model in self.models.items() if name in trains}
         rates = {name: self.rates[name] * self.schedules[name](step) for name in trained}
         logged = {"learning_rate": rates.get("policy", 0.0)}
@@ -257,6 +261,7 @@ class Trainer:
             "identity": self.prepared.identity,
             "window": {name: pair.tolist() for name, pair in window.items()},
             "collapse": self.collapse.steps,
+            **self.asked.stored(),
         }
         self.counters |= self.recorder.position()
         state |= {"counters": self.counters, "steps": self.steps, "callbacks": self.callbacks.stored()}
@@ -311,11 +316,12 @@ class Trainer:
                 events.epoch_begin()
             events.step_begin()
             self.stages.enter(counters["step"])
-            begun = time.perf_counter()
+            begun, cpu_begun = time.perf_counter(), time.process_time()
             chosen = self.stages.groups(counters["step"], self.position)
             logged = self.train_step(counters["step"], [self.prepared.groups[i] for i in chosen])
             counters["step"] += 1
             counters["train_seconds"] += time.perf_counter() - begun
+            counters["train_cpu_seconds"] += time.process_time() - cpu_begun
             self._after_step(logged, bar)
             bar.update(self.position - bar.n)
             if (reason := self.collapse.stop(counters["step"], self.weights)) is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.errors import UserError
 from dqo.files import replacing
 from dqo.processes import Processes
@@ -20,12 +22,12 @@ _NAMED = 5  # rows, and parameters, of a message
 class NotFinite(UserError):
     """Where training stops. `episodes`: of the batch."""
 
-    def __init__(self, message: str, episodes: list[Episode]):
+    def __init__(self, message: str, episodes: Sequence[Episode]):
         super().__init__(message)
         self.episodes = episodes
 
 
-def rows_of(episodes: list[Episode]) -> str:
+def rows_of(episodes: Sequence[Episode]) -> str:
     """The first rows, for a message."""
     return ", ".join(e.source for e in episodes[:_NAMED]) + (" ..." if len(episodes) > _NAMED else "")
 

@@ -100,7 +100,7 @@ def _reduced_at_once(table: nn.Module) -> None:
         found = plain(*inputs, **options)
         return found + zero.to(found.dtype)
 
-    table.forward = forward  # type: ignore[method-assign]
+    table.forward = forward
     table.register_forward_pre_hook(with_zero, with_kwargs=True, prepend=True)
 
 

@@ -5,35 +5,43 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dqo.config.lora import described
 from dqo.config.options import Options
-from dqo.data.batches import Batching, Group, distinct
+from dqo.data.batches import Batching, Group, distinct, epoch_order
 from dqo.data.behavior import ReferenceName, reference_samples
 from dqo.data.ends import ends_of
-from dqo.data.episodes import Episode, fingerprint, make_episodes
+from dqo.data.episode import Episode
+from dqo.data.episodes import Episodes, open_episodes
+from dqo.data.joined import Joined
 from dqo.data.marks import Marks
-from dqo.data.rows import Row, check_process_reward
-from dqo.data.selection import nothing_selected, selected, selection_fingerprint
+from dqo.data.rows import Row
+from dqo.data.selection import (
+    EpisodeColumns,
+    Groups,
+    data_fingerprint,
+    nothing_selected,
+    selected,
+    selection_fingerprint,
+)
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.critic import backbone
 from dqo.models.fitness import check_adapter, check_model, check_positions, check_tokenizer
-from dqo.models.lora import adapter_off, has_adapter
+from dqo.models.lora import has_adapter
 from dqo.models.policy import (
     architecture,
     load_config,
-    load_policy,
     ready,
     stop_ids,
     tokenizer_of,
@@ -42,14 +50,15 @@ from dqo.models.policy import (
 from dqo.models.router import check_router
 from dqo.objectives.base import Objective
 from dqo.processes import Processes
-from dqo.train.checkpoint import claim_output, save_base
+from dqo.train.checkpoint import claim_output, read_state, save_base
 from dqo.train.fitted_values import configuration_of, fitted_value_model
 from dqo.train.frozen_models import add_columns, frozen_models
 from dqo.train.implied_values import ImpliedValues, implied_values_of
-from dqo.train.inputs import Given, read
+from dqo.train.inputs import Given
 from dqo.train.learner import Learner
 from dqo.train.machines import check_same
 from dqo.train.masters import add_masters
+from dqo.train.optim import steps_of
 from dqo.train.resume import FITTED, OF_OBJECTIVE, TRAINED_END
 from dqo.train.returns import value_start
 from dqo.train.room import warn_of_little_room
@@ -88,6 +97,7 @@ FREE_OPTIONS = {
     "output_dir",
     "resume_from_checkpoint",
     "ref_cache_dir",
+    "row_cache_dir",
     "dry_run",
     "save_dtype",
     "save_steps",
@@ -111,12 +121,12 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     learner: Learner
     batching: Batching  # of the policy
-    groups: list[Group]
+    groups: Sequence[Group]  # each is made when it is read
     held_out: list[Group]
     identity: dict  # hashes and options that a continued run must share
     per_step: int  # groups of an optimizer step
     resumed: Path | None  # the checkpoint to go on from
-    tokenized: Callable[[list[Row]], list[Episode]]  # as the options say
+    tokenized: Callable[[Sequence[Row]], list[Episode]]  # as the options say
     reference: PreTrainedModel | None  # where it is not the initial policy
     save_dtype: torch.dtype | None  # of the final models; None: as they are trained
     weighting: Weighting
@@ -130,7 +140,7 @@ class Prepared:
         """That of the options, with the level of its importance weights chosen."""
         return self.weighting.objective
 
-    def episodes(self) -> list[Episode]:
+    def episodes(self) -> Sequence[Episode]:
         """The distinct episodes that are trained on."""
         return distinct(self.groups)
 
@@ -138,26 +148,26 @@ class Prepared:
         """How much is trained on and held out, a line each; `eval_fraction`: the share of the prompts that was asked for."""
         lines = []
         for name, episodes in (("training on", self.episodes()), ("held out", distinct(self.held_out))):
-            prompts, tokens = len({e.prompt_index for e in episodes}), sum(e.length for e in episodes)
+            columns = EpisodeColumns(episodes)
+            prompts, tokens = len(np.unique(columns.prompt)), int(columns.tokens.sum())
             lines.append(f"{name}: {len(episodes):,} responses to {prompts:,} prompts, {tokens:,} tokens")
         share = "" if eval_fraction is None else f" (eval_fraction {eval_fraction:g} is a share of the prompts)"
         return "\n".join(lines) + share
 
 
 def prepare(
-    options: Options, given: Given, train_rows: list[Row], held_rows: list[Row], processes: Processes
+    options: Options, given: Given, train_rows: Sequence[Row], held_rows: Sequence[Row], processes: Processes
 ) -> Prepared:
     """Tokenises the rows, loads the models and computes the reference columns."""
     config = options.train
     sampler = reference_name(options, given)
     one_file = config.eval_dataset_name is None and given.eval_dataset is None  # of which the held-out rows are a part
-    weighting = chosen(
-        options, train_rows + held_rows if one_file else train_rows, sampler
-    )  # as `dqo check` says of it
+    all_rows = Joined(train_rows, held_rows)
+    weighting = chosen(options, all_rows if one_file else train_rows, sampler)  # as `dqo check` says of it
     objective = weighting.objective
     tokenizer = tokenizer_of(config.model_name_or_path, given.tokenizer)
     model_config = load_config(config.model_path) if given.model is None else given.model.config
-    check_tokenizer(tokenizer, train_rows + held_rows, model_config)
+    check_tokenizer(tokenizer, all_rows, model_config)
     vocab_size = model_config.get_text_config().vocab_size
 
     ref_config = reference_config(config, given, vocab_size)
@@ -165,20 +175,23 @@ def prepare(
 
     stops = stop_ids(given.model or config.model_path)
 
-    def tokenized(rows: list[Row], marks: Marks | None = None) -> list[Episode]:
+    def placed(rows: Sequence[Row], marks: Marks | None = None) -> Episodes:
         made = on_tokens(rows, options, tokenizer, vocab_size, stops, template_time, marks)
         for its_config in filter(None, (model_config, ref_config)):
             check_positions(its_config, made)
         return made
 
+    def tokenized(rows: Sequence[Row], marks: Marks | None = None) -> list[Episode]:
+        return list(placed(rows, marks))
+
     if (config.bf16 or config.dtype == "bfloat16") and (slow := bf16_problem(processes.device)):
         logger.warning(slow)
-    marks = Marks.of_rows(chain(train_rows, held_rows), config.process_reward) if one_file else None
-    episodes = tokenized(train_rows, marks)
+    marks = Marks.of_rows(all_rows, config.process_reward) if one_file else None
+    episodes = placed(train_rows, marks)
     groups = selected(objective, episodes, partial(reference_samples, train_rows, sampler))
     if not groups:
         raise UserError(f"method {config.method}: {nothing_selected(objective, episodes)}")
-    held_out = _held_out(objective, tokenized(held_rows, marks), held_rows, sampler) if held_rows else []
+    held_out = held_out_groups(objective, tokenized(held_rows, marks), held_rows, sampler) if held_rows else []
     policy = given.model
     if policy is None:
         policy = load_initial(config, processes)
@@ -197,7 +210,7 @@ def prepare(
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes.world
     options_that_bind = {name: value for name, value in options.flat().items() if name not in FREE_OPTIONS}
     identity = {
-        "data": fingerprint(chain(*groups)),
+        "data": data_fingerprint(groups),
         "model": weights_hash(policy),
         "responses or pairs a step": per_step,
         "options": json.loads(json.dumps(options_that_bind)),  # as a checkpoint gives them back
@@ -217,7 +230,8 @@ def prepare(
     for model in filter(None, () if sharded else (policy, reference)):
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
             attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
-    frozen = frozen_models(options, tokenizer, vocab_size, distinct(groups + held_out), processes.device)
+    trained, held = distinct(groups), distinct(held_out)
+    frozen = frozen_models(options, tokenizer, vocab_size, Joined(trained, held), processes.device)
     if frozen:
         identity["frozen models"] = {one.option: one.sha256 for one in frozen}
     for one in frozen:
@@ -225,16 +239,16 @@ def prepare(
     fitted = fitted_value_model(options, policy, reference or policy, tokenizer, some_ids)
     if fitted is not None:
         identity |= {"fitted value model": weights_hash(fitted), FITTED: configuration_of(fitted)}
-    implied = implied_values_of(options, reference or policy, tokenizer, distinct(groups), some_ids)
+    implied = implied_values_of(options, reference or policy, tokenizer, trained, some_ids)
     if implied is not None:
         identity["implied values"] = implied.identity
         processes.say(
             f"value model: V is what the policy of {implied.run.path} implies, with its beta {implied.run.beta:g}"
         )
-    begin = value_start(options, distinct(groups), policy if reference is None else reference)
+    begin = value_start(options, trained, policy if reference is None else reference)
     if begin.told:
         processes.say(begin.told)
-    learner = make_learner(options, given, policy, reference, begin, distinct(groups), fitted)
+    learner = make_learner(options, given, policy, reference, begin, trained, fitted)
     module = of_reference = None
     if sharded:
         module = of_reference = shard(learner, config, processes)
@@ -260,17 +274,20 @@ def prepare(
         warn_of_little_room(Path(config.output_dir), learner, config.save_total_limit, refreshes)
     if has_adapter(policy) and not policy.name_or_path and processes.main:
         save_base(policy, Path(base_of(policy, config)), again=resumed is None)
+    visited = distinct(_visited(groups, options, per_step, resumed))
+    together = Joined(visited, held)
     if objective.needs_reference:
-        together = distinct(groups + held_out)
         resuming = resumed is not None
         reference_columns(config, together, policy, reference, batching, identity, processes, resuming, of_reference)
-        check_behavior(objective, together, train_rows + held_rows, sampler)
+        check_behavior(objective, together, all_rows, sampler)
         if implied is not None:
             implied.add(together, batching, processes)
             implied.release()
         if reference is None:
-            weighting = at_start(weighting, options.objective.weight_level, distinct(groups))
-    add_columns(frozen, options, distinct(groups + held_out), batching, processes)
+            weighting = at_start(weighting, options.objective.weight_level, visited)
+    add_columns(frozen, options, together, batching, processes)
+    if isinstance(groups, Groups):
+        groups.episodes.take_said(visited)
     return Prepared(
         processes,
         tokenizer,
@@ -291,19 +308,33 @@ def prepare(
     )
 
 
+def _visited(groups: Sequence[Group], options: Options, per_step: int, resumed: Path | None) -> Sequence[Group]:
+    """The groups that the run's steps read, in the order of the data: all, but of a run that ends within its first epoch. The
+    values that a policy implies for a response are made of the others to its prompt too."""
+    config, objective = options.train, options.objective
+    in_parts = any(tuple(phase.part) != (0.0, 1.0) for phase in objective.phases(config.value_warmup_steps))
+    per_epoch = math.ceil(len(groups) / per_step)
+    steps = config.max_steps if config.max_steps > 0 else steps_of(config.num_train_epochs, per_epoch)
+    if resumed is not None:  # checkpoints that do not tell were made when steps were counted otherwise
+        steps = max(steps, read_state(resumed).get("steps", per_epoch))
+    if steps >= per_epoch or in_parts or objective.implied_from is not None or not isinstance(groups, Groups):
+        return groups
+    return groups.take(np.sort(epoch_order(len(groups), 0, config.seed)[: steps * per_step]))
+
+
 def on_tokens(
-    rows: list[Row],
+    rows: Sequence[Row],
     options: Options,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
     stops: list[int],
     template_time: datetime.datetime | None,
     marks: Marks | None = None,
-) -> list[Episode]:
+) -> Episodes:
     """Rows as the options say. `stops`: end tokens of the model's generation_config. `template_time`: what chat templates take
     for now; None: the clock. `marks`: of wrong steps; None: what these rows tell."""
     config = options.train
-    return make_episodes(
+    return open_episodes(
         rows,
         tokenizer,
         vocab_size=vocab_size,
@@ -323,70 +354,12 @@ def on_tokens(
     )
 
 
-class Evaluated(NamedTuple):
-    """Rows for evaluation on tokens."""
-
-    all: list[Episode]
-    objective: list[Group]  # as the objective chose them
-
-
-def evaluation_episodes(options: Options, given: Given, prepared: Prepared, source: Any) -> tuple[Evaluated, list[Row]]:
-    """Further rows, with their reference columns, when training has begun.
-
-    Args:
-        source: anything that read_rows takes.
-
-    Raises:
-        UserError: when the reference policy was a model object that has been trained in place.
-    """
-    config, objective = options.train, options.objective
-    rows = read(config, source)
-    check_process_reward(rows, "the rows for evaluation", config.process_reward)
-    episodes = prepared.tokenized(rows)
-    prepared_ones = _held_out(objective, episodes, rows, reference_name(options, given))
-    if objective.needs_reference:
-        learner, identity, of_reference = prepared.learner, prepared.identity, prepared.of_reference
-        reference = prepared.reference or learner.reference
-        if prepared.refreshed is not None:
-            reference = load_policy(str(prepared.refreshed), prepared.processes.device)
-            identity = identity | {"reference": weights_hash(reference)}
-        elif reference is None and not has_adapter(learner.policy):
-            if given.model is not None:
-                raise UserError(
-                    "the reference policy of these rows was the given model, which is trained in place: give ref_model, or give "
-                    "the rows to the constructor as eval_dataset"
-                )
-            reference = load_initial(config, prepared.processes)
-            if prepared.module is not None:
-                of_reference = shard_reference(reference, config, prepared.processes)
-        together = distinct([*([e] for e in episodes), *prepared_ones])
-        with adapter_off(learner.policy):
-            reference_columns(
-                config,
-                together,
-                learner.policy,
-                reference,
-                prepared.batching,
-                identity,
-                prepared.processes,
-                resuming=True,
-                sharded=of_reference,
-            )
-        if prepared.implied is not None:
-            prepared.implied.add(together, prepared.batching, prepared.processes)
-            prepared.implied.release()
-    if objective.reads_models:
-        device, size = prepared.processes.device, prepared.learner.policy.config.get_text_config().vocab_size
-        together = distinct(prepared_ones)
-        frozen = frozen_models(options, prepared.tokenizer, size, together, device)
-        add_columns(frozen, options, together, prepared.batching, prepared.processes)
-    return Evaluated(episodes, prepared_ones), rows
-
-
-def _held_out(objective: Objective, episodes: list[Episode], rows: list[Row], sampler: ReferenceName) -> list[Group]:
+def held_out_groups(
+    objective: Objective, episodes: list[Episode], rows: Sequence[Row], sampler: ReferenceName
+) -> list[Group]:
     """The objective's groups; none, with a warning, where the episodes are too few for it."""
     try:
-        found = selected(objective, episodes, partial(reference_samples, rows, sampler))
+        found = list(selected(objective, episodes, partial(reference_samples, rows, sampler)))
     except UserError as error:
         found, reason = [], str(error)
     else:

@@ -15,8 +15,9 @@ import datetime
 import hashlib
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,12 @@ from torch import nn
 
 import dqo
 from dqo.config.options import TrainConfig, command_line
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
+from dqo.data.episodes import Episodes
 from dqo.data.rows import Row
+from dqo.data.segments import file_hash
+from dqo.data.selection import EpisodeColumns
+from dqo.data.stored import several
 from dqo.files import write_whole
 
 RUN_FILE, ANSWERS_FILE, HELD_OUT_FILE = "run.json", "answers.jsonl", "held_out.jsonl"
@@ -71,11 +76,7 @@ def end_record(output_dir: Path, found: dict[str, Any]) -> None:
 def data_hash(name: str | None, rows: Iterable[Row]) -> dict[str, str]:
     """sha256 of a file; of the rows, whatever their order, where the data are no file."""
     if name is not None and Path(name).is_file():
-        digest = hashlib.sha256()
-        with open(name, "rb") as file:
-            while piece := file.read(2**20):
-                digest.update(piece)
-        return {"sha256": digest.hexdigest(), "of": "file"}
+        return {"sha256": file_hash(Path(name)), "of": "file"}
     names = [f.name for f in fields(Row) if f.name != "source"]
     digests = sorted(
         hashlib.sha256(json.dumps({n: getattr(row, n) for n in names}, sort_keys=True).encode()).digest()
@@ -84,30 +85,29 @@ def data_hash(name: str | None, rows: Iterable[Row]) -> dict[str, str]:
     return {"sha256": hashlib.sha256(b"".join(digests)).hexdigest(), "of": "rows"}
 
 
-def data_record(config: TrainConfig, episodes: list[Episode], rows: list[Row], held_out: list[Row]) -> dict:
+def data_record(config: TrainConfig, episodes: Sequence[Episode], rows: Sequence[Row], held_out: Sequence[Row]) -> dict:
     """Hash and counts of the data, and the hash of the rows that are held out. `rows`: all but those."""
     return {
         "name": config.dataset_name or "given rows",
-        **data_hash(config.dataset_name, rows + held_out),
+        **data_hash(config.dataset_name, chain(rows, held_out)),
         "counts": data_counts(episodes) | {"held_out_rows": len(held_out)},
         "held_out_sha256": data_hash(None, held_out)["sha256"] if held_out else None,
     }
 
 
-def data_counts(episodes: list[Episode]) -> dict[str, float]:
+def data_counts(episodes: Sequence[Episode]) -> dict[str, float]:
     """Counts of the responses that were trained on."""
-    by_prompt: dict[int, set[bool]] = {}
-    for e in episodes:
-        by_prompt.setdefault(e.prompt_index, set()).add(e.label)
-    lengths = [e.action_count for e in episodes]
+    columns = EpisodeColumns(episodes)
+    lengths, count = columns.length, len(episodes)
+    problems, mixed = several(columns.prompt, columns.label)
     return {
-        "rows": len(episodes),
-        "problems": len(by_prompt),
-        "share_correct": sum(e.label for e in episodes) / len(episodes),
-        "mixed_prompts": sum(len(labels) == 2 for labels in by_prompt.values()),
-        "mean_length": sum(lengths) / len(lengths),
-        "max_length": max(lengths),
-        "tokens": sum(e.length for e in episodes),
+        "rows": count,
+        "problems": problems,
+        "share_correct": int(columns.label.sum()) / count,
+        "mixed_prompts": mixed,
+        "mean_length": int(lengths.sum()) / count,
+        "max_length": int(lengths.max()),
+        "tokens": int(columns.tokens.sum()),
     }
 
 
@@ -123,7 +123,7 @@ def parameters(policy: nn.Module, value_model: nn.Module | None) -> dict[str, in
     return found
 
 
-def penalised_steps(tokenizer, episodes: list[Episode], process_reward: str | None) -> dict | None:
+def penalised_steps(tokenizer, episodes: Sequence[Episode], process_reward: str | None) -> dict | None:
     """How many steps are penalised, and some of them, of distinct prompts. None where no step has a reward.
 
     A step is penalised by a negative reward; where rewards are potentials, by one below the step before it.
@@ -132,7 +132,7 @@ def penalised_steps(tokenizer, episodes: list[Episode], process_reward: str | No
     total = 0.0
     shown: list[dict] = []
     prompts: set[int] = set()
-    for e in episodes:
+    for e in episodes.take(episodes.has_steps) if isinstance(episodes, Episodes) else episodes:
         paid = list(e.step_rewards)
         if process_reward == "potential":
             paid = [now - before for now, before in zip(paid[1:], paid)]

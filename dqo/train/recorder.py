@@ -54,6 +54,7 @@ class Recorder:
         """A row of the steps since the last one; warns where it gives reason to."""
         now = time.perf_counter()
         row = {"step": counters["step"], "epoch": epoch, **means, "num_tokens": counters["num_tokens"]}
+        row |= {name: counters[name] for name in ("queries", "pseudo_labels") if name in counters}
         row["perf/tokens_per_second"] = (counters["num_tokens"] - self.at_mark["num_tokens"]) / (now - self.mark)
         row["perf/step_time"] = (now - self.mark) / (counters["step"] - self.at_mark["step"])
         row["perf/peak_memory_gb"] = memory.peak_gb()

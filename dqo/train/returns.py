@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from dqo.config.options import Options
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
+from dqo.data.episodes import ended
 from dqo.errors import UserError
 from dqo.models.policy import weights_hash
 from dqo.models.value_form import ValueForm
@@ -29,12 +31,12 @@ class Returns(NamedTuple):
     high: float
 
 
-def returns_of(objective: Objective, episodes: list[Episode]) -> Returns:
+def returns_of(objective: Objective, episodes: Sequence[Episode]) -> Returns:
     """Of what is paid from a state on, discounted as the objective does. Responses that were cut are left out where others are
     not: what would have followed is unknown. Of a method that fits V to a column: of that column, between 0 and 1."""
     if objective.values_column is not None:
         return Returns(float(np.concatenate([e.columns[objective.values_column] for e in episodes]).mean()), 0.0, 1.0)
-    episodes = [e for e in episodes if e.terminated] or episodes
+    episodes = ended(episodes)
     pieces = []
     for begin in range(0, len(episodes), _TOGETHER):
         some = episodes[begin : begin + _TOGETHER]
@@ -60,7 +62,7 @@ class ValueStart(NamedTuple):
     told: str | None = None
 
 
-def value_start(options: Options, episodes: list[Episode], reference: PreTrainedModel) -> ValueStart:
+def value_start(options: Options, episodes: Sequence[Episode], reference: PreTrainedModel) -> ValueStart:
     """As the options ask. `episodes` are those that are trained on; `reference` is the reference policy.
 
     Raises:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-
-import numpy as np
 
 from dqo.config.options import Options
 from dqo.data.rows import Row
+from dqo.data.stored import column
 from dqo.errors import UserError
 
 
-def with_normalised_rewards(options: Options, rows: list[Row]) -> tuple[Options, str]:
+def with_normalised_rewards(options: Options, rows: Sequence[Row]) -> tuple[Options, str]:
     """The options with the reward_scale and reward_shift that give the rows that are trained on mean 0 and variance 1, in place
     of normalize_rewards, and a line that says so; as they are, and "", without it.
 
@@ -23,7 +23,7 @@ def with_normalised_rewards(options: Options, rows: list[Row]) -> tuple[Options,
     given = [name for name in ("reward_scale", "reward_shift") if name in options.sources]
     if given:
         raise UserError(f"normalize_rewards and {given[0]} are both given ({options.sources[given[0]]}); remove one")
-    rewards = np.array([row.reward for row in rows], dtype=np.float64)
+    rewards = column(rows, "reward")
     mean, deviation = float(rewards.mean()), float(rewards.std())
     if not deviation > 0:
         raise UserError(f"normalize_rewards: every reward is {mean:g}, which no factor gives variance 1; remove it")

@@ -6,13 +6,13 @@ accelerate launch --multi_gpu --num_processes 2 -m dqo.train --dataset_name ... 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dqo.config.launcher import obey
 from dqo.config.options import Options
-from dqo.data.overlap import trained_problems
-from dqo.data.rows import Row, prompt_key
+from dqo.data.rows import Row
 from dqo.models.critic import load_critic
 from dqo.models.policy import load_policy
 from dqo.objectives.base import Objective
@@ -36,12 +36,13 @@ class Run:
     prepared: Prepared  # with the trained models
     steps: int
     seconds: float  # of the steps alone
+    cpu_seconds: float  # the same of the processor, all threads of this process
     tokens_per_second: float
     held_out: dict[str, float]
     objective: Objective
 
 
-Rows = tuple[list[Row], list[Row]]  # to train on, held out
+Rows = tuple[Sequence[Row], Sequence[Row]]  # to train on, held out
 
 
 def begin(
@@ -68,8 +69,7 @@ def begin(
     if normalised:
         processes.say(normalised)
     trainer = Trainer(options, prepare(options, given, train_rows, held_rows, processes), given.callbacks, answers)
-    trainer.train_prompts = {prompt_key(row) for row in train_rows}
-    trainer.train_problems = trained_problems(train_rows)
+    trainer.train_rows = train_rows
     if announce:
         split = given.eval_dataset is None and options.train.eval_dataset_name is None
         processes.say(trainer.prepared.counts(options.train.eval_fraction if split else None))
@@ -80,7 +80,7 @@ def begin(
     return trainer
 
 
-def _begun(options: Options, trainer: Trainer, rows: list[Row], held_out: list[Row]) -> dict:
+def _begun(options: Options, trainer: Trainer, rows: Sequence[Row], held_out: Sequence[Row]) -> dict:
     """What run.json says of a run before its first step."""
     prepared, learner, config = trainer.prepared, trainer.learner, options.train
     episodes = prepared.episodes()
@@ -113,6 +113,7 @@ def run_of(trainer: Trainer, held_out: dict[str, float]) -> Run:
         whole_policy = load_policy(str(trainer.output_dir), trainer.processes.device)
         value_model = load_critic(critic, trainer.processes.device) if critic.exists() else None
         trainer.prepared.learner = Learner(whole_policy, value_model)
-    seconds = trainer.counters["train_seconds"]
+    seconds, cpu_seconds = (trainer.counters[name] for name in ("train_seconds", "train_cpu_seconds"))
     rate = trainer.counters["num_tokens"] / seconds if seconds else 0.0
-    return Run(trainer.output_dir, trainer.prepared, trainer.steps, seconds, rate, held_out, trainer.objective)
+    found = (trainer.steps, seconds, cpu_seconds, rate, held_out, trainer.objective)
+    return Run(trainer.output_dir, trainer.prepared, *found)

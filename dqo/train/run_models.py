@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dqo.config.options import Options, TrainConfig
 from dqo.data.batches import Batch, Batching
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
+from dqo.data.episodes import totals
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.architecture import recompute_activations
@@ -32,7 +34,7 @@ from dqo.models.q_model import q_model_from
 from dqo.objectives.base import IMPLICIT_BETA, Objective
 from dqo.processes import Processes
 from dqo.reference.cache import ReferenceCache, reference_id
-from dqo.reference.columns import add_reference, check_agreement
+from dqo.reference.columns import check_agreement, fill, reference_entries
 from dqo.train.inputs import Given
 from dqo.train.learner import Learner
 from dqo.train.resume import adapter_fields, stored_derived
@@ -90,7 +92,7 @@ def explicit_reference(config: TrainConfig, given: Given, processes: Processes) 
 
 def reference_columns(
     config: TrainConfig,
-    episodes: list[Episode],
+    episodes: Sequence[Episode],
     policy: PreTrainedModel,
     explicit: PreTrainedModel | None,
     batching: Batching,
@@ -100,7 +102,8 @@ def reference_columns(
     sharded: nn.Module | None = None,
 ) -> None:
     """ref_logprobs and ref_lse of every episode, from the cache where it has them; checked where they can be. `sharded`: what
-    wraps the reference over the processes, which then compute together."""
+    wraps the reference over the processes, which then compute together. Episodes that are made when they are read have them from
+    then on."""
     model = policy if explicit is None else explicit
     in_16_bits = config.bf16 or (sharded is not None and config.dtype == "bfloat16")
     numbers = reference_id(model, identity["reference"], in_16_bits)
@@ -114,7 +117,8 @@ def reference_columns(
             return policy_stats(model, batch, config.bf16)
 
     batching = replace(batching, packed=attention.packs(model))
-    add_reference(episodes, stats_of, batching, processes, cache, together=sharded is not None)
+    entries, _ = reference_entries(episodes, stats_of, batching, processes, cache, together=sharded is not None)
+    fill(episodes, entries)
     if explicit is None and not resuming:
         check_agreement(episodes, stats_of, batching, numbers.dtype, cache)
 
@@ -142,7 +146,7 @@ def make_learner(
     policy: PreTrainedModel,
     explicit: PreTrainedModel | None,
     begin: ValueStart,
-    episodes: list[Episode],
+    episodes: Sequence[Episode],
     fitted: nn.Module | None = None,
 ) -> Learner:
     """The policy, with an adapter where one was asked for, and what the objective needs beside it. `begin`: a new value model;
@@ -185,7 +189,7 @@ def _new_value_model(
     peft_config: Any,
     reference: PreTrainedModel,
     begin: ValueStart,
-    episodes: list[Episode],
+    episodes: Sequence[Episode],
 ) -> nn.Module:
     if objective.value_kind == "q_model":
         q_model = q_model_from(policy, getattr(objective, "beta", 1.0), weights_hash(reference, torch.float32))
@@ -194,7 +198,7 @@ def _new_value_model(
         return q_model
     if objective.value_kind != "implicit":
         return make_value_model(objective.value_kind, policy, peft_config, begin.form, begin.value)
-    outcomes = [float(e.rewards.sum()) for e in episodes]
+    outcomes = totals(episodes)
     beta = getattr(objective, "implicit_beta", IMPLICIT_BETA)
     value_model = implicit_value_from(policy, outcomes, beta, weights_hash(reference, torch.float32))
     if peft_config is not None:

@@ -6,7 +6,8 @@ import sys
 
 import numpy as np
 
-from dqo.data.episodes import Episode, make_episodes
+from dqo.data.episode import Episode
+from dqo.data.episodes import make_episodes
 from dqo.data.marks import Marks
 from dqo.data.rows import Row
 from dqo.errors import UserError

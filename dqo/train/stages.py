@@ -9,8 +9,11 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from dqo.config.options import Options
 from dqo.data.batches import distinct, epoch_order
+from dqo.data.joined import Joined
 from dqo.errors import UserError
 from dqo.files import replacing
 from dqo.models.policy import load_policy, weights_hash
@@ -59,7 +62,7 @@ class Stages:
     def __init__(self, options: Options, prepared: Prepared, stretches: list[Stretch], steps: int, step: int):
         self.options, self.prepared, self.stretches = options, prepared, stretches
         self.pools = pools_of(stretches, len(prepared.groups))
-        self.order: tuple[Pool, int, list[int]] | None = None  # of an epoch of a pool
+        self.order: tuple[Pool, int, np.ndarray] | None = None  # of an epoch of a pool
         planned = prepared.objective.phases(options.train.value_warmup_steps)
         there = {stretch.phase.name for stretch in stretches}
         missing = [p.name for p in planned if p.name not in there and tuple(p.part) != (0.0, 1.0)]
@@ -79,7 +82,7 @@ class Stages:
         epoch, index = divmod(position - pool.begin, math.ceil(size / per_step))
         if self.order is None or self.order[:2] != (pool, epoch):
             self.order = pool, epoch, epoch_order(size, epoch, self.options.train.seed)
-        return [pool.first + i for i in self.order[2][index * per_step : (index + 1) * per_step]]
+        return [pool.first + i for i in self.order[2][index * per_step : (index + 1) * per_step].tolist()]
 
     def enter(self, step: int) -> None:
         """Before a step: where a phase begins with it that refreshes the reference, the policy as it is becomes the reference.
@@ -110,7 +113,7 @@ class Stages:
         reference = load_policy(str(directory), prepared.processes.device)
         reference_columns(
             self.options.train,
-            distinct(prepared.groups + prepared.held_out),
+            Joined(prepared.episodes(), distinct(prepared.held_out)),
             prepared.learner.policy,
             reference,
             prepared.batching,

@@ -12,8 +12,9 @@ from dqo.data.batches import Group, unit_count
 from dqo.objectives.base import MODELS, Objective
 from dqo.processes import add_over_processes
 from dqo.train import metrics
+from dqo.train.asked import Asked
 from dqo.train.engine import Engine, Planned
-from dqo.train.learner import companion_sums, objective_sums, step_sums
+from dqo.train.learner import ASKED, companion_sums, objective_sums, step_sums
 from dqo.train.masters import take_gradients
 from dqo.train.not_finite import NotFinite, rows_of
 from dqo.train.parallel import without_sync
@@ -52,6 +53,7 @@ def accumulate(
     groups: list[Group],
     trains: Collection[str] = MODELS,
     substep_end: Callable[[], Any] = lambda: None,
+    known: Asked | None = None,
 ) -> tuple[dict[str, Tensor], int]:
     """Gradients of one optimizer step. Divides by the step's count of units, known before any forward pass, so that any split
     into micro-batches and processes gives one large batch's gradient.
@@ -60,6 +62,7 @@ def accumulate(
         groups: the whole step's, the same on every process.
         trains: the models that get a gradient, of "policy" and "critic".
         substep_end: called after every micro-batch but the last.
+        known: takes which labels the objective asks for; None: none was asked before, and nothing is noted.
 
     Returns:
         This process's metric sums, and the number of tokens of the step, prompts included.
@@ -67,12 +70,15 @@ def accumulate(
     module, world = engine.module, engine.processes.world
     units = unit_count(groups, objective.unit)
     means = means_of_step(engine, objective, groups)
+    known = Asked(objective) if known is None else known
+    known.begin()
     sums: dict[str, Tensor] = {}
     tokens = sum(e.length for group in groups for e in group)
     for batch, counts, last in Planned(groups, engine):
         # the wrappers average over the processes what is to be summed
         scale = world / units if counts else 0.0
         share = world * batch.tokens / tokens if counts else 0.0
+        known.put_known(batch)
         with without_sync(module, last):
             loss, more = module(objective_sums, objective, batch, trains, scale, means, share)
             if not torch.isfinite(loss):
@@ -81,6 +87,9 @@ def accumulate(
             if loss.requires_grad:
                 loss.backward()
                 take_gradients(engine.learner)
+        asked = more.pop(ASKED, None)
+        if asked is not None and counts:
+            known.note(batch, asked)
         of_batch = float(unit_count(batch.groups, objective.unit))
         more |= {"loss": torch.stack([loss.detach() * units / world, loss.new_tensor(of_batch)])}
         more |= metrics.of_batch(batch)

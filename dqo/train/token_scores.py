@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dqo.data.batches import Batch, Batching, micro_batch_plan
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.adapters import adapter_base, merge

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 
 from dqo.config.options import Options, TrainConfig
 from dqo.data.behavior import Known, ReferenceName, known_behavior, not_of_reference, weight_level, weights_line
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
+from dqo.data.joined import parts_of
 from dqo.data.rows import Row
 from dqo.errors import UserError
 from dqo.models.identity import model_identity
@@ -67,7 +69,7 @@ def reference_name(options: Options, given: Given) -> ReferenceName:
     return ReferenceName(path, lambda: model_identity(path, load_config(path)))
 
 
-def chosen(options: Options, rows: list[Row], reference: ReferenceName) -> Weighting:
+def chosen(options: Options, rows: Sequence[Row], reference: ReferenceName) -> Weighting:
     """The objective as it trains on these rows: with is_level auto by what they tell, or as the run that goes on had it."""
     objective = options.objective
     option = objective.weight_level
@@ -83,7 +85,7 @@ def chosen(options: Options, rows: list[Row], reference: ReferenceName) -> Weigh
     return Weighting(objective, weights_line(option, level, behavior))
 
 
-def at_start(weighting: Weighting, option: str, episodes: list[Episode]) -> Weighting:
+def at_start(weighting: Weighting, option: str, episodes: Sequence[Episode]) -> Weighting:
     """What the weights leave of the data before the first step; is_level auto takes none where that is next to nothing, as it is
     where another model wrote the responses, or this one at a low temperature. `option`: is_level as it was given."""
     found = weights_at_start(weighting.objective, episodes)
@@ -94,7 +96,7 @@ def at_start(weighting: Weighting, option: str, episodes: list[Episode]) -> Weig
     return Weighting(objective, f"importance weights: none (is_level auto), because {why} {found.effective_share:.1%}")
 
 
-def weights_at_start(objective: Objective, episodes: list[Episode]) -> Weights | None:
+def weights_at_start(objective: Objective, episodes: Sequence[Episode]) -> Weights | None:
     """Of the reference, with which a run begins; None where the objective weighs nothing."""
     total = torch.zeros(3, dtype=torch.float64)
     for begin in range(0, len(episodes), 1024):
@@ -116,16 +118,25 @@ def _ratio(e: Episode) -> np.ndarray:
     return e.ref_logprobs - e.behavior_logprobs
 
 
-def check_behavior(objective: Objective, episodes: list[Episode], rows: list[Row], reference: ReferenceName) -> None:
+def check_behavior(
+    objective: Objective, episodes: Sequence[Episode], rows: Iterable[Row], reference: ReferenceName
+) -> None:
     """Looks whether stored log-probabilities are near the reference's.
 
     Raises:
         UserError: where they are far away, weights are made of them, and `sampling` says that the reference wrote the rows.
     """
-    gaps = {e.source: np.abs(_ratio(e)) for e in episodes if e.behavior_logprobs is not None}
-    if not gaps or (mean := float(np.concatenate(list(gaps.values())).mean())) <= FAR:
+    total, count, largest, worst = 0.0, 0, -1.0, ""
+    for part in parts_of(episodes):
+        if part[0].behavior_logprobs is None:  # all rows of a file have them, or none
+            continue
+        for e in part:
+            gaps = np.abs(_ratio(e))
+            total, count = total + float(gaps.sum(dtype=np.float64)), count + len(gaps)
+            if (mean_gap := float(gaps.mean())) > largest:
+                largest, worst = mean_gap, e.source
+    if not count or (mean := total / count) <= FAR:
         return
-    worst = max(gaps, key=lambda source: gaps[source].mean())
     said = f"logprobs in the file differ from the reference policy's by {mean:.2f} nats a token on average (most in {worst})"
     if objective.weight_level != "none" and not_of_reference(rows, reference) is None:
         raise UserError(

@@ -33,7 +33,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")  # a process that imports o
 _CONTEXT.set_forkserver_preload(
     [
         *("dqo.train", "dqo.evaluation.during", "dqo.evaluation.run", "dqo.report.run", "scipy.stats", "pytest"),
-        *("transformers.models.llama.modeling_llama", "tests.dqo.helpers", "tests.dqo.forked"),
+        *("transformers.models.llama.modeling_llama", "tests.dqo.helpers", "tests.dqo.forked", "tests.dqo.warmed"),
     ]
 )
 KILLED_HERE = 77  # exit status of a process that ended itself at a chosen place, as abruptly as SIGKILL does
@@ -74,14 +74,19 @@ def run(*words, entry: str = DQO, place=".", environment=None, path=()) -> subpr
     return _wait(entry, words, place, path, [environment or {}])[0]
 
 
-def launch(*words, entry: str, processes: int = 2, place=".", environment=None, path=()) -> list:
-    """As `run`, in processes that find the variables of a launch; like torchrun it ends all when one fails."""
+def ranks(processes: int) -> list[dict[str, str]]:
+    """The variables that each process of a launch finds."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     each = [shared | {"OMP_NUM_THREADS": 1, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
-    return _wait(entry, words, place, path, [{k: str(v) for k, v in x.items()} | (environment or {}) for x in each])
+    return [{name: str(value) for name, value in variables.items()} for variables in each]
+
+
+def launch(*words, entry: str, processes: int = 2, place=".", environment=None, path=()) -> list:
+    """As `run`, in processes that find the variables of a launch; like torchrun it ends all when one fails."""
+    return _wait(entry, words, place, path, [variables | (environment or {}) for variables in ranks(processes)])
 
 
 def _wait(entry, words, place, path, environments) -> list[subprocess.CompletedProcess]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.grading.arith import VOCABULARY, ArithTask
 from dqo.models.new import character_tokenizer, new_llama
 from dqo.models.policy import hidden_positions

@@ -121,7 +121,8 @@ def test_rows_whose_prompts_are_trained_on_are_refused_with_the_cure(files):
         DQOTrainer(str(files / "model"), config(files), str(files / "rollouts.jsonl"), rows).evaluate()
     trainer = DQOTrainer(str(files / "model"), config(files, "other"), str(files / "rollouts.jsonl"))
     with pytest.raises(UserError, match=f"1 prompts of eval_dataset are in the rows that are trained on .*{cure}"):
-        shared = next(row for row in rows if json.dumps(row["prompt"]) in trainer._begin().train_prompts)
+        trained = {row.prompt for row in trainer._begin().train_rows}
+        shared = next(row for row in rows if row["prompt"] in trained)
         trainer.evaluate([shared, *unseen(files)])
     trainer.predict(rows)  # what the models say of rows that are trained on may be asked
 

@@ -162,6 +162,7 @@ HELP = """usage: dqo <command> [options]; `dqo <command> --help` for its options
   compare   Train several methods on one file with one budget, and write a page over all of them.
   export    Write a run's policy, its adapter merged, as transformers and vLLM load it.
   env       Print versions, devices and kernels that work here, to copy into a report of a bug.
+  zpg       Train a policy by which of two perturbed copies answers better, without gradients.
 """
 
 

@@ -107,6 +107,15 @@ def test_what_does_not_fit_is_named_with_its_method(words, message):
         planned(*words)
 
 
+def test_a_method_of_lists_is_told_how_many_prompts_an_update_has():
+    with pytest.raises(
+        UserError, match="method rank_dpo: .*give --rank_dpo.per_device_train_batch_size: 8 responses are 1 prom"
+    ):
+        planned("--per_device_train_batch_size", "8", methods=("rank_dpo",))
+    words = ("--per_device_train_batch_size", "8", "--rank_dpo.per_device_train_batch_size", "1")
+    assert options_of(*words, methods=("rank_dpo",))["rank_dpo"].train.per_device_train_batch_size == 1
+
+
 @pytest.mark.parametrize("methods, message", [(("dqo", "dqo"), "names dqo twice"), (("dqo", "dpoo"), "dpoo")])
 def test_methods_are_known_and_differ(methods, message):
     with pytest.raises(UserError, match=message):

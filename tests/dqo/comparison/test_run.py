@@ -29,10 +29,12 @@ def never(*_):
 
 def test_a_plan_is_shown_and_nothing_is_written(files, capsys):
     words = options(files, "--dqo.value_warmup_steps", "1", "--output_dir", str(files / "out"))
-    compare_command(["--methods", "dqo,dpo", "--seeds", "2", "--dry_run", *words])
+    words += ["--rank_dpo.per_device_train_batch_size", "2"]
+    compare_command(["--methods", "dqo,dpo,rank_dpo", "--seeds", "2", "--dry_run", *words])
     assert capsys.readouterr().out.splitlines() == [
         "dqo: 2 seeds, 2 updates of the policy after 1 of the value model alone, 8 responses each",
         "dpo: 2 seeds, 2 updates of the policy, 4 groups of 2 responses each",
+        "rank_dpo: 2 seeds, 2 updates of the policy, 2 prompts with all their responses each",
         "# nothing was trained or written",
     ]
     assert not (files / "out").exists()

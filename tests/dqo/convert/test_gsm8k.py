@@ -7,7 +7,8 @@ import pytest
 from dqo.convert import gsm8k as convert_gsm8k
 from dqo.convert.entry import convert
 from dqo.convert.gsm8k import without_annotations
-from dqo.data.rows import Row, check_contrast, read_rows
+from dqo.data.rows import Row, read_rows
+from dqo.data.together import check_contrast
 from dqo.errors import UserError
 
 SOLUTIONS = Path(__file__).parents[4] / "shared" / "data" / "gsm8k" / "example_model_solutions.jsonl"

@@ -49,9 +49,10 @@ def test_columns_are_aligned_with_their_actions():
 
 
 def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
-    assert epoch_order(50, 3, 7) == epoch_order(50, 3, 7)
-    assert epoch_order(50, 3, 7) != epoch_order(50, 4, 7) != epoch_order(50, 4, 8)
-    assert sorted(epoch_order(50, 3, 7)) == list(range(50))
+    one, again, next_epoch, other_seed = (epoch_order(50, *of).tolist() for of in ((3, 7), (3, 7), (4, 7), (4, 8)))
+    assert one == again
+    assert one != next_epoch != other_seed
+    assert sorted(one) == list(range(50))
 
 
 def micro_batches(groups, max_tokens, packed=False):

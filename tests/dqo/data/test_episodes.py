@@ -1,7 +1,8 @@
 import pytest
 from transformers import AutoTokenizer  # noqa: F401  (fails early and clearly where transformers is missing)
 
-from dqo.data.episodes import fingerprint, make_episodes
+from dqo.data.episode import fingerprint
+from dqo.data.episodes import make_episodes
 from dqo.data.rows import read_rows
 from dqo.errors import UserError
 from dqo.models.new import bpe_tokenizer

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from dqo.data.episodes import make_episodes, shaping
-from dqo.data.rows import check_process_reward, read_rows
+from dqo.data.episode import shaping
+from dqo.data.episodes import make_episodes
+from dqo.data.rows import read_rows
+from dqo.data.together import check_process_reward
 from dqo.errors import UserError
 from tests.dqo.helpers import tokenizer
 from tests.tabular import random_tree

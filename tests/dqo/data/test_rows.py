@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dqo.data.rows import Row, check_contrast, duplicate_count, read_rows, split_by_prompt, write_rows
+from dqo.data.rows import Row, read_rows, write_rows
+from dqo.data.together import check_contrast, duplicate_count, split_by_prompt
 from dqo.errors import UserError
 from tests.dqo.row_cases import ASSISTANT, GOOD, IDS, OTHER, USER, refusal, says, write
 

@@ -270,3 +270,26 @@ def test_nulls_that_an_arrow_struct_adds_are_taken_out_at_every_level(tmp_path):
     assert [(row.tools, row.chat_template_kwargs) for row in read] == [(tools, {"x": 1}), (tools, {"y": 1})]
     datasets = pytest.importorskip("datasets")
     assert [row.prompt for row in read_rows(datasets.Dataset.from_list(rows))] == prompts
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_files_are_read_a_batch_at_a_time_and_again_from_their_begin(kind, tmp_path, monkeypatch):
+    from dqo.data import sources
+
+    rows = [{"prompt": str(i), "completion": "a", "reward": 1.0} for i in range(9)]
+    path, made = tmp_path / f"rows.{kind}", []
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+        decode = sources.decode
+        monkeypatch.setattr(sources, "decode", lambda text: made.append(1) or decode(text))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
+        monkeypatch.setattr(sources, "_BATCH", 2)
+        cleaned = sources._without_nulls
+        monkeypatch.setattr(sources, "_without_nulls", lambda row: made.append(1) or cleaned(row))
+    opened = sources.open_source(path)
+    items = opened.items()
+    assert [next(items).values["prompt"] for _ in range(3)] == ["0", "1", "2"] and len(made) == 3
+    for _ in range(2):
+        assert [(item.index, item.source) for item in opened.items()] == [(i, f"rows.{kind}:{i}") for i in range(1, 10)]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dqo.data.episodes import fingerprint
+from dqo.data.episode import fingerprint
 from dqo.errors import UserError
 from tests.dqo.data.test_ends import CHATML
 from tests.dqo.data.test_tokens import BYTES, CHARACTERS, CHAT, EOS, IM_END, PAD, REASONING, answer, chatml, made, user

@@ -2,7 +2,8 @@
 
 import pytest
 
-from dqo.data.rows import check_process_reward, read_rows
+from dqo.data.rows import read_rows
+from dqo.data.together import check_process_reward
 from dqo.errors import UserError
 from tests.dqo.row_cases import ASSISTANT, USER, refusal, says, write
 

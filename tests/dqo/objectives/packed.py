@@ -39,6 +39,7 @@ def random_case(lengths: list[int], seed: int = 0) -> tuple[Tensor, Callable[[Te
         "target_values": normal(n),
         "q": normal(n),
         "turn_end": torch.zeros(n, dtype=torch.float64),
+        "known": torch.ones(n, dtype=torch.float64),
         "pass_rate": torch.linspace(0.1, 0.9, n, dtype=torch.float64),
         "outcome": torch.ones(n, dtype=torch.float64),
         "cut": torch.zeros(n, dtype=torch.float64),

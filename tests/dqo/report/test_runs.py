@@ -98,7 +98,8 @@ def altered(path, change):
 
 @pytest.mark.parametrize("value", [None, "x", 3, [], {}, True])
 @pytest.mark.parametrize(
-    "name", ["created", "commands", "phases", "data", "model", "parameters", "versions", "seconds", "files"]
+    "name",
+    ["created", "commands", "phases", "data", "model", "parameters", "versions", "seconds", "cpu_seconds", "files"],
 )
 def test_a_record_of_other_types_is_named_or_makes_a_page(tmp_path, name, value):
     path = stored_run(tmp_path / "a") / "run.json"
@@ -109,9 +110,9 @@ def test_a_record_of_other_types_is_named_or_makes_a_page(tmp_path, name, value)
         path.unlink()
         assert read_run(path.parent).record == {}
     else:
-        assert (
-            type(value) is type(json.loads((stored_run(tmp_path / "b") / "run.json").read_text())[name])
-            or name == "seconds"
+        assert type(value) is type(json.loads((stored_run(tmp_path / "b") / "run.json").read_text())[name]) or name in (
+            "seconds",
+            "cpu_seconds",
         )
 
 

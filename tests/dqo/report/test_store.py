@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dqo.commands.train import train_command
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.evaluation.accuracy import Accuracy, Answered, Problem
 from dqo.grading.grade import Grade
 from dqo.models.generate import Response
@@ -54,6 +54,7 @@ def test_the_page_of_a_run_is_that_of_its_directory(trained):
     digest = hashlib.sha256((files / "rollouts.jsonl").read_bytes()).hexdigest()
     assert record["data"]["sha256"] == digest and digest in own
     assert record["finished"] and record["made"] == 4 and record["commands"] == [" ".join(sys.argv)]
+    assert record["cpu_seconds"] > 0 and record["seconds"] > 0
     run = read_run(out)
     assert run.warmup == 2 and len(run.answers) == 3 and run.state == "finished"
     assert [len(row["before"]["sampling"]) for row in run.answers] == [2, 2, 2]

@@ -1,10 +1,13 @@
 """Options and rows of a small run of dqo sample, for its tests."""
 
 import json
+import os
+import signal
 
 import pytest
 
 from dqo.config.sampling import SampleConfig
+from dqo.sampling import backends
 
 PROMPTS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in (1, 23) for b in (4, 5, 6)]
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if tools %}{{ tools | length }}{% endif %}"
@@ -46,3 +49,30 @@ def same_rows(one, other):
     assert first == second
     for key in numbers:
         assert numbers[key] == pytest.approx(others[key], abs=1e-5)
+
+
+def stopping(real, after, stop):
+    """The responses of `real`, and then `stop()` in place of the next one."""
+
+    def generate(*arguments, **more):
+        for number, pair in enumerate(real(*arguments, **more)):
+            if number == after:
+                stop()
+            yield pair
+
+    return generate
+
+
+STOPPED_AFTER = 15
+
+
+def sample_and_stop():
+    """The command `dqo ...` in a process that is stopped after so many responses, and ends when it is killed."""
+    from dqo.commands.base import main
+
+    backends.generate = stopping(backends.generate, STOPPED_AFTER, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    main()
+
+
+def whole_lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0

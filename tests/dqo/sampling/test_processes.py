@@ -1,12 +1,7 @@
 """dqo sample in several processes of one launch (gloo)."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
@@ -14,33 +9,17 @@ from dqo.errors import UserError
 from dqo.processes import Processes
 from dqo.sampling.backends import launched_for
 from dqo.sampling.run import _part, sample_rows
-from tests.dqo.sampling.runs import options, same_rows
-
-ROOT = Path(__file__).parents[3]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
-LAUNCH += ["--multi_gpu", "-m", "dqo", "sample"]
+from tests.dqo import forked
+from tests.dqo.sampling.runs import STOPPED_AFTER, options, same_rows, whole_lines
 
 
-def launched(config):
-    flags = [f"--{name}={value}" for name, value in asdict(config).items() if value not in (None, False)]
-    environment = {"OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [*LAUNCH, *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def alive(pid):
-    """Whether a thread of it runs: a killed process is a zombie before its last thread has closed its files."""
-    try:
-        stats = [task.joinpath("stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
-    except (FileNotFoundError, ProcessLookupError):  # it ended, or one of its threads did while it was looked at
-        return Path(f"/proc/{pid}").exists()
-    return any(stat.rpartition(")")[2].split()[0] not in "ZX" for stat in stats)
+def command(config):
+    return ["sample", *(f"--{name}={value}" for name, value in asdict(config).items() if value not in (None, False))]
 
 
 @pytest.mark.slow
 def test_two_processes_go_on_where_one_was_and_one_where_two_were_killed(model, tmp_path):
-    path, many = tmp_path / "rollouts.jsonl", {"num_generations": 60, "batch_size": 10}
+    path, many = tmp_path / "rollouts.jsonl", {"num_generations": 12, "batch_size": 10}
     unbroken = tmp_path / "unbroken.jsonl"
     sample_rows(options(model, tmp_path, output_file=str(unbroken), **many), quiet=True)
     lines = unbroken.read_bytes().splitlines(keepends=True)
@@ -50,29 +29,29 @@ def test_two_processes_go_on_where_one_was_and_one_where_two_were_killed(model, 
         told = "rollouts.jsonl.options.json"
         (tmp_path / told).write_bytes((tmp_path / "unbroken.jsonl.options.json").read_bytes())
 
-    begun(70)
-    process = launched(options(model, tmp_path, **many))
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0
-    assert output.count("360 (290 of them new) of 6 prompts") == 1
+    begun(14)
+    done = forked.launch(*command(options(model, tmp_path, **many)), entry=forked.DQO)
+    assert [process.returncode for process in done] == [0, 0], done
+    assert [process.stdout.count("72 (58 of them new) of 6 prompts") for process in done] == [1, 0]  # one speaks
     same_rows(path, unbroken)
 
     begun(0)
-    process = launched(options(model, tmp_path, **many))
-    while process.poll() is None and path.read_bytes().count(b"\n") < 30:
+    words, said = command(options(model, tmp_path, **many)), [tmp_path / "said"] * 2
+    one, other = (
+        forked.start(forked.run_in_place, "tests.dqo.sampling.runs:sample_and_stop", words, said, ".", variables, [])
+        for variables in forked.ranks(2)
+    )
+    while whole_lines(path) < 2 * STOPPED_AFTER:
+        assert one.is_alive() and other.is_alive(), (tmp_path / "said").read_text()
         time.sleep(0.01)
-    one, other = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
-    os.kill(other, signal.SIGSTOP)
-    for pid in (process.pid, one):
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
+    one.kill()
+    one.join()
     with pytest.raises(UserError, match="another process is writing to it"):  # a part of the launch lives on
         sample_rows(options(model, tmp_path, **many), quiet=True)
-    os.kill(other, signal.SIGKILL)
-    while alive(one) or alive(other):
-        time.sleep(0.01)
+    other.kill()
+    other.join()
     found = sample_rows(options(model, tmp_path, **many), quiet=True)
-    assert found.rows == 360 and 0 < found.new < 360
+    assert (found.rows, found.new) == (72, 72 - 2 * STOPPED_AFTER)
     same_rows(path, unbroken)
 
 

@@ -14,19 +14,7 @@ from dqo.sampling import backends
 from dqo.sampling.run import sample_rows
 from tests.dqo import forked
 from tests.dqo.helpers import policy, tokenizer
-from tests.dqo.sampling.runs import PROMPTS, options, rows_of, same_rows
-
-
-def stopping(real, after, stop):
-    """The responses of `real`, and then `stop()` in place of the next one."""
-
-    def generate(*arguments, **more):
-        for number, pair in enumerate(real(*arguments, **more)):
-            if number == after:
-                stop()
-            yield pair
-
-    return generate
+from tests.dqo.sampling.runs import PROMPTS, options, rows_of, same_rows, stopping, whole_lines
 
 
 def die():
@@ -38,10 +26,6 @@ def sampled(arguments, after=None):
     if after is not None:
         backends.generate = stopping(backends.generate, after, die)
     sample_rows(arguments, quiet=True)
-
-
-def whole_lines(path):
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def goes_on_after(stop, broken, path, unbroken):

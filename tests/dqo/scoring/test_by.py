@@ -12,7 +12,8 @@ from dqo.api import score
 from dqo.commands.score import score_command
 from dqo.config.options import load_options
 from dqo.data.episodes import make_episodes
-from dqo.data.rows import check_process_reward, read_rows
+from dqo.data.rows import read_rows
+from dqo.data.together import check_process_reward
 from dqo.errors import UserError
 from dqo.models.critic import load_critic
 from dqo.models.new import bpe_tokenizer, character_tokenizer, new_llama, save

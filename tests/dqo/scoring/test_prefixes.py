@@ -13,8 +13,9 @@ from dqo.api import sample, score
 from dqo.commands.score import score_command
 from dqo.data.appending import appending
 from dqo.data.episodes import make_episodes
-from dqo.data.rows import check_process_reward, read_rows
+from dqo.data.rows import read_rows
 from dqo.data.sources import read_records
+from dqo.data.together import check_process_reward
 from dqo.data.tokens import tokenize_rows
 from dqo.errors import UserError
 from dqo.grading.arith import ArithTask

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dqo.config.options import load_options
-from dqo.data.batches import collate
+from dqo.data.batches import collate, distinct
 from dqo.errors import UserError
 from dqo.models.new import character_tokenizer, new_llama, save
 from dqo.models.policy import policy_stats
@@ -17,7 +17,7 @@ from tests.dqo.helpers import arguments, measured, policy, tokenizer
 
 
 def flags(files, **changes):
-    return arguments(files, method="rto", behavior="reference", max_steps=2, **changes)
+    return arguments(files, method="rto", behavior="reference", max_steps=6, **changes)
 
 
 def test_its_log_probabilities_are_computed_once_and_cached(files, capsys):
@@ -25,7 +25,7 @@ def test_its_log_probabilities_are_computed_once_and_cached(files, capsys):
     save(other, tokenizer(), files / "other")
     trainer = begin(load_options(flags(files, dpo_model=files / "other")))
     assert capsys.readouterr().out.count("reference pass:") == 2
-    everything = trainer.prepared.episodes() + [e for group in trainer.prepared.held_out for e in group]
+    everything = [*trainer.prepared.episodes(), *distinct(trainer.prepared.held_out)]
     for e in everything[:4] + everything[-2:]:
         found = policy_stats(other, collate([e], 0)).logprobs.detach().numpy()
         assert np.allclose(e.columns["dpo_model_logprobs"], found, atol=1e-5)

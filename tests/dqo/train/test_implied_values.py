@@ -8,7 +8,7 @@ import torch
 
 from dqo.config.options import load_options
 from dqo.data.batches import collate, distinct
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.errors import UserError
 from dqo.models.new import character_tokenizer, save
 from dqo.objectives import DQO, DRO
@@ -112,7 +112,7 @@ def test_a_run_reads_the_values_that_another_implies_and_keeps_no_model_of_it(fi
     assert [stretch.phase.trains for stretch in trainer.stretches] == [("policy",)]
     said = capsys.readouterr().out
     assert f"V is what the policy of {first} implies, with its beta 0.3" in said and "frozen pass: " in said
-    for episodes in (prepared.episodes(), distinct(prepared.held_out)):
+    for episodes in (list(prepared.episodes()), distinct(prepared.held_out)):
         scores = token_scores(load_run(first, dtype="float32"), episodes, ["logprobs", "ref_logprobs"])
         values = [e.columns["values"] for e in episodes]
         add_columns(DQO(), episodes, [s["logprobs"] for s in scores], 0.3, mean_return(DQO(), prepared.episodes()))

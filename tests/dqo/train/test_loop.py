@@ -237,15 +237,14 @@ def test_the_saved_policy_and_critic_are_plain_transformers_models(files):
 
 
 def test_a_loss_that_is_not_finite_is_named_with_its_step_and_rows(files, monkeypatch):
-    from dqo.train.prepare import prepare
+    from dqo.data.episode import paid
 
     def broken(*arguments):
-        prepared = prepare(*arguments)
-        for e in prepared.episodes():
-            e.rewards[:] = float("nan") if e.source.endswith(":3") else e.rewards
-        return prepared
+        e = paid(*arguments)
+        e.rewards[:] = float("nan") if e.source.endswith(":3") else e.rewards
+        return e
 
-    monkeypatch.setattr("dqo.train.run.prepare", broken)
+    monkeypatch.setattr("dqo.data.episodes.paid", broken)
     with pytest.raises(UserError, match=r"step (\d+): the loss is nan on a batch with rows rollouts.jsonl:") as caught:
         run(files, eval_fraction=0)
     path = files / "out" / "bad_batch.pt"

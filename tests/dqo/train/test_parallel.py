@@ -62,6 +62,7 @@ BY_ROWS = {
     "curry": ("fsdp", {"method": "curry_dpo", "stages": 2, "max_steps": 6}),  # whose reference is refreshed
     "rank": ("ddp", {"method": "rank_dpo"}),
     "xpo": ("ddp", {"method": "xpo", "alpha": 0.01, "reference_rows": "all"}),
+    "adpo": ("ddp", {"method": "adpo", "threshold": 0.001, "max_steps": 8}),  # with questions of both processes
     "qrpo": ("ddp", {"method": "qrpo"}),
     "tbrm": ("fsdp", {"method": "tbrm"}),
     "dapo": ("ddp", {"method": "dapo", "process_reward": "potential", "max_steps": 6}),

@@ -9,15 +9,17 @@ import pytest
 
 from dqo.commands.check import CheckConfig, check
 from dqo.config.options import load_options
-from dqo.data.batches import collate
-from dqo.data.rows import read_rows, split_by_prompt
+from dqo.data import segments, stored, table
+from dqo.data.batches import collate, epoch_order
+from dqo.data.rows import read_rows
+from dqo.data.together import split_by_prompt
 from dqo.errors import UserError
 from dqo.models.new import save
 from dqo.models.policy import policy_stats
 from dqo.processes import Processes
 from dqo.reference.cache import _name_of
 from dqo.train.checkpoint import STATE_FILE
-from dqo.train.inputs import Given, check_options, load_rows
+from dqo.train.inputs import ROW_CACHE, Given, check_options, load_rows
 from dqo.train.prepare import prepare
 from dqo.train.run import train
 from tests.dqo.helpers import policy, rollout_rows, tokenizer
@@ -37,7 +39,7 @@ def options_of(files, **changes):
         "model_name_or_path": files / "model",
         "output_dir": files / "out",
         "per_device_train_batch_size": 8,
-        "max_steps": 2,
+        "max_steps": 4,  # an epoch
     } | changes
     return load_options([part for name, value in settings.items() for part in (f"--{name}", str(value))])
 
@@ -211,11 +213,50 @@ def test_the_models_end_tokens_and_skipped_rows_reach_training(files, caplog):
     assert "They are dropped; 31 rows are left" in caplog.text
 
 
+def test_a_run_that_ends_within_its_first_epoch_asks_the_reference_of_the_rows_that_it_reads_alone(files, forwards):
+    found = prepared(files, max_steps=2, eval_fraction=0)
+    read = epoch_order(len(found.groups), 0, 42)[:16].tolist()
+    known = {i for i, (e,) in enumerate(found.groups) if e.ref_logprobs is not None}
+    assert set(read) <= known and len(known) < len(found.groups) == 32
+    longer = prepared(files, max_steps=4, eval_fraction=0, output_dir=files / "longer")
+    assert all(e.ref_logprobs is not None for e in longer.episodes())
+    staged = {
+        "method": "curry_dpo",
+        "stages": 2,
+        "per_device_train_batch_size": 1,
+    }  # whose phases have orders of their own
+    staged = prepared(files, max_steps=2, eval_fraction=0, output_dir=files / "staged", **staged)
+    assert len(staged.groups) > 2 and all(e.ref_logprobs is not None for e in staged.episodes())
+
+
+def test_a_run_on_rows_that_lie_in_tables_on_the_disk_is_the_run_on_rows_in_memory(files, monkeypatch):
+    def result(name, **changes):
+        train(options_of(files, output_dir=files / name, max_steps=6, logging_steps=1, eval_fraction=0.2, **changes))
+        rows = [json.loads(line) for line in (files / name / "metrics.jsonl").read_text().splitlines()]
+        record = json.loads((files / name / "run.json").read_text())["data"]
+        timed = ("perf/", "memory")
+        return record, [{k: v for k, v in row.items() if not any(part in k for part in timed)} for row in rows]
+
+    expected = result("memory")
+    assert not (files / "memory" / ROW_CACHE).exists()
+    for module in (stored, table):
+        monkeypatch.setattr(module, "ROWS", 5)
+    monkeypatch.setattr(stored, "SHARED_FROM", 0)
+    monkeypatch.setattr(segments, "MAPPED", 2)
+    killed = files / "disk" / ROW_CACHE  # a preparation that was killed leaves no more
+    killed.mkdir(parents=True)
+    assert result("disk") == expected
+    assert {path.name.partition("-")[0] for path in killed.iterdir()} == {"rows", "tokens"}
+    before = {path: path.stat().st_mtime_ns for path in killed.rglob("*.safetensors")}
+    assert result("shared", row_cache_dir=killed) == expected
+    assert {path: path.stat().st_mtime_ns for path in killed.rglob("*.safetensors")} == before
+
+
 def test_held_out_rows_have_the_marks_of_the_whole_file(files):
     rows = [{"prompt": f"{i}+2=", "completions": ["1", "2"], "labels": [1, 0]} for i in range(12)]
     (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = prepared(files, process_reward="none", eval_fraction=0.3)
-    assert {e.first_wrong_step for (e,) in found.held_out + found.groups} == {1}
+    assert {e.first_wrong_step for (e,) in [*found.held_out, *found.groups]} == {1}
     trained = {e.source for (e,) in found.groups}
     at = next(i for i in range(12) if f"rollouts.jsonl:{i + 1}" in trained)
     rows[at] |= {"labels": [1, -1]}  # of a row that is trained on: 0 is neutral in this file

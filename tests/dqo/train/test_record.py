@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import torch
 
-from dqo.data.episodes import Episode
+from dqo.data.episode import Episode
 from dqo.data.rows import Row
 from dqo.train.record import (
     begin_record,

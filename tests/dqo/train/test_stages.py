@@ -35,7 +35,7 @@ def test_phases_on_all_groups_go_on_in_the_order_of_the_epochs(count, per_step, 
     per_epoch = math.ceil(count / per_step)
     for step in range(steps):
         epoch, index = divmod(step, per_epoch)
-        order = epoch_order(count, epoch, 5)
+        order = epoch_order(count, epoch, 5).tolist()
         assert found.groups(step, step) == order[index * per_step : (index + 1) * per_step]
 
 
@@ -108,8 +108,8 @@ def test_each_stage_has_its_pairs_and_the_policy_of_the_last_as_its_reference(fi
     original = Trainer.train_step
 
     def spy(self, step, groups):
-        place = {id(group): i for i, group in enumerate(self.prepared.groups)}
-        ids = [place[id(group)] for group in groups]
+        place = {tuple(e.source for e in group): i for i, group in enumerate(self.prepared.groups)}
+        ids = [place[tuple(e.source for e in group)] for group in groups]
         steps.append((ids, groups[0][0].ref_logprobs.copy(), groups[0][0]))
         return original(self, step, groups)
 
@@ -127,7 +127,7 @@ def test_each_stage_has_its_pairs_and_the_policy_of_the_last_as_its_reference(fi
         stats = policy_stats(load_policy(str(its_reference)), collate([episode], 0), False)
         assert np.allclose(stats.logprobs.detach().numpy(), logprobs, atol=1e-5)
     last = load_policy(str(done.output_dir / "reference-4"))
-    for e in distinct(done.prepared.groups + done.prepared.held_out)[::7]:
+    for e in [*done.prepared.episodes(), *distinct(done.prepared.held_out)][::7]:
         stats = policy_stats(last, collate([e], 0), False)
         assert np.allclose(stats.logprobs.detach().numpy(), e.ref_logprobs, atol=1e-5)
     assert sorted(path.name for path in done.output_dir.glob("reference-*")) == ["reference-2", "reference-4"]

@@ -1,0 +1,144 @@
+"""The study of docs/evidence.md, piece by piece.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.evidence.study DIRECTORY [--minutes 30]
+
+Makes base models and data, tries every method's settings, trains the seeds, and writes tables.md, results.json and plots to
+DIRECTORY. What is there is kept, and what a killed run left goes on; a piece whose options have changed is made again. The same
+command in a second terminal takes the pieces that the first is not at. --task, --method and --stage choose pieces, and what these
+need is made too. --stage table makes nothing. --record writes tables and plots to benchmarks/results as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.evidence.study.pieces import STAGES, Piece, every_piece, in_order, result_of
+from benchmarks.evidence.study.plots import draw_ablations, draw_tasks
+from benchmarks.evidence.study.settings import BASE, METHODS
+from benchmarks.evidence.study.sizes import TASKS
+from benchmarks.evidence.study.tables import markdown, summarise
+from benchmarks.evidence.study.training import make
+
+RESULTS = Path(__file__).parents[2] / "results"
+WAIT = 5.0  # seconds, for a piece that another process is at
+
+
+def wanted(tasks: Sequence[str], methods: Sequence[str], stages: Sequence[str]) -> list[Piece]:
+    """The pieces that were chosen with all that they need, in the order of docs/evidence.md."""
+    return in_order(
+        piece
+        for piece in every_piece()
+        if piece.stage in stages
+        and piece.kind != "base"
+        and piece.name in tasks
+        and (not piece.method or piece.method in (BASE, *methods))
+    )
+
+
+@contextlib.contextmanager
+def claimed(piece: Piece, root: Path) -> Iterator[bool]:
+    """Whether no other process is at this piece; none begins it in the meantime."""
+    path = root / "locks" / piece.place.replace("/", "--")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def go_on(pieces: list[Piece], root: Path, minutes: float) -> int:
+    """Makes what has no result, until the time is over; returns how many pieces are left. One that fails is told, and left."""
+    begun, finished, failed = time.monotonic(), set(), set()
+
+    def done(piece: Piece) -> bool:
+        if piece not in finished and result_of(piece, root) is not None:
+            finished.add(piece)
+        return piece in finished
+
+    while left := [piece for piece in pieces if not done(piece)]:
+        if time.monotonic() - begun >= 60 * minutes:
+            return len(left)
+        for piece in (piece for piece in left if piece not in failed and all(map(done, piece.needs()))):
+            with claimed(piece, root) as mine:
+                if not mine or done(piece):
+                    continue
+                started = time.monotonic()
+                print(f"{time.strftime('%H:%M:%S')}  {piece.place} ({len(left)} left)", flush=True)
+                try:
+                    make(piece, root)
+                except Exception:
+                    traceback.print_exc()
+                    failed.add(piece)
+                print(f"          {time.monotonic() - started:.0f} s", flush=True)
+            break
+        else:
+            if failed:
+                return len(left)
+            time.sleep(WAIT)  # another process is at all that is ready
+    return 0
+
+
+def write_tables(root: Path, command: str, record: bool) -> None:
+    summary = summarise(root, command)
+    for place in (root, RESULTS) if record else (root,):
+        (place / ("study.json" if place == RESULTS else "results.json")).write_text(
+            json.dumps(summary, indent=1) + "\n"
+        )
+        if summary["rows"]:
+            draw_tasks(summary["rows"], place / "study.svg")
+        if summary["ablations"]:
+            draw_ablations(summary["ablations"], place / "study-ablations.svg")
+    text = markdown(summary)
+    (root / "tables.md").write_text(text)
+    print(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+
+    def names(of: Sequence[str]):
+        def read(text: str) -> list[str]:
+            found = text.split(",")
+            if unknown := [name for name in found if name not in of]:
+                raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(of)}")
+            return found
+
+        return read
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.evidence.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", type=Path, metavar="DIRECTORY")
+    parser.add_argument("--task", type=names(list(TASKS)), default=list(TASKS), help="such as a,b14")
+    parser.add_argument("--method", type=names(list(METHODS)), default=list(METHODS), help="such as dqo,dpo")
+    parser.add_argument("--stage", type=names([*STAGES, "table"]), default=list(STAGES), help="such as data,tune")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no piece after so many")
+    parser.add_argument("--record", action="store_true", help="write to benchmarks/results too")
+    asked = parser.parse_args(given)
+    root = asked.directory.resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    left = go_on(wanted(asked.task, asked.method, asked.stage), root, asked.minutes)
+    write_tables(root, " ".join(["python -m benchmarks.evidence.study", *given]), asked.record)
+    if left:
+        print(f"{left} pieces are left; the same command goes on with them")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The pieces of the study, what each needs, where its result is, and the order in which they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.study import settings
+from benchmarks.evidence.study.settings import BASE, METHODS, methods_of, tuned_on
+from benchmarks.evidence.study.sizes import BASES, FEW_SEEDS, SEEDS, TASKS, TUNING_SEED
+
+STAGES = ("data", "tune", "train", "ablate")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A base model (`kind` base, `name` of BASES), a task's files (data), or a run of a method (run)."""
+
+    kind: str
+    name: str  # of the base model or the task
+    seed: int
+    method: str = ""
+    setting: int | None = None  # that is tried on the tuning seed
+    change: str = ""  # of ABLATIONS
+
+    @property
+    def stage(self) -> str:
+        if self.kind != "run":
+            return "data"
+        return "ablate" if self.change else "tune" if self.seed == TUNING_SEED else "train"
+
+    @property
+    def place(self) -> str:
+        """The directory of the piece under that of the study."""
+        if self.kind != "run":
+            return f"{self.kind}/{self.name}/seed-{self.seed}"
+        part = re.sub(r"\W+", "-", self.change) if self.change else ""
+        last = f"seed-{self.seed}" if self.setting is None else f"setting-{self.setting}"
+        return "/".join(filter(None, ("runs", self.name, self.method, part, last)))
+
+    def needs(self) -> list[Piece]:
+        """The pieces that must be made before."""
+        if self.kind == "base":
+            after = BASES[self.name].after
+            return [Piece("base", after, self.seed)] if after else []
+        task = TASKS[self.name]
+        bases = [Piece("base", name, self.seed) for name in (task.base, task.other) if name]
+        if self.kind == "data" or task.rounds > 1 and self.method == BASE:
+            return bases
+        needed = [] if task.rounds > 1 else [Piece("data", self.name, self.seed)]
+        if self.method != BASE:
+            needed += [Piece("run", self.name, self.seed, BASE), *self.tuning()]
+        return needed
+
+    def tuning(self) -> list[Piece]:
+        """The runs among which the setting of this one is chosen; none where it is itself one of them."""
+        if self.method in ("", BASE) or self.setting is not None:
+            return []
+        tuned = METHODS[self.method].tuned_as or self.method
+        count = len(METHODS[tuned].settings)
+        return [Piece("run", tuned_on(self.name), TUNING_SEED, tuned, k) for k in range(count)]
+
+
+def result_of(piece: Piece, root: Path) -> dict[str, Any] | None:
+    """What the piece's directory holds, if it was made with these sizes and options."""
+    path = root / piece.place / "result.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_bytes())
+    return found if found["spec"] == spec_of(piece, root) else None
+
+
+def spec_of(piece: Piece, root: Path) -> dict[str, Any]:
+    """All that a piece depends on; of a run that is not tuned yet, without its options."""
+    if piece.kind == "base":
+        return {"base": dataclasses.asdict(BASES[piece.name]), "seed": piece.seed}
+    task = TASKS[piece.name]
+    spec: dict[str, Any] = {"task": dataclasses.asdict(task), "base": dataclasses.asdict(BASES[task.base])}
+    spec["seed"] = piece.seed
+    if piece.kind == "run" and piece.method != BASE:
+        spec["options"] = options_of_run(piece, root)
+    return spec
+
+
+def options_of_run(piece: Piece, root: Path) -> settings.Settings | None:
+    """Those of the run as `settings.options_for` has them; None before all settings were tried."""
+    method = METHODS[piece.method]
+    number = piece.setting if piece.setting is not None else chosen(piece.tuning(), root)
+    if number is None:
+        return None
+    tried = METHODS[method.tuned_as or piece.method].settings
+    change = settings.ABLATIONS[piece.change] if piece.change else None
+    return settings.options_for(TASKS[piece.name], method, tried[number], change)
+
+
+def accuracy(result: dict[str, Any]) -> list[float]:
+    """(P,): the measure of each problem, half of its greedy answer and half of its samples' mean."""
+    return [(greedy + sum(samples) / len(samples)) / 2 for greedy, samples in zip(result["greedy"], result["sampling"])]
+
+
+def chosen(tried: list[Piece], root: Path) -> int | None:
+    """The setting with the greatest validation accuracy, of equal ones the first; None where one was not tried yet."""
+    found = [result_of(piece, root) for piece in tried]
+    if not all(found):
+        return None
+    means = [sum(accuracy(result)) / len(result["greedy"]) for result in found if result]
+    return means.index(max(means))
+
+
+def blocks() -> Iterator[list[Piece]]:
+    """The runs that docs/evidence.md wants, block by block; what they need is made before them."""
+    primary = ("a", "d", "f", "b14")
+
+    def runs(task: str, names: Iterable[str], seeds: Iterable[int]) -> list[Piece]:
+        there = [name for name in methods_of(task) if name in names]
+        return [Piece("run", task, seed, name) for seed in seeds for name in (BASE, *there)]
+
+    for task in primary:
+        yield runs(task, settings.MAIN, FEW_SEEDS)
+    yield [run for task in primary for run in runs(task, settings.MAIN, SEEDS)]
+    for task in primary:
+        yield runs(task, METHODS, SEEDS)
+    for task in ("c", "e1", "e3", "b28"):
+        yield runs(task, METHODS, SEEDS)
+    yield [run for task in ("g2", "g4") for run in runs(task, METHODS, SEEDS)]
+    yield [
+        Piece("run", task, seed, "dqo", change=change)
+        for change in settings.ABLATIONS
+        for task in settings.ABLATED
+        for seed in FEW_SEEDS
+    ]
+
+
+def in_order(wanted: Iterable[Piece]) -> list[Piece]:
+    """The pieces and all that they need, each once and behind what it needs."""
+    found: dict[Piece, None] = {}
+
+    def add(piece: Piece) -> None:
+        if piece not in found:
+            for needed in piece.needs():
+                add(needed)
+            found[piece] = None
+
+    for piece in wanted:
+        add(piece)
+    return list(found)
+
+
+def every_piece() -> list[Piece]:
+    return in_order(piece for block in blocks() for piece in block)

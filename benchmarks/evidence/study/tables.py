@@ -1,0 +1,234 @@
+"""What the finished pieces say: accuracy with intervals over seeds, paired tests, the claims chosen in advance, the ablations."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.evidence.study import settings
+from benchmarks.evidence.study.pieces import Piece, accuracy, chosen, every_piece, result_of
+from benchmarks.evidence.study.settings import BASE, METHODS, methods_of
+from benchmarks.evidence.study.sizes import FEW_SEEDS, PRIMARY, SEEDS, TASKS
+from benchmarks.evidence.study.statistics import Difference, ahead_of_each, holm, paired_over_seeds
+from benchmarks.harness.environment import commit
+from dqo.stats import mean_interval
+
+LEVEL = 0.01  # of the claims chosen in advance
+SUSPECT = 0.05  # of the control
+Results = dict[str, dict[int, dict]]  # {method: {seed: result}}
+
+
+def summarise(root: Path, command: str) -> dict[str, Any]:
+    from dqo.train.record import machine
+
+    found = {task: results_of(task, root) for task in TASKS}
+    rows = {task: rows_of(task, results, root) for task, results in found.items() if results}
+    pieces = every_piece()
+    results = [result for piece in pieces if (result := result_of(piece, root))]
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        **machine(),
+        "pieces": {"made": len(results), "planned": len(pieces)},
+        "cpu_hours": sum(result["all_cpu_seconds"] for result in results) / 3600,
+        "rows": rows,
+        "claims": claims(found),
+        "tuning": tuning(root),
+        "ablations": ablations(found, root),
+    }
+
+
+def results_of(task: str, root: Path) -> Results:
+    """Of the methods with at least one finished seed, the base model first."""
+    found: Results = {}
+    for name in (BASE, *methods_of(task)):
+        for seed in SEEDS:
+            if result := result_of(Piece("run", task, seed, name), root):
+                found.setdefault(name, {})[seed] = result
+    return found
+
+
+def difference(a: dict[int, dict], b: dict[int, dict], decoding: str | None = None) -> tuple[Difference | None, int]:
+    """Over the seeds that both have, and how many these are; of the measure, or of one decoding alone."""
+    seeds = sorted(a.keys() & b.keys())
+    if not seeds:
+        return None, 0
+    return paired_over_seeds(*([scores(of[seed], decoding) for seed in seeds] for of in (a, b))), len(seeds)
+
+
+def scores(result: dict, decoding: str | None = None) -> list[float]:
+    """(P,)"""
+    if decoding is None:
+        return accuracy(result)
+    return result["greedy"] if decoding == "greedy" else [sum(row) / len(row) for row in result["sampling"]]
+
+
+def rows_of(task: str, results: Results, root: Path) -> list[dict[str, Any]]:
+    """A row for each method; differences are the contender's minus the method's, corrected together where all have five seeds."""
+    rows = []
+    contenders = [name for name in dict.fromkeys(("dqo", PRIMARY.get(task, "dqo"))) if name in results]
+    compared: list[tuple[dict, str]] = []
+    for name, by_seed in results.items():
+        row: dict[str, Any] = {"method": name, "seeds": sorted(by_seed)}
+        if name != BASE:
+            number = chosen(Piece("run", task, SEEDS[0], name).tuning(), root)
+            row["setting"] = None if number is None else METHODS[METHODS[name].tuned_as or name].settings[number]
+            row["failed"] = sum(result["failed"] is not None for result in by_seed.values())
+            row["cpu_seconds"] = float(np.mean([result["cpu_seconds"] for result in by_seed.values()]))
+        for decoding in (None, "greedy", "sampling"):
+            means = [float(np.mean(scores(result, decoding))) for result in by_seed.values()]
+            interval = mean_interval(means)
+            told = {"mean": float(np.mean(means)), "of_seeds": means}
+            row[decoding or "accuracy"] = told | ({"low": interval.low, "high": interval.high} if interval else {})
+        for contender in contenders:
+            if name == contender:
+                continue
+            gap, count = difference(results[contender], by_seed)
+            if gap is not None:
+                row[f"{contender} ahead"] = gap._asdict()
+                if count == len(SEEDS):
+                    compared.append((row, contender))
+                else:
+                    del row[f"{contender} ahead"]["p_value"]  # nothing is tested before all seeds are there
+        rows.append(row)
+    found = [row[f"{contender} ahead"] for row, contender in compared]
+    for told, corrected in zip(found, holm([told["p_value"] for told in found])):
+        told["holm"] = corrected
+    control, count = difference(results.get("shuffled", {}), results.get(BASE, {}))
+    if control is not None and count == len(SEEDS):
+        suspect = control.mean > 0 and control.p_value < SUSPECT
+        next(row for row in rows if row["method"] == "shuffled")["control"] = {**control._asdict(), "suspect": suspect}
+    return rows
+
+
+def claims(found: dict[str, Results]) -> list[dict[str, Any]]:
+    """Ahead of every rival on each primary task; p values only where all rivals have all seeds."""
+    told = []
+    for task, contender in PRIMARY.items():
+        results = found[task]
+        rivals = [name for name in methods_of(task) if name in settings.RIVALS]
+        gaps = {name: difference(results.get(contender, {}), results.get(name, {})) for name in rivals}
+        complete = all(count == len(SEEDS) for _, count in gaps.values())
+        known = {name: gap for name, (gap, _) in gaps.items() if gap is not None}
+        nearest = min(known, key=lambda name: known[name].mean) if known else None
+        row: dict[str, Any] = {"task": task, "contender": contender, "nearest": nearest}
+        row["by"] = known[nearest]._asdict() if nearest else None
+        row["p_value"] = ahead_of_each(list(known.values())) if complete else None
+        told.append(row)
+    if all(row["p_value"] is not None for row in told):
+        for row, corrected in zip(told, holm([row["p_value"] for row in told])):
+            row |= {"holm": corrected, "holds": corrected < LEVEL}
+    return told
+
+
+def tuning(root: Path) -> list[dict[str, Any]]:
+    """Validation accuracy of every setting that was tried."""
+    rows = []
+    for piece in every_piece():
+        if piece.stage == "tune" and piece.method != BASE and (result := result_of(piece, root)):
+            assert piece.setting is not None
+            told = {
+                "task": piece.name,
+                "method": piece.method,
+                "setting": METHODS[piece.method].settings[piece.setting],
+            }
+            rows.append(told | {"accuracy": float(np.mean(accuracy(result))), "failed": result["failed"]})
+    return rows
+
+
+def ablations(found: dict[str, Results], root: Path) -> list[dict[str, Any]]:
+    rows = []
+    for task in settings.ABLATED:
+        whole = found[task].get("dqo", {})
+        for change in settings.ABLATIONS:
+            runs = [Piece("run", task, seed, "dqo", change=change) for seed in FEW_SEEDS]
+            of_change = {run.seed: result for run in runs if (result := result_of(run, root))}
+            seeds = sorted(of_change.keys() & whole.keys())
+            if not seeds:
+                continue
+            row: dict[str, Any] = {"task": task, "change": change, "seeds": seeds}
+            for decoding in (None, "greedy", "sampling"):
+                changed, before = ([np.mean(scores(of[s], decoding)) for s in seeds] for of in (of_change, whole))
+                row[decoding or "accuracy"] = [float(a - b) for a, b in zip(changed, before)]
+            row["cpu_seconds"] = float(np.mean([of_change[seed]["cpu_seconds"] for seed in seeds]))
+            rows.append(row)
+    return rows
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    made, planned = summary["pieces"]["made"], summary["pieces"]["planned"]
+    lines = [
+        "# The study",
+        "",
+        f"{made:,} of {planned:,} pieces, {summary['cpu_hours']:.1f} CPU hours; {summary['device']}, torch "
+        f"{summary['versions']['torch']}, {summary['date']}, commit {summary['commit']}; `{summary['command']}`",
+    ]
+    for task, rows in summary["rows"].items():
+        lines += ["", f"## {task}: {TASKS[task].title}", "", *_task(rows)]
+    lines += ["", "## Chosen in advance", "", *_claims(summary["claims"])]
+    if summary["ablations"]:
+        lines += ["", "## Ablations", "", *_ablations(summary["ablations"])]
+    return "\n".join(lines) + "\n"
+
+
+def _task(rows: list[dict[str, Any]]) -> list[str]:
+    contenders = list(dict.fromkeys(key for row in rows for key in row if key.endswith(" ahead")))
+    heads = ["method", "seeds", "accuracy", "greedy", "sampling", *(f"{key} (p by Holm)" for key in contenders)]
+    heads += ["CPU s", "setting"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows:
+        cells = [row["method"], str(len(row["seeds"]))]
+        cells += [_interval(row[name], 1) for name in ("accuracy", "greedy", "sampling")]
+        cells += [_difference(row.get(key)) for key in contenders]
+        cells += [f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else "", _setting(row)]
+        lines.append("| " + " | ".join(cells) + " |")
+    for row in rows:
+        if row.get("control", {}).get("suspect"):
+            lines += ["", "**Shuffled rewards gain over the base: the gains of this table are suspect.**"]
+    return lines
+
+
+def _interval(told: dict[str, float], digits: int) -> str:
+    text = f"{100 * told['mean']:.{digits}f}"
+    return text + (f" ({100 * told['low']:.{digits}f} to {100 * told['high']:.{digits}f})" if "low" in told else "")
+
+
+def _difference(told: dict[str, float] | None) -> str:
+    if told is None:
+        return ""
+    text = f"{100 * told['mean']:+.1f} ({100 * told['low']:+.1f} to {100 * told['high']:+.1f})"
+    return text + (f", p {told['holm']:.2g}" if "holm" in told else "")
+
+
+def _setting(row: dict[str, Any]) -> str:
+    told = ", ".join(f"{name} {value}" for name, value in (row.get("setting") or {}).items())
+    return told + (f"; {row['failed']} ended themselves" if row.get("failed") else "")
+
+
+def _claims(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| task | contender | nearest rival | contender ahead by | p of all | by Holm |", "|---" * 6 + "|"]
+    for row in rows:
+        known = ["" if row.get(key) is None else f"{row[key]:.2g}" for key in ("p_value", "holm")]
+        verdict = "" if "holds" not in row else ": holds" if row["holds"] else ": does not hold"
+        cells = [
+            row["task"],
+            row["contender"],
+            row["nearest"] or "",
+            _difference(row["by"]),
+            known[0],
+            known[1] + verdict,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _ablations(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| task | change | accuracy, by seed | greedy | sampling | CPU s |", "|---" * 6 + "|"]
+    for row in rows:
+        gaps = [", ".join(f"{100 * gap:+.1f}" for gap in row[name]) for name in ("accuracy", "greedy", "sampling")]
+        lines.append(f"| {row['task']} | {row['change']} | " + " | ".join(gaps) + f" | {row['cpu_seconds']:.0f} |")
+    return lines

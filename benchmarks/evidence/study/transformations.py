@@ -1,0 +1,105 @@
+"""Rollout files made of others: what each task of the study keeps, pays and labels. Rows are those of `graded_rows`, whose
+step_rewards are 0 for a right step and -1 for a wrong one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dqo.data.rows import Row
+
+RIGHT, WRONG = 0.0, -1.0
+
+
+def by_prompt(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(str(row.prompt), []).append(row)
+    return found
+
+
+def wrong_steps(row: Row) -> int:
+    return sum(reward != RIGHT for reward in row.step_rewards or ())
+
+
+def strictly(rows: Sequence[Row]) -> list[Row]:
+    """Right are only the responses of which every step is."""
+    right = [row.label and not wrong_steps(row) for row in rows]
+    return [replace(row, label=label, reward=float(label)) for row, label in zip(rows, right)]
+
+
+def first_samples(rows: Sequence[Row], count: int) -> list[Row]:
+    """The first responses to each prompt."""
+    return [row for found in by_prompt(rows).values() for row in found[:count]]
+
+
+def few_positives(rows: Sequence[Row], rng: random.Random, without: float, most: int | None) -> list[Row]:
+    """A share `without` of the prompts keeps no right response, the others one at most; every wrong one stays."""
+    kept: list[Row] = []
+    for found in by_prompt(rows).values():
+        wanted = int(rng.random() >= without)
+        positives = [row for row in found if row.label][:wanted]
+        kept += [row for row in found if not row.label or any(row is one for one in positives)]
+    return kept[:most]
+
+
+def half_right(rows: Sequence[Row], rng: random.Random, positives: float, most: int | None) -> list[Row]:
+    """Wrong responses with at least half of their steps right, and right responses to the same prompts, drawn, which are a share
+    `positives` of all."""
+    wrong = [row for row in rows if not row.label and 0 < 2 * wrong_steps(row) <= len(row.step_rewards or ())]
+    count = min(most or len(rows), int(len(wrong) / (1 - positives)))
+    wrong = wrong[: count - round(count * positives)]
+    prompts = {row.prompt for row in wrong}
+    few = rng.sample([row for row in rows if row.label and row.prompt in prompts], count - len(wrong))
+    mixed = rng.sample([*wrong, *few], count)
+    return [row for found in by_prompt(mixed).values() for row in found]
+
+
+def stitching(rows: Sequence[Row]) -> list[Row]:
+    """The wrong responses to prompts whose every step is right in one of them; the reward is minus the number of wrong steps, the
+    label says the best to its prompt that is not also the worst."""
+    kept: list[Row] = []
+    for prompt, found in by_prompt(rows).items():
+        wrong = [row for row in found if not row.label and wrong_steps(row)]
+        lines = (len(prompt) - 2) // 2 + 1  # one a step, and the answer
+        right_somewhere = {i for row in wrong for i, reward in enumerate(row.step_rewards or ()) if reward == RIGHT}
+        if not right_somewhere >= set(range(lines)):
+            continue
+        counts = [wrong_steps(row) for row in wrong]
+        kept += [
+            replace(row, reward=-float(count), label=count == min(counts) < max(counts))
+            for row, count in zip(wrong, counts)
+        ]
+    return kept
+
+
+def paid_at_steps(rows: Sequence[Row]) -> list[Row]:
+    """The same returns as those of `stitching`, paid where a step is wrong in the place of at the end."""
+    return [replace(row, reward=0.0) for row in rows]
+
+
+def noisy_steps(rows: Sequence[Row], rng: random.Random, share: float) -> list[Row]:
+    """A share of all labels of steps, drawn, is turned over."""
+    places = [(i, j) for i, row in enumerate(rows) for j in range(len(row.step_rewards or ()))]
+    turned = set(rng.sample(places, round(share * len(places))))
+    noisy = []
+    for i, row in enumerate(rows):
+        labels = enumerate(row.step_rewards or ())
+        noisy.append(replace(row, step_rewards=[WRONG - r if (i, j) in turned else r for j, r in labels]))
+    return noisy
+
+
+def right_prefixes(rows: Sequence[Row]) -> list[Row]:
+    """Each response up to its first wrong step, to be imitated; without the end token, where something is cut off."""
+    kept = []
+    for row in rows:
+        rewards, steps = row.step_rewards or [], row.steps or []
+        first = next((i for i, reward in enumerate(rewards) if reward != RIGHT), None)
+        if first is None:
+            kept.append(replace(row, label=True, reward=1.0))
+        elif first > 0:
+            text = str(row.completion)[: steps[first][0]]
+            cut = {"completion": text, "steps": steps[:first], "step_rewards": rewards[:first]}
+            kept.append(replace(row, label=True, reward=1.0, finish_reason="length", **cut))
+    return kept
