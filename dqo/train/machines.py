@@ -90,4 +90,4 @@ def check_same(identity: dict, processes: Processes) -> None:
         for name in each[0]:
             if name != "options" and other.get(name) != each[0][name]:  # those were compared before
                 cure = _CURES.get(name, "all machines need equal files of it")
-                raise UserError(f"{peers.called(rank)} has another {name} than process 0: {cure}")
+                raise UserError(f"{peers.called(rank)} does not have the {name} of process 0: {cure}")

@@ -92,10 +92,15 @@ def _reduced_at_once(table: nn.Module) -> None:
 
     def with_zero(module: Any, inputs: tuple, options: dict) -> tuple[tuple, dict]:
         live = torch.is_grad_enabled() and module.weight.requires_grad
-        return inputs, options | {"zero": torch.zeros((), device=inputs[0].device, requires_grad=live)}
+        return inputs, options | {"zero": torch.zeros((), device=module.weight.device, requires_grad=live)}
 
-    plain = table.forward
-    table.forward = lambda ids, zero: plain(ids) + zero.to(table.weight.dtype)
+    plain: Any = table.forward
+
+    def forward(*inputs: Tensor, zero: Tensor, **options: Any) -> Tensor:
+        found = plain(*inputs, **options)
+        return found + zero.to(found.dtype)
+
+    table.forward = forward
     table.register_forward_pre_hook(with_zero, with_kwargs=True, prepend=True)
 
 

@@ -49,7 +49,7 @@ from dqo.models.policy import (
 )
 from dqo.models.router import check_router
 from dqo.objectives.base import Objective
-from dqo.processes import Processes, gather_objects
+from dqo.processes import Processes
 from dqo.train.checkpoint import claim_output, read_state, save_base
 from dqo.train.fitted_values import configuration_of, fitted_value_model
 from dqo.train.frozen_models import add_columns, frozen_models
@@ -210,7 +210,7 @@ def prepare(
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes.world
     options_that_bind = {name: value for name, value in options.flat().items() if name not in FREE_OPTIONS}
     identity = {
-        "data": same_for_all(data_fingerprint(groups), processes),
+        "data": data_fingerprint(groups),
         "model": weights_hash(policy),
         "responses or pairs a step": per_step,
         "options": json.loads(json.dumps(options_that_bind)),  # as a checkpoint gives them back
@@ -320,22 +320,6 @@ def _visited(groups: Sequence[Group], options: Options, per_step: int, resumed: 
     if steps >= per_epoch or in_parts or objective.implied_from is not None or not isinstance(groups, Groups):
         return groups
     return groups.take(np.sort(epoch_order(len(groups), 0, config.seed)[: steps * per_step]))
-
-
-def same_for_all(fingerprint: str, processes: Processes) -> str:
-    """The fingerprint of the data.
-
-    Raises:
-        UserError: when a process has others.
-    """
-    found = gather_objects([fingerprint], processes)
-    if len(set(found)) > 1:
-        other = next(rank for rank, of in enumerate(found) if of != found[0])
-        raise UserError(
-            f"process {other} has other data than process 0: dataset_name must be one file that all machines see, or equal "
-            "copies of it, with the same tokenizer"
-        )
-    return fingerprint
 
 
 def on_tokens(

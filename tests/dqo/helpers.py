@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from dqo.data.episode import Episode
 from dqo.grading.arith import VOCABULARY, ArithTask
@@ -22,6 +22,14 @@ def tokenizer():
 
 def policy(seed: int = 0, hidden_size: int = 16, layers: int = 1):
     return new_llama(tokenizer(), hidden_size=hidden_size, layers=layers, heads=2, max_length=64, seed=seed)
+
+
+def untied(seed: int = 3):
+    """`policy` with a head of its own."""
+    torch.manual_seed(seed)
+    config = policy().config
+    config.tie_word_embeddings = False
+    return LlamaForCausalLM(config)
 
 
 def gpt2():

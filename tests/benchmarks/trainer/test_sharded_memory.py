@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.slow
 def test_no_process_holds_more_than_its_share_and_the_largest_part_three_times(tmp_path):
-    """A small model with a large vocabulary: two tables and a head of 4.2 MB each in 14.7 MB of weights."""
+    """A small model with a large vocabulary: two tables and a head of 4.2 MB each in 16.8 MB of weights."""
     sizes = ["--layers", "2", "--width", "128", "--vocabulary", "8192", "--untied"]
     command = [sys.executable, "-m", "benchmarks.trainer.sharded_memory", str(tmp_path / "found.json"), *sizes]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -22,7 +22,7 @@ def test_no_process_holds_more_than_its_share_and_the_largest_part_three_times(t
     share, weights, table = (found[name] for name in ("share_mb", "share_of_weights_mb", "table_mb"))
     assert share == pytest.approx(4 * weights, rel=0.01) and table > 0.25 * found["weights_mb"]
     for phases in found["tensors_mb"].values():
-        rest = 0.3  # activations and workspace
+        rest = 1.0  # activations and workspace
         assert phases["loading and reference pass"] < weights + 3 * table + rest
         assert phases["two steps"] < share + 3 * table + rest
         for saving in ("checkpoint", "final models"):  # gradients are gone, and rows are sent in pieces

@@ -135,7 +135,7 @@ def test_machines_that_do_not_fit_are_refused_in_one_line_on_both(files, nodes):
     first, *others = data.read_text().splitlines()
     data.write_text("\n".join([json.dumps(json.loads(first) | {"reward": 0.25}), *others]))
     for line in refused(flags(files / "out")):
-        assert "process 1 on" in line and "other data than process 0" in line
+        assert "process 1 on" in line and "does not have the data of process 0: dataset_name must be" in line
     data.unlink()
     healthy, its_own = refused(flags(files / "out"))
     assert "rollouts.jsonl" in its_own and its_own.removeprefix("error: ") in healthy and "process 1 on" in healthy

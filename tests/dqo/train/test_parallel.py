@@ -39,6 +39,7 @@ RUNS = {
     },
     "average": {"target_ema": 0.8, "lam": 0.5, "gradient_checkpointing": True},
     "reference": {"ref_model_name_or_path": "other"},  # of another model, which is sharded too
+    "untied": {"model_name_or_path": "untied", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
     "offload": {"fsdp_cpu_offload": True},  # under FSDP2; shards in main memory
     "adapter": {"use_peft": True, "lora_r": 2, "kl_coef": 0.1},
     # the greatest loss is an early one: weights of an earlier step are put back into the wrapped models
@@ -66,6 +67,10 @@ BY_ROWS = {
     "tbrm": ("fsdp", {"method": "tbrm"}),
     "dapo": ("ddp", {"method": "dapo", "process_reward": "potential", "max_steps": 6}),
     "etpo": ("fsdp", {"method": "etpo", "target_ema": 0.5}),  # with a second language model and its average
+    # models whose head is gathered alone: the reference's logits, two heads at once, a head beside a running sum
+    "untied oreo": ("fsdp", {"method": "oreo", "model_name_or_path": "untied"}),
+    "untied etpo": ("fsdp", {"method": "etpo", "target_ema": 0.5, "model_name_or_path": "untied"}),
+    "untied implicit": ("fsdp", {"value_model": "implicit", "model_name_or_path": "untied"}),
     "ppo": ("ddp", {"method": "ppo", "behavior": "reference"}),  # with means over the responses of the whole step
 }
 PAIRS = [(name, kind) for name in RUNS for kind in ("ddp", "fsdp")] + [(n, kind) for n, (kind, _) in BY_ROWS.items()]
@@ -86,7 +91,7 @@ def many(files):
 def runs(tmp_path_factory):
     """Every run by one process, by two, and by two with shards; {(name, kind): directory}."""
     from dqo.models.new import save
-    from tests.dqo.helpers import measured, policy, rollout_rows, tokenizer
+    from tests.dqo.helpers import measured, policy, rollout_rows, tokenizer, untied
 
     files = tmp_path_factory.mktemp("runs")
     save(policy(), tokenizer(), files / "model")
@@ -94,15 +99,18 @@ def runs(tmp_path_factory):
     for file, its_rows in (("rollouts", rows), ("measured", measured(rows))):
         (files / f"{file}.jsonl").write_text("\n".join(map(json.dumps, its_rows)))
     save(policy(seed=5), tokenizer(), files / "other")
+    save(untied(), tokenizer(), files / "untied")
     found, lists = {}, []
     for name, changes in (RUNS | {name: changes for name, (_, changes) in BY_ROWS.items()}).items():
         changes = {"logging_steps": 2, "max_steps": 4} | changes
         if "process_reward" in changes:
             changes["dataset_name"] = files / "measured.jsonl"
-        if "ref_model_name_or_path" in changes:
-            changes["ref_model_name_or_path"] = files / "other"
+        models = {"ref_model_name_or_path", "model_name_or_path"} & changes.keys()
+        changes |= {option: files / str(changes[option]) for option in models}
         offload = changes.pop("fsdp_cpu_offload", False)
         alone = {"per_device_train_batch_size": 8} | changes
+        if name == "untied":  # twice 2 on each of two
+            alone["per_device_train_batch_size"] = 4
         if name == "one group a step":  # over two processes 1 each is a step of 2: here one group of it would do
             alone["per_device_train_batch_size"] = 2
         found[name, "one"] = train(load_options(flags(files, files / f"{name}-one", **alone))).output_dir

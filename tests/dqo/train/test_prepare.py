@@ -20,7 +20,8 @@ from dqo.processes import Processes
 from dqo.reference.cache import _name_of
 from dqo.train.checkpoint import STATE_FILE
 from dqo.train.inputs import ROW_CACHE, Given, check_options, load_rows
-from dqo.train.prepare import prepare, same_for_all
+from dqo.train.machines import check_same
+from dqo.train.prepare import prepare
 from dqo.train.run import train
 from tests.dqo.helpers import policy, rollout_rows, tokenizer
 
@@ -252,10 +253,19 @@ def test_a_run_on_rows_that_lie_in_tables_on_the_disk_is_the_run_on_rows_in_memo
     assert {path: path.stat().st_mtime_ns for path in killed.rglob("*.safetensors")} == before
 
 
-def test_processes_that_found_other_data_are_refused(monkeypatch):
-    monkeypatch.setattr("dqo.train.prepare.gather_objects", lambda items, _: ["a", *items, "b"])
-    with pytest.raises(UserError, match="^process 2 has other data than process 0: dataset_name must be one file"):
-        same_for_all("a", Processes())
+def test_processes_that_found_other_data_or_models_are_refused(monkeypatch):
+    mine = {"data": "a", "model": "b", "options": {"beta": 0.1}}
+    for name, cure in (
+        ("data", "dataset_name must be one file"),
+        ("model", "model_name_or_path must be one directory"),
+    ):
+        other = mine | {name: "c", "options": {"beta": 0.2}}  # options are compared before
+        told = lambda items, _, other=other: [*items, *items, {n: json.dumps(v) for n, v in other.items()}]  # noqa: E731
+        monkeypatch.setattr("dqo.train.machines.gather_objects", told)
+        with pytest.raises(UserError, match=f"^process 2 does not have the {name} of process 0: {cure}"):
+            check_same(mine, Processes(world=3))
+    monkeypatch.setattr("dqo.train.machines.gather_objects", lambda items, _: items * 3)
+    check_same(mine, Processes(world=3))
 
 
 def test_held_out_rows_have_the_marks_of_the_whole_file(files):
