@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.slow
 def test_checkpoints_and_final_models_need_no_more_than_a_process_keeps_in_a_step(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.trainer.sharded_memory", str(tmp_path / "found.json"), "--layers", "4"]
+    command = [sys.executable, "-m", "benchmarks.trainer.sharded_memory", str(tmp_path / "found.json"), "--layers", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=900)
     found = json.loads((tmp_path / "found.json").read_text())["now"]
