@@ -46,16 +46,18 @@ class Peak:
 
     def __init__(self):
         self.first = self.most = anonymous()
+        self.lock = threading.Lock()  # or the watch puts a maximum back that was taken
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while True:
-            self.most = max(self.most, anonymous())
+            with self.lock:
+                self.most = max(self.most, anonymous())
             time.sleep(0.02)
 
     def take(self) -> float:
-        found = (max(self.most, anonymous()) - self.first) / MB
-        self.most = anonymous()
+        with self.lock:
+            found, self.most = (max(self.most, anonymous()) - self.first) / MB, anonymous()
         return round(found)
 
 
