@@ -2,10 +2,10 @@
 
     dqo demo --output_dir dqo-demo && python -m benchmarks.evidence.credit dqo-demo        (about half an hour on two cores)
 
-Every method trains on the demonstration's rollouts from its base model, with the options of benchmarks/evidence/objectives.py and
-several training seeds; what is there already is not trained again. All score the same held-out samples of the base model on new
-problems (data/held_out.jsonl of the demonstration): AUC for right against wrong responses, the same within a prompt, and how
-often the lowest step is the first wrong one. The table goes to benchmarks/results/credit.json.
+Every method trains on the demonstration's rollouts from its base model, with the options of objective_options.py and several
+training seeds; what is there already is not trained again. All score the same held-out samples of the base model on new problems
+(data/held_out.jsonl of the demonstration): AUC for right against wrong responses, the same within a prompt, and how often the
+lowest step is the first wrong one. The table goes to benchmarks/results/credit.json.
 
 --unseen_mistakes adds a second table over responses whose mistakes training never saw: they are written by ArithTask with
 another table of mistakes, without the entries that are hard in the training data.
@@ -24,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.evidence.objectives import COMMON, OPTIONS, RECIPE, train
+from benchmarks.evidence.objective_options import COMMON, OPTIONS, RECIPE
+from benchmarks.evidence.objectives import train
 from benchmarks.harness.environment import commit
 from dqo.data.episode import Episode
 from dqo.data.episodes import make_episodes

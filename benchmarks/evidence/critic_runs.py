@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.methods import per_problem
-from benchmarks.evidence.objectives import COMMON
+from benchmarks.evidence.objective_options import COMMON
 from dqo.config.options import options_of
 from dqo.data.episodes import make_episodes
 from dqo.data.rows import read_rows

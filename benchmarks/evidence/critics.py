@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.evidence.critic_runs import DEMONSTRATION, TASKS, make_task, write_json
 from benchmarks.evidence.critic_table import summarise, tables
-from benchmarks.evidence.objectives import COMMON
+from benchmarks.evidence.objective_options import COMMON
 
 RESULTS = Path(__file__).parents[1] / "results"
 DQO = COMMON | {"method": "dqo", "beta": 0.2, "critic_learning_rate": 1e-3, "lam": 1.0, "is_level": "trajectory"}

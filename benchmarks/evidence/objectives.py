@@ -2,10 +2,10 @@
 
     dqo demo --output_dir dqo-demo && python -m benchmarks.evidence.objectives dqo-demo     (about half an hour on one core)
 
-All make the same number of updates from as many responses each, at one set of options (OPTIONS). The command line of
-`dqo compare` is printed. It keeps what is finished and goes on with the rest, and so does this command: --methods trains
-some of them now, and the table has all that are finished. Then the policies are asked what they know of held-out responses; the
-table is printed, and goes with a plot to benchmarks/results/objectives.json and objectives.svg.
+All make the same number of updates from as many responses each, at one set of options (objective_options.py). The
+command line of `dqo compare` is printed. It keeps what is finished and goes on with the rest, and so does this command: --methods
+trains some of them now, and the table has all that are finished. Then the policies are asked what they know of held-out
+responses; the table is printed, and goes with a plot to benchmarks/results/objectives.json and objectives.svg.
 
 Nothing is tuned here. xpo, which samples anew in every round, is not among them.
 """
@@ -23,50 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence.objective_options import BUDGET, COMMON, OPTIONS, PROBLEMS, RECIPE, SAMPLES, own_options
+from benchmarks.evidence.objectives_table import write_results
 from dqo.comparison.plan import flags_of, plan
 from dqo.comparison.run import is_finished
 from dqo.data.rows import Row, read_rows, write_rows
-from dqo.demo.recipe import Recipe
 from dqo.demo.rollouts import distinct_problems, rng_of
 from dqo.grading.arith import ArithTask
 
-RECIPE = Recipe()
-COMMON: dict[str, Any] = {
-    "per_device_train_batch_size": RECIPE.batch,
-    "max_steps": RECIPE.updates,
-    "max_length": 256,
-    "lr_scheduler_type": "constant",
-    "adam_beta2": 0.99,
-    "process_reward": "none",
-    "learning_rate": 1e-4,
-}
-WITH_VALUES = {"critic_learning_rate": 1e-3, "value_warmup_steps": 64}
-PAIRS = {"beta": 0.7, "learning_rate": 6e-5}
-PPO = {"behavior": "reference", **WITH_VALUES}  # the base model wrote the file, and stored no log-probabilities
-# {OUT}: the directory of the comparison. Those of rft, dpo and dqo are the demonstration's, all others are first guesses.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "sft": {},
-    "rft": {},
-    "dpo": PAIRS,
-    "curry_dpo": {**PAIRS, "stages": 3},
-    "rank_dpo": PAIRS,
-    "kto": {"beta": 0.5},
-    "rebel": {"beta": 0.2},
-    "qrpo": {"beta": 0.2},
-    "tbrm": {"beta": 0.2},
-    "dro": {"beta": 0.2, **WITH_VALUES},
-    "oreo": {"beta": 0.2, **WITH_VALUES},
-    "dqo": {"beta": 0.2, **WITH_VALUES},
-    "dapo": {"beta": 0.2, "process_reward": "potential", "dataset_name": "{OUT}-data/prefix_values.jsonl", **WITH_VALUES},
-    "ppo": {"beta": 0.05, **PPO},
-    "rto": {"beta": 0.01, "beta1": 0.05, "dpo_model": "{OUT}/dpo-seed0", **PPO},
-    # a language model is its critic; the paper's average, of decay 0.995, goes less than half of the way in as many steps
-    "etpo": {"beta": 0.2, "target_ema": 0.9, **WITH_VALUES, "critic_learning_rate": 3e-4},
-}  # fmt: skip
-# Of the comparison alone
-WARMUP = 32
-BUDGET: dict[str, Any] = {"max_steps": 64, "per_device_train_batch_size": 128, "seed": 0, "eval_fraction": 0.05}
-PROBLEMS, SAMPLES = 250, 2
 FIRST = "dpo"  # which rto reads
 
 
@@ -89,16 +53,6 @@ def _words(options: dict[str, Any], prefix: str = "", output: Path | None = None
     """The command line of options."""
     told = {name: str(value).replace("{OUT}", str(output)) for name, value in options.items()}
     return [word for name, value in told.items() for word in (f"--{prefix}{name}", value)]
-
-
-def own_options(method: str) -> dict[str, Any]:
-    """Those of one method in the comparison."""
-    options = dict(OPTIONS[method])
-    if "value_warmup_steps" in options:
-        options["value_warmup_steps"] = WARMUP
-    if method == "rank_dpo":
-        options["per_device_train_batch_size"] = BUDGET["per_device_train_batch_size"] // RECIPE.samples
-    return options
 
 
 def comparison(methods: Sequence[str], demonstration: Path, output: Path, **changes: Any) -> list[str]:
@@ -154,8 +108,6 @@ def compare(arguments: list[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from benchmarks.evidence.objectives_table import write_results
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demonstration", type=Path)
     parser.add_argument("--methods", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))

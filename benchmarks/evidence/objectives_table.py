@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.evidence.methods import DECODINGS, PANELS, per_problem, plot
-from benchmarks.evidence.objectives import BUDGET, COMMON, PROBLEMS, SAMPLES, own_options
+from benchmarks.evidence.objective_options import BUDGET, COMMON, PROBLEMS, SAMPLES, own_options
 from benchmarks.harness.environment import commit
 from dqo.credit.quality import Judged, quality_of
 from dqo.data.episodes import make_episodes

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.evidence.credit import METHODS, Unseen, summary, table, unseen_rows
-from benchmarks.evidence.objectives import OPTIONS
+from benchmarks.evidence.objective_options import OPTIONS
 from dqo.grading.arith import ArithTask, apply
 from dqo.objectives.registry import OBJECTIVES
 

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from benchmarks.evidence import objectives, objectives_table
-from benchmarks.evidence.objectives import BUDGET, OPTIONS, RECIPE, comparison, with_prefix_values
+from benchmarks.evidence.objective_options import BUDGET, OPTIONS, RECIPE
+from benchmarks.evidence.objectives import comparison, with_prefix_values
 from dqo.commands.compare import compare_command
 from dqo.comparison.plan import flags_of, plan
 from dqo.config.options import load_options
