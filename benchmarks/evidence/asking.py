@@ -20,6 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -68,10 +69,9 @@ def questions_of_dpo(rows: list[dict]) -> int:
     """Distinct questions in the pairs of DPO."""
     number: dict[str, int] = {}
     prompt = np.array([number.setdefault(row["prompt"], len(number)) for row in rows])
-    columns = SimpleNamespace(prompt=prompt, reward=np.array([row["reward"] for row in rows]))
-    return len(
-        {(int(prompt[a]), *sorted((rows[a]["completion"], rows[b]["completion"]))) for a, b in pairs(columns, 4)}
-    )  # type: ignore[arg-type]
+    columns: Any = SimpleNamespace(prompt=prompt, reward=np.array([row["reward"] for row in rows]))
+    found = pairs(columns, 4).tolist()
+    return len({(int(prompt[a]), *sorted((rows[a]["completion"], rows[b]["completion"]))) for a, b in found})
 
 
 def train_xpo(demonstration: Path, output: Path) -> dict:
@@ -143,7 +143,7 @@ def main() -> None:
         json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in list(asked.items())[:PROBLEMS]
     ]
     (output / "problems.jsonl").write_text("".join(lines))
-    told = {
+    told: dict[str, dict[str, Any]] = {
         "base": {"model": demonstration / "base"},
         "dpo": {"model": demonstration / "dpo", "queries": questions_of_dpo(stored), "samples": 0},
     }
@@ -154,7 +154,7 @@ def main() -> None:
     problems = distinct_problems(task, rng_of(seed, "evaluation"), RECIPE.eval_problems, set())
     rows = []
     for name, facts in told.items():
-        row = {"method": name} | {key: value for key, value in facts.items() if key != "model"}
+        row: dict[str, Any] = {"method": name} | {key: value for key, value in facts.items() if key != "model"}
         seconds = output / name / "seconds.json"
         row |= json.loads(seconds.read_text()) if seconds.exists() else {}
         for decoding, scores in (
@@ -164,16 +164,16 @@ def main() -> None:
             row[decoding] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
         rows.append(row)
     command = "python -m benchmarks.evidence.asking dqo-demo"
-    facts = {
+    result = {
         "command": command,
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "seed": seed,
         **machine(),
     }
-    facts |= {"options": {"adpo": ADPO, "xpo": XPO | ROUNDS, "zpg": ZPG}, "problems": PROBLEMS, "rows": rows}
+    result |= {"options": {"adpo": ADPO, "xpo": XPO | ROUNDS, "zpg": ZPG}, "problems": PROBLEMS, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "asking.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (RESULTS / "asking.json").write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))
 
 
