@@ -21,8 +21,8 @@ class ConvertConfig:
 
     format: Positional[Annotated[str, tyro.conf.arg(help=f"The format of the source is one of {', '.join(FORMATS)}.")]]
     source: Positional[str]
-    """The source is a .jsonl or .parquet file, the folder of a saved data set, or a name on the Hugging Face hub (org/name or
-    org/name:split)."""
+    """The source is a .jsonl or .parquet file, the folder of a saved data set, or a name on the Hugging Face hub (org/name,
+    org/name:split or org/name:configuration:split; org/name@revision chooses a revision)."""
     destination: Positional[str]
     """The rollout file (.jsonl) to write."""
     messages: bool = False

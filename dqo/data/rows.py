@@ -85,7 +85,7 @@ def read_rows(
 
     Args:
         source: path of a .jsonl or .parquet file or of a folder that `Dataset.save_to_disk` wrote, a data set's
-            name on the Hugging Face hub ("org/name" or "org/name:split"), or an iterable of dicts (a list, a
+            name on the Hugging Face hub ("org/name[@revision][[:configuration]:split]"), or an iterable of dicts (a list, a
             datasets.Dataset) or of Rows; in any one of the forms of `dqo.data.forms`.
         skip_bad_rows: drop rows that do not fit and log how many, instead of raising.
         reward_threshold: a row without a label is right when its reward is above this.

@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 _BATCH = 1024  # rows of a Parquet file that are read at once
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")  # org/name, or org/name:split
+# org/name, org/name:split or org/name:configuration:split; a revision stands before the first colon, org/name@revision
+_HUB_NAME = re.compile(
+    r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.-]+)(?=:))?(:(?P<split>[\w.-]+))?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +89,9 @@ def open_source(source: Any) -> Source:
     path = Path(source)
     if not path.exists():
         in_folder = path.parent.is_dir()  # where it is a misspelt file
-        if isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix not in _SUFFIXES and not in_folder:
-            return Source(source, _iterable(_from_hub(source)))
+        on_hub = _HUB_NAME.fullmatch(source) if isinstance(source, str) else None
+        if on_hub is not None and path.suffix not in _SUFFIXES and not in_folder:
+            return Source(source, _iterable(_from_hub(source, **on_hub.groupdict())))
         siblings = [p.name for p in path.parent.glob("*")] if in_folder else []
         raise UserError(f"{path}: no such file.{did_you_mean(path.name, siblings)} Expected a .jsonl or .parquet file")
     if path.is_dir():
@@ -217,18 +221,19 @@ def _datasets(needed_by: str):
     return datasets
 
 
-def _from_hub(source: str) -> Any:
-    """A data set of the Hugging Face hub; ":split" chooses a split."""
-    name, _, split = source.partition(":")
+def _from_hub(source: str, name: str, revision: str | None, config: str | None, split: str | None) -> Any:
+    """A data set of the Hugging Face hub. `source`: how it was called."""
     datasets = _datasets(f"{source}: there is no such file; as the name of a data set on the Hugging Face hub it")
     try:
-        found = datasets.load_dataset(name)
+        found = datasets.load_dataset(name, config, revision=revision)
     except Exception as error:  # of many kinds: no network, no such data set, no rights, several configurations
-        what = (str(error).splitlines() or [type(error).__name__])[0]
+        what, *more = str(error).splitlines() or [type(error).__name__]
+        if what.startswith("Config name is missing"):
+            what = f"{' '.join([what, *more[:1]])}. Choose one, as {name}:CONFIGURATION:SPLIT"
         raise UserError(
             f"{source}: there is no such file, and as a data set of the Hugging Face hub it cannot be loaded: {what}"
         ) from error
-    return _one_split(found, name, split, ":")
+    return _one_split(found, name if config is None else f"{name}:{config}", split or "", ":")
 
 
 def _from_saved(path: Path) -> Any:

@@ -198,13 +198,31 @@ def test_saved_datasets_are_read(tmp_path, caplog):
 
 
 class Hub:
-    """Stands in for the package datasets: one data set of two splits."""
+    """Stands in for the package datasets: one data set of two splits, and one of two configurations."""
 
     @staticmethod
-    def load_dataset(name):
+    def load_dataset(name, config=None, revision=None):
+        if name == "org/two":
+            if config is None:
+                choice = "Please pick one among the available configs: ['main', 'hard']"
+                raise ValueError(f"Config name is missing.\n{choice}\nExample of usage:")
+            return {"train": [GOOD | {"answer": f"{config} of {revision}"}, OTHER], "test": [OTHER]}
         if name != "org/graded.math":
             raise ConnectionError(f"Couldn't reach {name} on the Hub\nand more")
         return {"train": [GOOD, OTHER], "test": [OTHER]}
+
+
+@pytest.mark.parametrize("revision", ["", "@v1.0", "@refs/convert/parquet"])
+def test_a_hub_name_chooses_configuration_revision_and_split(revision, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", Hub)
+    rows = read_rows(f"org/two{revision}:hard:train")
+    assert [row.answer for row in rows] == [f"hard of {revision[1:] or None}", None]
+    assert len(read_rows(f"org/two{revision}:main:test")) == 1
+    says(refusal(f"org/two{revision}:main:tset"), "org/two:main: has no split 'tset'; it has train, test")
+    said = refusal(f"org/two{revision}")
+    says(said, "configs: ['main', 'hard']. Choose one, as org/two:CONFIGURATION:SPLIT")
+    assert "Example" not in said
 
 
 def test_a_hub_name_is_loaded_where_no_file_has_it(tmp_path, monkeypatch, caplog):
