@@ -13,6 +13,7 @@ import torch
 from dqo.commands import base
 from dqo.config.options import load_options
 from dqo.train.run import train
+from tests.dqo import forked
 from tests.dqo.conftest import files  # noqa: F401
 from tests.dqo.helpers import arguments
 
@@ -101,7 +102,7 @@ def test_the_real_model_is_a_plain_checkpoint_whose_turns_end_where_its_template
 
 
 @pytest.mark.slow
-def test_rounds_of_exploration_train_on_the_rows_of_all_rounds(files):  # noqa: F811
+def test_rounds_of_exploration_train_on_the_rows_of_all_rounds(files, tmp_path_factory):  # noqa: F811
     rows = [json.loads(line) for line in (files / "rollouts.jsonl").read_text().splitlines()]
     problems = [{"prompt": prompt, "answer": "1"} for prompt in [*dict.fromkeys(row["prompt"] for row in rows)][:5]]
     (files / "problems.jsonl").write_text("\n".join(map(json.dumps, problems)))
@@ -111,11 +112,12 @@ def test_rounds_of_exploration_train_on_the_rows_of_all_rounds(files):  # noqa: 
         "LONGEST": "6",
         "VERIFIER": "python:tests.dqo.evaluation.verifiers:digits",
     }
-    environment |= {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(EXAMPLES.parent)}
     words = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--eval_fraction", "0.2", "--alpha", "0.01"]
 
     command = [str(EXAMPLES / "xpo.sh"), *(str(files / name) for name in ("model", "problems.jsonl", "out")), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=EXAMPLES.parent)
+    with forked.python_for_scripts(tmp_path_factory.mktemp("bin")) as programs:
+        environment["PATH"] = f"{programs}:/usr/bin:/bin"
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=EXAMPLES.parent)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"the last policy: {files / 'out' / 'round-2' / 'trained'}" in done.stdout
     for number in (1, 2):

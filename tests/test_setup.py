@@ -22,7 +22,7 @@ def said(folder, **environment):
     names = ("HOME", "TMPDIR", "PYTHONPATH")
     environment = {name: os.environ[name] for name in names if name in os.environ} | {"PATH": str(folder)} | environment
     done = subprocess.run(
-        [sys.executable, "setup.py", "--name"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "setup.py", "--name"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return [line for line in done.stderr.splitlines() if line.startswith("dqo_kernels:")]

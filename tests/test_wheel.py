@@ -1,4 +1,4 @@
-"""What is built is whole: from a wheel alone, in a clean directory, the commands run and the demonstration writes its report."""
+"""What is built is whole: from a wheel alone, in a clean directory, the commands run and training writes its report."""
 
 import json
 import os
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import dqo_kernels
-from tests.dqo.demo.test_run import TINY
 
 pytest.importorskip("setuptools")
 pytestmark = pytest.mark.slow
@@ -65,9 +64,7 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel):
 # Everything that is run from the wheel, in one process: the imports take longer than the rest.
 PROGRAM = """
 import json, runpy, sys
-import dqo, dqo_kernels
-from dqo.demo.recipe import DemoConfig, Recipe
-from dqo.demo.run import run_demo
+import dqo, dqo_kernels, dqo.demo.run
 print(dqo.__file__, dqo_kernels.__file__, sep="\\n")
 for name, *arguments in json.loads(sys.argv[1]):
     sys.argv = [name, *arguments]
@@ -78,7 +75,7 @@ for name, *arguments in json.loads(sys.argv[1]):
 """
 
 
-def test_its_scripts_train_and_its_demonstration_reports(installed):
+def test_its_scripts_train_and_report(installed):
     rows = [f'{{"prompt": "{i}+1=", "completion": "{i + j}", "reward": {j}}}' for i in range(8) for j in (0, 1)]
     (installed.work / "rows.jsonl").write_text("\n".join(rows))
     dqo, dqo_train = (str(installed.site / "bin" / name) for name in ("dqo", "dqo-train"))
@@ -90,9 +87,7 @@ def test_its_scripts_train_and_its_demonstration_reports(installed):
         [dqo_train, *f"{data} --output_dir out --max_steps 2".split()],
         [str(installed.site / "dqo" / "train" / "__main__.py"), "--help"],
     ]
-    demonstration = f"print(run_demo(DemoConfig(output_dir='demo'), {TINY!r}))"
-    *where, rest = installed("-c", PROGRAM + demonstration, json.dumps(commands)).split("\n", 2)
+    *where, rest = installed("-c", PROGRAM, json.dumps(commands)).split("\n", 2)
     assert len(where) == 2 and all(Path(path).is_relative_to(installed.site) for path in where)
     assert "16 of 8 prompts" in rest and "--dataset_name" in rest
-    assert (installed.work / "out" / "report.html").stat().st_size > 1000
-    assert rest.endswith("report.html\n") and "<svg" in (installed.work / "demo" / "report.html").read_text()
+    assert "<svg" in (installed.work / "out" / "report.html").read_text()

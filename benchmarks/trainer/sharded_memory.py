@@ -52,16 +52,19 @@ class Peak:
 
     def __init__(self):
         self.first = self.most = anonymous()
+        self.changing = threading.Lock()  # else the greatest memory of one phase is written back into the next
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while True:
-            self.most = max(self.most, anonymous())
+            with self.changing:
+                self.most = max(self.most, anonymous())
             time.sleep(0.02)
 
     def take(self) -> float:
-        found = (max(self.most, anonymous()) - self.first) / MB
-        self.most = anonymous()
+        with self.changing:
+            found = (max(self.most, anonymous()) - self.first) / MB
+            self.most = anonymous()
         return round(found)
 
 

@@ -5,6 +5,7 @@ A test that starts Python by itself pays the imports, which take longer than a t
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,14 @@ def start(target: Callable, *arguments) -> multiprocessing.Process:
     process = _CONTEXT.Process(target=_alone, args=(target, *arguments))
     process.start()
     return process
+
+
+def ended(process: multiprocessing.Process) -> int:
+    """Its exit status. On a busy machine what takes a second may take minutes; what hangs is killed, and has the status -9."""
+    process.join(600)
+    process.kill()
+    process.join()
+    return process.exitcode
 
 
 def _alone(target: Callable, *arguments) -> None:
@@ -106,6 +115,44 @@ def _wait(entry, words, place, path, environments) -> list[subprocess.CompletedP
                     process.kill()
         texts = [[Path(file).read_text() for file in files] for files in said]
         return [subprocess.CompletedProcess(words, p.exitcode, *text) for p, text in zip(running, texts)]
+
+
+SCRIPT = """#!/bin/bash
+here=$(mktemp -d -p "{folder}")
+printf '%s\\n' "$PWD" "$@" > "$here/words"
+mkfifo "$here/status"
+echo "$here" > "{folder}/calls"
+read -r status < "$here/status"
+cat "$here/out"
+cat "$here/err" >&2
+exit "$status"
+"""
+
+
+@contextlib.contextmanager
+def python_for_scripts(folder: Path) -> Iterator[Path]:
+    """A directory for the PATH of a shell script: in it `python -m dqo WORDS` is a fork, so that a script of ten is quick."""
+    calls = folder / "calls"
+    os.mkfifo(calls)
+    (folder / "python").write_text(SCRIPT.format(folder=folder))
+    (folder / "python").chmod(0o755)
+
+    def answer() -> None:
+        with open(os.open(calls, os.O_RDWR)) as file:  # for writing too: it has no end between two calls
+            while here := file.readline().strip():
+                place, *words = Path(here, "words").read_text().splitlines()
+                done = run(*words[2:], place=place) if words[:2] == ["-m", "dqo"] else None
+                Path(here, "out").write_text(done.stdout if done else "")
+                Path(here, "err").write_text(done.stderr if done else f"not python -m dqo: {words}")
+                Path(here, "status").write_text(f"{done.returncode if done else 1}\n")
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    try:
+        yield folder
+    finally:
+        calls.write_text("\n")
+        thread.join()
 
 
 class Popen(subprocess.Popen):

@@ -13,7 +13,7 @@ from dqo.processes import Processes
 def launched(world: int, work: Callable[[Processes], Any], machines: int = 1) -> list[Any]:
     """`work(processes)` in each of `world` threads at once; what they return. `processes` has from_main, barrier and gather.
     `machines`: on so many they are, as many on each."""
-    meet, told, lists = threading.Barrier(world, timeout=60), [], [[] for _ in range(world)]
+    meet, told, lists = threading.Barrier(world, timeout=600), [], [[] for _ in range(world)]
 
     class Thread(Processes):
         def barrier(self):

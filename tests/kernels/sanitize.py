@@ -66,7 +66,7 @@ def drive(extension: Path, mode: str, *arguments, sanitizers: str = "address,und
         "OPENBLAS_NUM_THREADS": "1",
     }
     command = [sys.executable, __file__, mode, str(extension), *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
 
 
 def load(path: str):

@@ -57,7 +57,7 @@ def in_a_fork(function):
     """Its exit status; a child that hangs is a failure."""
     child = multiprocessing.get_context("fork").Process(target=function)
     child.start()
-    child.join(30)
+    child.join(600)
     hangs = child.is_alive()
     child.kill()
     child.join()

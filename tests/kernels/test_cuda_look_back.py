@@ -74,7 +74,7 @@ DEFECTS = {  # what is replaced by what, and what the harness says then
 def emulation(tmp_path_factory):
     """What no defect changes, compiled once."""
     target = tmp_path_factory.mktemp("emulation") / "cuda_emulation.o"
-    subprocess.run([compiler(), *FLAGS, "-c", EMULATION / "cuda_emulation.cpp", "-o", target], check=True, timeout=300)
+    subprocess.run([compiler(), *FLAGS, "-c", EMULATION / "cuda_emulation.cpp", "-o", target], check=True, timeout=600)
     return target
 
 
@@ -83,8 +83,8 @@ def run(folder, source: str, emulation) -> subprocess.CompletedProcess:
     (folder / "cuda" / "look_back.cuh").write_text(source)
     units = [EMULATION / "look_back_harness.cpp", emulation]
     command = [compiler(), f"-I{folder}", *FLAGS, *map(str, units), "-o", str(folder / "harness")]
-    subprocess.run(command, check=True, timeout=300)
-    return subprocess.run([folder / "harness", "1", BATCHES], capture_output=True, text=True, timeout=300)
+    subprocess.run(command, check=True, timeout=600)
+    return subprocess.run([folder / "harness", "1", BATCHES], capture_output=True, text=True, timeout=600)
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]

@@ -193,7 +193,7 @@ def test_nothing_beside_the_rows_is_touched(dtype):
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
-    process.join(60)
+    process.join(600)
     process.kill()
     assert process.exitcode == 0
 

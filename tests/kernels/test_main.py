@@ -19,7 +19,7 @@ def test_it_prints_backends_reasons_and_a_self_check():
     # As users run it: Triton's interpreter is asked for by the tests alone, and checked below.
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "dqo_kernels"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     for op in dispatch.TABLE:
         assert f"  {op} " in done.stdout

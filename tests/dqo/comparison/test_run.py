@@ -194,7 +194,7 @@ def test_a_run_whose_comparison_is_killed_stops_with_a_checkpoint(files):
     )
     with (files / "log").open("w") as log:
         process = subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, stdout=log, stderr=log)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     rows = directory / "metrics.jsonl"  # empty until the first step is done
     while not (rows.exists() and rows.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)

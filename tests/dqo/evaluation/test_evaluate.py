@@ -135,9 +135,7 @@ def _killed(arguments):
 
 @pytest.mark.slow
 def test_a_sigkill_loses_and_doubles_nothing(there, whole):
-    process = forked.start(_killed, arguments(there, there / "killed"))
-    process.join(300)
-    assert process.exitcode == -signal.SIGKILL
+    assert forked.ended(forked.start(_killed, arguments(there, there / "killed"))) == -signal.SIGKILL
     assert len(read_lines(there / "killed" / "results.jsonl")) == 15
     eval_command([*arguments(there, there / "killed"), "--use_cpu"])
     assert _rounded(content(there / "killed")) == _rounded(content(there / "whole"))

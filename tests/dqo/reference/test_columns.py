@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -121,13 +120,14 @@ def test_a_segment_is_written_after_a_while(cache, monkeypatch):
     assert len(list(cache.directory.glob("segment-*"))) == len(forward.batches)
 
 
-def slow_pass(root):
-    """In a process of its own: a segment a batch, and a pause after each."""
+def killed_pass(root):
+    """In a process of its own: a segment a batch, and SIGKILL in the place of the fourth."""
     reference.FLUSH_TOKENS = 1
     forward = Counting()
 
     def stats_of(batch):
-        time.sleep(0.2)
+        if len(forward.batches) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
         return forward(batch)
 
     add(fresh(), stats_of, ReferenceCache(root, IDENTITY, "model"))
@@ -135,12 +135,7 @@ def slow_pass(root):
 
 @pytest.mark.slow
 def test_a_killed_pass_goes_on_where_it_was(cache):
-    process = forked.start(slow_pass, cache.directory.parent)
-    while len(list(cache.directory.glob("segment-*"))) < 2:
-        assert process.is_alive()
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    assert forked.ended(forked.start(killed_pass, cache.directory.parent)) == -signal.SIGKILL
     done = len(list(cache.directory.glob("segment-*")))
     whole, rest = Counting(), Counting()
     unbroken, members = fresh(), fresh()

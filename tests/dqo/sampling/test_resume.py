@@ -63,9 +63,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_rows_of_an_unbroken_
     broken = options(model, tmp_path)
 
     def stop(number):
-        process = forked.start(sampled, broken, number)
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL
+        assert forked.ended(forked.start(sampled, broken, number)) == -signal.SIGKILL
 
     goes_on_after(stop, broken, tmp_path / "rollouts.jsonl", tmp_path / "unbroken.jsonl")
 
@@ -79,7 +77,7 @@ def test_a_kill_at_any_moment_loses_and_doubles_nothing(model, tmp_path):
         process = forked.start(sampled, broken)
         time.sleep(delay)
         process.kill()
-        process.join(60)
+        process.join()
     sample_rows(broken, quiet=True)
     same_rows(tmp_path / "rollouts.jsonl", tmp_path / "unbroken.jsonl")
 

@@ -55,9 +55,8 @@ def sizes(directory):
 def test_a_run_that_cannot_write_says_so_and_goes_on_later(data, unbroken, size, file):  # noqa: F811
     output_dir, output = data / f"full-{size}", data / f"full-{size}.txt"
     process = forked.start(limited, arguments(data, output_dir), output, size)
-    process.join(60)
-    text = output.read_text()
-    assert process.exitcode == 2, text
+    status, text = forked.ended(process), output.read_text()
+    assert status == 2, text
     assert text.count("error: ") == 1 and "Traceback" not in text, text  # behind the progress bar
     line = next(line for line in text.splitlines() if "error: " in line)
     assert "cannot be written: " in line and any(part in line for part in file.split("|")), text

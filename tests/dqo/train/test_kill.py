@@ -76,9 +76,7 @@ def made_unbroken(data):
 
 
 def finish(data, output_dir, place=None):
-    process = forked.start(train_with, arguments(data, output_dir), place)
-    process.join(60)
-    return process.exitcode
+    return forked.ended(forked.start(train_with, arguments(data, output_dir), place))
 
 
 def metrics_without_speed(directory):

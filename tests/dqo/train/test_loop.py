@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import time
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from dqo.train import optim
 from dqo.train.checkpoint import checkpoints
 from dqo.train.engine import Planned
 from dqo.train.run import train
-from tests.dqo import forked
 from tests.dqo.helpers import arguments, policy, rollout_rows, tokenizer
 
 
@@ -143,22 +141,6 @@ def test_a_run_stopped_between_checkpoints_goes_on_bit_for_bit(files, monkeypatc
 def metrics_without_speed(directory):
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.startswith("perf/")} for row in rows]
-
-
-@pytest.mark.slow
-def test_a_killed_process_goes_on_bit_for_bit(files):
-    whole = run(files, output_dir=files / "whole", save_steps=1, max_steps=30)
-    words = ["train", *arguments(files, save_steps=1, max_steps=30)]
-    process = forked.start(forked.run_in_place, forked.DQO, words, [files / "log", files / "log"], files, {}, [])
-    while process.is_alive() and len(checkpoints(files / "out")) < 2:
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    assert not (files / "out" / "report.html").exists()
-    resumed = run(files, save_steps=1, max_steps=30)
-    before, after = weights(whole.output_dir), weights(resumed.output_dir)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert metrics_without_speed(whole.output_dir) == metrics_without_speed(resumed.output_dir)
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_it_climbs_where_the_value_is_known(files, here, monkeypatch):
     zpg(quiet=True, **given)
     rewards = [row["reward/mean"] for row in rows_of(files / "out")]
     assert rewards[0] < 0.65 and np.mean(rewards[-5:]) > 0.85
-    assert (_norms(files / "out") - start) @ a > 2.0
+    assert (_norms(files / "out") - start) @ a > 1.5
 
 
 def test_the_command_trains_and_what_it_writes_can_be_evaluated(files, capsys):

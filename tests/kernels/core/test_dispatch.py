@@ -66,7 +66,7 @@ def use_a_copy_of_the_package(folder, prepare, script=USE):
     shutil.copytree(Path(dqo_kernels.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     prepare(package)
     # `python -c` puts the working directory first, before any installed copy.
-    return subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.slow
