@@ -49,10 +49,8 @@ def evaluation_episodes(
         reference = prepared.reference or learner.reference
         if prepared.refreshed is not None:
             reference = load_policy(str(prepared.refreshed), prepared.processes.device)
-            identity, of_reference = (
-                identity | {"reference": weights_hash(reference)},
-                None,
-            )  # it is whole, as in its phase
+            identity = identity | {"reference": weights_hash(reference)}
+            of_reference = None  # it is whole, as in its phase
         elif reference is None and not has_adapter(learner.policy):
             if given.model is not None:
                 raise UserError(

@@ -20,7 +20,7 @@ def test_no_process_holds_more_than_its_share_and_the_largest_part_three_times(t
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=900)
     found = json.loads((tmp_path / "found.json").read_text())["now"]
     share, weights, table = (found[name] for name in ("share_mb", "share_of_weights_mb", "table_mb"))
-    assert share == pytest.approx(4 * weights, rel=0.01) and table > 0.25 * found["weights_mb"]
+    assert share == pytest.approx(4 * weights, rel=0.01) and table > 0.2 * found["weights_mb"]
     for phases in found["tensors_mb"].values():
         rest = 1.0  # activations and workspace
         assert phases["loading and reference pass"] < weights + 3 * table + rest
