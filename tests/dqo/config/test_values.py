@@ -159,7 +159,7 @@ WRONG = {
     "None for a number": ({"beta": None}, "beta must be float, got None"),
     "an option of another method": (
         {"method": "sft", "beta": 1.0},
-        "unknown option 'beta'.*option of method curry_dpo, dapo, dpo, dqo",
+        "unknown option 'beta'.*option of method adpo, curry_dpo, dapo, dpo, dqo",
     ),
     "a long one": ({"beta": ["x" * 500] * 500}, "beta must be float, got .* characters"),
 }
