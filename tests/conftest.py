@@ -8,6 +8,7 @@ import pytest
 
 from dqo.errors import UserError
 from dqo.requirements import check_packages
+from tests import figures
 
 try:
     check_packages(["test"])
@@ -43,6 +44,11 @@ def pytest_xdist_make_scheduler(config, log):
         from xdist.scheduler import WorkStealingScheduling
 
         return WorkStealingScheduling(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of the test
+def pytest_runtest_setup(item):
+    figures.render(wanted=not figures.LOOKED_AT.isdisjoint(item.path.parts))
 
 
 # Files of long tests and fixtures. Last of all, one of them would keep one worker at work while the others have none.

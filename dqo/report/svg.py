@@ -75,20 +75,26 @@ def assign_series(names: Sequence[str], headline: str | None, baseline: str | No
 
 def inline_svg(draw: Callable, size: tuple[int, int], label: str) -> str:
     """`size` is in CSS pixels: a point of the figure is a pixel of the page."""
-    from io import StringIO
-
     import matplotlib
     from matplotlib.figure import Figure
 
-    buffer = StringIO()
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # The browser has the glyphs that matplotlib's own font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(size[0] / 72, size[1] / 72))
         draw(figure)
-        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
-    return _for_the_page(buffer.getvalue(), label)
+        found = rendered(figure)
+    return _for_the_page(found, label)
+
+
+def rendered(figure: Any) -> str:
+    """matplotlib's SVG."""
+    from io import StringIO
+
+    buffer = StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    return buffer.getvalue()
 
 
 def _for_the_page(svg: str, label: str) -> str:

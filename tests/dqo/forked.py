@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from dqo import signals
 from dqo.requirements import check_packages
+from tests import figures
 
 check_packages()  # for all forks at once
 os.fsync = os.fstat  # see tests/conftest.py
@@ -59,6 +60,7 @@ def _alone(target: Callable, *arguments) -> None:
     """On one thread and quiet; torch's threads are not made before the fork, and kernels round alike in every process."""
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
+    figures.render(wanted=False)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 2)
     target(*arguments)

@@ -9,7 +9,9 @@ from benchmarks.trainer import architectures
 TRAINED = ["llama", "opt", "bloom", "gpt2", "gpt_bigcode", "xglm", "falcon", "phi", "mpt", "gemma2", "gemma4_text"]
 TRAINED += ["qwen3_5", "granite", "cohere2", "mixtral", "qwen2_moe", "lfm2", "recurrent_gemma", "xlstm"]
 # Adapters on layers of several kinds: fused, transposed, of experts, of states. Without a value model a class trains as with one.
+# Recomputed are layers of each kind.
 SOME = {
+    "checkpointing": {"llama", "falcon", "gemma4_text", "qwen3_5", "mixtral", "recurrent_gemma", "xlstm"},
     "LoRA": {"llama", "bloom", "gpt2", "gemma4_text", "mixtral", "lfm2", "recurrent_gemma", "xlstm"},
     "trains": {"llama"},
 }
