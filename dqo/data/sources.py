@@ -91,7 +91,7 @@ def open_source(source: Any) -> Source:
         in_folder = path.parent.is_dir()  # where it is a misspelt file
         on_hub = _HUB_NAME.fullmatch(source) if isinstance(source, str) else None
         if on_hub is not None and path.suffix not in _SUFFIXES and not in_folder:
-            return Source(source, _iterable(_from_hub(source, **on_hub.groupdict())))
+            return Source(on_hub.string, _iterable(_from_hub(on_hub.string, **on_hub.groupdict())))
         siblings = [p.name for p in path.parent.glob("*")] if in_folder else []
         raise UserError(f"{path}: no such file.{did_you_mean(path.name, siblings)} Expected a .jsonl or .parquet file")
     if path.is_dir():
