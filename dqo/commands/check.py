@@ -7,8 +7,9 @@ import os
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from dqo.config.flags import parse_flags
 from dqo.config.rows import RowOptions
 from dqo.credit.steps import marked
 from dqo.data.advice import row_warnings
-from dqo.data.behavior import ReferenceName, known_behavior, weight_level, weights_line
+from dqo.data.behavior import ReferenceName, known_behavior, reference_samples, weight_level, weights_line
 from dqo.data.episodes import Episodes, open_episodes
 from dqo.data.marks import Marks
 from dqo.data.rows import Row
@@ -56,7 +57,8 @@ class CheckConfig(RowOptions, _Checked):
     discount: Literal["tokens", "turns"] = "tokens"
     """Where gamma acts: at each token that the model wrote, or at the last of each turn alone."""
     method: str | None = None
-    """The warnings are of what this method makes of the rows. None warns of what any method may."""
+    """The warnings are of what this method makes of the rows, and with a model it is told what the method finds to train on or
+    lacks, as its defaults are. None warns of what any method may."""
     beta: float | None = None
     """The KL temperature of the method. None takes the method's default."""
 
@@ -104,7 +106,7 @@ def check(config: CheckConfig) -> None:
         else:
             check_process_reward(rows, path, config.process_reward)
         if config.model_name_or_path is not None:
-            _on_tokens(rows, config, config.model_name_or_path)
+            _on_tokens(rows, config, config.model_name_or_path, objective)
         own = np.unique(column(rows, "prompt"))
         for other, keys in prompts.items():
             shared = int(np.isin(own, keys).sum())
@@ -120,15 +122,18 @@ def _weights_line(rows: Sequence[Row], config: CheckConfig, objective: Objective
     path = config.model_name_or_path
     if objective.weight_level == "none" or (path is None and not _present(rows, "logprobs").all()):
         return ""
+    option, behavior = objective.weight_level, known_behavior(rows, _reference(path))
+    return weights_line(option, weight_level(option, behavior), behavior)
 
+
+def _reference(path: str | None) -> ReferenceName:
     def identity() -> str:
         from dqo.models.identity import model_identity  # transformers from here on
         from dqo.models.policy import load_config
 
         return model_identity(str(path), load_config(str(path)))
 
-    option, behavior = objective.weight_level, known_behavior(rows, ReferenceName(path, identity))
-    return weights_line(option, weight_level(option, behavior), behavior)
+    return ReferenceName(path, identity)
 
 
 def _objective(config: CheckConfig) -> Objective | None:
@@ -186,7 +191,7 @@ def _present(rows: Sequence[Row], name: str) -> np.ndarray:
     return (column(rows, "present") >> OPTIONAL.index(name) & 1).astype(bool)
 
 
-def _on_tokens(rows: StoredRows, config: CheckConfig, model: str) -> None:
+def _on_tokens(rows: StoredRows, config: CheckConfig, model: str, objective: Objective | None) -> None:
     from dqo.data.ends import ends_of
     from dqo.data.selection import EpisodeColumns
     from dqo.models.fitness import check_positions, check_tokenizer  # imports torch
@@ -248,10 +253,36 @@ def _on_tokens(rows: StoredRows, config: CheckConfig, model: str) -> None:
     if over:  # refused, or cut
         episodes = made(config.max_length)
     check_positions(model_config, episodes)
+    if objective is not None:
+        _for_method(objective, config, episodes, partial(reference_samples, rows, _reference(model)))
     shown = sorted({round(i) for i in np.linspace(0, len(episodes) - 1, min(config.rows, len(episodes)))})
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for i in shown:
         print(f"\n{view(episodes[i], tokenizer, colour)}")
+
+
+def _for_method(
+    objective: Objective, config: CheckConfig, episodes: Episodes, of_reference: Callable[[], Collection[str]]
+) -> None:
+    """What the method, with the defaults of its options, finds to train on; else a warning of what it lacks."""
+    from dqo.data.selection import nothing_selected, selected
+
+    method, wanted = config.method, objective.wants_process_reward
+    if wanted not in (None, config.process_reward):
+        _warn(
+            [f"method {method} reads step rewards in the sense of --process_reward {wanted}: training wants it given"]
+        )
+    _warn([f"method {method} reads another model: training wants --{name}" for name in objective.reads_models])
+    try:
+        groups = selected(objective, episodes, of_reference)
+    except UserError as error:
+        _warn([f"method {method}, as its defaults are: {error}"])
+        return
+    if not groups:
+        _warn([f"method {method}: {nothing_selected(objective, episodes)}"])
+        return
+    what = {1: "responses", 2: "pairs", None: "lists"}.get(objective.group_size, "groups")
+    print(f"{'trained on':>20}  {len(groups):,} {what}, as the defaults of {printable(str(method))} are")
 
 
 def _ends_text(tokenizer, ends: Any) -> str:

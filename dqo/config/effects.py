@@ -17,6 +17,7 @@ def without_effect(options: Options, adapters: bool, held_out_given: bool) -> st
         adapters: whether adapters are trained. held_out_given: whether there are rows to evaluate on beside the training rows.
     """
     config, objective = options.train, options.objective
+    turned = objective.reads_rewards == "labels"  # a factor below 0 turns the order of rewards, and no label
     reasons = {
         "the method trains no value model": (objective.needs_values, VALUE_OPTIONS),
         "the value model is frozen": (not options.frozen_values, [*VALUE_OPTIONS, "value_coef"]),
@@ -34,7 +35,14 @@ def without_effect(options: Options, adapters: bool, held_out_given: bool) -> st
         ),
         "step rewards are not used": (config.process_reward not in (None, "none"), ["process_coef"]),
         "report_to is none": (config.report_to != "none", ["run_name", "project"]),
+        "the method does not read the size of rewards": (
+            objective.reads_rewards == "size",
+            ["normalize_rewards", "reward_shift", *["reward_scale"] * (turned or config.reward_scale > 0)],
+        ),
     }
+    why, names = objective.idle()
+    if names:
+        reasons[why] = (False, list(names))
     values = options.flat()
     defaults = {field.name: field.default for part in (config, objective) for field in dataclasses.fields(part)}
     found = []

@@ -87,7 +87,11 @@ def _step_rewards(rows: Sequence[Row], process_reward: str | None) -> list[str]:
 def _magnitude(rows: Sequence[Row], settings: Any, beta: float) -> list[str]:
     """At the optimum log(pi/ref) of a response is (R - V)/beta, and until V has learned it is asked to be R/beta. A policy can
     raise it to -log ref at most, one nat a token or less for a response that the reference may write: some hundred nats."""
-    paid = settings.reward_scale * column(rows, "reward") + settings.reward_shift
+    rewards = column(rows, "reward")
+    if normalised := getattr(settings, "normalize_rewards", False):
+        paid = (rewards - rewards.mean()) / max(float(rewards.std()), 1e-12)
+    else:
+        paid = settings.reward_scale * rewards + settings.reward_shift
     if settings.process_reward == "additive":
         counts = np.maximum(column(rows, "paid"), 0)
         row_of = np.repeat(np.arange(len(counts)), counts)
@@ -95,7 +99,8 @@ def _magnitude(rows: Sequence[Row], settings: Any, beta: float) -> list[str]:
     largest = float(np.abs(paid).max())
     if largest / beta <= LARGEST_RATIO:
         return []
+    cure = "" if normalised else f"scale the rewards (--reward_scale {settings.reward_scale / largest:.2g}) or "
     return [
         f"a response is paid up to {largest:,.4g}, which with beta {beta:g} asks for log(pi/ref) of {largest / beta:,.4g} nats, "
-        f"more than a policy can move; scale the rewards (--reward_scale {settings.reward_scale / largest:.2g}) or raise --beta"
+        f"more than a policy can move; {cure}raise --beta"
     ]

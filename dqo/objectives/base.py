@@ -136,6 +136,9 @@ class Objective:
     """Equal rewards everywhere leave it nothing to learn: such data are refused."""
     fits_rewards: ClassVar[bool] = False
     """It fits beta * log(pi/ref) to the size of rewards, so that rewards far above beta are worth a warning."""
+    reads_rewards: ClassVar[str] = "size"
+    """What it reads of outcome rewards: their "size", the "order" of those of one prompt, or at most their
+    "labels"; an option that changes nothing of that is named as one without effect."""
     wants_process_reward: ClassVar[str | None] = None
     """What the option process_reward must be, for a method that reads step rewards in this sense; None: anything."""
     values_column: ClassVar[str | None] = None
@@ -217,6 +220,10 @@ class Objective:
         """(field, what is wrong) of every value out of range."""
         beta = getattr(self, "beta", None)
         return [] if beta is None or beta > 0 else [("beta", f"must be positive, got {beta}")]
+
+    def idle(self) -> tuple[str, tuple[str, ...]]:
+        """Options of its own that the others switch off: why, as a clause, and their names."""
+        return "", ()
 
     def below(self, least: float, *names: str) -> list[tuple[str, str]]:
         """(field, what is wrong) of those of these fields that are less than `least`; None passes where the type has it."""

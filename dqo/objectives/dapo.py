@@ -6,7 +6,7 @@ phase 2, the policy alone    L_pi = 1/2 ( log pi(a_k|s_k) - log ref(a_k|s_k) - A
 
 a_k is a whole step, log pi(a_k|s_k) the sum over its tokens; both losses are means over the steps of a response. P is what the
 file says of its prefixes, measured by continuations of them or labelled: --process_reward potential. That of the prompt is
-prompt_value, or where there is none the mean outcome of its responses. V lies in [0, 1], and the outcomes should.
+prompt_value, or where there is none the mean outcome of its responses. V lies in [0, 1], and so must the outcomes.
 
 ByteDance's DAPO is another method. The equations are those of the paper's abstract and of a summary, so that their numbers and
 constants are not known here; beta is ours. The paper samples several next steps in each state; here they are those of the stored
@@ -59,7 +59,7 @@ class DAPO(Objective):
         """Every response.
 
         Raises:
-            UserError: where a step has no pass rate.
+            UserError: where a step has no pass rate, and where an outcome is none.
         """
         known = columns.has_step_rewards
         if not known.all():
@@ -67,6 +67,15 @@ class DAPO(Objective):
                 f"dapo fits its critic to pass rates of prefixes, and {int(known.sum()):,} of {len(known):,} responses have one "
                 f"for each step (the first without: {columns.source[int(np.argmin(known))]}); `dqo score FILE --prefix_values 8` "
                 "measures them"
+            )
+        outside = ~((columns.reward >= 0) & (columns.reward <= 1))
+        if outside.any():
+            first = int(np.argmax(outside))
+            raise UserError(
+                "dapo takes the difference between outcomes and pass rates, which lie between 0 and 1, and "
+                f"{int(outside.sum()):,} of {len(outside):,} responses have another reward (the first: {columns.source[first]}, "
+                f"{columns.reward[first]:g}); bring them there with --reward_scale and --reward_shift, without "
+                "--normalize_rewards"
             )
         _, prompt = np.unique(columns.prompt, return_inverse=True)
         mean_outcome = np.bincount(prompt, columns.reward) / np.bincount(prompt)

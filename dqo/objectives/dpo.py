@@ -40,6 +40,7 @@ class DPO(Objective):
     """Each prompt gives at most this many pairs. Every response is used before one is used again."""
 
     unit: ClassVar[str] = "group"
+    reads_rewards: ClassVar[str] = "order"
     group_size: ClassVar[int | None] = 2
     nothing_left: ClassVar[str] = "no prompt has both a better and a worse response: 0 pairs"
 
@@ -52,6 +53,11 @@ class DPO(Objective):
         if self.loss_type == "ipo" and self.length_normalized:
             found.append(("length_normalized", "must be off with loss_type ipo, which takes means over tokens already"))
         return found
+
+    def idle(self) -> tuple[str, tuple[str, ...]]:
+        if self.loss_type == "robust" and not self.label_smoothing:
+            return "label_smoothing is 0, which makes it sigmoid", ("loss_type",)
+        return super().idle()
 
     def prepare(self, columns: Columns) -> Selection:
         """(better, worse) in each group."""
@@ -78,7 +84,7 @@ class DPO(Objective):
         if self.rpo_alpha > 0:
             likelihood = sequence_means(stats.logprobs, cu_seqlens)
             likelihood = torch.where(sign < 0, likelihood[1::2], likelihood[0::2])
-            loss = loss - self.rpo_alpha * likelihood.sum()
+            loss = loss - self.rpo_alpha * (sign.abs() * likelihood).sum()  # a pair without a label has no better one
             metrics["loss/nll"] = mean_metric(-likelihood)
         return loss, metrics
 
@@ -89,8 +95,8 @@ class DPO(Objective):
         return self.beta * sequence_sums(stats.logprobs - rows["ref_logprobs"], cu_seqlens)
 
     def signs(self, margin, rows, cu_seqlens):
-        """(pairs,): 1 where the first response counts as the better one, -1 where the second does. `margin` is that of the
-        policy, without a gradient."""
+        """(pairs,): 1 where the first response counts as the better one, -1 where the second does, 0 where neither. `margin` is
+        that of the policy, without a gradient."""
         import torch
 
         return torch.ones_like(margin)

@@ -31,6 +31,7 @@ class KTO(Objective):
     """The loss of responses labelled wrong is multiplied by this factor."""
 
     needs_contrast: ClassVar[bool] = False
+    reads_rewards: ClassVar[str] = "labels"
 
     def problems(self) -> list[tuple[str, str]]:
         return super().problems() + self.below(0, "desirable_weight", "undesirable_weight")

@@ -35,6 +35,7 @@ class QRPO(Objective):
     "continuous" takes the paper's closed form, for rewards of which no two are equal."""
 
     unit: ClassVar[str] = "response"
+    reads_rewards: ClassVar[str] = "order"
 
     def prepare(self, columns: Columns) -> Selection:
         """Every response, with what beta * S is regressed on.

@@ -19,6 +19,7 @@ class RFT(Objective):
     """At most this many correct responses are kept for each prompt. None keeps all distinct ones."""
 
     unit: ClassVar[str] = "token"
+    reads_rewards: ClassVar[str] = "labels"
     needs_contrast: ClassVar[bool] = False
     nothing_left: ClassVar[str] = "no response is correct"
 

@@ -40,6 +40,7 @@ class RTO(PPO):
     beta: float = 0.01
     """The KL penalty of a token is this times log(pi/ref): the paper's beta2, and with algorithm dqo the KL temperature."""
 
+    not_of_dqo: ClassVar[tuple[str, ...]] = ("behavior", "clip_range", "whiten", "value_clip")
     reads_models: ClassVar[tuple[str, ...]] = ("dpo_model",)
 
     @property
@@ -48,7 +49,12 @@ class RTO(PPO):
 
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems() + self.below(0, "reward_coef", "reward_clip")
+        if self.algorithm == "dqo":
+            found = [(name, what) for name, what in found if name not in self.not_of_dqo]
         return found + ([] if self.beta1 > 0 else [("beta1", f"must be positive, got {self.beta1}")])
+
+    def idle(self) -> tuple[str, tuple[str, ...]]:
+        return ("algorithm is dqo", self.not_of_dqo) if self.algorithm == "dqo" else super().idle()
 
     def prepare(self, columns: Columns) -> Selection:
         """Every response."""

@@ -15,6 +15,7 @@ from dqo.objectives.base import Objective
 @dataclass(frozen=True)
 class SFT(Objective):
     unit: ClassVar[str] = "token"
+    reads_rewards: ClassVar[str] = "labels"
     needs_contrast: ClassVar[bool] = False
 
     @property

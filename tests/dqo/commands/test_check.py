@@ -249,3 +249,30 @@ def test_the_end_that_is_trained_and_the_others_are_named(tmp_path, capsys):
     path = written(tmp_path, [row(prompt="1", completion="2"), row(prompt="1", completion="3", reward=0.0)])
     out = printed(capsys, path, "--model_name_or_path", tmp_path / "chat")
     assert "end  <eos> (2) is trained; <bos> (1), <|im_end|> (19) ends a response too\n" in out
+
+
+LACKING = [
+    ("dqo", "trained on  3 responses, as the defaults of dqo are"),
+    ("curry_dpo", "trained on  1 pairs, as the defaults of curry_dpo are"),
+    ("rank_dpo", "trained on  1 lists, as the defaults of rank_dpo are"),
+    ("ppo", "warning  method ppo, as its defaults are: ppo reads the log-probabilities"),
+    ("rto", "warning  method rto reads another model: training wants --dpo_model"),
+    ("xpo", "warning  method xpo, as its defaults are: xpo finds no sample of the reference in 1 pairs"),
+    (
+        "dapo",
+        "warning  method dapo reads step rewards in the sense of --process_reward potential: training wants it given",
+    ),
+]
+
+
+@pytest.mark.parametrize("method, line", LACKING)
+def test_a_method_tells_what_it_finds_or_lacks(method, line, model, tmp_path, capsys):
+    out = printed(capsys, written(tmp_path, ROWS), "--model_name_or_path", model, "--method", method, "--rows", 0)
+    assert line in out
+
+
+def test_a_method_without_anything_to_train_on_says_so(model, tmp_path, capsys):
+    rows = [row | {"reward": 1.0, "prompt": f"{i}+2="} for i, row in enumerate(ROWS)]
+    rows[0]["reward"] = 0.0
+    out = printed(capsys, written(tmp_path, rows), "--model_name_or_path", model, "--method", "rebel", "--rows", 0)
+    assert "warning  method rebel: no prompt has two responses: 0 pairs. There are 3 responses" in out

@@ -33,6 +33,31 @@ CASES = [
     ({}, {"verifier": "gsm8k", "num_generations": 2}, "eval_tasks is not given", {"eval_tasks": "x.jsonl"}),
     ({"process_reward": "none"}, {"process_coef": 0.5}, "step rewards are not used", {"process_reward": "additive"}),
     ({}, {"run_name": "a", "project": "b"}, "report_to is none", {"report_to": "wandb"}),
+    (
+        {"method": "qrpo"},
+        {"normalize_rewards": True},
+        "the method does not read the size of rewards",
+        {"method": "tbrm"},
+    ),
+    (
+        {"method": "curry_dpo"},
+        {"reward_shift": 1.0, "reward_scale": 2.0},
+        "the method does not read the size of rewards",
+        {"method": "rebel"},
+    ),
+    (
+        {"method": "dpo"},
+        {"loss_type": "robust"},
+        "label_smoothing is 0, which makes it sigmoid",
+        {"method": "dpo", "label_smoothing": 0.1},
+    ),
+    ({"method": "kto"}, {"reward_scale": -1.0}, "the method does not read the size of rewards", {"method": "dpo"}),
+    (
+        {"method": "rto", "dpo_model": ".", "algorithm": "dqo"},
+        {"behavior": "reference", "clip_range": 0.5, "whiten": False, "value_clip": None},
+        "algorithm is dqo",
+        {"method": "rto", "dpo_model": ".", "algorithm": "ppo"},
+    ),
 ]
 
 

@@ -66,6 +66,12 @@ WRONG = row(completion="d", reward=0.0)
             {"method": "dqo", "process_reward": "additive"},
             "paid up to 41",
         ),
+        (
+            [row(reward=200), row(completion="d", reward=-100)],
+            {"method": "dqo", "normalize_rewards": True, "options": {"beta": 0.001}},
+            "a response is paid up to 1, which with beta 0.001 asks for log(pi/ref) of 1,000 nats, more than a policy can move; "
+            "raise --beta",
+        ),
     ],
 )
 def test_warnings(rows, changes, part):

@@ -90,3 +90,10 @@ def test_options_out_of_range_are_named():
     assert [name for name, _ in ADPO(threshold=-1.0).problems()] == ["threshold"]
     assert [name for name, _ in ADPO(beta=0.0).problems()] == ["beta"]
     assert ADPO().problems() == []
+
+
+def test_a_pair_without_a_label_has_no_likelihood_term():
+    ratios = torch.zeros(2).requires_grad_()  # m is 0, and nothing is asked
+    rows = {name: torch.zeros(2) for name in ("ref_logprobs", "label", "known")}
+    ADPO(threshold=0.0, rpo_alpha=1.0)(stats_of(ratios), rows, torch.arange(3))[0].backward()
+    assert ratios.grad.tolist() == [0.0, 0.0]

@@ -114,6 +114,15 @@ def test_steps_without_pass_rates_are_counted_and_refused():
         selected(DAPO(), found)
 
 
+def test_outcomes_that_are_no_pass_rates_are_counted_and_refused():
+    found = members()
+    found[1].reward = -1.0
+    with pytest.raises(
+        UserError, match=r"1 of 4 responses have another reward \(the first: row 2, -1\); bring them there"
+    ):
+        selected(DAPO(), found)
+
+
 @pytest.mark.parametrize("flags", [[], ["--process_reward", "additive"]])
 def test_step_rewards_in_another_sense_are_refused(flags, tmp_path):
     rows = [{"prompt": "a", "completion": "x", "reward": float(i)} for i in range(2)]

@@ -81,3 +81,8 @@ def test_options_out_of_range_are_named():
     wrong = RTO(beta1=0.0, reward_coef=-1.0, reward_clip=-1.0, beta=0.0).problems()
     assert [name for name, _ in wrong] == ["beta", "reward_coef", "reward_clip", "beta1"]
     assert RTO().problems() == []
+
+
+def test_with_dqo_the_values_of_ppo_s_options_are_not_looked_at():
+    assert not RTO(algorithm="dqo", target_ema=None).problems()
+    assert [name for name, _ in RTO(target_ema=None).problems()] == ["value_clip"]
