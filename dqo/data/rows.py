@@ -122,8 +122,12 @@ def checked_rows(source: Source, reward_threshold: float, scored: bool, say: Say
         say: called with a level of `logging` and a line.
 
     Raises:
-        UserError: for columns that rows cannot have, and a file that changes meanwhile.
+        UserError: for columns that rows cannot have, and a file that changes meanwhile or cannot be read twice.
     """
+    if source.path is not None and not source.path.is_file():
+        raise UserError(
+            f"{source.path}: is a pipe, or no file at all; rows are read more than once: write them to a file"
+        )
     shapes = Shapes()
     for item in source.items():
         if isinstance(item, Record):

@@ -67,6 +67,8 @@ def mapped(file: IO[bytes], begin: int = 0, end: int | None = None) -> tuple[Arr
         if not isinstance(told, dict):
             raise Damaged("it has no header")
         metadata = told.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise Damaged("it has no metadata")
         if size != 8 + length + max((tensor["data_offsets"][1] for tensor in told.values()), default=0):
             raise Damaged("it is cut off")
         content = np.zeros(0, np.uint8)
@@ -81,9 +83,10 @@ def mapped(file: IO[bytes], begin: int = 0, end: int | None = None) -> tuple[Arr
     return found, metadata
 
 
-def _checksum(arrays: Arrays) -> str:
-    found = 0
-    for _, array in sorted(arrays.items()):
+def _checksum(arrays: Arrays, header: str) -> str:
+    found = zlib.crc32(header.encode("utf-8", "surrogatepass"))
+    for name, array in sorted(arrays.items()):
+        found = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode("utf-8", "surrogatepass"), found)
         found = zlib.crc32(np.ascontiguousarray(array).data.cast("B") if array.size else b"", found)
     return f"{found:08x}"
 
@@ -98,7 +101,7 @@ class Segments:
         self._file: IO[bytes] | None = None  # of a larger one; it has no name
         self._begins: dict[int, tuple[int, int]] = {}  # where a segment begins and ends in it
         self._mapped: OrderedDict[int, Segment] = OrderedDict()
-        self._damaged: set[int] = set()
+        self._damaged: set[int | str] = set()  # what was named
 
     def __len__(self) -> int:
         return self.count
@@ -111,7 +114,13 @@ class Segments:
             return self._mapped[number]
         if not 0 <= number < self.count:
             raise IndexError(number)
-        segment = self._open(number)
+        try:
+            segment = self._open(number)
+        except (Damaged, OSError) as error:
+            what = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"{self._path(number)}: was deleted or altered while it was in use ({what}). The same command makes it again"
+            ) from error
         self._mapped[number] = segment
         if len(self._mapped) > MAPPED:
             self._mapped.popitem(last=False)
@@ -127,11 +136,13 @@ class Segments:
 
     def find(self, number: int) -> Segment | None:
         """A segment that an earlier writer left; None for one that is not there or is damaged, and must be written (again)."""
-        if self.directory is None or not self._path(number).exists():
+        if self.directory is None:
             return None
         try:
             found = self._open(number, check=True)
-        except Damaged as error:
+        except FileNotFoundError:
+            return None
+        except (Damaged, OSError) as error:
             if number not in self._damaged:  # it is looked for more than once
                 logger.warning("%s is damaged (%s) and is written again", self._path(number), error)
             self._damaged.add(number)
@@ -170,26 +181,43 @@ class Segments:
         else:
             with self._path(number).open("rb") as file:
                 arrays, metadata = mapped(file)
-        if check and _checksum(arrays) != metadata.get(_CHECKSUM):
+        header = str(metadata.get(_HEADER))
+        if check and _checksum(arrays, header) != metadata.get(_CHECKSUM):
             raise Damaged("its content is not what was written")
-        return Segment(arrays, json.loads(metadata[_HEADER]))
+        return Segment(arrays, json.loads(header))
 
     def finish(self, told: dict[str, Any]) -> None:
         """Says that the table has all its segments. `told`: what is known of all rows."""
         if self.directory is not None:
-            write_whole(self.directory / _WHOLE, json.dumps({"segments": self.count, **told}).encode())
+            told = {"segments": self.count, **told}
+            write_whole(
+                self.directory / _WHOLE, json.dumps({**told, _CHECKSUM: _checksum({}, json.dumps(told))}).encode()
+            )
 
     def whole(self) -> dict[str, Any] | None:
         """What `finish` was told of a table that is there; None where it is not finished, or a segment is damaged."""
         if self.directory is None:
             return None
-        try:
-            told = json.loads((self.directory / _WHOLE).read_bytes())
-            if all(self.find(number) is not None for number in range(told["segments"])):
-                return told
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+        if (told := self._told()) is not None and all(self.find(i) is not None for i in range(told["segments"])):
+            return told
         self.count = 0
+        return None
+
+    def _told(self) -> dict[str, Any] | None:
+        """What `finish` wrote; None where it is not there or is damaged."""
+        assert self.directory is not None
+        path = self.directory / _WHOLE
+        try:
+            told = json.loads(path.read_bytes())
+            if told.pop(_CHECKSUM) == _checksum({}, json.dumps(told)):
+                return told
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+        if _WHOLE not in self._damaged:  # it is looked for more than once
+            logger.warning("%s is damaged and is written again", path)
+        self._damaged.add(_WHOLE)
         return None
 
     def _path(self, number: int) -> Path:
@@ -221,7 +249,8 @@ class Segments:
 def _content(arrays: Arrays, header: dict[str, Any]) -> bytes:
     from safetensors.numpy import save
 
-    metadata = {_HEADER: json.dumps(header), _CHECKSUM: _checksum(arrays)}
+    text = json.dumps(header)
+    metadata = {_HEADER: text, _CHECKSUM: _checksum(arrays, text)}
     return save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
 
 

@@ -26,7 +26,7 @@ from dqo.data.sources import BadRow, Source, open_source
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of a segment, and of what the checks make of a row
+FORMAT = 2  # of a segment, and of what the checks make of a row
 ROWS = 2048  # of a segment; the last has fewer. So many are tokenised together, which takes 100 bytes a token meanwhile
 SHARED_FROM = 2**23  # bytes of a file whose rows are kept for other processes and runs
 FINISHES = (None, "stop", "length")

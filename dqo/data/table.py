@@ -29,7 +29,7 @@ from dqo.data.sources import BadRow
 from dqo.data.stored import ROWS, StoredRows, hashes
 from dqo.data.tokens import Chunk, Tokens, say_remarks, tokenize_chunk
 
-FORMAT = 1  # of a segment, and of how rows become tokens
+FORMAT = 2  # of a segment, and of how rows become tokens
 
 
 class TokenTable:
@@ -144,6 +144,7 @@ def _described(tokenizer, template_time: datetime.datetime | None) -> Any:
         hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest(),
         template_text(tokenizer),
         {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
+        bool(getattr(tokenizer, "split_special_tokens", False)),
         None if template_time is None else template_time.isoformat(),
         version("tokenizers"),
         version("transformers"),

@@ -3,6 +3,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 
@@ -330,3 +331,9 @@ def test_rows_are_checked_without_importing_torch():
     heavy = "{'torch', 'transformers', 'numpy', 'pyarrow', 'tqdm'}"
     code = f"import sys, dqo.data.rows, dqo.convert.entry; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_pipe_is_refused_before_it_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match="pipe.jsonl: is a pipe.*write them to a file"):
+        read_rows(tmp_path / "pipe.jsonl")

@@ -132,11 +132,49 @@ def test_a_damaged_segment_is_named_and_made_again(tmp_path, caplog):
     expected = list(rows)
     file = rows.segments.directory / "segment-000001.safetensors"
     content = file.read_bytes()
-    for damage in (content[:-3], content[:-3] + b"abc", content[:5], b""):
+    headers = [
+        content.replace(*pair, 1)
+        for pair in ((b'"header"', b'"heaper"'), (b'"{}"', b'"{1"'), (b'"reward"', b'"rewarm"'))
+    ]
+    for damage in (content[:-3], content[:-3] + b"abc", content[:5], b"", *headers):
         file.write_bytes(damage)
         caplog.clear()
         assert open_rows(path, root=cache) == expected
         assert any(str(file) in message and "is written again" in message for message in caplog.messages)
+
+
+def test_what_is_known_of_all_rows_is_made_again_when_it_is_damaged(tmp_path, caplog):
+    path, cache = written(tmp_path, FILES["flat"]), tmp_path / "cache"
+    rows = open_rows(path, root=cache)
+    file, expected = rows.segments.directory / "whole.json", list(rows)
+    content = file.read_bytes()
+    for damage in (
+        content.replace(b"11", b"10"),
+        content.replace(b"said", b"sand"),
+        content[:-2],
+        b'{"segments": 4}',
+        b"[]",
+    ):
+        file.write_bytes(damage)
+        caplog.clear()
+        assert open_rows(path, root=cache) == expected
+        assert [m for m in caplog.messages if "damaged" in m] == [f"{file} is damaged and is written again"]
+        assert file.read_bytes() == content
+
+
+def test_a_table_that_is_deleted_or_cut_while_it_is_in_use_is_named(tmp_path):
+    rows = open_rows(written(tmp_path, FILES["flat"]), root=tmp_path / "cache")
+    file = rows.segments.directory / "segment-000001.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(
+        UserError, match=r"segment-000001.*was deleted or altered while it was in use \(it is cut off\)"
+    ):
+        rows[3]
+    file.unlink()
+    with pytest.raises(
+        UserError, match=r"while it was in use \(No such file or directory\). The same command makes it again"
+    ):
+        rows[3]
 
 
 def test_a_full_disk_is_named_and_what_was_written_is_used_later(tmp_path, monkeypatch):

@@ -211,6 +211,8 @@ def test_another_tokenizer_vocabulary_or_end_has_another_table(file):
     tables += [opened(file).table, opened(file, other).table]
     assert len({t.segments.directory for t in tables}) == 5
     assert opened(file).table.segments.directory == tables[3].segments.directory
+    other.split_special_tokens = True
+    assert opened(file, other).table.segments.directory != tables[4].segments.directory
 
 
 def test_rows_that_cannot_be_placed_are_named_as_without_a_table(file, caplog):
