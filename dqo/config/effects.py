@@ -40,9 +40,9 @@ def without_effect(options: Options, adapters: bool, held_out_given: bool) -> st
             ["normalize_rewards", "reward_shift", *["reward_scale"] * (turned or config.reward_scale > 0)],
         ),
     }
-    why, names = objective.idle()
-    if names:
-        reasons[why] = (False, list(names))
+    why, unread = objective.idle()
+    if unread:
+        reasons[why] = (False, list(unread))
     values = options.flat()
     defaults = {field.name: field.default for part in (config, objective) for field in dataclasses.fields(part)}
     found = []
