@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks.evidence import objectives, objectives_table
+from benchmarks.evidence import objective_options, objectives, objectives_table
 from benchmarks.evidence.objective_options import BUDGET, OPTIONS, RECIPE
 from benchmarks.evidence.objectives import comparison, with_prefix_values
 from dqo.commands.compare import compare_command
@@ -71,8 +71,8 @@ def test_the_comparison_goes_on_and_tells_what_it_measured(demonstration, tmp_pa
     monkeypatch.setattr(objectives_table, "RESULTS", tmp_path / "results")
     tiny = dataclasses.replace(RECIPE, min_steps=TASK.min_steps, max_steps=TASK.max_steps, eval_problems=4)
     monkeypatch.setattr(objectives, "RECIPE", tiny)
-    monkeypatch.setitem(objectives.BUDGET, "per_device_train_batch_size", 8)
-    monkeypatch.setattr(objectives, "WARMUP", 1)
+    monkeypatch.setitem(BUDGET, "per_device_train_batch_size", 8)
+    monkeypatch.setattr(objective_options, "WARMUP", 1)
     monkeypatch.setattr(objectives, "compare", compare_command)  # in this process
     words = [str(demonstration), "--output_dir", str(tmp_path / "out"), "--updates", "2"]
     objectives.main([*words, "--methods", "rto"])  # after dpo, which it reads
