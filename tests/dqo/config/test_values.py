@@ -28,19 +28,21 @@ ANY_NUMBER = {"process_coef", "reward_scale", "reward_shift", "reward_threshold"
 
 
 def fields_of(kind):
-    """(dataclass, field, method that has it) of every option that may be of `kind`, float, int or str."""
+    """(dataclass, field, method that has it) of every option that may be of `kind`, float, int or str; one that several inherit
+    is there once."""
     classes = [
         (TrainConfig, "dqo"),
         *((cls, method) for method, cls in OBJECTIVES.items()),
         *((c, None) for c in COMMANDS),
     ]
-    found = []
+    found = {}
     for cls, method in classes:
         hints = get_type_hints(cls)
-        for field in dataclasses.fields(cls):
-            if kind in (hints[field.name], *get_args(hints[field.name])):
-                found.append(pytest.param(cls, field.name, method, id=f"{cls.__name__}.{field.name}"))
-    return found
+        for name in (field.name for field in dataclasses.fields(cls)):
+            origin = next(c for c in cls.__mro__ if name in vars(c).get("__annotations__", {}))
+            if kind in (hints[name], *get_args(hints[name])):
+                found.setdefault((origin, name), pytest.param(cls, name, method, id=f"{cls.__name__}.{name}"))
+    return list(found.values())
 
 
 def refusal(cls, name, method, text):
