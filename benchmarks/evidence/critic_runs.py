@@ -181,7 +181,7 @@ def run(directory: Path) -> None:
 
 
 def quality(trainer, episodes) -> dict[str, Any]:
-    """Of the value model (soft values where there is none), and of beta * log(pi / ref) of each token."""
+    """Of the value model (implied values or soft values where there is none), and of beta * log(pi / ref) of each token."""
     from benchmarks.evidence.critic_quality import quality_of_scores, quality_of_values
     from dqo.models.policy import policy_stats
     from dqo.train.held_out import of_each
@@ -189,7 +189,9 @@ def quality(trainer, episodes) -> dict[str, Any]:
 
     def of_batch(learner, batch):
         stats = policy_stats(learner.policy, batch, learner.bf16)
-        if learner.value_model is None:
+        if "values" in batch.columns:  # implied by the policy of another run
+            values = batch.columns["values"]
+        elif learner.value_model is None:
             values = trainer.objective.beta * (stats.lse - batch.columns["ref_lse"])
         else:
             values = values_of(learner, batch)

@@ -34,7 +34,7 @@ TUNING_SEED, SEEDS = 100, (0, 1, 2)
 LOOKS = (64, 128, 256)  # updates after which a critic that is trained alone is looked at, beside the last
 EPOCH = 64  # updates of 256 responses, of the demonstration's 16,384
 
-# The critics, as options of `dqo train`. {screen} is the directory of the screen's runs.
+# The critics, as options of `dqo train`. {screen} and {policy} are the directories of the stages' runs.
 SEPARATE: dict[str, Any] = {"value_model": "separate"}
 HEAD: dict[str, Any] = {"value_model": "head"}
 FORMS: dict[str, dict[str, Any]] = {  # of a separate critic
@@ -81,11 +81,12 @@ POLICY: dict[str, dict[str, Any]] = {
     "bce": SEPARATE | FORMS["bce"] | {"value_warmup_steps": EPOCH},
     "hl_gauss": SEPARATE | FORMS["hl_gauss"] | {"value_warmup_steps": EPOCH},
 }
-# Critics that the screen has fitted, on its task alone
-FROZEN = {
+# What earlier runs leave, on the demonstration's task alone: a critic of the screen, and the policy of a run of the same seed
+FROZEN: dict[str, dict[str, Any]] = {
     "implicit-frozen": {"value_model": "{screen}/6-10/implicit-3e-4/seed-100/run", "freeze_value_model": True},
+    "implied": {"value_model": "implied:{policy}/6-10/separate/seed-{seed}/run"},
 }
-WINNER = "head"
+WINNER = "separate"
 LAMBDA = {
     f"lam-{lam}-{level}": POLICY[WINNER] | {"lam": lam, "is_level": level}
     for level in ("trajectory", "suffix", "none")
@@ -138,7 +139,8 @@ def _with_policy(options: dict[str, Any]) -> dict[str, Any]:
 def spec_of(run: Planned, output: Path) -> dict[str, Any]:
     """What the run's process reads."""
     task = output / "tasks" / run.task
-    own = {k: v.format(screen=output / "screen") if isinstance(v, str) else v for k, v in run.options.items()}
+    known = {"screen": output / "screen", "policy": output / "policy", "seed": run.seed}
+    own = {k: v.format(**known) if isinstance(v, str) else v for k, v in run.options.items()}
     files = {"model_name_or_path": "base", "dataset_name": "rollouts.jsonl", "eval_dataset_name": "held_out.jsonl"}
     places = {name: str(task / file) for name, file in (files | {"ref_cache_dir": "ref_cache"}).items()}
     return {

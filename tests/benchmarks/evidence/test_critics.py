@@ -48,7 +48,7 @@ def test_every_run_has_options_of_the_trainer_and_the_same_updates_of_the_policy
     runs = [run for stage in STAGES for run in critics.planned(stage)]
     assert len({run.directory(tmp_path) for run in runs}) == len(runs)
     for run in runs:
-        if run.stage == "screen":  # from which others take their critic
+        if run.stage == "screen" or run.variant == critics.DEFAULT:  # from which others take their values
             (run.directory(tmp_path) / "run").mkdir(parents=True)
     one_each = {(run.stage, run.variant): run for run in runs}.values()
     for run in one_each:
@@ -108,16 +108,21 @@ def test_a_run_is_measured_and_stands_in_the_table(place, monkeypatch):
     runs = [
         critics.Planned("policy", "6-10", "separate", 0, critics.SEPARATE | small, ()),
         critics.Planned("policy", "6-10", "none", 0, {"value_model": "none"} | small, ()),
+        critics.Planned(
+            "policy", "6-10", "implied", 0, critics.FROZEN["implied"] | small | {"value_warmup_steps": 0}, ()
+        ),
         critics.Planned("screen", "6-10", "head-1e-3", 100, critics.HEAD | alone, (1,)),
     ]
     with monkeypatch.context() as patched:
         patched.setattr(critics.subprocess, "run", in_this_process)
         assert critics.go_on(runs, place, place) == []
     results = [(run, critics.result_of(run, place)) for run in runs]
-    separate, _, screened = (result for _, result in results)
+    separate, _, implied, screened = (result for _, result in results)
     assert [stage["update"] for stage in screened["stages"]] == [0, 1, 2] and "greedy" not in screened
     assert len(separate["greedy"]) == 4 and len(separate["sampling"][0]) == critic_runs.SAMPLES
     assert separate["updates"] == 3 and separate["cpu_seconds"] > 0
+    # V is implied from before the first update on
+    assert implied["stages"][0]["value"] == implied["stages"][-1]["value"] != separate["stages"][-1]["value"]
     before = screened["stages"][0]  # V = 0 and pi = ref: neither says anything
     assert before["value"]["auc/end"] == 0.5 and before["log_ratio"]["auc"] == pytest.approx(0.5, abs=0.2)
     told = [json.loads((place / "tasks" / "6-10" / "task.json").read_text())]
