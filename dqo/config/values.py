@@ -106,8 +106,14 @@ def suggestion(
 
 
 @functools.cache
+def annotations(cls: type) -> dict[str, Any]:
+    """The annotations of a class, with what Annotated adds; they are strings, and Python compiles each of them every time."""
+    return get_type_hints(cls, include_extras=True)
+
+
+@functools.cache
 def type_hints(cls: type) -> dict[str, Any]:
-    """The annotations of a class; they are strings, and Python compiles each of them every time."""
+    """The types of a class's fields."""
     return get_type_hints(cls)
 
 
