@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from dqo.config.sources import read_options
-from dqo.config.values import annotations, brief, refuse, suggestion, value_problems
+from dqo.config.values import annotated_types, brief, refuse, suggestion, value_problems
 from dqo.errors import UserError
 from dqo.files import name_problem
 from dqo.objectives import OBJECTIVES
@@ -77,7 +77,7 @@ def given_values(parts: Iterable[Any], arguments: list[str]) -> dict[str, Any] |
     named = flag_sources(arguments)
     fields: list[Any] = []
     for part in parts:
-        hints = annotations(part if isinstance(part, type) else type(part))
+        hints = annotated_types(part if isinstance(part, type) else type(part))
         for f in dataclasses.fields(part):
             if isinstance(part, type):
                 default = dataclasses.field(default=f.default, default_factory=f.default_factory)
@@ -89,7 +89,7 @@ def given_values(parts: Iterable[Any], arguments: list[str]) -> dict[str, Any] |
     shape = dataclasses.make_dataclass("Flags", fields, kw_only=True)
     unread = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(unread), contextlib.redirect_stderr(unread):
-        return vars(tyro.cli(shape, args=arguments, use_underscores=True))
+        return dict(vars(tyro.cli(shape, args=arguments, use_underscores=True)))
     return None
 
 

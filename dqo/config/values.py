@@ -106,8 +106,8 @@ def suggestion(
 
 
 @functools.cache
-def annotations(cls: type) -> dict[str, Any]:
-    """The annotations of a class, with what Annotated adds; they are strings, and Python compiles each of them every time."""
+def annotated_types(cls: type) -> dict[str, Any]:
+    """The types of a class's fields with what Annotated adds. Python compiles the strings that they are every time."""
     return get_type_hints(cls, include_extras=True)
 
 
