@@ -95,7 +95,8 @@ def test_commands_of_the_trainer_run_in_their_order_up_to_training(page, place, 
                 call(monkeypatch, "dqo", [*(arguments or ["demo"]), "--help"])
             assert left.value.code in (0, None)
         else:
-            call(monkeypatch, script, arguments)
+            in_small = ["--max_steps", "1", "--num_pairs", "2", "--max_completion_length", "4"]  # else minutes
+            call(monkeypatch, script, [*arguments, *(in_small if arguments[0] == "zpg" else [])])
         if arguments[:1] == ["score"]:  # a random model is never right, and equal rewards are refused
             shutil.copy("rollouts.jsonl", arguments[arguments.index("--output_file") + 1])
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
-from dqo.config.flags import check_flags, flag_sources, options_of_methods, take_config_files
+from dqo.config.flags import check_flags, flag_sources, given_values, options_of_methods, take_config_files
 from dqo.config.optimizer import OptimizerOptions
 from dqo.config.presets import PRESETS, under
 from dqo.config.rows import RowOptions
@@ -327,7 +327,8 @@ def load_options(arguments: list[str], prog: str = "dqo-train") -> Options:
     known = {f.name for cls in (TrainConfig, its_class) for f in dataclasses.fields(cls)}
     check_flags(arguments, known | {"config"})
     train, objective = _resolve(its_class, from_files)
-    if arguments:
+    given = given_values([train, objective], arguments) if arguments else {}
+    if given is None:
         # made here, because tyro resolves the annotations of a class by name and the objective is known only now
         shape = dataclasses.make_dataclass("Flags", [("train", TrainConfig), ("objective", its_class)], frozen=True)
         flags = tyro.cli(
@@ -339,6 +340,9 @@ def load_options(arguments: list[str], prog: str = "dqo-train") -> Options:
             description=TrainConfig.__doc__,
         )
         train, objective = flags.train, flags.objective
+    else:
+        train = dataclasses.replace(train, **{name: value for name, value in given.items() if hasattr(train, name)})
+        objective = dataclasses.replace(objective, **{n: value for n, value in given.items() if not hasattr(train, n)})
     sources = {key: source for key, (_, source) in from_files.items()} | flag_sources(arguments)
     options = Options(train, objective, sources)
     check_values(options)
@@ -358,7 +362,7 @@ def dump_options(options: Options) -> str:
     """YAML of the resolved options; `--config` of it reproduces the run."""
     values = {name: list(v) if isinstance(v, tuple) else v for name, v in options.flat().items()}
     del values["num_train_epochs" if options.train.max_steps > 0 else "max_steps"]  # only one of them may be set
-    return yaml.safe_dump(values, sort_keys=False)
+    return yaml.dump(values, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False)  # C is ten times as fast
 
 
 def command_line() -> str:

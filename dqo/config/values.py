@@ -106,8 +106,14 @@ def suggestion(
 
 
 @functools.cache
+def annotated_types(cls: type) -> dict[str, Any]:
+    """The types of a class's fields with what Annotated adds. Python compiles the strings that they are every time."""
+    return get_type_hints(cls, include_extras=True)
+
+
+@functools.cache
 def type_hints(cls: type) -> dict[str, Any]:
-    """The annotations of a class; they are strings, and Python compiles each of them every time."""
+    """The types of a class's fields."""
     return get_type_hints(cls)
 
 

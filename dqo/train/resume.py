@@ -9,6 +9,7 @@ Earlier checkpoints have the identity alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from importlib.metadata import PackageNotFoundError, version
@@ -75,6 +76,7 @@ def stored_options(
     return json.loads(json.dumps(kept))
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """{package: version} of those whose names and defaults a checkpoint depends on."""
     found = {}

@@ -1,7 +1,12 @@
 """Flags before tyro reads them: configuration files are taken, unknown flags refused."""
 
-import pytest
+import dataclasses
+from typing import Annotated, Literal
 
+import pytest
+import tyro
+
+from dqo.config.flags import given_values
 from dqo.config.options import load_options
 from dqo.errors import UserError
 
@@ -28,3 +33,56 @@ def test_files_are_taken_however_they_are_given(tmp_path):
             load_options(arguments)
     with pytest.raises(UserError, match="absent.yaml: cannot be read"):
         load_options([f"--config={tmp_path}/absent.yaml"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Several:
+    """Options of every kind."""
+
+    files: tyro.conf.Positional[tuple[str, ...]]
+    out: str
+    steps: int = 3
+    rate: float | None = 0.5
+    names: tuple[str, ...] | None = None
+    kind: Literal["a", "b"] | None = None
+    on: bool = True
+    off: bool = False
+    more: Annotated[tuple[int, ...], tyro.conf.arg(help="Numbers.")] = dataclasses.field(default_factory=tuple)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["x", "y"],
+        ["--steps=-2", "--rate", "None", "--no_on", "--off"],
+        ["--names", "p", "q", "--kind", "b", "--more", "1", "2"],
+        ["--rate", "-1e-3", "--names", "None", "--no-off", "--on"],
+    ],
+)
+def test_a_parser_of_the_named_options_finds_what_one_of_all_finds(arguments):
+    arguments = [*arguments, "--out", "o"]
+    whole = tyro.cli(Several, args=arguments, use_underscores=True)
+    assert Several(**given_values([Several], arguments)) == whole
+    default = Several(("z",), "p", 1, None, ("r",), "a", False, True, (7,))
+    whole = tyro.cli(Several, args=arguments, default=default, use_underscores=True)
+    if not {"x", "y"} & set(arguments):  # files have a default and are not named: left to the parser of all
+        assert dataclasses.replace(default, **given_values([default], arguments)) == whole
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["-h"],
+        ["--steps", "x"],
+        ["--kind", "c"],
+        ["--no_steps"],
+        ["--off=3"],
+        ["--rate"],
+        ["--kind", "a", "x"],
+    ],
+)
+def test_what_does_not_fit_is_told_by_a_parser_of_all(arguments, capsys):
+    assert given_values([Several(("z",), "p")], arguments) is None
+    assert capsys.readouterr() == ("", "")
