@@ -60,6 +60,25 @@ def check_flags(arguments: list[str], known: set[str]) -> None:
             raise UserError(f"unknown option {brief(name)}.{nearest} `--help` lists all")
 
 
+def plain_switches(arguments: list[str], classes: Iterable[type]) -> list[str]:
+    """`--bf16 True` and `--bf16=false`, as other trainers read them, become `--bf16` and `--no_bf16`."""
+    switches = {name for cls in classes for name, kind in annotated_types(cls).items() if kind is bool}
+    found: list[str] = []
+    i = 0
+    while i < len(arguments):
+        flag, equals, value = arguments[i].partition("=")
+        option = flag[2:].replace("-", "_")
+        if flag.startswith("--") and option in switches:
+            beside = value if equals else "".join(arguments[i + 1 : i + 2])
+            if beside.lower() in ("true", "false"):
+                found.append(f"--{option}" if beside.lower() == "true" else f"--no_{option}")
+                i += 1 if equals else 2
+                continue
+        found.append(arguments[i])
+        i += 1
+    return found
+
+
 def flag_sources(arguments: list[str]) -> dict[str, str]:
     """{option: the flag that gives it}."""
     names = [a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in arguments if a.startswith("--")]
@@ -96,6 +115,7 @@ def given_values(parts: Iterable[Any], arguments: list[str]) -> dict[str, Any] |
 def parse_flags(cls: type, arguments: list[str], prog: str) -> Any:
     """A command's dataclass from its flags, each value checked; exits with 2 when tyro finds one of the wrong type."""
     check_flags(arguments, {f.name for f in dataclasses.fields(cls)})
+    arguments = plain_switches(arguments, [cls])
     given = given_values([cls], arguments)
     config: Any = cls(**given) if given is not None else tyro.cli(cls, args=arguments, prog=prog, use_underscores=True)
     refuse(value_problems(config) or config.problems(), flag_sources(arguments))

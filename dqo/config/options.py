@@ -16,7 +16,14 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
-from dqo.config.flags import check_flags, flag_sources, given_values, options_of_methods, take_config_files
+from dqo.config.flags import (
+    check_flags,
+    flag_sources,
+    given_values,
+    options_of_methods,
+    plain_switches,
+    take_config_files,
+)
 from dqo.config.optimizer import OptimizerOptions
 from dqo.config.presets import PRESETS, under
 from dqo.config.rows import RowOptions
@@ -326,6 +333,7 @@ def load_options(arguments: list[str], prog: str = "dqo-train") -> Options:
     its_class = _objective_class(arguments, from_files)
     known = {f.name for cls in (TrainConfig, its_class) for f in dataclasses.fields(cls)}
     check_flags(arguments, known | {"config"})
+    arguments = plain_switches(arguments, [TrainConfig, its_class])
     train, objective = _resolve(its_class, from_files)
     given = given_values([train, objective], arguments) if arguments else {}
     if given is None:
@@ -362,7 +370,9 @@ def dump_options(options: Options) -> str:
     """YAML of the resolved options; `--config` of it reproduces the run."""
     values = {name: list(v) if isinstance(v, tuple) else v for name, v in options.flat().items()}
     del values["num_train_epochs" if options.train.max_steps > 0 else "max_steps"]  # only one of them may be set
-    return yaml.dump(values, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False)  # C is ten times as fast
+    return yaml.dump(
+        values, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False
+    )  # C is ten times as fast
 
 
 def command_line() -> str:

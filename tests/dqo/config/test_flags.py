@@ -35,6 +35,15 @@ def test_files_are_taken_however_they_are_given(tmp_path):
         load_options([f"--config={tmp_path}/absent.yaml"])
 
 
+@pytest.mark.parametrize("yes", [["--use_peft", "True"], ["--use-peft=true"], ["--use_peft"], ["--use_peft", "TRUE"]])
+@pytest.mark.parametrize("no", [["--no_bf16"], ["--bf16", "False"], ["--bf16=false"]])
+def test_a_switch_may_be_followed_by_its_value(yes, no):
+    needed = ["--dataset_name", "True", "--padding_free", "True", "--output_dir=false"]
+    found = load_options([*yes, *needed, *no]).train
+    assert (found.use_peft, found.bf16, found.padding_free) == (True, False, True)
+    assert (found.dataset_name, found.output_dir) == ("True", "false")
+
+
 @dataclasses.dataclass(frozen=True)
 class Several:
     """Options of every kind."""
