@@ -51,7 +51,8 @@ def pytest_runtest_setup(item):
     figures.render(wanted=not figures.LOOKED_AT.isdisjoint(item.path.parts))
 
 
-# Files of long tests and fixtures. Last of all, one of them would keep one worker at work while the others have none.
+# Files of long tests and fixtures; the others that have a slow test come next. Last of all, one of them would keep one worker at
+# work while the others have none.
 LONGEST = [
     "test_sanitizers.py", "test_run.py", "test_parallel.py", "test_vocab_parallel.py", "test_docs_commands.py",
     "test_examples.py", "test_wheel.py", "test_signals.py", "test_library.py",
@@ -60,7 +61,8 @@ LONGEST = [
 
 def pytest_collection_modifyitems(items):
     order = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (order.get(item.path.name, len(order)), item.path not in slow))
     for item in items:
         if torch.cuda.is_available():
             if item.path.name.startswith(("test_gpu", "test_triton")):  # these run on the GPU then

@@ -370,9 +370,8 @@ def dump_options(options: Options) -> str:
     """YAML of the resolved options; `--config` of it reproduces the run."""
     values = {name: list(v) if isinstance(v, tuple) else v for name, v in options.flat().items()}
     del values["num_train_epochs" if options.train.max_steps > 0 else "max_steps"]  # only one of them may be set
-    return yaml.dump(
-        values, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False
-    )  # C is ten times as fast
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # in C, ten times as fast
+    return yaml.dump(values, Dumper=dumper, sort_keys=False)
 
 
 def command_line() -> str:
