@@ -87,13 +87,17 @@ def profiled(model: Any, objective: Any, episodes: list[Episode], bf16: bool, pa
     learner = Learner(model, critic, bf16=bf16)
     engine = Engine(learner, learner, Batching(0, max_tokens, "cpu", packed), Processes())
     optimizer = optim.make_optimizer(learner, 1e-6, 0.0, (0.9, 0.999), 1e-8, False)
+    for parameter in learner.parameters():  # AdamW's averages, which are made in a first step alone
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optim.update(optimizer, 0.0)
+    learner.zero_grad(set_to_none=True)
     begun = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         accumulate(engine, objective, groups_of(episodes, objective.group_size))
         optim.clip(learner, 1.0)
         optim.update(optimizer, 1e-6)
     seconds = time.perf_counter() - begun
-    model.zero_grad(set_to_none=True)
+    learner.zero_grad(set_to_none=True)
     by_operator: Counter[str] = Counter()
     for event in profiler.key_averages():
         by_operator[event.key] += event.self_cpu_time_total / 1e6

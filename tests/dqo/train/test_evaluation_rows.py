@@ -49,8 +49,10 @@ def test_two_processes_with_shards_evaluate_as_one_does(files):
             assert two["predict"][column] == pytest.approx(values, rel=2e-3, abs=2e-5), (name, column)
         answered = [[row.get("eval_accuracy") for row in found["logged"] if "eval_loss" in row] for found in (one, two)]
         assert answered[0] == answered[1] and (None in answered[0]) == (name != "curry")
-    refreshed = json.loads((files / "curry-two" / "found.json").read_text())["predict"]["ref_logps"]
-    save(policy(), tokenizer(), files / "unmoved")
+    refreshed, first = (
+        json.loads((files / f"{name}-two" / "found.json").read_text())["predict"]["ref_logps"]
+        for name in ("curry", "oreo")
+    )
+    assert len(refreshed) == len(rows) and refreshed != pytest.approx(first, abs=1e-2)
     said = [(files / f"curry-{many}" / "generations.jsonl").read_text() for many in ("one", "two")]
     assert said[0] == said[1] and len(said[0].splitlines()) == 3 * min(5, len(tasks))
-    assert len(refreshed) == len(rows)
