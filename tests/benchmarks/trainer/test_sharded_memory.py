@@ -31,6 +31,6 @@ def test_no_process_holds_more_than_its_share_and_the_largest_part_twice(tmp_pat
     for sizes_of in two["made_of_mb"].values():
         assert sizes_of["averages of AdamW"] == pytest.approx(2 * weights, rel=0.01)
     assert one["share_mb"] == pytest.approx(2 * share, rel=0.01)
-    assert one["tensors_mb"]["process 0"]["two steps"] > one["share_mb"]
+    assert one["tensors_mb"]["process 0"]["two steps"] > 0.99 * one["share_mb"]
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5) and len(one["losses"]) == 2
     assert 0 < found["weights_differ"] < 1e-5
