@@ -37,6 +37,7 @@ from dqo.files import writing
 from dqo.inspection.run import inspect as inspect
 from dqo.objectives.base import Objective
 from dqo.objectives.registry import DEFAULT_METHOD, method_of, methods_table
+from dqo.peers import told, told_by_methods
 from dqo.report.command import report as report
 from dqo.report.run import report_run
 from dqo.sampling.backends import launched_for
@@ -107,6 +108,7 @@ def _refuse_twice(options: Options, given: dict[str, Any]) -> None:
             raise UserError(f"{argument[name]} and {name}={told!r} (from DQOConfig) are both given; remove one")
 
 
+@told
 def sample(quiet: bool = False, **options: Any) -> Sampled:
     """Samples responses of a model to prompts into a file of rollout rows, as `dqo sample` does: sample(model_name_or_path="DIR",
     prompts="prompts.jsonl", output_file="rollouts.jsonl", num_generations=8). A call that was killed goes on where it was.
@@ -122,6 +124,7 @@ def sample(quiet: bool = False, **options: Any) -> Sampled:
     return sample_rows(config, quiet, launched_for("dqo sample", config.backend, config.use_cpu))
 
 
+@told_by_methods
 class DQOTrainer:
     """Trains a policy, and its value model, on stored responses.
 

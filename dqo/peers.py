@@ -6,12 +6,17 @@ finds a collective broken can ask which process was lost, without a thread or a 
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import socket
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from dqo.errors import UserError
 
 CONNECT_SECONDS = 5.0  # a machine without power does not answer at all
 STAY_SECONDS = 5.0  # who noticed a loss stays so long, so that others do not take him for lost
@@ -33,6 +38,8 @@ class Peer(NamedTuple):
 _listener: socket.socket | None = None
 _peers: list[Peer] = []  # in the order of their ranks
 _rank = 0
+_has_lost = False  # since a UserError told of it
+Function = TypeVar("Function", bound=Callable)
 
 
 def several_machines(environment: Mapping[str, str] = os.environ) -> bool:
@@ -55,6 +62,8 @@ def listen() -> Peer:
 def know(peers: list[Peer], rank: int) -> None:
     """The processes of this launch, in the order of their ranks; this one is number `rank`."""
     global _peers, _rank
+    if not _peers:
+        atexit.register(_end)
     _peers, _rank = peers, rank
 
 
@@ -95,3 +104,38 @@ def loss(error: BaseException) -> str:
         where = [called(rank) for rank in found[:4]] + [f"{len(found) - 4} more"] * (len(found) > 4)
         what = f"lost {', '.join(where)}, of {len(_peers)} processes"
     return f"{what}; see what it said last there. The same command goes on from what is whole"
+
+
+def told(function: Function) -> Function:
+    """`function`, for a Python program: where another process is lost it raises a UserError with one line in the place of the
+    collective's error. When the program then ends, as it does where it does not catch that, it ends with status 2 and at once."""
+
+    @functools.wraps(function)
+    def telling(*arguments: Any, **options: Any) -> Any:
+        global _has_lost
+        try:
+            return function(*arguments, **options)
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            line = loss(error)
+        _has_lost = True
+        raise UserError(line)
+
+    return telling  # type: ignore[return-value]  # of the same arguments
+
+
+def told_by_methods(of: type) -> type:
+    """A class whose own methods are all `told`."""
+    for name, value in list(vars(of).items()):
+        if callable(value) and not name.startswith("__"):
+            setattr(of, name, told(value))
+    return of
+
+
+def _end() -> None:
+    if _has_lost:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(STAY_SECONDS)
+        os._exit(2)  # an ordinary exit would wait for the lost one

@@ -41,14 +41,8 @@ def answering(options: Options, tasks: list[Prompt]) -> Answers | None:
         return None
     asked = some_of(tasks, config.eval_task_problems)
     path = Path(config.output_dir) / "generations.jsonl"
-    said: list[bool] = []
 
     def answers(policy: PreTrainedModel, tokenizer: Any, step: int, processes: Processes) -> dict[str, float]:
-        if processes.fsdp:
-            if not said:
-                said.append(True)
-                processes.say("WARNING: eval_tasks are answered after training alone: the weights are sharded (fsdp)")
-            return {}
         problems = problems_of(asked, tokenizer)
         responses = _responses(policy, tokenizer, problems, config.max_completion_length, processes)
 
@@ -70,8 +64,8 @@ def answering(options: Options, tasks: list[Prompt]) -> Answers | None:
 def _responses(
     policy: PreTrainedModel, tokenizer: Any, problems: list[Problem], max_new_tokens: int, processes: Processes
 ) -> list[Response]:
-    """Greedy responses, each process having answered a part."""
-    mine = range(processes.rank, len(problems), processes.world)
+    """Greedy responses, each process having answered a part; of sharded weights all, since every token gathers them anyway."""
+    mine = range(len(problems)) if processes.fsdp else range(processes.rank, len(problems), processes.world)
     found = generate(
         policy,
         [Request(problems[i].prompt_ids, (i,)) for i in mine],
@@ -82,7 +76,8 @@ def _responses(
         description="eval_tasks",
         quiet=not processes.main,
     )
-    by_place = dict(gather_objects([(mine[at], response) for at, response in found], processes))
+    answered = [(mine[at], response) for at, response in found]
+    by_place = dict(answered if processes.fsdp else gather_objects(answered, processes))
     return [by_place[i] for i in range(len(problems))]
 
 

@@ -198,14 +198,17 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scaling: flo
         starts.setdefault(length, []).append(position)
         position += length
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) if q.shape[1] != x.shape[1] else x for x in (k, v))
-    outputs, order = [], []
-    for length, members in starts.items():
-        at = torch.tensor(members, device="cpu")[:, None] + torch.arange(length, device="cpu")
-        order.append(at.flatten())
-        index = order[-1].to(q.device)
+    begins = [begin for members in starts.values() for begin in members]
+    moved = None  # where they lie in this order, nothing is copied
+    if begins != sorted(begins):
+        runs = [begin + torch.arange(length, device="cpu") for length, members in starts.items() for begin in members]
+        moved = torch.cat(runs).to(q.device)
+        q, k, v = (x[moved] for x in (q, k, v))
+    sizes = [len(members) * length for length, members in starts.items()]
+    outputs = []
+    for (length, members), *parts in zip(starts.items(), *(x.split(sizes) for x in (q, k, v))):
         # (sequences, H, L, D)
-        batch = (x[index].view(len(members), length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        queries, keys, values = batch
+        queries, keys, values = (x.unflatten(0, (len(members), length)).transpose(1, 2) for x in parts)
         mask = None
         if window is not None and window < length:
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
@@ -213,9 +216,8 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scaling: flo
             queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling
         )
         outputs.append(found.transpose(1, 2).flatten(0, 1))
-    if len(outputs) == 1:
-        return outputs[0]
-    return torch.cat(outputs)[torch.cat(order).argsort().to(q.device)]
+    whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return whole if moved is None else whole[moved.argsort()]
 
 
 def _inner(model: nn.Module) -> PreTrainedModel:

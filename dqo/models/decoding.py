@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteria
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
@@ -46,18 +47,28 @@ def left_padded(prompts: Sequence[Sequence[int]], length: int, pad_id: int, devi
     return {"input_ids": ids.to(device), "attention_mask": attention.to(device)}
 
 
-@torch.inference_mode()
+def is_sharded(model: nn.Module) -> bool:
+    """Whether forward passes are those of all processes, which gather the weights for them."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 def generated(policy: PreTrainedModel, inputs: dict[str, Any], pad_id: int, **settings: Any) -> Any:
     """What transformers' greedy generate returns. `settings`: fields of its GenerationConfig, of which the model's own says
-    nothing, and logits_processor and stopping_criteria."""
+    nothing, and logits_processor and stopping_criteria. Of a sharded policy all processes must ask for as many tokens."""
     objects = {name: settings.pop(name) for name in ("logits_processor", "stopping_criteria") if name in settings}
     config = GenerationConfig(do_sample=False, pad_token_id=pad_id, return_dict_in_generate=True, **settings)
-    with unpacked(policy), without_generation_config(policy):
-        return policy.generate(**inputs, **objects, generation_config=config)  # type: ignore[operator]  # models for generation have it
+    sharded = is_sharded(policy)
+    # weights that are gathered in inference mode for the first time could not be trained afterwards
+    no_gradients = torch.no_grad() if sharded else torch.inference_mode()
+    with unpacked(policy), without_generation_config(policy), no_gradients:
+        return policy.generate(**inputs, **objects, generation_config=config, synced_gpus=sharded)  # type: ignore[operator]  # models for generation have it
 
 
 def rows_can_leave(policy: PreTrainedModel, prompt: Sequence[int], pad_id: int) -> bool:
-    """Whether rows of the policy's cache can be chosen, seen at one token after `prompt`."""
+    """Whether rows of the policy's cache can be chosen, seen at one token after `prompt`; of a sharded policy they stay, so that
+    all processes go through as many forward passes."""
+    if is_sharded(policy):
+        return False
     inputs = left_padded([prompt], len(prompt), pad_id, policy.device)
     cache = generated(policy, inputs, pad_id, max_new_tokens=1).get(CACHE)
     return isinstance(cache, Cache) and all(

@@ -81,7 +81,8 @@ def generate(
 
     The distribution is the policy's under `sampling` alone, whatever the model's generation_config says. Token t of a response
     is a function of that distribution and of number t of the stream that (sampling.seed, request.key) names. So a response
-    depends on the other requests and on `batch_size` by the rounding of the logits only.
+    depends on the other requests and on `batch_size` by the rounding of the logits only. Where the policy is sharded all
+    processes must give the same requests.
     """
     stops = frozenset(stop_ids)
     prompts = [request.prompt_ids for request in requests]

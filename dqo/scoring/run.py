@@ -19,6 +19,7 @@ from dqo.errors import UserError
 from dqo.grading.grade import Grade
 from dqo.grading.pool import VerifierPool, check_problems
 from dqo.grading.verifiers import source_of
+from dqo.peers import told
 from dqo.scoring.options import ScoreConfig
 from dqo.scoring.rows import AT_ONCE, Measured, Scored, add_answers, check_existing, fingerprint, read_scored
 from dqo.scoring.steps import step_splitter
@@ -33,6 +34,7 @@ _WRITTEN = 1.0  # seconds after which grades go to the disk
 _AHEAD = 1024  # responses that are handed to the pool at once
 
 
+@told
 def score(**options: Any) -> Summary | None:
     """Grades the responses of a rollout file, as `dqo score` does: score(data="rollouts.jsonl", verifier="gsm8k",
     output_file="scored.jsonl"), or rewards their steps by a model: score(data="rollouts.jsonl", by="implicit:RUN", steps="lines",

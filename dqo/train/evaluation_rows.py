@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from dqo.config.options import Options
@@ -12,12 +13,11 @@ from dqo.data.rows import Row
 from dqo.data.together import check_process_reward
 from dqo.errors import UserError
 from dqo.models.lora import adapter_off, has_adapter
-from dqo.models.policy import load_policy, weights_hash
 from dqo.train.frozen_models import add_columns, frozen_models
 from dqo.train.inputs import Given, read
 from dqo.train.prepare import Prepared, held_out_groups
 from dqo.train.run_models import load_initial, reference_columns
-from dqo.train.sharded import shard_reference
+from dqo.train.sharded import load_frozen, shard_reference
 from dqo.train.weighting import reference_name
 
 
@@ -39,7 +39,7 @@ def evaluation_episodes(
     Raises:
         UserError: when the reference policy was a model object that has been trained in place.
     """
-    config, objective = options.train, options.objective
+    config, objective, sharded = options.train, options.objective, prepared.module is not None
     rows = read(config, source)
     check_process_reward(rows, "the rows for evaluation", config.process_reward)
     episodes = prepared.tokenized(rows)
@@ -48,9 +48,8 @@ def evaluation_episodes(
         learner, identity, of_reference = prepared.learner, prepared.identity, prepared.of_reference
         reference = prepared.reference or learner.reference
         if prepared.refreshed is not None:
-            reference = load_policy(str(prepared.refreshed), prepared.processes.device)
-            identity = identity | {"reference": weights_hash(reference)}
-            of_reference = None  # it is whole, as in its phase
+            reference, of_reference, sha256 = load_frozen(prepared.refreshed, config, prepared.processes, sharded)
+            identity, config = identity | {"reference": sha256}, replace(config, dtype="float32")
         elif reference is None and not has_adapter(learner.policy):
             if given.model is not None:
                 raise UserError(
@@ -58,7 +57,7 @@ def evaluation_episodes(
                     "the rows to the constructor as eval_dataset"
                 )
             reference = load_initial(config, prepared.processes)
-            if prepared.module is not None:
+            if sharded:
                 of_reference = shard_reference(reference, config, prepared.processes)
         together = distinct([*([e] for e in episodes), *prepared_ones])
         with adapter_off(learner.policy):
@@ -77,8 +76,7 @@ def evaluation_episodes(
             prepared.implied.add(together, prepared.batching, prepared.processes)
             prepared.implied.release()
     if objective.reads_models:
-        device, size = prepared.processes.device, prepared.learner.policy.config.get_text_config().vocab_size
-        together = distinct(prepared_ones)
-        frozen = frozen_models(options, prepared.tokenizer, size, together, device)
+        size, together = prepared.learner.policy.config.get_text_config().vocab_size, distinct(prepared_ones)
+        frozen = frozen_models(options, prepared.tokenizer, size, together, prepared.processes, sharded)
         add_columns(frozen, options, together, prepared.batching, prepared.processes)
     return Evaluated(episodes, prepared_ones), rows

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dqo.config.options import Options
@@ -17,34 +17,34 @@ from dqo.data.joined import parts_of
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.fitness import check_positions
-from dqo.models.policy import (
-    architecture_hash,
-    final_softcap,
-    load_config,
-    load_policy,
-    load_tokenizer,
-    policy_stats,
-    weights_hash,
-)
+from dqo.models.policy import architecture_hash, final_softcap, load_config, load_tokenizer, policy_stats
 from dqo.processes import Processes
 from dqo.reference.cache import ReferenceCache, ReferenceId
 from dqo.reference.columns import fill, reference_entries
+from dqo.train.sharded import load_frozen, within
 from dqo.train.token_scores import other_token
 from dqo_kernels import TokenStats
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """`option` names the model, whose column is option_logprobs."""
+    """`option` names the model, whose column is option_logprobs; `sharded` wraps it over the processes."""
 
     option: str
     path: str
     model: PreTrainedModel
     sha256: str  # of its weights
+    sharded: nn.Module | None = None
 
     @property
     def column(self) -> str:
         return f"{self.option}_logprobs"
+
+    def choose_attention(self, padding_free: bool | None, ids: list[int]) -> None:
+        """As the policy's, see models/attention.py."""
+
+        wanted = self.model, padding_free, ids
+        attention.choose(*wanted) if self.sharded is None else within(self.sharded, attention.choose, *wanted)
 
 
 def frozen_models(
@@ -52,9 +52,10 @@ def frozen_models(
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
     episodes: Sequence[Episode],
-    device: torch.device,
+    processes: Processes,
+    sharded: bool,
 ) -> list[Frozen]:
-    """The models that the objective reads, on `device`.
+    """The models that the objective reads; `sharded`: each process reads its share of them.
 
     Raises:
         UserError: for one that cannot be loaded, has other tokens than the policy, or too few positions for the episodes.
@@ -72,8 +73,8 @@ def frozen_models(
             raise UserError(f"{option} {path} has {what}; give a model that shares the policy's tokens")
         for part in parts_of(episodes):
             check_positions(its_config, part)
-        model = load_policy(path, device)
-        found.append(Frozen(option, path, model, weights_hash(model)))
+        model, wrapper, sha256 = load_frozen(path, options.train, processes, sharded)
+        found.append(Frozen(option, path, model, sha256, wrapper))
     return found
 
 
@@ -87,9 +88,13 @@ def add_columns(
         identity = ReferenceId(one.sha256, architecture_hash(one.model), dtype, final_softcap(one.model))
         cache = ReferenceCache(config.ref_cache_dir or Path(config.output_dir) / "ref_cache", identity, one.path)
 
-        def stats_of(batch: Batch, model: PreTrainedModel = one.model) -> TokenStats:
-            return policy_stats(model, batch, config.bf16)
+        def stats_of(batch: Batch, one: Frozen = one) -> TokenStats:
+            if one.sharded is None:
+                return policy_stats(one.model, batch, config.bf16)
+            return within(one.sharded, policy_stats, one.model, batch, config.bf16)
 
-        its_batching = replace(batching, packed=attention.packs(one.model))
-        entries, _ = reference_entries(episodes, stats_of, its_batching, processes, cache, companions=False)
+        its_batching, together = replace(batching, packed=attention.packs(one.model)), one.sharded is not None
+        entries, _ = reference_entries(
+            episodes, stats_of, its_batching, processes, cache, together=together, companions=False
+        )
         fill(episodes, entries, one.column)

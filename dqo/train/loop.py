@@ -35,6 +35,7 @@ from dqo.train.prepare import Prepared
 from dqo.train.recorder import Recorder
 from dqo.train.resume import stored_options
 from dqo.train.schedules import factors
+from dqo.train.sharded import within
 from dqo.train.stages import Stages
 from dqo.train.step import accumulate, companions_of
 from dqo.train.watch import Watch
@@ -82,21 +83,16 @@ class Trainer:
         then = state.get("derived", {})
         self.warmup = then.get("warmup", phases.as_steps(self.config.warmup_steps, self.steps))
         critic = self.learner.value_model if options.trains_values else None
+        config = self.config
         self.stretches = phases.stretches(
-            self.objective,
-            self.config.value_warmup_steps,
-            self.steps,
-            then.get("phases"),
-            frozen=options.frozen_values,
+            self.objective, config.value_warmup_steps, self.steps, then.get("phases"), frozen=options.frozen_values
         )
         self.stages = Stages(options, prepared, self.stretches, self.steps, self.counters["step"])
         self.models = {"policy": self.learner.policy} | ({} if critic is None else {"critic": critic})
         some_unused = any(not self.models.keys() <= set(stretch.phase.trains) for stretch in self.stretches)
-        bf16 = self.config.bf16 or self.config.dtype == "bfloat16"
-        offload = self.config.fsdp_cpu_offload
-        module = prepared.module or wrap(self.learner, self.processes, bf16, some_unused, offload)
+        bf16 = config.bf16 or config.dtype == "bfloat16"
+        module = prepared.module or wrap(self.learner, self.processes, bf16, some_unused, config.fsdp_cpu_offload)
         self.engine = Engine(module, self.learner, prepared.batching, self.processes)
-        config = self.config
         self.rates = {"policy": config.learning_rate, "critic": config.critic_learning_rate}
         norm = config.max_grad_norm
         self.schedules = {
@@ -226,7 +222,8 @@ class Trainer:
         if self.evaluated is None or self.evaluated[0] != step:
             row = {"step": step, **self.held_out()}
             if self.answers is not None:
-                row |= self.answers(self.learner.policy, self.prepared.tokenizer, step, self.processes)
+                asked = self.learner.policy, self.prepared.tokenizer, step, self.processes
+                row |= within(self.engine.module, self.answers, *asked)
             if len(row) > 1:
                 self.recorder.record(row, evaluation=True)
             found = {name: value for name, value in row.items() if name != "step"}

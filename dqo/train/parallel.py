@@ -24,6 +24,7 @@ from dqo.config.launcher import blocks_to_shard
 from dqo.errors import UserError
 from dqo.models.policy import WITH_WEIGHTS
 from dqo.processes import Processes
+from dqo.train.in_turn import exchange_in_turn
 from dqo.train.masters import has_masters, master_of, round_to_weights
 from dqo_kernels.core import dispatch
 
@@ -83,6 +84,8 @@ def wrap(
         if type(part).__name__ in blocks:
             fully_shard(part, **options)
     fully_shard(module, **options, reshard_after_forward=True)
+    if processes.device.type == "cpu":
+        exchange_in_turn(module)
     return module
 
 

@@ -231,11 +231,11 @@ def prepare(
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
             attention.choose(model, config.padding_free, some_ids)  # the value model inherits it
     trained, held = distinct(groups), distinct(held_out)
-    frozen = frozen_models(options, tokenizer, vocab_size, Joined(trained, held), processes.device)
+    frozen = frozen_models(options, tokenizer, vocab_size, Joined(trained, held), processes, sharded)
     if frozen:
         identity["frozen models"] = {one.option: one.sha256 for one in frozen}
     for one in frozen:
-        attention.choose(one.model, config.padding_free, some_ids)
+        one.choose_attention(config.padding_free, some_ids)
     fitted = fitted_value_model(options, policy, reference or policy, tokenizer, some_ids)
     if fitted is not None:
         identity |= {"fitted value model": weights_hash(fitted), FITTED: configuration_of(fitted)}

@@ -7,7 +7,7 @@ accelerate launch --multi_gpu --num_processes 2 -m dqo.train --dataset_name ... 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dqo.config.launcher import obey
@@ -33,7 +33,7 @@ class Run:
     """A finished run, as evaluation and report read it."""
 
     output_dir: Path
-    prepared: Prepared  # with the trained models
+    prepared: Prepared  # with the trained models; whole in the first process
     steps: int
     seconds: float  # of the steps alone
     cpu_seconds: float  # the same of the processor, all threads of this process
@@ -108,12 +108,13 @@ def train(
 
 
 def run_of(trainer: Trainer, held_out: dict[str, float]) -> Run:
+    prepared = trainer.prepared
     if trainer.processes.fsdp and trainer.processes.main:  # shards cannot be read by one process alone
         critic = trainer.output_dir / "critic"
         whole_policy = load_policy(str(trainer.output_dir), trainer.processes.device)
         value_model = load_critic(critic, trainer.processes.device) if critic.exists() else None
-        trainer.prepared.learner = Learner(whole_policy, value_model)
+        prepared = replace(prepared, learner=Learner(whole_policy, value_model))  # the trainer keeps its shards
     seconds, cpu_seconds = (trainer.counters[name] for name in ("train_seconds", "train_cpu_seconds"))
     rate = trainer.counters["num_tokens"] / seconds if seconds else 0.0
     found = (trainer.steps, seconds, cpu_seconds, rate, held_out, trainer.objective)
-    return Run(trainer.output_dir, trainer.prepared, *found)
+    return Run(trainer.output_dir, prepared, *found)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +16,11 @@ from dqo.models import attention
 from dqo.models.critic import backbone
 from dqo.models.fitness import check_head, check_trunk
 from dqo.models.on_disk import fill
+from dqo.models.policy import load_policy, weights_hash
 from dqo.processes import Processes
 from dqo.train.learner import Learner
 from dqo.train.parallel import wrap
+from dqo.train.run_models import load_initial
 
 
 def shard(learner: Learner, config: TrainConfig, processes: Processes) -> nn.Module:
@@ -29,9 +33,23 @@ def shard(learner: Learner, config: TrainConfig, processes: Processes) -> nn.Mod
 
 
 @torch.no_grad()
-def within(module: nn.Module, work: Callable[[], Any]) -> Any:
-    """`work()` where the wrapper gathers what a forward pass reads; all processes must call it."""
-    return module(lambda _: work())
+def within(module: nn.Module, work: Callable, *arguments: Any) -> Any:
+    """`work(...)` where the wrapper gathers what a forward pass reads; all processes must call it."""
+    return module(lambda _: work(*arguments))
+
+
+def load_frozen(
+    path: str | Path, config: TrainConfig, processes: Processes, sharded: bool
+) -> tuple[PreTrainedModel, nn.Module | None, str]:
+    """A language model in float32 that is read and not trained, what wraps it over the processes where `sharded`, and the hash of
+    its weights."""
+    if not sharded:
+        model = load_policy(str(path), processes.device)
+        return model, None, weights_hash(model)
+    config = replace(config, model_name_or_path=str(path), dtype="float32")
+    model = load_initial(config, processes)
+    sha256 = weights_hash(model)
+    return model, shard_reference(model, config, processes), sha256
 
 
 def shard_reference(reference: PreTrainedModel, config: TrainConfig, processes: Processes) -> nn.Module:

@@ -6,6 +6,7 @@ output_dir/reference-400/    the policy of step 400, as transformers loads it, w
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +17,12 @@ from dqo.data.batches import distinct, epoch_order
 from dqo.data.joined import Joined
 from dqo.errors import UserError
 from dqo.files import replacing
-from dqo.models.policy import load_policy, weights_hash
 from dqo.train.checkpoint import save_models
 from dqo.train.machines import seen
 from dqo.train.phases import Stretch
 from dqo.train.prepare import Prepared
 from dqo.train.run_models import reference_columns
+from dqo.train.sharded import load_frozen
 
 
 class Pool(NamedTuple):
@@ -110,14 +111,16 @@ class Stages:
                 "or choose another --output_dir"
             )
         prepared.refreshed = directory
-        reference = load_policy(str(directory), prepared.processes.device)
+        config, processes = self.options.train, prepared.processes
+        reference, sharded, sha256 = load_frozen(directory, config, processes, prepared.module is not None)
         reference_columns(
-            self.options.train,
+            replace(config, dtype="float32"),
             Joined(prepared.episodes(), distinct(prepared.held_out)),
             prepared.learner.policy,
             reference,
             prepared.batching,
-            prepared.identity | {"reference": weights_hash(reference)},
-            prepared.processes,
+            prepared.identity | {"reference": sha256},
+            processes,
             resuming=True,
+            sharded=sharded,
         )

@@ -3,6 +3,7 @@ import socket
 import pytest
 
 from dqo import peers
+from dqo.errors import UserError
 from dqo.peers import Peer
 
 
@@ -11,6 +12,8 @@ def launch(monkeypatch):
     """Tells who the processes are, of which this one is the first."""
     monkeypatch.setattr(peers, "_peers", [])
     monkeypatch.setattr(peers, "BESIDE_SECONDS", 0.0)
+    monkeypatch.setattr(peers, "_has_lost", False)
+    monkeypatch.setattr(peers.atexit, "register", lambda function: None)
     return lambda others: peers.know([peers.listen(), *others], 0)
 
 
@@ -51,3 +54,31 @@ def test_one_machine_has_all_processes_of_its_launch():
     assert not peers.several_machines({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"})
     assert not peers.several_machines({"WORLD_SIZE": "8"})  # a launcher that does not tell
     assert peers.several_machines({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"})
+
+
+def test_a_python_program_is_told_in_one_line_and_then_ends_at_once(launch, monkeypatch):
+    @peers.told_by_methods
+    class Some:
+        def work(self, error):
+            raise error
+
+    launch([gone()])
+    ended = []
+    monkeypatch.setattr(peers, "STAY_SECONDS", 0.0)
+    monkeypatch.setattr(peers.os, "_exit", ended.append)
+    with pytest.raises(RuntimeError, match="invalid"):
+        Some().work(RuntimeError("shape '[2, 3]' is invalid for input of size 5"))
+    peers._end()
+    assert not ended
+    with pytest.raises(UserError, match="^lost process 1 on node7 .127.0.0.1., of 2 processes; ") as said:
+        Some().work(BROKEN)
+    assert "\n" not in str(said.value) and said.value.__context__ is None  # torch's error is not shown beside it
+    peers._end()
+    assert ended == [2]
+
+
+def test_what_works_over_processes_tells_it():
+    from dqo import api
+
+    works = api.sample, api.score, api.DQOTrainer.train, api.DQOTrainer.evaluate, api.DQOTrainer._begin
+    assert all(hasattr(work, "__wrapped__") for work in works)

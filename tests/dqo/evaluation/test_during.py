@@ -12,7 +12,6 @@ from dqo.evaluation.accuracy import Problem, evaluate
 from dqo.evaluation.during import answering, some_of
 from dqo.models.new import save
 from dqo.models.policy import load_policy
-from dqo.processes import Processes
 from dqo.train.inputs import Given
 from dqo.train.metrics import read_metrics
 from dqo.train.run import begin
@@ -126,13 +125,6 @@ def test_without_eval_steps_or_problems_nothing_is_answered_during_training(file
     assert answering(options(files, eval_steps=2, eval_task_problems=0), tasks) is None
     assert answering(options(files, eval_steps=2), []) is None
     assert answering(options(files, eval_steps=2), tasks) is not None
-
-
-def test_sharded_weights_answer_nothing_and_say_so_once(files, capsys):
-    answers = answering(options(files, eval_steps=2), [Prompt("1+2=", "3")])
-    for _ in range(2):
-        assert answers(None, None, 0, Processes(fsdp=True)) == {}
-    assert capsys.readouterr().out.count("eval_tasks are answered after training alone") == 1
 
 
 def test_the_problems_are_spread_evenly():

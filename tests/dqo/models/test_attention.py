@@ -140,6 +140,29 @@ def test_packing_is_eager_attention_under_a_block_mask(name, window):
     assert torch.allclose(found.last_hidden_state, expected, atol=2e-5)
 
 
+def test_sequences_that_lie_in_order_are_not_copied_and_get_the_same_bits(monkeypatch):
+    torch.manual_seed(0)
+    pieces = [[torch.randn(length, heads, 8) for heads in (4, 2, 2)] for length in (5, 3, 5, 7)]
+    read, plain = [], attention.scaled_dot_product_attention
+    noted = lambda q, *x, **y: read.append(q.untyped_storage().data_ptr()) or plain(q, *x, **y)  # noqa: E731
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", noted)
+
+    def attended(order):
+        """The output and the gradients of each sequence, and whether attention read the queries where they lay."""
+        qkv = [torch.cat([pieces[i][part] for i in order]).requires_grad_() for part in range(3)]
+        lengths = [len(pieces[i][0]) for i in order]
+        read.clear()
+        output = attention._by_length(*qkv, lengths, 0.3, None)
+        output.square().sum().backward()
+        split = zip(*(x.split(lengths) for x in (output, *(leaf.grad for leaf in qkv))))
+        return dict(zip(order, split)), set(read) == {qkv[0].untyped_storage().data_ptr()}
+
+    (found, in_place), (expected, copied_too) = attended([0, 2, 1, 3]), attended([0, 1, 2, 3])
+    assert in_place and not copied_too
+    for i in found:
+        assert all(torch.equal(one, other) for one, other in zip(found[i], expected[i])), i
+
+
 def test_sequences_of_one_length_are_one_call_and_no_mask_is_larger_than_a_sequence(monkeypatch):
     calls = []
 

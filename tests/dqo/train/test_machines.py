@@ -119,6 +119,38 @@ def test_a_lost_machine_ends_the_run_with_one_line_and_the_run_goes_on_exactly(f
         assert torch.allclose(found, expected[name], atol=2e-4), name
 
 
+PROGRAM = """
+import os, signal
+from transformers import TrainerCallback
+from dqo import DQOConfig, DQOTrainer, peers
+
+class Power(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if os.environ["RANK"] == "1" and state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    peers.STAY_SECONDS = 1.0
+    options = DQOConfig(output_dir="out", max_steps=4, per_device_train_batch_size=4)
+    DQOTrainer("model", options, "rollouts.jsonl", callbacks=[Power()]).train()
+"""
+
+
+def test_a_python_program_that_lost_a_process_ends_with_one_line_below_its_traceback(files):
+    (files / "program.py").write_text(PROGRAM)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    running = [
+        subprocess.Popen([sys.executable, "program.py"], cwd=files, env=environment | variables, stderr=subprocess.PIPE)
+        for variables in forked.ranks(2)
+    ]
+    said = [process.communicate(timeout=600)[1].decode() for process in running]
+    assert [process.returncode for process in running] == [2, -signal.SIGKILL]
+    *_, last = said[0].strip().splitlines()
+    host = socket.gethostname()
+    assert f"UserError: lost process 1 on {host} (127.0.0.1), of 2 processes; see what it said last" in last
+    assert "Connection closed" not in said[0] and "another exception" not in said[0]
+
+
 def test_machines_that_do_not_fit_are_refused_in_one_line_on_both(files, nodes):
     def refused(*options):
         ends = together(nodes, *options)
