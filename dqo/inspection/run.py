@@ -12,8 +12,8 @@ from dqo.credit.implied import Start, implied_values, soft_return, starts
 from dqo.data.episode import Episode
 from dqo.data.ids import token_texts
 from dqo.data.marks import Marks
+from dqo.data.mixed import open_data
 from dqo.data.rows import Row
-from dqo.data.stored import open_rows
 from dqo.errors import UserError
 from dqo.files import write_whole, writing
 from dqo.inspection.page import rendered
@@ -59,7 +59,7 @@ def inspect(
         raise UserError(f"responses must be at least 1, got {responses}")
     options = run_options(Path(run))
     threshold = options.get("reward_threshold")
-    all_rows = open_rows(dataset_name, **({} if threshold is None else {"reward_threshold": threshold}))
+    all_rows = open_data(dataset_name, **({} if threshold is None else {"reward_threshold": threshold}))
     marks = Marks.of_rows(all_rows, options.get("process_reward"))
     shown = chosen(all_rows, responses, [str(line) for line in rows], marks)
     others = siblings(all_rows, shown)
