@@ -24,7 +24,7 @@ class Order:
     """The order of some groups.
 
     Args:
-        members: int64, the indices of the groups of each data set.
+        members: int32, the indices of the groups of each data set.
         weights: float64, the shares of the data sets; None: each group counts once.
         per_step: groups of a step; the last of an epoch may have fewer.
     """
@@ -102,14 +102,14 @@ def order_of(groups: Sequence[Group], per_step: int, seed: int) -> Order:
     Raises:
         UserError: for a data set with a weight that has no group.
     """
-    if not isinstance(groups, Groups):
-        return Order([np.arange(len(groups))], None, per_step, seed)
-    rows = groups.episodes.rows
+    rows = groups.episodes.rows if isinstance(groups, Groups) else []
     names, weights = names_of(rows), weights_of(rows)
+    if not names or not isinstance(groups, Groups):
+        return Order([np.arange(len(groups), dtype=np.int32)], None, per_step, seed)
     chosen = groups.rows
     first = chosen[:, 0] if isinstance(chosen, np.ndarray) else np.array([group[0] for group in chosen], np.int64)
     source = sources_of(rows)[groups.episodes.places[first]]
-    members = [np.flatnonzero(source == k) for k in range(max(1, len(names)))]
+    members = [np.flatnonzero(source == k).astype(np.int32) for k in range(len(names))]
     for name, weight, own in zip(names, weights or (), members):
         if not len(own):
             raise UserError(

@@ -62,6 +62,16 @@ def test_each_data_set_is_read_in_permutations_of_its_own(sizes, data, per_step,
             assert len(set(turn)) == len(turn)  # none again before all
 
 
+def test_the_seed_shuffles_each_data_set_by_itself_and_anew_each_time():
+    def read(seed):
+        order = Order(members_of([50, 50]), np.array([0.5, 0.5]), 10, seed)
+        flat = np.concatenate([order.step(position) for position in range(20)])
+        return [flat[flat // 50 == k] % 50 for k in (0, 1)]
+
+    (first, second), (other, _) = read(1), read(2)
+    assert not any((one == two).all() for one, two in ((first, second), (first, other), (first[:50], first[50:])))
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 5), st.integers(0, 30))
 def test_without_weights_an_epoch_is_one_permutation_of_all(sizes, per_step, position):
     order, count = Order(members_of(sizes), None, per_step, 3), sum(sizes)
