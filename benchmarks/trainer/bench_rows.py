@@ -174,8 +174,8 @@ def main() -> None:
     import torch
 
     told = {"commit": arguments.commit or commit(), "device": device_name(torch.device("cpu")), "date": today()}
-    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     entries = [told | row for row in measure(arguments)]
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     same = {(e["label"], e["rows"], e["tokens"], e["what"]) for e in entries}
     entries += [e for e in before if (e["label"], e["rows"], e["tokens"], e["what"]) not in same]
     write_whole(RESULTS, (json.dumps(entries, indent=1) + "\n").encode())
