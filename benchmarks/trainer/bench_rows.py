@@ -52,15 +52,13 @@ def write_model(directory: Path, tokens: int) -> None:
 def write_rows(path: Path, count: int, tokens: int) -> None:
     """Rows of the arith task's characters, four to a prompt, of about so many tokens of a tokenizer of characters."""
     rng = random.Random(0)
-
-    def equation() -> str:
-        return f"{rng.randint(0, 9)}{rng.choice('+-*')}{rng.randint(0, 9)}={rng.randint(0, 9)}\n"
-
+    equations = [f"{a}{sign}{b}={c}\n" for a in range(10) for sign in "+-*" for b in range(10) for c in range(10)]
+    starts = [f"{a}{sign}" for a in range(10) for sign in "+-*"]
     with path.open("w") as file:
         for _ in range(count // 4):
-            prompt = "".join(f"{rng.randint(0, 9)}{rng.choice('+-*')}" for _ in range(9)) + f"{rng.randint(0, 9)}="
+            prompt = "".join(rng.choices(starts, k=9)) + f"{rng.randint(0, 9)}="
             for _ in range(4):
-                text = "".join(equation() for _ in range((tokens - len(prompt) - 3) // 6)) + f"#{rng.randint(0, 9)}"
+                text = "".join(rng.choices(equations, k=(tokens - len(prompt) - 3) // 6)) + f"#{rng.randint(0, 9)}"
                 row = {"prompt": prompt, "completion": text, "reward": float(rng.random() < 0.5)}
                 file.write(json.dumps(row) + "\n")
 
@@ -176,8 +174,8 @@ def main() -> None:
     import torch
 
     told = {"commit": arguments.commit or commit(), "device": device_name(torch.device("cpu")), "date": today()}
-    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     entries = [told | row for row in measure(arguments)]
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     same = {(e["label"], e["rows"], e["tokens"], e["what"]) for e in entries}
     entries += [e for e in before if (e["label"], e["rows"], e["tokens"], e["what"]) not in same]
     write_whole(RESULTS, (json.dumps(entries, indent=1) + "\n").encode())

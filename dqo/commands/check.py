@@ -24,8 +24,9 @@ from dqo.data.advice import row_warnings
 from dqo.data.behavior import ReferenceName, known_behavior, reference_samples, weight_level, weights_line
 from dqo.data.episodes import Episodes, open_episodes
 from dqo.data.marks import Marks
+from dqo.data.mixed import names_of, open_data, sources_of, weights_of
 from dqo.data.rows import Row
-from dqo.data.stored import FINISHES, OPTIONAL, StoredRows, column, open_rows, paid_by_turns, process_rewards, several
+from dqo.data.stored import FINISHES, OPTIONAL, StoredRows, column, paid_by_turns, process_rewards, several
 from dqo.data.table import token_table
 from dqo.data.together import check_process_reward, duplicate_count
 from dqo.errors import UserError, printable
@@ -39,7 +40,8 @@ _BAR = 40  # characters of the longest bar
 @dataclass(frozen=True)
 class _Checked:
     data: Positional[tuple[str, ...]]
-    """The rollout files, folders of saved data sets, or names on the Hugging Face hub to check."""
+    """The rollout files, folders of saved data sets, or names on the Hugging Face hub to check. Several that one training reads
+    together stand in one argument, as for dataset_name."""
     model_name_or_path: str | None = None
     """The tokenizer of this model places the rows on tokens. None checks the rows alone."""
     rows: int = 3
@@ -91,8 +93,10 @@ def check(config: CheckConfig) -> None:
     prompts: dict[str, np.ndarray] = {}
     root = None if config.row_cache_dir is None else Path(config.row_cache_dir)
     for path in config.data:
-        rows = open_rows(path, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold, root=root)
+        rows = open_data(path, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold, root=root)
         _table(path, summary(rows, config.process_reward))
+        if config.model_name_or_path is None:
+            _sources(rows)
         if line := _weights_line(rows, config, objective or objective_class(DEFAULT_METHOD)()):
             print(printable(line))
         _warn(row_warnings(rows, config, objective))
@@ -186,6 +190,21 @@ def summary(rows: Sequence[Row], process_reward: str | None = None) -> dict[str,
     return found
 
 
+def _sources(rows: Sequence[Row], tokens: np.ndarray | None = None) -> None:
+    """Of several data sets: rows, tokens and share of each."""
+    names, weights = names_of(rows), weights_of(rows)
+    if not names:
+        return
+    counts = np.bincount(sources_of(rows), minlength=len(names))
+    found = {}
+    for k, (name, count) in enumerate(zip(names, counts.tolist())):
+        share = count / len(rows) if weights is None else weights[k]
+        times = "" if weights is None else f", each read {share * len(rows) / count:.3g} times an epoch"
+        size = f"{count:,} rows" + ("" if tokens is None else f" with {int(tokens[k]):,} tokens")
+        found[name] = f"{share:.1%} of a run; {size}{times}"
+    _table("data sets", found)
+
+
 def _present(rows: Sequence[Row], name: str) -> np.ndarray:
     """bool (n,): whether rows have one of the optional fields."""
     return (column(rows, "present") >> OPTIONAL.index(name) & 1).astype(bool)
@@ -242,6 +261,7 @@ def _on_tokens(rows: StoredRows, config: CheckConfig, model: str, objective: Obj
             "over max_length": f"{over / len(lengths):.1%} ({over:,}) have more than {config.max_length:,}",
         },
     )
+    _sources(rows, np.bincount(sources_of(rows)[episodes.places], lengths, len(names_of(rows))))
     print(histogram(lengths.tolist()))
     if tokenizer.chat_template is not None and isinstance(rows[0].prompt, str):
         _warn(
@@ -265,7 +285,7 @@ def _for_method(
     objective: Objective, config: CheckConfig, episodes: Episodes, of_reference: Callable[[], Collection[str]]
 ) -> None:
     """What the method, with the defaults of its options, finds to train on; else a warning of what it lacks."""
-    from dqo.data.selection import nothing_selected, selected
+    from dqo.data.selection import called, nothing_selected, selected
 
     method, wanted = config.method, objective.wants_process_reward
     if wanted not in (None, config.process_reward):
@@ -281,8 +301,7 @@ def _for_method(
     if not groups:
         _warn([f"method {method}: {nothing_selected(objective, episodes)}"])
         return
-    what = {1: "responses", 2: "pairs", None: "lists"}.get(objective.group_size, "groups")
-    print(f"{'trained on':>20}  {len(groups):,} {what}, as the defaults of {printable(str(method))} are")
+    print(f"{'trained on':>20}  {len(groups):,} {called(objective)}, as the defaults of {printable(str(method))} are")
 
 
 def _ends_text(tokenizer, ends: Any) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dqo.config.flags import parse_flags
 from dqo.data.chat import completion_text
-from dqo.data.rows import read_rows
+from dqo.data.mixed import open_data
 
 PLACE = 5
 
@@ -46,7 +46,7 @@ class InitConfig:
 def init_command(arguments: list[str], prog: str = "dqo init") -> None:
     """Make a small random model with a tokenizer trained on a rollout file."""
     config = parse_flags(InitConfig, arguments, prog)
-    rows = read_rows(config.dataset_name)
+    rows = open_data(config.dataset_name)
     from dqo.models import new as new_model  # torch from here on
 
     texts = list({row.prompt: None for row in rows if isinstance(row.prompt, str)}) + [completion_text(r) for r in rows]

@@ -52,7 +52,9 @@ class _RunOptions:
     """The reference's log-probabilities are kept in this directory, which several runs may share. None takes
     output_dir/ref_cache."""
     dataset_name: str | None = None
-    """The rollout file (.jsonl or .parquet) to train on, whose rows have prompt, completion and reward."""
+    """The rollout file (.jsonl or .parquet) to train on, whose rows have prompt, completion and reward. Several stand with commas
+    between them, and with the share of the run that each of them gets: a.jsonl:0.7,b.parquet:0.3. Without shares each row
+    counts once."""
     output_dir: str = "out"
     """The directory where checkpoints, metrics.jsonl and report.html are written."""
 
@@ -87,7 +89,8 @@ class _RunOptions:
     It is the one loss that depends on how a step is split into micro-batches."""
 
     eval_dataset_name: str | None = None
-    """The rollout file to evaluate on. Without it a share of the prompts is held out, which eval_fraction sets."""
+    """The rollout file to evaluate on, or several with commas between them. Without it a share of the prompts is held out, which
+    eval_fraction sets."""
     eval_fraction: float = 0.1
     """This share of the prompts of dataset_name is held out for evaluation."""
     eval_tasks: str | None = None

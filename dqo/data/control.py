@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from dqo.data.mixed import sources_of
 from dqo.data.rows import Row
 from dqo.data.stored import StoredRows, column
 from dqo.errors import UserError
@@ -17,8 +18,9 @@ _STREAM = 0x5AFE  # of the generator, beside the seed: no other use of the seed 
 def with_shuffled_rewards(rows: Sequence[Row], seed: int, process_used: bool) -> tuple[Sequence[Row], str]:
     """The rows with their rewards permuted over all of them, and a line that says how many changed.
 
-    A reward moves with its label. Where rewards of steps or turns are used it moves with those too, and only between rows with
-    the same number of them: what that number alone tells of a reward stays. The prompt's own value stays with the prompt.
+    A reward moves with its label, between rows of one data set. Where rewards of steps or turns are used it moves with those too,
+    and only between rows with the same number of them: what data set and number alone tell of a reward stays. The prompt's own
+    value stays with the prompt.
 
     Raises:
         UserError: where no row gets a different reward, so that it would be no control.
@@ -50,10 +52,10 @@ def with_shuffled_rewards(rows: Sequence[Row], seed: int, process_used: bool) ->
 
 
 def _alike(rows: Sequence[Row], process_used: bool) -> list[np.ndarray]:
-    """Indices of rows with equal numbers of rewards of steps and of turns, by the first of each."""
-    if not process_used:
-        return [np.arange(len(rows))] if len(rows) else []
-    paid, turns = np.maximum(column(rows, "paid"), 0), column(rows, "turns_paid")
-    key = paid.astype(np.int64) * 2 + (turns & (paid > 0))
+    """Indices of rows of one data set with equal numbers of rewards of steps and of turns, by the first of each."""
+    key = sources_of(rows)
+    if process_used:
+        paid, turns = np.maximum(column(rows, "paid"), 0), column(rows, "turns_paid")
+        key = key * 2**40 + paid.astype(np.int64) * 2 + (turns & (paid > 0))
     _, first, kind = np.unique(key, return_index=True, return_inverse=True)
     return [np.flatnonzero(kind == i) for i in np.argsort(first, kind="stable")]

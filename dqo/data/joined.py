@@ -1,4 +1,5 @@
-"""Several sequences that are read as one, none of them copied: rows that were split, episodes that were placed apart."""
+"""Several sequences that are read as one, none of them copied: rows that were split, episodes that were placed apart, tables of
+several files."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from itertools import chain
 from typing import TypeVar, overload
 
 import numpy as np
+
+from dqo.data.segments import Segment, Segments
 
 T = TypeVar("T", covariant=True)
 
@@ -32,7 +35,8 @@ class Joined(Sequence[T]):
             raise IndexError(i)
         i %= len(self)
         number = int(np.searchsorted(self._ends, i, "right"))
-        return self.parts[number][i - int(self._ends[number])]
+        part = self.parts[number]
+        return part[i - int(self._ends[number]) + len(part)]
 
     def __iter__(self) -> Iterator[T]:
         return chain.from_iterable(self.parts)
@@ -41,3 +45,17 @@ class Joined(Sequence[T]):
 def parts_of(members: Sequence[T]) -> list[Sequence[T]]:
     """The sequences that were joined, none of them empty; one that is no `Joined` is its only part."""
     return members.parts if isinstance(members, Joined) else [members] if len(members) else []
+
+
+class JoinedSegments(Joined[Segment]):
+    """The segments of several tables, one table behind the other."""
+
+    directory = None  # each table has its own
+
+    def __init__(self, *tables: Segments | JoinedSegments):
+        super().__init__(*tables)  # type: ignore[arg-type]  # they are sequences but for slices
+        self.tables = tables
+
+    def column(self, name: str) -> np.ndarray:
+        """An array of all segments, in memory."""
+        return np.concatenate([table.column(name) for table in self.tables])

@@ -211,6 +211,11 @@ def nothing_selected(objective: Objective, episodes: Sequence[Episode]) -> str:
     )
 
 
+def called(objective: Objective) -> str:
+    """The name of its groups."""
+    return {1: "responses", 2: "pairs", None: "lists"}.get(objective.group_size, "groups")
+
+
 def data_fingerprint(groups: Sequence[Group]) -> str:
     """`episodes.fingerprint` of all groups."""
     if isinstance(groups, Groups):

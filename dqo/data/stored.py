@@ -6,6 +6,7 @@ A large file is checked once: its rows lie in a table under the hash of its cont
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import marshal
@@ -15,16 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 
-from dqo.data.joined import Joined
+from dqo.data.joined import Joined, JoinedSegments
 from dqo.data.rows import Row, checked_rows, completion_key, prompt_key, refuse
 from dqo.data.segments import Arrays, Segments, file_hash, gathered, table_directory
 from dqo.data.sources import BadRow, Source, open_source
 
 logger = logging.getLogger(__name__)
+Some = TypeVar("Some", bound="StoredRows")
 
 FORMAT = 2  # of a segment, and of what the checks make of a row
 ROWS = 2048  # of a segment; the last has fewer. So many are tokenised together, which takes 100 bytes a token meanwhile
@@ -91,13 +93,15 @@ class Moved(NamedTuple):
 class StoredRows(Sequence[Row]):
     """Rows of a table, all or some of them, in any order.
 
-    Args:
-        total: rows of the table. chosen: int64 (n,) the rows of the table; None: all of them.
-        moved: where reward and label, or what is paid, come from other rows.
+    `total`: rows of the table. `chosen`: int64 (n,) the rows of the table; None: all of them. `moved`: where reward and label, or
+    what is paid, come from other rows.
     """
 
-    def __init__(self, segments: Segments, total: int, chosen: np.ndarray | None = None, moved: Moved | None = None):
-        self.segments, self.total, self.chosen, self.moved = segments, total, chosen, moved
+    chosen: np.ndarray | None = None
+    moved: Moved | None = None
+
+    def __init__(self, segments: Segments | JoinedSegments, total: int):
+        self.segments, self.total = segments, total
 
     def __len__(self) -> int:
         return self.total if self.chosen is None else len(self.chosen)
@@ -134,21 +138,28 @@ class StoredRows(Sequence[Row]):
         return Row(*(pickle.loads(content[1:]) if own else marshal.loads(content[1:])))
 
     @property
+    def segment_begins(self) -> np.ndarray:
+        """int64: the row of the table with which each segment begins."""
+        return ROWS * np.arange(len(self.segments))
+
+    @property
     def root(self) -> Path | None:
         """Where tables of these rows are kept; None: nowhere."""
         return None if self.segments.directory is None else self.segments.directory.parent
 
-    def take(self, indices: np.ndarray) -> StoredRows:
+    def take(self: Some, indices: np.ndarray) -> Some:
         """Some of the rows. `indices`: integers, or bool (n,)."""
         indices = np.flatnonzero(indices) if indices.dtype == bool else indices
-        index = indices if self.chosen is None else self.chosen[indices]
-        moved = None if self.moved is None else self.moved._replace(rows=self.moved.rows[indices])
-        return StoredRows(self.segments, self.total, index, moved)
+        made = copy.copy(self)
+        made.chosen = indices if self.chosen is None else self.chosen[indices]
+        made.moved = None if self.moved is None else self.moved._replace(rows=self.moved.rows[indices])
+        return made
 
-    def with_moved(self, source: np.ndarray, names: tuple[str, ...]) -> StoredRows:
+    def with_moved(self: Some, source: np.ndarray, names: tuple[str, ...]) -> Some:
         """The rows with these fields of others: those of row source[i] in row i."""
-        rows = source if self.chosen is None else self.chosen[source]
-        return StoredRows(self.segments, self.total, self.chosen, Moved(rows, names))
+        made = copy.copy(self)
+        made.moved = Moved(source if self.chosen is None else self.chosen[source], names)
+        return made
 
     def column(self, name: str) -> np.ndarray:
         """(n,), see `_COLUMNS`."""
@@ -214,12 +225,13 @@ def open_rows(
     """Reads and checks rows as `read_rows` does, a batch at a time.
 
     Args:
+        source: what `open_source` takes, or gives.
         root: the rows of a large file are kept there, and are not checked again where they are; None keeps nothing.
 
     Raises:
         UserError: as `read_rows`.
     """
-    opened, directory = open_source(source), None
+    opened, directory = source if isinstance(source, Source) else open_source(source), None
     if root is not None and opened.path is not None and opened.path.stat().st_size >= SHARED_FROM:
         depends = [FORMAT, sys.version_info[:2], file_hash(opened.path), opened.name, reward_threshold, skip_bad_rows]
         directory = table_directory(root, "rows", *depends)

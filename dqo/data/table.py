@@ -23,6 +23,8 @@ import numpy as np
 
 from dqo.data.chat import clock_at, reads_clock, template_text
 from dqo.data.ends import Ends
+from dqo.data.joined import JoinedSegments
+from dqo.data.mixed import MixedRows
 from dqo.data.rows import Row
 from dqo.data.segments import Arrays, Segments, table_directory
 from dqo.data.sources import BadRow
@@ -33,10 +35,14 @@ FORMAT = 2  # of a segment, and of how rows become tokens
 
 
 class TokenTable:
-    """The n rows of a table of rows that could be placed on tokens, in their order, and why others could not."""
+    """The n rows of a table of rows that could be placed on tokens, in their order, and why others could not.
 
-    def __init__(self, segments: Segments, rows: int, ends: Ends):
-        self.segments, self.rows, self.ends = segments, rows, ends
+    Args:
+        row_begins: int64, the row of that table with which each segment begins.
+    """
+
+    def __init__(self, segments: Segments | JoinedSegments, row_begins: np.ndarray, ends: Ends):
+        self.segments, self.row_begins, self.ends = segments, row_begins.tolist(), ends
         counts = [len(segment.arrays["row"]) for segment in segments]
         self._begins = np.cumsum([0, *counts])
 
@@ -48,7 +54,7 @@ class TokenTable:
         response (hashes of the ids)."""
         if name != "row":
             return self.segments.column(name)
-        parts = [segment.arrays["row"] + number * ROWS for number, segment in enumerate(self.segments)]
+        parts = [segment.arrays["row"] + begin for begin, segment in zip(self.row_begins, self.segments)]
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
     def counts(self, name: str) -> np.ndarray:
@@ -81,9 +87,9 @@ class TokenTable:
     def problems(self, place_of: np.ndarray, rows: Sequence[Row]) -> list[BadRow]:
         """The rows that could not be placed on tokens. `place_of`: where each row of the table is among `rows`, -1: nowhere."""
         found = []
-        for number, segment in enumerate(self.segments):
+        for begin, segment in zip(self.row_begins, self.segments):
             for index, message in segment.header["problems"]:
-                if (place := int(place_of[number * ROWS + index])) >= 0:
+                if (place := int(place_of[begin + index])) >= 0:
                     found.append(BadRow(place, rows[place].source, message))
         return found
 
@@ -91,8 +97,8 @@ class TokenTable:
         """Warns of what was cut off of some rows, and what was not read; `place_of` as in `problems`."""
         counts: dict[str, Counter[str]] = {"cuts": Counter(), "unread": Counter()}
         stopped = ended = 0
-        for number, segment in enumerate(self.segments):
-            chosen, remarks = place_of[number * ROWS : (number + 1) * ROWS] >= 0, segment.header["remarks"]
+        for begin, segment in zip(self.row_begins, self.segments):
+            chosen, remarks = place_of[begin : begin + ROWS] >= 0, segment.header["remarks"]
             for kind, found in counts.items():
                 for what, of in remarks[kind].items():
                     found[what] += int(chosen[of].sum())
@@ -115,6 +121,9 @@ def token_table(
     Raises:
         UserError: when the disk is full.
     """
+    if isinstance(rows, MixedRows):
+        tables = [token_table(table, tokenizer, ends, vocab_size, template_time) for table in rows.tables]
+        return TokenTable(JoinedSegments(*(table.segments for table in tables)), rows.segment_begins, ends)
     directory = None
     if rows.root is not None and (told := _described(tokenizer, template_time)) is not None:
         depends = [FORMAT, rows.segments.directory and rows.segments.directory.name, told, ends.trained]
@@ -130,7 +139,7 @@ def token_table(
                                 chunk = tokenize_chunk(whole[begin : begin + ROWS], tokenizer, ends, vocab_size)
                                 segments.put(number, *_packed(chunk))
                 segments.finish({})
-    return TokenTable(segments, rows.total, ends)
+    return TokenTable(segments, rows.segment_begins, ends)
 
 
 def _described(tokenizer, template_time: datetime.datetime | None) -> Any:

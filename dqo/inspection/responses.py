@@ -11,7 +11,8 @@ import numpy as np
 from dqo.credit.implied import Implied, Start
 from dqo.credit.steps import step_index, step_sums
 from dqo.data.marks import Marks
-from dqo.data.rows import Row, prompt_key
+from dqo.data.rows import Row
+from dqo.data.stored import column
 from dqo.errors import UserError
 
 _LINE = re.compile(r"(\d+)(?:, [^,]*)?$")  # of "rollouts.jsonl:12" and "rollouts.jsonl:12, completion 3"
@@ -90,16 +91,20 @@ def chosen(rows: Sequence[Row], count: int, lines: Sequence[str], marks: Marks) 
     """
     if lines:
         return _of_lines(rows, lines)
-    order = sorted(range(len(rows)), key=lambda i: marks.first_wrong(rows[i]) is None)
-    waiting = {False: [i for i in order if not rows[i].label], True: [i for i in range(len(rows)) if rows[i].label]}
-    prompts: set[str] = set()
+    labels, of_prompt = column(rows, "label"), column(rows, "prompt").tolist()
+    wrong, paid = np.flatnonzero(~labels).tolist(), column(rows, "paid") > 0
+    unknown = {i: not paid[i] or marks.first_wrong(rows[i]) is None for i in wrong}
+    waiting = {False: iter(sorted(wrong, key=unknown.__getitem__)), True: iter(np.flatnonzero(labels).tolist())}
+    prompts: set[int] = set()
     found: dict[bool, list[int]] = {False: [], True: []}
-    while any(waiting.values()):  # a wrong one and a right one by turns
-        for kind, candidates in waiting.items():
-            taken = next((i for i in candidates if prompt_key(rows[i]) not in prompts), None)
-            waiting[kind] = [] if taken is None else candidates[candidates.index(taken) + 1 :]
-            if taken is not None and len(prompts) < count:
-                prompts.add(prompt_key(rows[taken]))
+    left = [False, True]
+    while left:  # a wrong one and a right one by turns
+        for kind in tuple(left):
+            taken = next((i for i in waiting[kind] if of_prompt[i] not in prompts), None)
+            if taken is None:
+                left.remove(kind)
+            elif len(prompts) < count:
+                prompts.add(of_prompt[taken])
                 found[kind].append(taken)
         if len(prompts) == count:
             break
@@ -128,5 +133,7 @@ def _of_lines(rows: Sequence[Row], lines: Sequence[str]) -> list[int]:
 
 def siblings(rows: Sequence[Row], shown: Sequence[int]) -> list[int]:
     """Indices of all other rows with the prompts of those that are shown."""
-    prompts = {prompt_key(rows[i]) for i in shown}
-    return [i for i in range(len(rows)) if i not in set(shown) and prompt_key(rows[i]) in prompts]
+    prompts = column(rows, "prompt")
+    same = np.isin(prompts, prompts[list(shown)])
+    same[list(shown)] = False
+    return np.flatnonzero(same).tolist()

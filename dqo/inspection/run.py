@@ -12,14 +12,15 @@ from dqo.credit.implied import Start, implied_values, soft_return, starts
 from dqo.data.episode import Episode
 from dqo.data.ids import token_texts
 from dqo.data.marks import Marks
+from dqo.data.mixed import open_data
 from dqo.data.rows import Row
-from dqo.data.stored import open_rows
 from dqo.errors import UserError
 from dqo.files import write_whole, writing
 from dqo.inspection.page import rendered
 from dqo.inspection.responses import Inspection, Response, chosen, siblings
 from dqo.inspection.views import VIEWS, scale_of
 from dqo.train.implied_run import fits_rewards
+from dqo.train.inputs import ROW_CACHE
 from dqo.train.run_rows import discounts_of, episodes_of
 from dqo.train.saved import run_options
 from dqo.train.token_scores import RunModels, load_run, token_scores
@@ -58,8 +59,8 @@ def inspect(
     if responses < 1:
         raise UserError(f"responses must be at least 1, got {responses}")
     options = run_options(Path(run))
-    threshold = options.get("reward_threshold")
-    all_rows = open_rows(dataset_name, **({} if threshold is None else {"reward_threshold": threshold}))
+    threshold, kept = options.get("reward_threshold"), _row_cache(Path(run), options)
+    all_rows = open_data(dataset_name, root=kept, **({} if threshold is None else {"reward_threshold": threshold}))
     marks = Marks.of_rows(all_rows, options.get("process_reward"))
     shown = chosen(all_rows, responses, [str(line) for line in rows], marks)
     others = siblings(all_rows, shown)
@@ -68,6 +69,13 @@ def inspect(
     if page is not None:
         write_whole(page, rendered(found).encode())
     return found
+
+
+def _row_cache(run: Path, options: dict[str, Any]) -> Path | None:
+    """Where the run's training has kept checked rows; None where nothing is kept any more."""
+    own = options.get("row_cache_dir")
+    places = [Path(own)] if own else [run / ROW_CACHE, run.parent / ROW_CACHE]  # of an output_dir, and of a checkpoint
+    return next(filter(Path.is_dir, places), None)
 
 
 def _page_path(path: Path, overwrite: bool) -> Path:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dqo.data.named import shown
 from dqo.errors import UserError
 from dqo.objectives.registry import DEFAULT_METHOD
 from dqo.report.groups import BASE, Groups, grouped
@@ -75,7 +75,7 @@ def _title(groups: Groups) -> str:
     named = f"{', '.join(methods[:-1])} and {methods[-1]}" if len(methods) > 1 else methods[0]
     controls = [run.options.get("shuffle_rewards") for members in groups.values() for run in members]
     control = " with shuffled rewards, a control" if all(controls) else ""
-    return f"{named} on {Path(str(first.options.get('dataset_name') or 'given rows')).name}{control}"
+    return f"{named} on {shown(str(first.options.get('dataset_name') or 'given rows'))}{control}"
 
 
 def _options(groups: Groups) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -162,7 +162,7 @@ class RunView(TypedDict, total=False):
 class DataSet(TypedDict):
     name: str
     sha256: str
-    of: str  # "file" or "rows"
+    of: str  # "file", "files" or "rows"
 
 
 class Flip(TypedDict):

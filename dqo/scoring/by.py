@@ -23,8 +23,9 @@ import torch
 
 from dqo.credit.steps import step_sums
 from dqo.data.episode import Episode
-from dqo.data.episodes import make_episodes
+from dqo.data.episodes import Episodes, open_episodes
 from dqo.data.rows import prompt_key
+from dqo.data.step_columns import step_counts
 from dqo.errors import UserError
 from dqo.models.fitness import check_positions, check_tokenizer
 from dqo.models.identity import check_holds_model
@@ -60,14 +61,14 @@ class ByModel:
 
     def measured(self, written: Sequence[Seen], say: Callable[[str], object]) -> Iterator[Measured]:
         """Those of the rows behind the `written` ones, as they are asked for. `say` gets what it costs, before it begins."""
-        left = self.episodes[len(written) :]
+        left = self.episodes.take(np.arange(len(written), len(self.episodes)))
         names = ["policy"] if self.models.reference is None else ["policy", "reference"]
         if self.models.value_model is not None:
             names.append("value model")
         say(
             f"steps rewarded by {self.config.by}: {len(left):,} of {len(self.rows):,} rows with "
-            f"{sum(len(e.step_ends) for e in left):,} steps; {' and '.join(names)} read{'s' * (len(names) == 1)} "
-            f"{sum(e.length for e in left):,} tokens"
+            f"{step_counts(left).sum():,} steps; {' and '.join(names)} read{'s' * (len(names) == 1)} "
+            f"{left.lengths.sum():,} tokens"
         )
         prompts = [prompt_key(scored.row) for scored in self.rows]
         # rounding depends on the batch, and all rows of a prompt must have one prompt_value
@@ -116,8 +117,8 @@ def models_of(
     return models
 
 
-def episodes_of(rows: list[Scored], models: RunModels) -> list[Episode]:
-    """The rows on the model's tokens; their rewards are not read.
+def episodes_of(rows: list[Scored], models: RunModels) -> Episodes:
+    """The rows on the model's tokens, each made when it is read; their rewards are not read.
 
     Raises:
         UserError: naming the row, for steps that cannot be placed on tokens, tokens that the model does not have, and rows that
@@ -126,7 +127,7 @@ def episodes_of(rows: list[Scored], models: RunModels) -> list[Episode]:
     config, tokenizer = models.policy.config, models.tokenizer
     plain = [replace(scored.row, reward=0.0, label=False, step_rewards=None, prompt_value=None) for scored in rows]
     check_tokenizer(tokenizer, plain, config)
-    episodes = make_episodes(
+    episodes = open_episodes(
         plain,
         tokenizer,
         vocab_size=config.get_text_config().vocab_size,

@@ -14,7 +14,7 @@ from dqo.data.together import check_process_reward
 from dqo.errors import UserError
 from dqo.models.lora import adapter_off, has_adapter
 from dqo.train.frozen_models import add_columns, frozen_models
-from dqo.train.inputs import Given, read
+from dqo.train.inputs import Given, read_held_out
 from dqo.train.prepare import Prepared, held_out_groups
 from dqo.train.run_models import load_initial, reference_columns
 from dqo.train.sharded import load_frozen, shard_reference
@@ -40,7 +40,7 @@ def evaluation_episodes(
         UserError: when the reference policy was a model object that has been trained in place.
     """
     config, objective, sharded = options.train, options.objective, prepared.module is not None
-    rows = read(config, source)
+    rows = read_held_out(config, source)
     check_process_reward(rows, "the rows for evaluation", config.process_reward)
     episodes = prepared.tokenized(rows)
     prepared_ones = held_out_groups(objective, episodes, rows, reference_name(options, given))

@@ -9,6 +9,7 @@ from transformers import TrainerState
 
 from dqo import __version__
 from dqo.config.options import Options, dump_options
+from dqo.data.named import named_sources
 from dqo.errors import UserError
 from dqo.files import write_whole
 from dqo.train.saved import Saved, command_of, metrics_of
@@ -54,8 +55,11 @@ def _card(
     head: dict = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["dqo", *tags]}
     if base and not Path(base).exists():  # the hub links names, not directories
         head["base_model"] = base
-    if data and not Path(data).exists() and "/" in data:
-        head["datasets"] = [data]
+    names = [named.name for named in named_sources(data or "")]
+    if on_hub := [
+        name.partition(":")[0].partition("@")[0] for name in names if "/" in name and not Path(name).exists()
+    ]:
+        head["datasets"] = on_hub
     text = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         f"# {name}\n",

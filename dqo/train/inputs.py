@@ -18,8 +18,9 @@ from dqo.config.options import Options, TrainConfig
 from dqo.config.values import refuse
 from dqo.data.advice import row_warnings
 from dqo.data.control import with_shuffled_rewards
+from dqo.data.mixed import open_data, weights_of
 from dqo.data.rows import Row
-from dqo.data.stored import StoredRows, column, open_rows, take
+from dqo.data.stored import StoredRows, column, take
 from dqo.data.together import check_process_reward, split_by_prompt
 from dqo.errors import UserError
 from dqo.files import is_aside
@@ -173,7 +174,21 @@ def read(config: TrainConfig, source: Any) -> StoredRows:
     """Rows as the options say; those of a large file are kept in row_cache_dir."""
     root = Path(config.row_cache_dir or Path(config.output_dir) / ROW_CACHE)
     kept = None if config.dry_run and config.row_cache_dir is None else root
-    return open_rows(source, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold, root=kept)
+    return open_data(source, skip_bad_rows=config.skip_bad_rows, reward_threshold=config.reward_threshold, root=kept)
+
+
+def read_held_out(config: TrainConfig, source: Any) -> StoredRows:
+    """The same of rows to evaluate on.
+
+    Raises:
+        UserError: for weights, which would say how often rows are read.
+    """
+    rows = read(config, source)
+    if weights_of(rows) is not None:
+        raise UserError(
+            f"{source}: has weights, and responses for evaluation are read once each; leave the weights out"
+        )
+    return rows
 
 
 def load_rows(options: Options, given: Given | None = None) -> tuple[Sequence[Row], Sequence[Row]]:
@@ -191,7 +206,7 @@ def load_rows(options: Options, given: Given | None = None) -> tuple[Sequence[Ro
     held_source = config.eval_dataset_name if given.eval_dataset is None else given.eval_dataset
     held_out: Sequence[Row] = []
     if held_source is not None:
-        held_out = read(config, held_source)
+        held_out = read_held_out(config, held_source)
         names = config.eval_dataset_name or "eval_dataset", config.dataset_name or "the training rows"
         shared_prompts(column(rows, "prompt"), held_out, *names)
     elif config.eval_fraction:

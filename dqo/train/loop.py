@@ -55,7 +55,7 @@ class Trainer:
         self.config, self.objective = options.train, prepared.objective
         self.learner, self.processes = prepared.learner, prepared.processes
         self.output_dir = Path(self.config.output_dir)
-        self.per_epoch = math.ceil(len(prepared.groups) / prepared.per_step)  # the last step of an epoch may be short
+        self.per_epoch = prepared.order.per_epoch
         epochs = self.config.num_train_epochs
         self.steps = self.config.max_steps if self.config.max_steps > 0 else optim.steps_of(epochs, self.per_epoch)
         # skipped: steps left out because a callback ended their epoch

@@ -12,6 +12,7 @@ from typing import Any
 
 from dqo import peers
 from dqo.config.options import Options
+from dqo.data.named import named_sources
 from dqo.errors import UserError
 from dqo.files import aside, writing
 from dqo.processes import Processes, gather_objects
@@ -63,6 +64,10 @@ def _check_options(options: Options, processes: Processes) -> None:
         return A_PATH if isinstance(value, str) and value and Path(value).exists() else value
 
     mine = {name: told(value) for name, value in options.flat().items() if name not in OWN}
+    for name in ("dataset_name", "eval_dataset_name"):
+        named = named_sources(mine[name] or "")
+        if len(named) > 1:
+            mine[name] = [(told(one.name), one.weight) for one in named]
     each = gather_objects([mine], processes)
     for rank, other in enumerate(each):
         for name in sorted(each[0].keys() | other.keys()):

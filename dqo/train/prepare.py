@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dqo.config.lora import described
 from dqo.config.options import Options
-from dqo.data.batches import Batching, Group, distinct, epoch_order
+from dqo.data.batches import Batching, Group, distinct
 from dqo.data.behavior import ReferenceName, reference_samples
 from dqo.data.ends import ends_of
 from dqo.data.episode import Episode
@@ -29,6 +28,7 @@ from dqo.data.rows import Row
 from dqo.data.selection import (
     EpisodeColumns,
     Groups,
+    called,
     data_fingerprint,
     nothing_selected,
     selected,
@@ -59,6 +59,7 @@ from dqo.train.learner import Learner
 from dqo.train.machines import check_same
 from dqo.train.masters import add_masters
 from dqo.train.optim import steps_of
+from dqo.train.order import Order, order_of
 from dqo.train.resume import FITTED, OF_OBJECTIVE, TRAINED_END
 from dqo.train.returns import value_start
 from dqo.train.room import warn_of_little_room
@@ -124,7 +125,7 @@ class Prepared:
     groups: Sequence[Group]  # each is made when it is read
     held_out: list[Group]
     identity: dict  # hashes and options that a continued run must share
-    per_step: int  # groups of an optimizer step
+    order: Order  # of the groups
     resumed: Path | None  # the checkpoint to go on from
     tokenized: Callable[[Sequence[Row]], list[Episode]]  # as the options say
     reference: PreTrainedModel | None  # where it is not the initial policy
@@ -151,6 +152,7 @@ class Prepared:
             columns = EpisodeColumns(episodes)
             prompts, tokens = len(np.unique(columns.prompt)), int(columns.tokens.sum())
             lines.append(f"{name}: {len(episodes):,} responses to {prompts:,} prompts, {tokens:,} tokens")
+        lines[:0] = self.order.told(called(self.objective))
         share = "" if eval_fraction is None else f" (eval_fraction {eval_fraction:g} is a share of the prompts)"
         return "\n".join(lines) + share
 
@@ -191,6 +193,8 @@ def prepare(
     groups = selected(objective, episodes, partial(reference_samples, train_rows, sampler))
     if not groups:
         raise UserError(f"method {config.method}: {nothing_selected(objective, episodes)}")
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes.world
+    order = order_of(groups, per_step, config.seed)
     held_out = held_out_groups(objective, tokenized(held_rows, marks), held_rows, sampler) if held_rows else []
     policy = given.model
     if policy is None:
@@ -207,7 +211,6 @@ def prepare(
     for model in filter(None, () if sharded else (policy, reference)):
         check_model(model, some_ids, tokenizer.pad_token_id)
     check_router(policy, config.router_aux_loss_coef)
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes.world
     options_that_bind = {name: value for name, value in options.flat().items() if name not in FREE_OPTIONS}
     identity = {
         "data": data_fingerprint(groups),
@@ -274,7 +277,7 @@ def prepare(
         warn_of_little_room(Path(config.output_dir), learner, config.save_total_limit, refreshes)
     if has_adapter(policy) and not policy.name_or_path and processes.main:
         save_base(policy, Path(base_of(policy, config)), again=resumed is None)
-    visited = distinct(_visited(groups, options, per_step, resumed))
+    visited = distinct(_visited(groups, options, order, resumed))
     together = Joined(visited, held)
     if objective.needs_reference:
         resuming = resumed is not None
@@ -296,7 +299,7 @@ def prepare(
         groups,
         held_out,
         identity,
-        per_step,
+        order,
         resumed,
         tokenized,
         reference,
@@ -308,18 +311,18 @@ def prepare(
     )
 
 
-def _visited(groups: Sequence[Group], options: Options, per_step: int, resumed: Path | None) -> Sequence[Group]:
+def _visited(groups: Sequence[Group], options: Options, order: Order, resumed: Path | None) -> Sequence[Group]:
     """The groups that the run's steps read, in the order of the data: all, but of a run that ends within its first epoch. The
     values that a policy implies for a response are made of the others to its prompt too."""
     config, objective = options.train, options.objective
     in_parts = any(tuple(phase.part) != (0.0, 1.0) for phase in objective.phases(config.value_warmup_steps))
-    per_epoch = math.ceil(len(groups) / per_step)
-    steps = config.max_steps if config.max_steps > 0 else steps_of(config.num_train_epochs, per_epoch)
+    steps = config.max_steps if config.max_steps > 0 else steps_of(config.num_train_epochs, order.per_epoch)
     if resumed is not None:  # checkpoints that do not tell were made when steps were counted otherwise
-        steps = max(steps, read_state(resumed).get("steps", per_epoch))
-    if steps >= per_epoch or in_parts or objective.implied_from is not None or not isinstance(groups, Groups):
+        steps = max(steps, read_state(resumed).get("steps", order.per_epoch))
+    if in_parts or objective.implied_from is not None or not isinstance(groups, Groups):
         return groups
-    return groups.take(np.sort(epoch_order(len(groups), 0, config.seed)[: steps * per_step]))
+    visited = order.visited(steps)
+    return groups if len(visited) == len(groups) else groups.take(visited)
 
 
 def on_tokens(

@@ -29,6 +29,7 @@ import dqo
 from dqo.config.options import TrainConfig, command_line
 from dqo.data.episode import Episode
 from dqo.data.episodes import Episodes
+from dqo.data.named import named_sources
 from dqo.data.rows import Row
 from dqo.data.segments import file_hash
 from dqo.data.selection import EpisodeColumns
@@ -74,9 +75,14 @@ def end_record(output_dir: Path, found: dict[str, Any]) -> None:
 
 
 def data_hash(name: str | None, rows: Iterable[Row]) -> dict[str, str]:
-    """sha256 of a file; of the rows, whatever their order, where the data are no file."""
-    if name is not None and Path(name).is_file():
-        return {"sha256": file_hash(Path(name)), "of": "file"}
+    """sha256 of a file, or of those of several and their weights; of the rows, whatever their order, where data are no files."""
+    named = [] if name is None else named_sources(name)
+    if named and all(Path(one.name).is_file() for one in named):
+        told = [file_hash(Path(one.name)) for one in named]
+        if len(told) == 1:
+            return {"sha256": told[0], "of": "file"}
+        told += [str(one.weight) for one in named]
+        return {"sha256": hashlib.sha256(" ".join(told).encode()).hexdigest(), "of": "files"}
     names = [f.name for f in fields(Row) if f.name != "source"]
     digests = sorted(
         hashlib.sha256(json.dumps({n: getattr(row, n) for n in names}, sort_keys=True).encode()).digest()

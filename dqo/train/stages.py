@@ -5,20 +5,18 @@ output_dir/reference-400/    the policy of step 400, as transformers loads it, w
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from dqo.config.options import Options
-from dqo.data.batches import distinct, epoch_order
+from dqo.data.batches import distinct
 from dqo.data.joined import Joined
 from dqo.errors import UserError
 from dqo.files import replacing
 from dqo.train.checkpoint import save_models
 from dqo.train.machines import seen
+from dqo.train.order import Order
 from dqo.train.phases import Stretch
 from dqo.train.prepare import Prepared
 from dqo.train.run_models import reference_columns
@@ -26,29 +24,33 @@ from dqo.train.sharded import load_frozen
 
 
 class Pool(NamedTuple):
-    """The groups `first` to `last`, without the last, from the step `begin` on."""
+    """The groups that are trained on from the step `begin` on."""
 
     begin: int
-    first: int
-    last: int
+    bounds: list[tuple[int, int]]  # of its part of each data set's groups
+    order: Order
 
 
-def pools_of(stretches: list[Stretch], count: int) -> list[Pool]:
-    """The parts of `count` groups that the phases train on; phases in a row with one part have one pool.
+def pools_of(stretches: list[Stretch], order: Order) -> list[Pool]:
+    """The parts of all groups that the phases train on, each a part of every data set; phases in a row with one part have one
+    pool. `order`: that of all groups.
 
     Raises:
         UserError: for a phase whose part holds no group.
     """
     found: list[Pool] = []
     for begin, phase in stretches:
-        first, last = (round(share * count) for share in phase.part)
-        if first == last:
+        bounds = [(round(phase.part[0] * len(own)), round(phase.part[1] * len(own))) for own in order.members]
+        empty = [first == last for first, last in bounds]
+        if all(empty) or (order.weights is not None and any(empty)):
+            count = f"{order.size:,} in all" if all(empty) else f"{min(map(len, order.members)):,} of a data set"
             raise UserError(
-                f"phase {phase.name!r} has no group to train on: there are {count:,} in all, and it takes a share of "
+                f"phase {phase.name!r} has no group to train on: there are {count}, and it takes a share of "
                 f"{phase.part[1] - phase.part[0]:.3g}; give fewer phases, or more data"
             )
-        if not found or found[-1][1:] != (first, last):
-            found.append(Pool(begin, first, last))
+        if not found or found[-1].bounds != bounds:
+            members = [own[first:last] for own, (first, last) in zip(order.members, bounds)]
+            found.append(Pool(begin, bounds, dataclasses.replace(order, members=members, _known={})))
     return found
 
 
@@ -62,8 +64,7 @@ class Stages:
 
     def __init__(self, options: Options, prepared: Prepared, stretches: list[Stretch], steps: int, step: int):
         self.options, self.prepared, self.stretches = options, prepared, stretches
-        self.pools = pools_of(stretches, len(prepared.groups))
-        self.order: tuple[Pool, int, np.ndarray] | None = None  # of an epoch of a pool
+        self.pools = pools_of(stretches, prepared.order)
         planned = prepared.objective.phases(options.train.value_warmup_steps)
         there = {stretch.phase.name for stretch in stretches}
         missing = [p.name for p in planned if p.name not in there and tuple(p.part) != (0.0, 1.0)]
@@ -79,11 +80,7 @@ class Stages:
     def groups(self, step: int, position: int) -> list[int]:
         """Indices of the groups of a step; `position` counts the steps that were left out too."""
         pool = [pool for pool in self.pools if pool.begin <= step][-1]
-        size, per_step = pool.last - pool.first, self.prepared.per_step
-        epoch, index = divmod(position - pool.begin, math.ceil(size / per_step))
-        if self.order is None or self.order[:2] != (pool, epoch):
-            self.order = pool, epoch, epoch_order(size, epoch, self.options.train.seed)
-        return [pool.first + i for i in self.order[2][index * per_step : (index + 1) * per_step].tolist()]
+        return pool.order.step(position - pool.begin).tolist()
 
     def enter(self, step: int) -> None:
         """Before a step: where a phase begins with it that refreshes the reference, the policy as it is becomes the reference.
@@ -114,7 +111,7 @@ class Stages:
         config, processes = self.options.train, prepared.processes
         reference, sharded, sha256 = load_frozen(directory, config, processes, prepared.module is not None)
         reference_columns(
-            replace(config, dtype="float32"),
+            dataclasses.replace(config, dtype="float32"),
             Joined(prepared.episodes(), distinct(prepared.held_out)),
             prepared.learner.policy,
             reference,

@@ -3,7 +3,7 @@ under its reference, entropies, the exact KL between both, and the value model's
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,7 @@ def batches_of(
 
 @torch.no_grad()
 def token_scores(
-    models: RunModels, episodes: list[Episode], names: Collection[str], description: str | None = None
+    models: RunModels, episodes: Sequence[Episode], names: Collection[str], description: str | None = None
 ) -> list[dict[str, np.ndarray]]:
     """What the models say of each of an episode's T actions.
 
@@ -202,6 +202,7 @@ def token_scores(
         UserError: for names that need a reference or a value model where there is none.
     """
     _check_names(models, names)
+    episodes = list(episodes)  # of a table each is made when it is read
     found: list[dict[str, np.ndarray]] = [{} for _ in episodes]
     place = {id(episode): i for i, episode in enumerate(episodes)}
     pad_id: Any = models.tokenizer.pad_token_id

@@ -276,3 +276,19 @@ def test_a_method_without_anything_to_train_on_says_so(model, tmp_path, capsys):
     rows[0]["reward"] = 0.0
     out = printed(capsys, written(tmp_path, rows), "--model_name_or_path", model, "--method", "rebel", "--rows", 0)
     assert "warning  method rebel: no prompt has two responses: 0 pairs. There are 3 responses" in out
+
+
+def test_several_data_sets_are_told_with_rows_tokens_and_shares(tmp_path, model, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, ROWS[:2], "a.jsonl")
+    written(tmp_path, ROWS[2:], "b.jsonl")
+    options = ["--process_reward", "additive"]
+    out = printed(capsys, "a.jsonl:0.75,b.jsonl:0.25", *options)
+    assert "3 of 2 prompts" in out
+    assert "data sets:\n             a.jsonl  75.0% of a run; 2 rows, each read 1.12 times an epoch\n" in out
+    assert "             b.jsonl  25.0% of a run; 1 rows, each read 0.75 times an epoch\n" in out
+    out = printed(capsys, "a.jsonl,b.jsonl", *options, "--model_name_or_path", model)
+    tokens = len("1+2=1+2=3\n#3") + 1  # a token for each character, and EOS
+    assert f"a.jsonl  66.7% of a run; 2 rows with {2 * tokens - 1} tokens\n" in out  # the second did not end
+    assert f"b.jsonl  33.3% of a run; 1 rows with {tokens} tokens\n" in out
+    assert "data sets:" not in printed(capsys, "a.jsonl", *options)

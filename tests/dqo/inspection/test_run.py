@@ -5,6 +5,7 @@ import pytest
 
 from dqo.credit.implied import CRITIC, OTHERS
 from dqo.data.rows import read_rows
+from dqo.data.stored import open_rows
 from dqo.errors import UserError
 from dqo.inspection.run import inspect
 from dqo.models.new import character_tokenizer, save
@@ -156,3 +157,15 @@ def test_a_run_whose_options_were_altered_is_refused(option, value, said, place,
     make_run(tmp_path, critic=False, **{option: value})
     with pytest.raises(UserError, match=f"config.yaml:\\d+: {said}; write what the run was trained with"):
         inspect(tmp_path / "out", place / "rows.jsonl", responses=1)
+
+
+def test_rows_of_a_large_file_are_found_where_the_training_kept_them(place, tmp_path, monkeypatch):
+    make_run(tmp_path)
+    monkeypatch.setattr("dqo.data.stored.SHARED_FROM", 0)
+    plain = inspect(tmp_path / "out", place / "rows.jsonl")
+    assert not (tmp_path / "out" / "row_cache").exists()  # one look writes nothing
+    (tmp_path / "out" / "row_cache").mkdir()
+    open_rows(place / "rows.jsonl", root=tmp_path / "out" / "row_cache")
+    monkeypatch.setattr("dqo.data.stored.checked_rows", None)
+    again = inspect(tmp_path / "out", place / "rows.jsonl")
+    assert [r.source for r in again.responses] == [r.source for r in plain.responses] and len(plain.responses) > 1

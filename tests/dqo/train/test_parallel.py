@@ -72,6 +72,7 @@ BY_ROWS = {
     "untied etpo": ("fsdp", {"method": "etpo", "target_ema": 0.5, "model_name_or_path": "untied"}),
     "untied implicit": ("fsdp", {"value_model": "implicit", "model_name_or_path": "untied"}),
     "ppo": ("ddp", {"method": "ppo", "behavior": "reference"}),  # with means over the responses of the whole step
+    "weights": ("ddp", {"max_steps": 8}),  # of two data sets
 }
 PAIRS = [(name, kind) for name in RUNS for kind in ("ddp", "fsdp")] + [(n, kind) for n, (kind, _) in BY_ROWS.items()]
 
@@ -96,7 +97,8 @@ def runs(tmp_path_factory):
     files = tmp_path_factory.mktemp("runs")
     save(policy(), tokenizer(), files / "model")
     rows = rollout_rows(prompts=12, samples=4)
-    for file, its_rows in (("rollouts", rows), ("measured", measured(rows))):
+    more = rollout_rows(prompts=5, samples=3, seed=1)
+    for file, its_rows in (("rollouts", rows), ("measured", measured(rows)), ("more", more)):
         (files / f"{file}.jsonl").write_text("\n".join(map(json.dumps, its_rows)))
     save(policy(seed=5), tokenizer(), files / "other")
     save(untied(), tokenizer(), files / "untied")
@@ -105,6 +107,8 @@ def runs(tmp_path_factory):
         changes = {"logging_steps": 2, "max_steps": 4} | changes
         if "process_reward" in changes:
             changes["dataset_name"] = files / "measured.jsonl"
+        if name == "weights":
+            changes["dataset_name"] = f"{files / 'rollouts.jsonl'}:0.4,{files / 'more.jsonl'}:0.6"
         models = {"ref_model_name_or_path", "model_name_or_path"} & changes.keys()
         changes |= {option: files / str(changes[option]) for option in models}
         offload = changes.pop("fsdp_cpu_offload", False)

@@ -17,6 +17,7 @@ from dqo.errors import UserError
 from dqo.models.policy import load_policy, policy_stats
 from dqo.objectives import DQO, CurryDPO
 from dqo.train.loop import Trainer
+from dqo.train.order import order_of
 from dqo.train.phases import stretches
 from dqo.train.run import train
 from dqo.train.stages import Stages, pools_of
@@ -25,7 +26,7 @@ from tests.dqo.helpers import arguments
 
 def stages_of(objective, count, steps, per_step=2, seed=5, value_warmup=0.0):
     options = SimpleNamespace(train=SimpleNamespace(value_warmup_steps=value_warmup, seed=seed, output_dir="out"))
-    prepared = SimpleNamespace(objective=objective, groups=[None] * count, per_step=per_step)
+    prepared = SimpleNamespace(objective=objective, order=order_of([None] * count, per_step, seed))
     return Stages(options, prepared, stretches(objective, value_warmup, steps), steps, 0)
 
 
@@ -42,17 +43,18 @@ def test_phases_on_all_groups_go_on_in_the_order_of_the_epochs(count, per_step, 
 @given(st.integers(1, 5), st.integers(5, 30), st.integers(5, 30), st.integers(1, 4))
 def test_each_stage_trains_on_its_part_and_the_parts_are_all_groups_once(stages, count, steps, per_step):
     objective = CurryDPO(stages=stages)
-    pools = pools_of(stretches(objective, 0, 100), count)
-    assert [i for pool in pools for i in range(pool.first, pool.last)] == list(range(count))
-    assert max(p.last - p.first for p in pools) - min(p.last - p.first for p in pools) <= 1
+    pools = pools_of(stretches(objective, 0, 100), order_of([None] * count, per_step, 5))
+    assert [i for pool in pools for own in pool.order.members for i in own] == list(range(count))
+    assert max(pool.order.size for pool in pools) - min(pool.order.size for pool in pools) <= 1
     found = stages_of(objective, count, steps, per_step)
     lengths = [b - a for a, b in zip([p.begin for p in found.pools], [*(p.begin for p in found.pools[1:]), steps])]
     assert len(lengths) == stages and max(lengths) - min(lengths) <= 1
     for number, pool in enumerate(found.pools):
         end = found.pools[number + 1].begin if number + 1 < len(found.pools) else steps
         seen = [i for step in range(pool.begin, end) for i in found.groups(step, step)]
-        assert set(seen) <= set(range(pool.first, pool.last))
-        whole = [seen.count(i) for i in range(pool.first, pool.last)]
+        (own,) = pool.order.members
+        assert set(seen) <= set(own)
+        whole = [seen.count(i) for i in own]
         assert max(whole) - min(whole) <= 1  # an epoch of the stage is a permutation
 
 
