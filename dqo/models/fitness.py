@@ -19,6 +19,7 @@ from dqo.data.rows import Row
 from dqo.data.selection import EpisodeColumns
 from dqo.data.stored import column
 from dqo.errors import UserError, is_out_of_memory
+from dqo.models.attention import unpacked
 from dqo.models.policy import head_stats
 
 logger = logging.getLogger(__name__)
@@ -202,7 +203,8 @@ def _check_backward(model: PreTrainedModel, ids: list[int]) -> None:
 @torch.no_grad()
 def check_adapter(model: PreTrainedModel, ids: list[int]) -> None:
     """Refuses a model that cannot be run with the adapters that it has: layers of its own kind look like linear ones to peft."""
-    with _readable_failure(f"{type(model).__name__} with adapters", "; name other layers by --lora_target_modules"):
+    failure = _readable_failure(f"{type(model).__name__} with adapters", "; name other layers by --lora_target_modules")
+    with failure, unpacked(model):
         _hidden(model, [ids])
 
 

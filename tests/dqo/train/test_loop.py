@@ -113,6 +113,15 @@ def test_neither_the_budget_nor_the_packing_changes_the_run(files, monkeypatch, 
     assert logged(files / "plain", "eval_loss") == pytest.approx(logged(files / "other", "eval_loss"), rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["dqo", "dpo"])
+def test_packing_does_not_change_a_run_of_adapters(files, method):
+    for name, packed in {"plain": False, "packed": True}.items():
+        options = arguments(files, method=method, lora_r=2, padding_free=packed, output_dir=files / name)
+        train(load_options([*options, "--use_peft"]))
+    for key in ("loss", "eval_loss"):
+        assert logged(files / "plain", key) == pytest.approx(logged(files / "packed", key), rel=1e-4)
+
+
 @pytest.mark.parametrize("padding_free", [None, True])
 def test_a_run_stopped_between_checkpoints_goes_on_bit_for_bit(files, monkeypatch, padding_free):
     options = {"save_steps": 5, "padding_free": padding_free}
