@@ -14,16 +14,16 @@ from benchmarks.evidence.study.settings import ROWS, Settings
 
 @dataclass(frozen=True)
 class Sizes:
-    train_problems: int = 96
+    train_problems: int = 80
     samples: int = 8  # of a training problem
     test_problems: int = 500
     test_samples: int = 1
     temperature: float = 0.7  # of all sampling, of the data and of the test
     max_new_tokens: int = 48
     continuations: int = 4  # of a prefix whose value is measured
-    updates: int = 48  # of the policy, the same number for all methods
+    updates: int = 40  # of the policy, the same number for all methods
     batch: int = 16  # responses an update
-    warmup: int = 12  # updates of the value model alone
+    warmup: int = 10  # updates of the value model alone
     generated_together: int = 256
 
 
