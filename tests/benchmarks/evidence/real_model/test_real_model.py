@@ -111,7 +111,7 @@ def test_it_goes_on_from_piece_to_piece_and_ends_in_a_table(tiny, small, tmp_pat
     assert rows["dqo"]["cpu_seconds"] > 0 == rows[BASE]["cpu_seconds"]
     wrong = json.loads((tmp_path / "data/seed-0/result.json").read_text())
     assert 0 < wrong["right"] < 1
-    run = json.loads((tmp_path / "runs/dqo-measured/seed-0/result.json").read_text())
+    run = json.loads((tmp_path / "run/dqo-measured/seed-0/result.json").read_text())
     assert len(run["greedy"]) == 4 == len(run["sampling"])
     with pytest.raises(SystemExit):
         command.main([*asked[:1], "--model", str(tiny.parent)])
