@@ -11,17 +11,13 @@ need is made too. --stage table makes nothing. --record writes tables and plots 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import json
-import os
 import sys
-import time
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.evidence.study.pieces import STAGES, Piece, every_piece, in_order, result_of
+from benchmarks.evidence.pieces import go_on, in_order
+from benchmarks.evidence.study.pieces import STAGES, Piece, every_piece, result_of
 from benchmarks.evidence.study.plots import draw_ablations, draw_tasks
 from benchmarks.evidence.study.settings import BASE, METHODS
 from benchmarks.evidence.study.sizes import TASKS
@@ -29,7 +25,6 @@ from benchmarks.evidence.study.tables import markdown, summarise
 from benchmarks.evidence.study.training import make
 
 RESULTS = Path(__file__).parents[2] / "results"
-WAIT = 5.0  # seconds, for a piece that another process is at
 
 
 def wanted(tasks: Sequence[str], methods: Sequence[str], stages: Sequence[str]) -> list[Piece]:
@@ -42,55 +37,6 @@ def wanted(tasks: Sequence[str], methods: Sequence[str], stages: Sequence[str]) 
         and piece.name in tasks
         and (not piece.method or piece.method in (BASE, *methods))
     )
-
-
-@contextlib.contextmanager
-def claimed(piece: Piece, root: Path) -> Iterator[bool]:
-    """Whether no other process is at this piece; none begins it in the meantime."""
-    path = root / "locks" / piece.place.replace("/", "--")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
-
-
-def go_on(pieces: list[Piece], root: Path, minutes: float) -> int:
-    """Makes what has no result, until the time is over; returns how many pieces are left. One that fails is told, and left."""
-    begun, finished, failed = time.monotonic(), set(), set()
-
-    def done(piece: Piece) -> bool:
-        if piece not in finished and result_of(piece, root) is not None:
-            finished.add(piece)
-        return piece in finished
-
-    while left := [piece for piece in pieces if not done(piece)]:
-        if time.monotonic() - begun >= 60 * minutes:
-            return len(left)
-        for piece in (piece for piece in left if piece not in failed and all(map(done, piece.needs()))):
-            with claimed(piece, root) as mine:
-                if not mine or done(piece):
-                    continue
-                started = time.monotonic()
-                print(f"{time.strftime('%H:%M:%S')}  {piece.place} ({len(left)} left)", flush=True)
-                try:
-                    make(piece, root)
-                except Exception:
-                    traceback.print_exc()
-                    failed.add(piece)
-                print(f"          {time.monotonic() - started:.0f} s", flush=True)
-            break
-        else:
-            if failed:
-                return len(left)
-            time.sleep(WAIT)  # another process is at all that is ready
-    return 0
 
 
 def write_tables(root: Path, command: str, record: bool) -> None:
@@ -134,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(given)
     root = asked.directory.resolve()
     root.mkdir(parents=True, exist_ok=True)
-    left = go_on(wanted(asked.task, asked.method, asked.stage), root, asked.minutes)
+    left = go_on(wanted(asked.task, asked.method, asked.stage), root, asked.minutes, result_of, make)
     write_tables(root, " ".join(["python -m benchmarks.evidence.study", *given]), asked.record)
     if left:
         print(f"{left} pieces are left; the same command goes on with them")

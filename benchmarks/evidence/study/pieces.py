@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence.pieces import in_order, scores, stored
 from benchmarks.evidence.study import settings
 from benchmarks.evidence.study.settings import BASE, METHODS, methods_of, tuned_on
 from benchmarks.evidence.study.sizes import BASES, FEW_SEEDS, SEEDS, TASKS, TUNING_SEED
@@ -68,11 +68,7 @@ class Piece:
 
 def result_of(piece: Piece, root: Path) -> dict[str, Any] | None:
     """What the piece's directory holds, if it was made with these sizes and options."""
-    path = root / piece.place / "result.json"
-    if not path.exists():
-        return None
-    found = json.loads(path.read_bytes())
-    return found if found["spec"] == spec_of(piece, root) else None
+    return stored(root / piece.place, lambda: spec_of(piece, root))
 
 
 def spec_of(piece: Piece, root: Path) -> dict[str, Any]:
@@ -98,17 +94,12 @@ def options_of_run(piece: Piece, root: Path) -> settings.Settings | None:
     return settings.options_for(TASKS[piece.name], method, tried[number], change)
 
 
-def accuracy(result: dict[str, Any]) -> list[float]:
-    """(P,): the measure of each problem, half of its greedy answer and half of its samples' mean."""
-    return [(greedy + sum(samples) / len(samples)) / 2 for greedy, samples in zip(result["greedy"], result["sampling"])]
-
-
 def chosen(tried: list[Piece], root: Path) -> int | None:
     """The setting with the greatest validation accuracy, of equal ones the first; None where one was not tried yet."""
     found = [result_of(piece, root) for piece in tried]
     if not all(found):
         return None
-    means = [sum(accuracy(result)) / len(result["greedy"]) for result in found if result]
+    means = [sum(scores(result)) / len(result["greedy"]) for result in found if result]
     return means.index(max(means))
 
 
@@ -134,21 +125,6 @@ def blocks() -> Iterator[list[Piece]]:
         for task in settings.ABLATED
         for seed in FEW_SEEDS
     ]
-
-
-def in_order(wanted: Iterable[Piece]) -> list[Piece]:
-    """The pieces and all that they need, each once and behind what it needs."""
-    found: dict[Piece, None] = {}
-
-    def add(piece: Piece) -> None:
-        if piece not in found:
-            for needed in piece.needs():
-                add(needed)
-            found[piece] = None
-
-    for piece in wanted:
-        add(piece)
-    return list(found)
 
 
 def every_piece() -> list[Piece]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.evidence.pieces import scores
 from benchmarks.evidence.study import settings
-from benchmarks.evidence.study.pieces import Piece, accuracy, chosen, every_piece, result_of
+from benchmarks.evidence.study.pieces import Piece, chosen, every_piece, result_of
 from benchmarks.evidence.study.settings import BASE, METHODS, methods_of
 from benchmarks.evidence.study.sizes import FEW_SEEDS, PRIMARY, SEEDS, TASKS
 from benchmarks.evidence.study.statistics import Difference, ahead_of_each, holm, paired_over_seeds
@@ -58,13 +59,6 @@ def difference(a: dict[int, dict], b: dict[int, dict], decoding: str | None = No
     if not seeds:
         return None, 0
     return paired_over_seeds(*([scores(of[seed], decoding) for seed in seeds] for of in (a, b))), len(seeds)
-
-
-def scores(result: dict, decoding: str | None = None) -> list[float]:
-    """(P,)"""
-    if decoding is None:
-        return accuracy(result)
-    return result["greedy"] if decoding == "greedy" else [sum(row) / len(row) for row in result["sampling"]]
 
 
 def rows_of(task: str, results: Results, root: Path) -> list[dict[str, Any]]:
@@ -136,7 +130,7 @@ def tuning(root: Path) -> list[dict[str, Any]]:
                 "method": piece.method,
                 "setting": METHODS[piece.method].settings[piece.setting],
             }
-            rows.append(told | {"accuracy": float(np.mean(accuracy(result))), "failed": result["failed"]})
+            rows.append(told | {"accuracy": float(np.mean(scores(result))), "failed": result["failed"]})
     return rows
 
 
@@ -182,8 +176,8 @@ def _task(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         cells = [row["method"], str(len(row["seeds"]))]
-        cells += [_interval(row[name], 1) for name in ("accuracy", "greedy", "sampling")]
-        cells += [_difference(row.get(key)) for key in contenders]
+        cells += [interval_text(row[name], 1) for name in ("accuracy", "greedy", "sampling")]
+        cells += [difference_text(row.get(key)) for key in contenders]
         cells += [f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else "", _setting(row)]
         lines.append("| " + " | ".join(cells) + " |")
     for row in rows:
@@ -192,12 +186,12 @@ def _task(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _interval(told: dict[str, float], digits: int) -> str:
+def interval_text(told: dict[str, float], digits: int) -> str:
     text = f"{100 * told['mean']:.{digits}f}"
     return text + (f" ({100 * told['low']:.{digits}f} to {100 * told['high']:.{digits}f})" if "low" in told else "")
 
 
-def _difference(told: dict[str, float] | None) -> str:
+def difference_text(told: dict[str, float] | None) -> str:
     if told is None:
         return ""
     text = f"{100 * told['mean']:+.1f} ({100 * told['low']:+.1f} to {100 * told['high']:+.1f})"
@@ -218,7 +212,7 @@ def _claims(rows: list[dict[str, Any]]) -> list[str]:
             row["task"],
             row["contender"],
             row["nearest"] or "",
-            _difference(row["by"]),
+            difference_text(row["by"]),
             known[0],
             known[1] + verdict,
         ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from benchmarks.evidence.pieces import attempted, made
 from benchmarks.evidence.study.data import (
     make_base,
     make_data,
@@ -21,30 +21,24 @@ from benchmarks.evidence.study.settings import BASE, Settings
 from benchmarks.evidence.study.sizes import BASES, TASKS, Base, Task
 from dqo.config.options import options_of
 from dqo.data.rows import write_rows
-from dqo.errors import UserError
-from dqo.files import write_whole
+
+if TYPE_CHECKING:  # it imports torch
+    from dqo.train.run import Run
 
 
 def make(piece: Piece, root: Path) -> dict[str, Any]:
     """Makes a piece of which everything that it needs is there, and returns its result. One that was killed goes on, unless its
     options have changed since."""
-    place, spec = root / piece.place, spec_of(piece, root)
-    begun = place / "spec.json"
-    if place.exists() and (not begun.exists() or json.loads(begun.read_bytes()) != spec):
-        shutil.rmtree(place)
-    place.mkdir(parents=True, exist_ok=True)
-    write_whole(begun, json.dumps(spec, indent=1).encode())
-    cpu, wall = time.process_time(), time.perf_counter()
-    if piece.kind == "base":
-        result = make_base(piece.name, piece.seed, root)
-    elif piece.kind == "data":
-        result = make_data(piece.name, piece.seed, root)
-    else:
-        result = run(piece, root)
-    result |= {"all_cpu_seconds": time.process_time() - cpu, "all_seconds": time.perf_counter() - wall, "spec": spec}
-    write_whole(place / "result.json", json.dumps(result).encode())
-    for path in [*place.rglob("checkpoint-*"), *([place / "run"] if piece.stage == "tune" else [])]:
-        shutil.rmtree(path, ignore_errors=True)  # nothing goes on from there any more
+    place = root / piece.place
+
+    def work() -> dict[str, Any]:
+        if piece.kind == "base":
+            return make_base(piece.name, piece.seed, root)
+        return make_data(piece.name, piece.seed, root) if piece.kind == "data" else run(piece, root)
+
+    result = made(place, spec_of(piece, root), work)
+    if piece.stage == "tune":
+        shutil.rmtree(place / "run", ignore_errors=True)
     return result
 
 
@@ -52,19 +46,15 @@ def run(piece: Piece, root: Path) -> dict[str, Any]:
     """Trains and evaluates: greedy (P,) and sampling (P, k) of 0/1, and the processor's seconds of training."""
     task = TASKS[piece.name]
     base, own = BASES[task.base], model_of(task.base, piece.seed, root)
-    model, failed, cpu = own, None, time.process_time()
+    model: Path | None = own
+    failed, cpu = None, time.process_time()
     if piece.method != BASE:
         options = options_of_run(piece, root)
         assert options is not None  # its settings were tried before
         rounds = trained_in_rounds if task.rounds > 1 else trained
-        try:
-            model = rounds(piece, task, options, root)
-        except UserError as error:
-            if isinstance(error.__cause__, OSError):  # the machine's fault
-                raise
-            failed = str(error)  # a run that ended itself
+        model, failed = attempted(lambda: rounds(piece, task, options, root))
     seconds = time.process_time() - cpu
-    if failed is None:
+    if model is not None:
         scores = evaluated(task, base, model, piece.seed)
     else:
         of_base = result_of(Piece("run", piece.name, piece.seed, BASE), root)
@@ -76,7 +66,7 @@ def run(piece: Piece, root: Path) -> dict[str, Any]:
 def trained(piece: Piece, task: Task, options: Settings, root: Path) -> Path:
     data = root / Piece("data", piece.name, piece.seed).place
     output = root / piece.place / "run"
-    return train_once(options, data, model_of(task.base, piece.seed, root), output, piece.seed)
+    return train_once(options, data, model_of(task.base, piece.seed, root), output, piece.seed).output_dir
 
 
 def trained_in_rounds(piece: Piece, task: Task, options: Settings, root: Path) -> Path:
@@ -89,19 +79,19 @@ def trained_in_rounds(piece: Piece, task: Task, options: Settings, root: Path) -
         place.mkdir(exist_ok=True)
         rows = sampled(base, model, problems[number * size :][:size], task.samples, piece.seed)
         write_rows(place / options["file"], rows)
-        model = train_once(options, place, model, place / "run", piece.seed + 1000 * number)
+        model = train_once(options, place, model, place / "run", piece.seed + 1000 * number).output_dir
     return model
 
 
-def train_once(options: Settings, data: Path, model: Path, output: Path, seed: int) -> Path:
+def train_once(options: Settings, data: Path, model: Path, output: Path, seed: int) -> Run:
+    """Trains by the options of a method, whose "file" is the data's name; the reference's log-probabilities stay beside it."""
     from dqo.train.run import train
 
     own = {name: value for name, value in options.items() if name != "file"}
     places = {"dataset_name": data / options["file"], "model_name_or_path": model, "output_dir": output}
     places |= {"ref_cache_dir": data / "ref_cache"}
     given = own | {name: str(path) for name, path in places.items()} | {"seed": seed}
-    train(options_of(given, "the study's options"), output.parent.name)
-    return output
+    return train(options_of(given, "the study's options"), output.parent.name)
 
 
 def evaluated(task: Task, base: Base, model: Path, seed: int) -> dict[str, list]:

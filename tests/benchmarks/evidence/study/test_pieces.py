@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.evidence.study import __main__ as study
 from benchmarks.evidence.study import pieces, settings
-from benchmarks.evidence.study.__main__ import claimed, wanted
+from benchmarks.evidence.study.__main__ import wanted
 from benchmarks.evidence.study.pieces import Piece
 from benchmarks.evidence.study.sizes import PRIMARY, SEEDS, TASKS, TUNING_SEED
 from dqo.config.options import options_of
@@ -87,10 +86,6 @@ def test_the_best_setting_is_chosen_when_all_were_tried_and_the_first_of_equals(
     assert pieces.chosen(tried, tmp_path) is None
 
 
-def test_the_measure_is_half_greedy_and_half_sampled():
-    assert pieces.accuracy({"greedy": [1, 0], "sampling": [[1, 0], [1, 1]]}) == [0.75, 0.5]
-
-
 def test_what_is_wanted_brings_what_it_needs():
     found = wanted(["b28"], ["dpo"], ["train"])
     assert {p.method for p in found if p.kind == "run"} == {"base", "dpo"}
@@ -101,30 +96,3 @@ def test_what_is_wanted_brings_what_it_needs():
         ("24-32", "data"),
     }
     assert {p.stage for p in wanted(["a"], ["dpo"], ["data"])} == {"data"} and wanted(["a"], ["dpo"], ["table"]) == []
-
-
-def test_a_piece_that_fails_keeps_back_only_what_needs_it(tmp_path, monkeypatch, capsys):
-    asked = wanted(["a"], ["rft", "dpo"], ["train"])
-    broken = Piece("run", "a", TUNING_SEED, "dpo", setting=3)
-    made = []
-
-    def make(piece, root):
-        made.append(piece)
-        if piece == broken:
-            raise OSError("no room")
-        write(piece, root, [1, 0])
-
-    monkeypatch.setattr(study, "make", make)
-    left = study.go_on(asked, tmp_path, minutes=1)
-    assert left == 1 + len(SEEDS) and len(made) == len(set(made)) == len(asked) - len(SEEDS)
-    assert "no room" in capsys.readouterr().err
-    monkeypatch.setattr(study, "make", lambda piece, root: write(piece, root, [1, 0]))
-    assert study.go_on(asked, tmp_path, minutes=0) == left and study.go_on(asked, tmp_path, minutes=1) == 0
-
-
-def test_a_piece_is_taken_by_one_process(tmp_path):
-    piece = Piece("run", "a", 0, "dpo")
-    with claimed(piece, tmp_path) as first, claimed(piece, tmp_path) as second:
-        assert first and not second
-    with claimed(piece, tmp_path) as again:
-        assert again

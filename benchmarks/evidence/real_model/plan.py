@@ -1,0 +1,128 @@
+"""Every number and setting of the real model's part, and its pieces: docs/evidence.md says the same in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence import pieces
+from benchmarks.evidence.real_model import problems
+from benchmarks.evidence.study.settings import ROWS, Settings
+
+
+@dataclass(frozen=True)
+class Sizes:
+    train_problems: int = 80
+    samples: int = 8  # of a training problem
+    test_problems: int = 500
+    test_samples: int = 1
+    temperature: float = 0.7  # of all sampling, of the data and of the test
+    max_new_tokens: int = 48
+    continuations: int = 4  # of a prefix whose value is measured
+    updates: int = 40  # of the policy, the same number for all methods
+    batch: int = 16  # responses an update
+    warmup: int = 10  # updates of the value model alone
+    generated_together: int = 256
+
+
+SIZES = Sizes()
+SEEDS = (0, 1)
+BASE = "base"
+MEASURED = "measured.jsonl"
+COMMON: Settings = {
+    "use_peft": True, "lora_r": 16, "lora_alpha": 32.0, "learning_rate": 2e-4, "lr_scheduler_type": "constant",
+    "max_length": 160, "process_reward": "none", "eval_fraction": 0.0, "save_steps": 8, "save_total_limit": 1,
+}  # fmt: skip
+DQO: Settings = {
+    "method": "dqo", "beta": 0.03, "lam": 1.0, "is_level": "none", "value_model": "head", "critic_learning_rate": 1e-3,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Method:
+    fixed: Settings
+    file: str = ROWS
+    pairs: bool = False
+    warm: bool = False  # the value model begins alone
+
+
+METHODS: dict[str, Method] = {
+    "sft": Method({"method": "sft"}),
+    "rft": Method({"method": "rft"}),
+    "dpo": Method({"method": "dpo", "beta": 0.1}, pairs=True),
+    "kto": Method({"method": "kto", "beta": 0.1}),
+    "dqo": Method(DQO, warm=True),
+    "shuffled": Method(DQO | {"shuffle_rewards": True}, warm=True),
+    "dqo-measured": Method(DQO | {"process_reward": "potential", "process_coef": 0.5}, file=MEASURED, warm=True),
+}
+CONTENDERS = ("dqo", "dqo-measured")
+
+
+def options_for(method: Method) -> Settings:
+    """Options of `dqo train` but for places, seed and precision; and "file", the name of the data."""
+    warmup = SIZES.warmup if method.warm else 0
+    options = COMMON | method.fixed | {"file": method.file, "max_steps": SIZES.updates + warmup}
+    options |= {"per_device_train_batch_size": SIZES.batch // 2 if method.pairs else SIZES.batch}
+    return options | ({"value_warmup_steps": warmup} if warmup else {})
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The model as a checkpoint (`kind` model), a seed's problems and graded samples (data), the values of their prefixes
+    (measured), or a method's run and evaluation (run)."""
+
+    kind: str
+    seed: int = 0
+    method: str = ""
+
+    @property
+    def place(self) -> str:
+        """The directory of the piece under that of the study."""
+        return (
+            "model" if self.kind == "model" else "/".join(filter(None, (self.kind, self.method, f"seed-{self.seed}")))
+        )
+
+    def needs(self) -> list[Piece]:
+        """The pieces that must be made before."""
+        if self.kind == "model":
+            return []
+        if self.kind == "data":
+            return [Piece("model")]
+        data = Piece("data", self.seed)
+        if self.kind == "measured" or self.method == BASE:
+            return [data]
+        measured = [Piece("measured", self.seed)] if METHODS[self.method].file == MEASURED else []
+        return [data, Piece("run", self.seed, BASE), *measured]
+
+
+def every_piece(seeds: tuple[int, ...] = SEEDS) -> list[Piece]:
+    """In their order: what is told first is told of all methods."""
+    return pieces.in_order(Piece("run", seed, method) for seed in seeds for method in (BASE, *METHODS))
+
+
+def result_of(piece: Piece, root: Path) -> dict[str, Any] | None:
+    """What the piece's directory holds, if it was made with these sizes, problems and options."""
+    return pieces.stored(root / piece.place, lambda: spec_of(piece, root))
+
+
+def model_of(root: Path) -> dict[str, Any]:
+    """{"path", "hash", "dtype"} of the model that was made."""
+    found = result_of(Piece("model"), root)
+    assert found is not None  # all other pieces need it
+    return found
+
+
+def spec_of(piece: Piece, root: Path) -> dict[str, Any]:
+    """All that a piece depends on."""
+    if piece.kind == "model":
+        return {}
+    spec: dict[str, Any] = {"sizes": dataclasses.asdict(SIZES), "seed": piece.seed, "example": problems.EXAMPLE}
+    spec["kinds"] = {
+        kind: [share, list(wordings), product] for kind, (share, wordings, product) in problems.KINDS.items()
+    }
+    spec["model"] = {name: model_of(root)[name] for name in ("hash", "dtype")}
+    if piece.method in METHODS:
+        spec["options"] = options_for(METHODS[piece.method])
+    return spec
