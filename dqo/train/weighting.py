@@ -144,10 +144,9 @@ def check_behavior(
             "made by other weights, or with another chat template? Store those of this model, or leave the column logprobs "
             "out, or train without weights: --is_level none"
         )
+    use = "No weights are made of them" if objective.weight_level == "none" else "Importance weights are made from them"
     logger.warning(
-        "%s: another sampler, or processed (temperature, top-p) rather than raw log-probabilities? Importance weights are made "
-        "from them",
-        said,
+        "%s: another sampler, or processed (temperature, top-p) rather than raw log-probabilities? %s", said, use
     )
 
 

@@ -245,3 +245,5 @@ def test_logprobs_far_from_the_references_stop_only_where_it_is_said_to_have_sam
         with caplog.at_level(logging.WARNING):
             check_behavior(DQO(is_level=level), members, rows, reference)
         assert "another sampler, or processed" in caplog.text
+        use = "No weights are made of them" if level == "none" else "Importance weights are made from them"
+        assert use in caplog.text
