@@ -10,6 +10,8 @@ import numpy as np
 
 from benchmarks.evidence.critic_runs import DEMONSTRATION
 from benchmarks.evidence.methods import DECODINGS, per_problem
+from benchmarks.evidence.study.statistics import paired_over_seeds
+from benchmarks.evidence.study.tables import difference_text
 from benchmarks.harness.environment import commit
 from dqo.stats import paired_test
 from dqo.train.record import machine
@@ -56,12 +58,12 @@ def _row(task: str, variant: str, seeds: dict[int, dict], default: dict[int, dic
         means = [float(per_problem(run[decoding]).mean()) for run in runs]
         row[decoding] = {"mean": float(np.mean(means)), "low": min(means), "high": max(means)}
         if shared and default is not seeds:
-            ours, theirs = (
-                np.mean([per_problem(of[seed][decoding]) for seed in shared], axis=0) for of in (seeds, default)
-            )
-            test = paired_test(ours, theirs)
+            pair = [np.array([per_problem(of[seed][decoding]) for seed in shared]) for of in (seeds, default)]
+            test, over_seeds = paired_test(*(scores.mean(axis=0) for scores in pair)), paired_over_seeds(*pair)
             row[decoding] |= {"minus_default": test.difference, "low_95": test.low, "high_95": test.high}
             row[decoding] |= {"p_value": test.p_value}
+            if over_seeds is not None:
+                row[decoding]["over_seeds"] = over_seeds._asdict()
     return row
 
 
@@ -78,6 +80,15 @@ def tables(summary: dict) -> str:
     if summary["not_run"]:
         found.append(f"Not run: {len(summary['not_run'])} runs, which are named in critics.json.")
     return "\n\n".join(found)
+
+
+def _difference_text(told: dict[str, Any]) -> str:
+    """With the 95 % interval over seeds, where there are several."""
+    if "minus_default" not in told:
+        return ""
+    if "over_seeds" in told:
+        return difference_text(told["over_seeds"])
+    return f"{100 * told['minus_default']:+.1f}"
 
 
 def _screen_table(rows: list[dict], exact: list[tuple[str, dict]]) -> str:
@@ -97,7 +108,7 @@ def _screen_table(rows: list[dict], exact: list[tuple[str, dict]]) -> str:
 
 
 def _policy_table(rows: list[dict]) -> str:
-    head = "| task | critic | seeds | greedy | sampling | greedy, minus default (p) | sampling, minus default (p) "
+    head = "| task | critic | seeds | greedy | sampling | greedy, minus default | sampling, minus default "
     lines = [head + "| updates | CPU s | critic explains, end | wrong step lowest: V | log-ratio |", "|---" * 12 + "|"]
     for row in rows:
         cells = [row["task"], row["variant"], str(len(row["seeds"]))]
@@ -105,8 +116,7 @@ def _policy_table(rows: list[dict]) -> str:
             mean, low, high = (100 * row[decoding][key] for key in ("mean", "low", "high"))
             cells.append(f"{mean:.1f} ({low:.1f}–{high:.1f})")
         for decoding in DECODINGS:
-            of = row[decoding]
-            cells.append(f"{100 * of['minus_default']:+.1f} ({of['p_value']:.1g})" if "p_value" in of else "")
+            cells.append(_difference_text(row[decoding]))
         cells += [str(row["updates"]), f"{row['cpu_seconds']:.0f}", f"{row['value']['explained_variance/end']:.3f}"]
         cells.append(f"{row['value']['changes/first_wrong_step']:.0%}")
         cells.append(f"{row['log_ratio']['first_wrong_step']:.0%}")

@@ -42,6 +42,7 @@ from dqo.train.record import machine
 from dqo.train.token_scores import token_scores
 
 RESULTS = Path(__file__).parents[1] / "results"
+COMMAND = "python -m benchmarks.evidence.process_labels OUT --data DIRECTORY"
 COMMON = {
     "use_peft": True, "lora_r": 16, "learning_rate": 5e-4, "warmup_steps": 0.1, "num_train_epochs": 1, "max_length": 384,
     "eval_fraction": 0.1, "beta": 0.1, "logging_steps": 1, "save_steps": 10,
@@ -253,11 +254,12 @@ def run(arguments: argparse.Namespace) -> None:
     names = dict.fromkeys(_set_of(row) for row in rows)
     lines = summary(rows, scores)
     facts = {
-        "command": " ".join(["python -m benchmarks.evidence.process_labels", *sys.argv[1:]]),
+        "command": COMMAND,
+        "solutions": arguments.solutions,
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         **machine(),
-        "model": str(arguments.model or "SmolLM2-135M-Instruct"),
+        "model": arguments.model.name if arguments.model else "SmolLM2-135M-Instruct",
         "options": {method: COMMON | OPTIONS[method] for method in arguments.methods},
         "trained_on": {"responses": len(trained), "problems": len({prompt_key(row) for row in trained})},
         "sets": {name: counted([row for row in rows if _set_of(row) == name]) for name in names},

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.evidence import critic_quality, critic_runs, critics
+from benchmarks.evidence import critic_quality, critic_runs, critic_table, critics
 from benchmarks.evidence.critic_table import summarise, tables
 from dqo.config.options import options_of
 from dqo.data.rows import read_rows, write_rows
@@ -146,4 +146,9 @@ def test_a_difference_to_the_default_is_paired_over_the_seeds_that_both_have():
     row = summarise(results, [], "separate", [])["policy"][1]
     assert row["greedy"]["minus_default"] == pytest.approx((1 + 2) / 8)  # seeds 0 and 1
     assert row["sampling"]["minus_default"] == pytest.approx((1 + 2) / 16)
+    over_seeds = row["greedy"]["over_seeds"]  # 1/4 and 2/4
+    assert over_seeds["mean"] == pytest.approx(3 / 8) and over_seeds["low"] == pytest.approx(
+        3 / 8 - 12.706 / 8, rel=1e-3
+    )
+    assert critic_table._difference_text(row["greedy"]) == "+37.5 (-121.3 to +196.3)"
     assert (row["greedy"]["mean"], row["greedy"]["low"], row["greedy"]["high"]) == (0.75, 0.5, 1.0)
