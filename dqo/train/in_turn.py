@@ -30,10 +30,9 @@ class AllGather(_Buffers):
             own.copy_(input_tensor)
         for rank, part in enumerate(parts):
             work = dist.broadcast(part, group_src=rank, group=group, async_op=True)
+            assert work is not None  # this process is of the group
             work.wait()
-        return (
-            work  # FSDP2 gives the buffer back once it was read; of an exchange without one it keeps it until the next
-        )
+        return work  # with one FSDP2 gives the buffer back once it was read, without one it keeps it until the next exchange
 
 
 class ReduceScatter(_Buffers):
