@@ -286,6 +286,7 @@ def _for_method(
 ) -> None:
     """What the method, with the defaults of its options, finds to train on; else a warning of what it lacks."""
     from dqo.data.selection import called, nothing_selected, selected
+    from dqo.train.order import order_of
 
     method, wanted = config.method, objective.wants_process_reward
     if wanted not in (None, config.process_reward):
@@ -295,6 +296,7 @@ def _for_method(
     _warn([f"method {method} reads another model: training wants --{name}" for name in objective.reads_models])
     try:
         groups = selected(objective, episodes, of_reference)
+        shares = order_of(groups, 1, 0).told(called(objective)) if groups else []
     except UserError as error:
         _warn([f"method {method}, as its defaults are: {error}"])
         return
@@ -302,6 +304,8 @@ def _for_method(
         _warn([f"method {method}: {nothing_selected(objective, episodes)}"])
         return
     print(f"{'trained on':>20}  {len(groups):,} {called(objective)}, as the defaults of {printable(str(method))} are")
+    for line in shares:
+        print(f"{'':>20}  {printable(line)}")
 
 
 def _ends_text(tokenizer, ends: Any) -> str:

@@ -74,6 +74,8 @@ def plain_switches(arguments: list[str], classes: Iterable[type]) -> list[str]:
                 found.append(f"--{option}" if beside.lower() == "true" else f"--no_{option}")
                 i += 1 if equals else 2
                 continue
+            if equals:
+                raise UserError(f"--{option} is True or False, or stands alone for True, got {brief(value)}")
         found.append(arguments[i])
         i += 1
     return found

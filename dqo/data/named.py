@@ -58,6 +58,12 @@ def shown(text: str) -> str:
     return ", ".join(Path(named.name).name + ("" if named.weight is None else f":{named.weight:g}") for named in found)
 
 
+def files_in(text: str) -> list[str]:
+    """The files that a text names with commas between them; [] where it is one name, or one of them is not there."""
+    names = [piece if os.path.exists(piece) else _parted(piece)[0] for piece in _pieces(text)]
+    return names if len(names) > 1 and all(map(os.path.exists, names)) else []
+
+
 def _pieces(text: str) -> Iterator[str]:
     """What stands between commas, but for commas of names that exist."""
     parts, begin = text.split(","), 0

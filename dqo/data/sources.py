@@ -13,6 +13,7 @@ from typing import Any
 
 from dqo.data.forms import Record
 from dqo.data.json_text import DoubledKey, decode
+from dqo.data.named import files_in
 from dqo.errors import UserError, did_you_mean
 from dqo.files import name_problem
 
@@ -88,6 +89,10 @@ def open_source(source: Any) -> Source:
         raise UserError(f"the name of a rollout file {problem}")
     path = Path(source)
     if not path.exists():
+        if files := files_in(str(source)):
+            raise UserError(
+                f"{source}: {len(files)} data sets, and one is read here; give them one by one, {files[0]} first"
+            )
         in_folder = path.parent.is_dir()  # where it is a misspelt file
         on_hub = _HUB_NAME.fullmatch(source) if isinstance(source, str) else None
         if on_hub is not None and path.suffix not in _SUFFIXES and not in_folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,10 @@ def inspect(
 
 
 def _row_cache(run: Path, options: dict[str, Any]) -> Path | None:
-    """Where the run's training has kept checked rows; None where nothing is kept any more."""
+    """Where the run's training has kept checked rows; None where nothing is kept any more, or the run is another's."""
     own = options.get("row_cache_dir")
     places = [Path(own)] if own else [run / ROW_CACHE, run.parent / ROW_CACHE]  # of an output_dir, and of a checkpoint
-    return next(filter(Path.is_dir, places), None)
+    return next((path for path in places if path.is_dir() and os.access(path, os.W_OK)), None)
 
 
 def _page_path(path: Path, overwrite: bool) -> Path:

@@ -292,3 +292,16 @@ def test_several_data_sets_are_told_with_rows_tokens_and_shares(tmp_path, model,
     assert f"a.jsonl  66.7% of a run; 2 rows with {2 * tokens - 1} tokens\n" in out  # the second did not end
     assert f"b.jsonl  33.3% of a run; 1 rows with {tokens} tokens\n" in out
     assert "data sets:" not in printed(capsys, "a.jsonl", *options)
+
+
+def test_shares_of_data_sets_are_told_of_what_a_method_trains_on(tmp_path, model, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": p, "completion": "x", "reward": r} for p, r in (("1", 1.0), ("1", 0.0), ("2", 1.0), ("2", 0.0))]
+    written(tmp_path, rows, "a.jsonl")
+    written(tmp_path, [row | {"prompt": "3"} for row in rows[:2]], "b.jsonl")
+    written(tmp_path, [row | {"prompt": "4"} for row in rows[::2]], "c.jsonl")
+    options = ["--model_name_or_path", model, "--method", "dpo", "--rows", 0]
+    out = printed(capsys, "a.jsonl:0.6,b.jsonl:0.4", *options)
+    assert "  40.0% of a run from b.jsonl: 1 of 3 pairs, each read 1.2 times an epoch\n" in out
+    out = printed(capsys, "a.jsonl:0.6,c.jsonl:0.4", *options)
+    assert "warning  method dpo, as its defaults are: c.jsonl has the weight 0.4, and the method finds nothing" in out

@@ -95,3 +95,9 @@ def test_a_parser_of_the_named_options_finds_what_one_of_all_finds(arguments):
 def test_what_does_not_fit_is_told_by_a_parser_of_all(arguments, capsys):
     assert given_values([Several(("z",), "p")], arguments) is None
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("value", ["1", "yes"])
+def test_a_switch_takes_no_other_value(value):
+    with pytest.raises(UserError, match=f"--use_cpu is True or False, or stands alone for True, got '{value}'"):
+        load_options(["--dataset_name", "rows.jsonl", "--beta", "0.1", f"--use-cpu={value}"])

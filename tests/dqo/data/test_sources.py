@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from dqo.data.rows import read_rows
+from dqo.data.sources import open_source
+from dqo.errors import UserError
 from tests.dqo.row_cases import ASSISTANT, GOOD, IDS, OTHER, USER, refusal, says, write
 
 NOT_JSON = {
@@ -311,3 +313,17 @@ def test_files_are_read_a_batch_at_a_time_and_again_from_their_begin(kind, tmp_p
     assert [next(items).values["prompt"] for _ in range(3)] == ["0", "1", "2"] and len(made) == 3
     for _ in range(2):
         assert [(item.index, item.source) for item in opened.items()] == [(i, f"rows.{kind}:{i}") for i in range(1, 10)]
+
+
+@pytest.mark.parametrize("weights", [("", ""), (":0.7", ":0.3")])
+def test_where_one_source_is_read_several_are_refused(weights, tmp_path):
+    names = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    for name in names:
+        name.write_text(json.dumps(GOOD))
+    text = ",".join(f"{name}{weight}" for name, weight in zip(names, weights))
+    with pytest.raises(UserError) as caught:
+        open_source(text)
+    assert str(caught.value) == f"{text}: 2 data sets, and one is read here; give them one by one, {names[0]} first"
+    (tmp_path / "b.jsonl").unlink()
+    with pytest.raises(UserError, match="no such file"):
+        open_source(text)

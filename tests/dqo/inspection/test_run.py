@@ -1,5 +1,7 @@
 """What an inspection finds out against the run's own scores; which rows and runs it takes, and which it refuses."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from dqo.credit.implied import CRITIC, OTHERS
 from dqo.data.rows import read_rows
 from dqo.data.stored import open_rows
 from dqo.errors import UserError
-from dqo.inspection.run import inspect
+from dqo.inspection.run import _row_cache, inspect
 from dqo.models.new import character_tokenizer, save
 from dqo.train.run_rows import episodes_of
 from dqo.train.token_scores import load_run, token_scores
@@ -169,3 +171,10 @@ def test_rows_of_a_large_file_are_found_where_the_training_kept_them(place, tmp_
     monkeypatch.setattr("dqo.data.stored.checked_rows", None)
     again = inspect(tmp_path / "out", place / "rows.jsonl")
     assert [r.source for r in again.responses] == [r.source for r in plain.responses] and len(plain.responses) > 1
+
+
+def test_rows_are_checked_again_where_the_run_may_not_be_written_to(tmp_path, monkeypatch):
+    (tmp_path / "row_cache").mkdir()
+    assert _row_cache(tmp_path, {}) == _row_cache(tmp_path / "checkpoint-1", {}) == tmp_path / "row_cache"
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    assert _row_cache(tmp_path, {}) is None
