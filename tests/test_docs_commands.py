@@ -214,7 +214,8 @@ def test_the_two_commands_are_what_ci_runs():
     ci = (ROOT / ".ci" / "run").read_text()
     first, second = [re.sub(r"\s+#.*", "", line) for line in blocks(README, "bash")[0].splitlines()]
     assert first == "pip install -e . && dqo-train" and second == "pip install -e '.[test]' && pytest -n auto"
-    assert "\npip install -q -e .\n" in ci and " dqo-train --output_dir " in ci and "\npytest -n auto\n" in ci
+    assert "\npip install -q -e .\n" in ci and " dqo-train --output_dir " in ci
+    assert "\npytest -n auto -m 'not aot'" in ci  # the second one's tests, and the slow ones
 
 
 @pytest.mark.parametrize("page", [README, ROOT / "docs" / "data.md"], ids=lambda page: page.name)

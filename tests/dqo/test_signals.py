@@ -49,7 +49,7 @@ def at_call(count, owner, name, send):
 def while_rows_are_read(send):
     from dqo.train import inputs
 
-    at_call(1, inputs, "open_rows", send)
+    at_call(1, inputs, "open_data", send)
 
 
 def in_the_pass_of_the_reference(send):
