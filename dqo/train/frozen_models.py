@@ -42,7 +42,6 @@ class Frozen:
 
     def choose_attention(self, padding_free: bool | None, ids: list[int]) -> None:
         """As the policy's, see models/attention.py."""
-
         wanted = self.model, padding_free, ids
         attention.choose(*wanted) if self.sharded is None else within(self.sharded, attention.choose, *wanted)
 
