@@ -1,5 +1,6 @@
 """What a run leaves, read by plain transformers: the policy answers, the critic says what it expects after every token.
 
+dqo-train ... --value_model separate --output_dir out
 python examples/load_policy_and_critic.py out "2+3*4="
 """
 

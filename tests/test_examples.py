@@ -59,7 +59,7 @@ def test_the_transformers_trainer_lowers_the_loss_and_takes_any_accumulation(fil
 
 @pytest.mark.slow
 def test_plain_transformers_load_policy_and_critic(files):  # noqa: F811
-    run = train(load_options(arguments(files)))
+    run = train(load_options(arguments(files, value_model="separate")))
     shown = subprocess.run(
         [sys.executable, str(EXAMPLES / "load_policy_and_critic.py"), str(run.output_dir), "1+2="],
         capture_output=True,

@@ -3,7 +3,7 @@
     python -m benchmarks.trainer.sharded_memory RESULT.json [--layers 12] [--width 768] [--vocabulary 32000] [--untied]
     python -m benchmarks.trainer.sharded_memory RESULT.json --layers 24 --vocabulary 32000 --untied --processes 2 1 --name "1 GB"
 
-A Llama of random weights and the default value model, DQO, two steps of 4 responses and a checkpoint, on CPUs by gloo. The
+A Llama of random weights and a value model of its own, DQO, two steps of 4 responses and a checkpoint, on CPUs by gloo. The
 second is a model of 1.1 GB: with 16 bytes for each weight of policy and critic one process wants 10 GB, and so do two. Figures of
 each phase:
 
@@ -85,6 +85,7 @@ def work(rank: int, world: int, port: int, folder: str) -> None:
         "dataset_name": f"{folder}/rows.jsonl",
         "model_name_or_path": f"{folder}/model",
         "output_dir": f"{folder}/out-{world}",
+        "value_model": "separate",
     }
     flags |= {"max_steps": 2, "per_device_train_batch_size": RESPONSES // world, "eval_fraction": 0, "save_steps": 2}
     words = [part for name, value in flags.items() for part in (f"--{name}", str(value))]

@@ -62,6 +62,7 @@ def measure(size: dict, batch: int, output: Path) -> dict[str, float]:
     options = options_of(
         {
             "output_dir": str(output),
+            "value_model": "separate",
             "per_device_train_batch_size": batch,
             "max_steps": STEPS,
             "max_length": 256,

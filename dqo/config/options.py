@@ -114,8 +114,9 @@ class TrainConfig(OptimizerOptions, RowOptions, _RunOptions):
 
     learning_rate: float = 1e-6
     """The policy is trained with this learning rate after the warm-up."""
-    critic_learning_rate: float = 1e-5
-    """The value model is trained with this learning rate after the warm-up."""
+    critic_learning_rate: float | None = None
+    """The value model is trained with this learning rate after the warm-up. None takes 1e-3 for a head and 1e-5 for a model of
+    its own."""
     value_init: Literal["zero", "mean_return"] = "zero"
     """Where the value model starts. With "zero" its last layer is zero, so that V is 0, or with a value_loss that is a
     cross-entropy the middle between the least and the greatest return. With "mean_return" V is the mean return of the training
@@ -219,10 +220,11 @@ class TrainConfig(OptimizerOptions, RowOptions, _RunOptions):
         for name in ("value_warmup_steps", "warmup_steps"):
             value = getattr(self, name)
             need(value < 1 or value == int(value), name, "a share of all steps below 1, or a whole number of steps")
-        for name in ("learning_rate", "critic_learning_rate", "num_train_epochs", "max_grad_norm", "adam_epsilon"):
+        for name in ("learning_rate", "num_train_epochs", "max_grad_norm", "adam_epsilon"):
             need(getattr(self, name) > 0, name, "positive")
-        norm = self.critic_max_grad_norm
-        need(norm is None or norm > 0, "critic_max_grad_norm", "positive or None")
+        for name in ("critic_learning_rate", "critic_max_grad_norm"):
+            value = getattr(self, name)
+            need(value is None or value > 0, name, "positive or None")
         need(self.lora_alpha > 0, "lora_alpha", "positive")
         coefficient = self.router_aux_loss_coef or 0.0
         need(coefficient >= 0, "router_aux_loss_coef", "at least 0")

@@ -34,7 +34,7 @@ from dqo.train.parallel import wrap
 from dqo.train.prepare import Prepared
 from dqo.train.recorder import Recorder
 from dqo.train.resume import stored_options
-from dqo.train.schedules import factors
+from dqo.train.schedules import critic_rate, factors
 from dqo.train.sharded import within
 from dqo.train.stages import Stages
 from dqo.train.step import accumulate, companions_of
@@ -93,7 +93,7 @@ class Trainer:
         bf16 = config.bf16 or config.dtype == "bfloat16"
         module = prepared.module or wrap(self.learner, self.processes, bf16, some_unused, config.fsdp_cpu_offload)
         self.engine = Engine(module, self.learner, prepared.batching, self.processes)
-        self.rates = {"policy": config.learning_rate, "critic": config.critic_learning_rate}
+        self.rates = {"policy": config.learning_rate} | ({} if critic is None else {"critic": critic_rate(options)})
         norm = config.max_grad_norm
         self.schedules = {
             name: factors(*config.schedule_of(name), self.rates[name], self.warmup, self.steps) for name in self.models

@@ -9,8 +9,21 @@ from typing import Any
 from dqo.config.optimizer import argument_values
 from dqo.config.options import Options
 from dqo.errors import UserError
+from dqo.models.value_source import find_value_model
+from dqo.objectives.base import VALUE_KINDS
 
 OWN = ("constant", "linear", "cosine")
+# Of a value model for which no rate is given. A head has everything to learn, and is small; the others begin as trained models
+HEAD_RATE, MODEL_RATE = 1e-3, 1e-5
+
+
+def critic_rate(options: Options) -> float:
+    """The learning rate of the value model that a run trains."""
+    if (given := options.train.critic_learning_rate) is not None:
+        return given
+    kind = options.objective.value_kind
+    form = kind if kind in VALUE_KINDS else find_value_model(kind).form
+    return HEAD_RATE if form == "head" else MODEL_RATE
 
 
 def schedule(step: int, total: int, warmup: int, kind: str) -> float:
@@ -77,7 +90,7 @@ def check_schedules(options: Options) -> None:
     warmup = 0 if config.warmup_steps < 1 else min(int(config.warmup_steps), steps)
     rates = {"policy": config.learning_rate}
     if options.trains_values:
-        rates["critic"] = config.critic_learning_rate
+        rates["critic"] = critic_rate(options)
     for model, rate in rates.items():
         own = model == "critic" and config.critic_lr_scheduler_type is not None
         option = "critic_lr_scheduler_kwargs" if own else "lr_scheduler_kwargs"

@@ -230,7 +230,7 @@ def test_the_model_card_and_the_upload(files, monkeypatch):
             return SimpleNamespace(commit_url=f"https://hub/{repo_id}")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    trainer = DQOTrainer(str(files / "model"), config(files), str(files / "rollouts.jsonl"))
+    trainer = DQOTrainer(str(files / "model"), config(files, value_model="separate"), str(files / "rollouts.jsonl"))
     trainer.train()
     assert trainer.push_to_hub(private=True, token="t") == "https://hub/me/out"
     assert (sent["repo_id"], sent["private"], sent["token"]) == ("out", True, "t")

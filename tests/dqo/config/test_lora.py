@@ -148,6 +148,7 @@ def test_after_a_reload_everything_is_as_it_was(tmp_path, monkeypatch, fields):
 
     def trainer(out):
         options = {"max_steps": 6, "save_steps": 3, "learning_rate": 1e-2, "critic_learning_rate": 1e-2}
+        options |= {"value_model": "separate"}
         args = DQOConfig(output_dir=str(tmp_path / out), per_device_train_batch_size=4, **options)
         return DQOTrainer(str(tmp_path / "model"), args, rows, peft_config=peft.LoraConfig(**fields))
 

@@ -127,7 +127,7 @@ def test_a_peft_that_cannot_be_imported_is_one_line(monkeypatch):
         lora_config(2, 4.0, None)
 
 
-SETTINGS = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2}
+SETTINGS = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2, "value_model": "separate"}
 
 
 def flags(files, **changes):

@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("by")
     save(policy(), TOKENIZER, folder / "model")
     (folder / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rollout_rows(prompts=12, samples=4))))
-    for name, more in {"run": {"beta": 0.05}, "rft": {"method": "rft"}}.items():
+    for name, more in {"run": {"beta": 0.05, "value_model": "separate"}, "rft": {"method": "rft"}}.items():
         settings = {"max_steps": 2, "learning_rate": 1e-2, "critic_learning_rate": 1e-2, "eval_fraction": 0.0} | more
         train(load_options(arguments(folder, output_dir=folder / name, **settings)))
     write(folder / "rows.jsonl", ROWS)

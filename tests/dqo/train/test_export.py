@@ -33,7 +33,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     save(policy(), tokenizer(), folder / "model")
     (folder / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rollout_rows(prompts=12, samples=4))))
-    settings = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
+    settings = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "value_model": "separate"}
     train(load_options(arguments(folder, output_dir=folder / "full", **settings)))
     lora = arguments(folder, output_dir=folder / "lora", lora_r=2, **settings)
     train(load_options([*lora, "--use_peft"]))
@@ -263,6 +263,7 @@ def test_a_value_model_of_no_class_and_a_missing_one_are_refused(runs, tmp_path,
 @pytest.mark.parametrize("name, value", [("value_loss", "bce"), ("value_input", "ref_logprob")])
 def test_a_value_model_of_another_form_is_refused(runs, tmp_path, name, value):
     options = {"model_name_or_path": runs / "model", "dataset_name": runs / "rollouts.jsonl", name: value}
+    options |= {"value_model": "separate"}
     train(load_options(arguments(tmp_path, max_steps=1, **options)))
     part = f"its value model was trained with {name} {value}, which no class of transformers describes"
     refused(tmp_path / "out", tmp_path / "whole", part, value_model=True)

@@ -52,6 +52,7 @@ def arguments(data, output_dir):
         "eval_steps": 10,
         "eval_fraction": 0.2,
         "learning_rate": 1e-3,
+        "value_model": "separate",  # a second model among the files
         "critic_learning_rate": 1e-2,
         "value_warmup_steps": 4,
         "warmup_steps": 2,

@@ -16,7 +16,7 @@ from dqo.train.learner import Learner, objective_sums
 from dqo_kernels import linear_row_loss
 from tests.dqo.helpers import episodes, gradients, policy
 
-OBJECTIVES = [DQO(), DQO(value_model="head"), DQO(value_model="none"), DPO(), SFT()]
+OBJECTIVES = [DQO(), DQO(value_model="separate"), DQO(value_model="none"), DPO(), SFT()]
 
 
 def learner(objective, bf16=False, checkpointing=False, **size):

@@ -124,7 +124,7 @@ def test_packing_does_not_change_a_run_of_adapters(files, method):
 
 @pytest.mark.parametrize("padding_free", [None, True])
 def test_a_run_stopped_between_checkpoints_goes_on_bit_for_bit(files, monkeypatch, padding_free):
-    options = {"save_steps": 5, "padding_free": padding_free}
+    options = {"save_steps": 5, "padding_free": padding_free, "value_model": "separate"}
     whole = run(files, output_dir=files / "whole", **options)
 
     from dqo.train.loop import Trainer
@@ -221,7 +221,7 @@ def test_methods_that_find_nothing_to_train_on_say_so(files):
 def test_the_saved_policy_and_critic_are_plain_transformers_models(files):
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-    finished = run(files)
+    finished = run(files, value_model="separate")
     plain = AutoModelForCausalLM.from_pretrained(finished.output_dir)
     assert torch.equal(plain.lm_head.weight, finished.prepared.learner.policy.lm_head.weight)
     assert AutoModelForTokenClassification.from_pretrained(finished.output_dir / "critic").config.num_labels == 1
@@ -298,20 +298,21 @@ def test_memory_options_change_speed_not_the_run(files, change):
 
 
 def test_a_run_in_bf16_is_near_one_in_float32(files):
-    run(files, output_dir=files / "plain")
-    train(load_options([*arguments(files, output_dir=files / "half"), "--bf16"]))
+    run(files, output_dir=files / "plain", value_model="separate")
+    train(load_options([*arguments(files, output_dir=files / "half", value_model="separate"), "--bf16"]))
     assert logged(files / "plain") == pytest.approx(logged(files / "half"), rel=0.1)
     assert logged(files / "plain") != logged(files / "half")
     assert all(tensor.dtype == torch.float32 for tensor in weights(files / "half").values())
 
 
 def test_the_moving_average_is_saved_and_taken_up_again(files):
-    whole = run(files, output_dir=files / "whole", target_ema=0.9, lam=0.5, save_steps=5)
+    averaged = {"target_ema": 0.9, "lam": 0.5, "save_steps": 5, "value_model": "separate"}
+    whole = run(files, output_dir=files / "whole", **averaged)
     shutil.copytree(files / "whole", files / "out")
     for name in ("checkpoint-12", "model.safetensors"):
         path = files / "out" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    resumed = run(files, target_ema=0.9, lam=0.5, save_steps=5)
+    resumed = run(files, **averaged)
     assert weights(whole.output_dir).keys() == weights(resumed.output_dir).keys()
     assert all(torch.equal(a, weights(resumed.output_dir)[n]) for n, a in weights(whole.output_dir).items())
     one, two = (load_file(d / "checkpoint-12" / "target.safetensors") for d in (files / "whole", files / "out"))

@@ -27,6 +27,7 @@ OPTIONS = {
     "dataset_name": "rollouts.jsonl",
     "model_name_or_path": "model",
     "ref_cache_dir": "cache",
+    "value_model": "separate",
     "per_device_train_batch_size": 4,
     "max_steps": 8,
     "save_steps": 4,

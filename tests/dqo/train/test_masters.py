@@ -15,6 +15,7 @@ from dqo.train.run import train
 from tests.dqo.helpers import arguments, policy, rollout_rows, tokenizer
 
 SETTINGS = {"max_steps": 8, "save_steps": 4, "save_total_limit": 5, "learning_rate": 1e-4, "target_ema": 0.99}
+SETTINGS |= {"value_model": "separate"}
 
 
 def weights(path):

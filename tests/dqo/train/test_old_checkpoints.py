@@ -77,4 +77,6 @@ def test_a_run_that_an_earlier_version_began_comes_to_the_same_end(name, tmp_pat
             row |= {"eval_loss": row["eval_weighted_loss"]}
             before = {key: value for key, value in before.items() if not key.startswith("eval_loss/")}
         for key, value in before.items():
+            if "auc" in key and not bits:
+                continue  # it says an order: the last bit of one of two near values turns it round
             assert row[key] == (value if bits else pytest.approx(value, rel=1e-2, abs=1e-3)), key

@@ -52,6 +52,7 @@ RUNS = {
     },
     "one group a step": {"per_device_train_batch_size": 1},  # one process has nothing of it
 }
+RUNS = {name: {"value_model": "separate"} | changes for name, changes in RUNS.items()}
 BY_ROWS = {
     "implicit": ("fsdp", {"value_model": "implicit"}),
     "soft": ("fsdp", {"value_model": "none"}),

@@ -18,7 +18,7 @@ def written(directory):
         {"method": "dqo"},
         {"method": "dqo", "target_ema": 0.9},
         {"method": "dpo"},
-        {"value_model": "head"},
+        {"value_model": "separate"},
         {"use_peft": ""},
     ],
     ids=str,

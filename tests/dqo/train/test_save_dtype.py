@@ -30,7 +30,7 @@ def told(path):
 @pytest.mark.parametrize("option, expected", [(None, "bfloat16"), ("float32", "float32"), ("float16", "float16")])
 def test_final_models_have_it_and_checkpoints_are_exact(in_bfloat16, option, expected):
     out = in_bfloat16 / "out"
-    named = {} if option is None else {"save_dtype": option}
+    named = {"value_model": "separate"} | ({} if option is None else {"save_dtype": option})
     run = train(load_options(arguments(in_bfloat16, max_steps=3, **named)))
     dtype = getattr(torch, expected)
     for part in (out, out / "critic"):
@@ -46,7 +46,7 @@ def test_final_models_have_it_and_checkpoints_are_exact(in_bfloat16, option, exp
 
 
 def test_a_model_of_float32_stays_so(files):
-    train(load_options(arguments(files, max_steps=1)))
+    train(load_options(arguments(files, max_steps=1, value_model="separate")))
     assert dtypes(files / "out") == dtypes(files / "out" / "critic") == {torch.float32}
 
 

@@ -1,5 +1,6 @@
 """Three schedules of this trainer, and all of transformers' that depend on the step alone."""
 
+import json
 import math
 import typing
 
@@ -13,8 +14,8 @@ from dqo.config.options import load_options, options_of
 from dqo.errors import UserError
 from dqo.train.inputs import check_options
 from dqo.train.loop import Trainer
-from dqo.train.run import begin
-from dqo.train.schedules import OWN, factors, schedule
+from dqo.train.run import begin, train
+from dqo.train.schedules import OWN, critic_rate, factors, schedule
 from tests.dqo.helpers import arguments
 
 NEEDED = {
@@ -106,3 +107,22 @@ def test_a_run_has_the_rates_of_its_schedules(files):
     rates = {name: [trainer.schedules[name](step) for step in (0, 9)] for name in trainer.schedules}
     trainer.recorder.close()
     assert rates["critic"] == [1.0, 1.0] and rates["policy"][0] == 1.0 and 0.5 < rates["policy"][1] < 0.7
+
+
+def test_a_value_model_has_the_rate_of_its_form_where_none_is_given(files):
+    places = {"dataset_name": files / "rollouts.jsonl", "model_name_or_path": files / "model"}
+
+    def options(form, **changes):
+        named = {name: str(place) for name, place in places.items()} | {"output_dir": str(files / form), "max_steps": 1}
+        return options_of(named | {"value_model": form} | changes, "here")
+
+    rates = {"head": 1e-3, "separate": 1e-5}
+    for form, rate in rates.items():
+        train(options(form, logging_steps=1))
+        rows = [json.loads(line) for line in (files / form / "metrics.jsonl").read_text().splitlines()]
+        assert [row["critic/learning_rate"] for row in rows if "loss" in row] == [rate]
+        assert critic_rate(options(str(files / form))) == rate
+    assert critic_rate(options("implicit")) == critic_rate(options("separate", method="dro")) == 1e-5
+    assert critic_rate(options("head", critic_learning_rate=0.5)) == 0.5
+    with pytest.raises(UserError, match="critic_learning_rate must be positive or None, got 0.0"):
+        options("head", critic_learning_rate=0.0)

@@ -20,7 +20,7 @@ from dqo_kernels.linear.inputs import WORKSPACE_BYTES
 from tests.dqo.helpers import episodes, gradients, policy
 
 OBJECTIVES = [DQO(), DQO(lam=0.9, is_level="suffix"), DQO(value_model="none"), DQO(target="residual"), SFT(), DPO()]
-OBJECTIVES += [DRO(), OREO(), OREO(alpha=0.0, level="response"), KTO(), DQO(kl_coef=0.1), DQO(value_model="head")]
+OBJECTIVES += [DRO(), OREO(), OREO(alpha=0.0, level="response"), KTO(), DQO(kl_coef=0.1), DQO(value_model="separate")]
 LONG = 10**6  # tokens of a micro-batch that holds everything
 
 
@@ -78,7 +78,7 @@ def test_the_loss_does_not_depend_on_what_the_pads_hold():
 
 
 def test_the_value_of_a_state_does_not_depend_on_what_follows():
-    learner, members = setup(DQO())
+    learner, members = setup(DQO(value_model="separate"))
     before, _ = value_rows(learner.value_model, collate(members, 0))
     e = members[3]
     changed = [*members]
@@ -118,7 +118,7 @@ def test_a_frozen_critic_is_read_and_gets_no_gradient():
 
 
 def test_a_response_that_did_not_end_is_bootstrapped_with_the_value_of_its_last_state():
-    objective = DQO(is_level="none")
+    objective = DQO(is_level="none", value_model="separate")
     learner, ended = setup(objective)
     _, cut = setup(objective, terminated=False)
     _, with_end = objective_sums(learner, objective, collate(ended, 0))

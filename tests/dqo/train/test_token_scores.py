@@ -36,8 +36,8 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     save(policy(), tokenizer(), folder / "model")
     (folder / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rollout_rows(prompts=12, samples=4))))
-    trained(folder, "full", beta=0.05)
-    trained(folder, "lora", "--use_peft", lora_r=2)
+    trained(folder, "full", beta=0.05, value_model="separate")
+    trained(folder, "lora", "--use_peft", lora_r=2, value_model="separate")
     trained(folder, "head", "--use_peft", lora_r=2, value_model="head")
     shutil.rmtree(trained(folder, "rft", method="rft", max_steps=1) / "checkpoint-1")
     return folder
