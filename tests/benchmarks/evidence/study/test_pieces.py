@@ -56,6 +56,24 @@ def test_all_pieces_come_once_and_behind_what_they_need():
         assert {contender, "shuffled", "sft", "rft", "dpo", "kto"} <= set(settings.methods_of(task))
 
 
+def test_each_task_is_complete_before_the_next_begins():
+    order = [p.name for p in pieces.every_piece() if p.stage == "train"]
+    tasks = list(dict.fromkeys(order))
+    assert tasks[:4] == ["a", "d", "f", "b14"] and order == sorted(order, key=tasks.index)
+    tuned = [p.name for p in pieces.every_piece() if p.stage == "tune"]
+    assert tuned == sorted(tuned, key=tasks.index)
+
+
+def test_dqo_has_a_head_and_the_older_methods_a_value_model_of_their_own():
+    def value_model(name):
+        options = settings.options_for(TASKS["a"], settings.METHODS[name], {"beta": 0.2})
+        return options_of({k: v for k, v in options.items() if k != "file"} | PLACES, name).objective.value_model
+
+    ours = ("dqo", "shuffled", "dqo-steps", "dqo-noisy", "dqo-measured", "dqo-unweighted")
+    assert {value_model(name) for name in ours} == {"head"}
+    assert {value_model(name) for name in ("dro", "oreo", "dqo-paper")} == {"separate"}
+
+
 def test_no_seed_of_the_test_is_one_of_tuning():
     assert TUNING_SEED not in SEEDS
     for piece in pieces.every_piece():
