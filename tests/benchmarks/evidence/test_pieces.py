@@ -12,6 +12,7 @@ from benchmarks.evidence.pieces import claimed, go_on, in_order, made, scores, s
 class Part:
     place: str
     after: tuple = ()
+    is_run: bool = False
 
     def needs(self):
         return list(self.after)
@@ -33,6 +34,9 @@ def make(piece, root):
 
 def test_pieces_come_once_and_behind_what_they_need():
     assert in_order([LAST, DATA]) == [MODEL, DATA, *RUNS, LAST]
+    run = Part("run", (DATA,), is_run=True)
+    assert in_order([run], lambda piece: piece == run) == [run]
+    assert in_order([run], lambda piece: piece == DATA) == [MODEL, DATA, run]  # its files are needed
 
 
 def test_a_piece_that_fails_keeps_back_only_what_needs_it(tmp_path, capsys):
@@ -44,7 +48,7 @@ def test_a_piece_that_fails_keeps_back_only_what_needs_it(tmp_path, capsys):
             raise OSError("no room")
         make(piece, root)
 
-    assert go_on(asked, tmp_path, 1, result_of, broken) == 2
+    assert go_on([LAST], tmp_path, 1, result_of, broken) == 2
     assert begun == asked[:-1] and "no room" in capsys.readouterr().err
     assert go_on(asked, tmp_path, 0, result_of, make) == 2 and go_on(asked, tmp_path, 1, result_of, make) == 0
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks.evidence.pieces import in_order
 from benchmarks.evidence.study import pieces, settings
 from benchmarks.evidence.study.__main__ import wanted
 from benchmarks.evidence.study.pieces import Piece
@@ -105,7 +106,7 @@ def test_the_best_setting_is_chosen_when_all_were_tried_and_the_first_of_equals(
 
 
 def test_what_is_wanted_brings_what_it_needs():
-    found = wanted(["b28"], ["dpo"], ["train"])
+    found = in_order(wanted(["b28"], ["dpo"], ["train"]))
     assert {p.method for p in found if p.kind == "run"} == {"base", "dpo"}
     assert {(p.name, p.stage) for p in found} >= {
         ("b14", "tune"),
@@ -113,4 +114,6 @@ def test_what_is_wanted_brings_what_it_needs():
         ("6-10", "data"),
         ("24-32", "data"),
     }
-    assert {p.stage for p in wanted(["a"], ["dpo"], ["data"])} == {"data"} and wanted(["a"], ["dpo"], ["table"]) == []
+    assert {p.stage for p in in_order(wanted(["a"], ["dpo"], ["data"]))} == {"data"} and wanted(
+        ["a"], ["dpo"], ["table"]
+    ) == []
