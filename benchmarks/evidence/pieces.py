@@ -73,10 +73,11 @@ def making() -> dict[str, str]:
 
 
 def makings(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By device, torch and commit, the number of results, and the first and the last date."""
+    """By device, torch and commit, the number of results, and the first and the last date. Results that tell nothing of it, which
+    earlier versions made, count as made here and now."""
     found: dict[tuple[str, ...], list[str]] = {}
     for result in results:
-        made = result.get("made") or dict.fromkeys(("device", "torch", "commit", "date"), "unknown")
+        made = result.get("made") or making()
         found.setdefault((made["device"], made["torch"], made["commit"]), []).append(made["date"])
     heads = ("device", "torch", "commit", "runs", "first", "last")
     return [dict(zip(heads, (*key, len(dates), min(dates), max(dates)))) for key, dates in found.items()]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from benchmarks.evidence import pieces
-from benchmarks.evidence.pieces import RESULT, Piece
+from benchmarks.evidence.pieces import RESULT, Piece, making
 from dqo.errors import UserError
 from dqo.files import write_whole
 
@@ -43,7 +43,7 @@ class Study(Generic[P]):
     spec_of: Callable[[P, Path], Any]  # of any piece; None where it cannot be known yet
     source_of: Callable[[P], Source[P]]
     file_of: Callable[[str], str]  # by its place the name of its record, under benchmarks/results
-    told: Callable[[P, Path], dict[str, Any]]  # what the line tells besides the result
+    told: Callable[[P, Path, dict[str, Any]], dict[str, Any]]  # what the line tells besides the result, or in its place
 
     def result_of(self, piece: P, root: Path) -> dict[str, Any] | None:
         """What the piece's directory holds, if it was made by its present specification, and not on other rows than are there."""
@@ -84,8 +84,9 @@ def _line(run: Piece, result: dict[str, Any], rows: str, told: dict[str, Any]) -
         raise ValueError(
             f"{run.place}: a line has one digit for the right samples of a problem, of at most 9, got {count}"
         )
-    line: dict[str, Any] = {"place": run.place, "spec": digest(result["spec"]), "rows": rows, **told}
-    line |= {key: value for key, value in result.items() if key not in LEFT_OUT}
+    line: dict[str, Any] = {"place": run.place, "spec": digest(result["spec"]), "rows": rows}
+    line |= {key: value for key, value in result.items() if key not in LEFT_OUT} | told
+    line.setdefault("made", making())  # an earlier version did not tell it
     line |= {name: round(result[name], 1) for name in SECONDS}
     line |= {"samples": count, "greedy": "".join(str(int(one)) for one in result["greedy"])}
     return line | {"sampling": "".join(str(int(sum(row))) for row in result["sampling"])}
@@ -126,7 +127,7 @@ def record(study: Study[P], every: Sequence[P], root: Path, folder: Path) -> Non
             if rows is None:
                 print(f"{run.place} is not recorded: the rows that it was made on are gone")
             else:
-                lines[rows] = _line(run, result, rows, study.told(run, root))
+                lines[rows] = _line(run, result, rows, study.told(run, root, result))
         files.setdefault(study.file_of(run.place), []).extend(lines.values())
     for place, others in recorded.items():  # not among these runs
         files[study.file_of(place)].extend(others)

@@ -151,8 +151,10 @@ def facts_of(seed: int, root: Path) -> dict[str, Any] | None:
     return base.get("data") if base else None
 
 
-def told(run: Piece, root: Path) -> dict[str, Any]:
-    return {"data": facts_of(run.seed, root)} if run.method == BASE else {}
+def told(run: Piece, root: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Shares of unread answers, without examples; and the facts of the data."""
+    unread = {decoding: {"share": found["share"]} for decoding, found in result["unread"].items()}
+    return {"unread": unread} | ({"data": facts_of(run.seed, root)} if run.method == BASE else {})
 
 
 STUDY = Study(spec_of, source_of, lambda _: "real-study-pieces.jsonl", told)

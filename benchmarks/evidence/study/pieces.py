@@ -145,7 +145,7 @@ def source_of(run: Piece) -> Source[Piece]:
     return Source(Piece("data", run.name, run.seed), ROWS, alone)
 
 
-def told(run: Piece, root: Path) -> dict[str, Any]:
+def told(run: Piece, root: Path, _: dict[str, Any]) -> dict[str, Any]:
     return {} if run.method == BASE else {"setting": setting_of(run, root)}
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from benchmarks.evidence.pieces import claimed, go_on, in_order, made, scores, stored
+from benchmarks.evidence.pieces import claimed, go_on, head, in_order, made, makings, scores, stored
 
 
 @dataclass(frozen=True)
@@ -80,3 +80,15 @@ def test_the_measure_is_half_greedy_and_half_sampled():
     result = {"greedy": [1, 0], "sampling": [[1, 0], [1, 1]]}
     assert scores(result) == [0.75, 0.5]
     assert scores(result, "greedy") == [1, 0] and scores(result, "sampling") == [0.5, 1]
+
+
+def test_a_table_tells_where_and_when_its_runs_were_made():
+    made = {"device": "CPU", "torch": "2", "commit": "abc", "date": "2026-11-28"}
+    results = [{"made": made}, {"made": made | {"date": "2026-11-27"}}, {"made": made | {"commit": "def"}}]
+    lines = head({"runs": {"made": 3, "planned": 4}, "cpu_hours": 1.5, "command": "x", "makings": makings(results)})
+    assert lines == [
+        "3 of 4 runs, 1.5 CPU hours; `x`",
+        "",
+        "- 2 runs: CPU, torch 2, 2026-11-27 to 2026-11-28, commit abc",
+        "- 1 runs: CPU, torch 2, 2026-11-28, commit def",
+    ]
