@@ -19,30 +19,54 @@ from dqo.train.record import machine
 COMMAND = "python -m benchmarks.evidence.critics OUT --demonstration DIR"
 
 
-def summarise(results: Sequence[tuple[Any, dict]], tasks: list[dict], default: str, missing: list[str]) -> dict:
-    """What goes to critics.json. `results`: each run as it was planned (stage, task, variant, seed), with its result.json;
-    `tasks`: the task.json of each."""
-    screen = [
-        {"critic": run.variant, "seed": run.seed, **stage}
-        for run, found in results
-        if run.stage == "screen"
-        for stage in found["stages"]
-        if stage["update"] > 0
-    ]
-    facts = {"command": COMMAND, "date": datetime.date.today().isoformat(), "commit": commit(), **machine()}
-    facts |= {"tasks": tasks, "options": {run.variant: run.options for run, _ in results}}
-    found = {"screen": screen, "policy": _compared(results, "policy", default)}
-    found["lambda"] = _compared(results, "lambda", "lam-1.0-trajectory")
-    return {**facts, **found, "not_run": missing}
-
-
-def _compared(results: Sequence[tuple[Any, dict]], stage: str, default: str) -> list[dict]:
-    """A row for each task and variant: means and ranges over its seeds, and against `default` on the seeds that both have."""
-    of: dict[tuple[str, str], dict[int, dict]] = {}
+def summarise(results: Sequence[tuple[Any, dict]], tasks: list[dict], default: str, common: dict[str, Any]) -> dict:
+    """What OUT tells to critics.json. `results`: each run as it was planned (stage, task, variant, seed, options), with its
+    result.json; `tasks`: the task.json of each; `common`: options that all have. A row's "recorded" says when and where."""
+    facts = {"date": datetime.date.today().isoformat(), "commit": commit(), **machine()}
+    rows: dict[str, list[dict]] = {"screen": [], "policy": [], "lambda": []}
+    of: dict[tuple[str, str, str], dict[int, dict]] = {}
     for run, found in results:
-        if run.stage == stage:
-            of.setdefault((run.task, run.variant), {})[run.seed] = found
-    return [_row(task, variant, seeds, of.get((task, default), {})) for (task, variant), seeds in of.items()]
+        if run.stage == "screen":
+            looks = [stage for stage in found["stages"] if stage["update"] > 0]
+            rows["screen"] += [
+                {"task": run.task, "variant": run.variant, "seeds": [run.seed], **look} for look in looks
+            ]
+        else:
+            of.setdefault((run.stage, run.task, run.variant), {})[run.seed] = found
+    for (stage, task, variant), seeds in of.items():
+        against = of.get((stage, task, default if stage == "policy" else "lam-1.0-trajectory"), {})
+        rows[stage].append(_row(task, variant, seeds, against))
+    options = {(run.stage, run.variant): common | run.options for run, _ in results}
+    for stage, of_stage in rows.items():
+        for row in of_stage:
+            row |= {"options": options[stage, row["variant"]], "recorded": facts}
+    return {"command": COMMAND, **facts, "tasks": tasks, **rows}
+
+
+def with_earlier(summary: dict, earlier: dict | None, planned: Sequence[Any], common: dict[str, Any]) -> dict:
+    """The summary of OUT with the rows of critics.json that OUT does not have, or has of fewer seeds with the same options.
+    "other_options" of a row are those by which it is planned no more; "not_run" names the runs that no row has."""
+    today = {(run.stage, run.variant): common | run.options for run in planned}
+    order = {(run.stage, run.task, run.variant): i for i, run in reversed(list(enumerate(planned)))}
+    have: set[tuple] = set()
+    for stage in ("screen", "policy", "lambda"):
+        rows = {(row["task"], row["variant"], row.get("update")): row for row in summary[stage]}
+        for row in earlier[stage] if earlier else ():
+            new = rows.setdefault((row["task"], row["variant"], row.get("update")), row)
+            if len(new["seeds"]) < len(row["seeds"]) and new["options"] == row["options"]:
+                rows[row["task"], row["variant"], row.get("update")] = row
+        for row in rows.values():
+            own = today.get((stage, row["variant"]), {})
+            row["other_options"] = {name: value for name, value in row["options"].items() if own.get(name) != value}
+            if not row["other_options"]:
+                have |= {(stage, row["task"], row["variant"], seed) for seed in row["seeds"]}
+        summary[stage] = sorted(
+            rows.values(), key=lambda row: order.get((stage, row["task"], row["variant"]), len(order))
+        )
+    names = {task["name"] for task in summary["tasks"]}
+    summary["tasks"] += [task for task in (earlier["tasks"] if earlier else ()) if task["name"] not in names]
+    missing = [run for run in planned if (run.stage, run.task, run.variant, run.seed) not in have]
+    return summary | {"not_run": [f"{run.stage} {run.task} {run.variant} {run.seed}" for run in missing]}
 
 
 def _row(task: str, variant: str, seeds: dict[int, dict], default: dict[int, dict]) -> dict:
@@ -73,10 +97,23 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def tables(summary: dict) -> str:
-    """Markdown."""
+    """Markdown. Rows that were recorded earlier, or with options that are planned no more, are marked."""
+    notes: dict[str, int] = {}
+    for row in (row for stage in ("screen", "policy", "lambda") for row in summary[stage]):
+        told, others = row["recorded"], ", ".join(f"{name} {value}" for name, value in row["other_options"].items())
+        if others or any(told[name] != summary[name] for name in ("date", "commit", "device", "versions")):
+            text = (
+                f"recorded {told['date']}, commit {told['commit']}, {told['device']}, torch {told['versions']['torch']}"
+            )
+            number = notes.setdefault(text + (f"; with {others}" if others else ""), len(notes) + 1)
+            row["named"] = f"{row['variant']} ({number})"
+        else:
+            row["named"] = row["variant"]
     exact = [("exact chance", task["exact"]) for task in summary["tasks"] if task["name"] == DEMONSTRATION]
     found = [_screen_table(summary["screen"], exact)] if summary["screen"] else []
     found += [_policy_table(summary[stage]) for stage in ("policy", "lambda") if summary[stage]]
+    if notes:
+        found.append("\n".join(f"({number}) {text}." for text, number in notes.items()))
     if summary["not_run"]:
         found.append(f"Not run: {len(summary['not_run'])} runs, which are named in critics.json.")
     return "\n\n".join(found)
@@ -97,7 +134,7 @@ def _screen_table(rows: list[dict], exact: list[tuple[str, dict]]) -> str:
     )
     lines = [head, "|---" * 10 + "|"]
     found = [((name, "", ""), quality) for name, quality in exact]
-    found += [((row["critic"], str(row["update"]), f"{row['cpu_seconds']:.0f}"), row["value"]) for row in rows]
+    found += [((row["named"], str(row["update"]), f"{row['cpu_seconds']:.0f}"), row["value"]) for row in rows]
     for names, of in found:
         cells = list(names)
         cells += [f"{of[f'explained_variance/{place}']:.3f}" for place in ("start", "half", "end")]
@@ -111,7 +148,7 @@ def _policy_table(rows: list[dict]) -> str:
     head = "| task | critic | seeds | greedy | sampling | greedy, minus default | sampling, minus default "
     lines = [head + "| updates | CPU s | critic explains, end | wrong step lowest: V | log-ratio |", "|---" * 12 + "|"]
     for row in rows:
-        cells = [row["task"], row["variant"], str(len(row["seeds"]))]
+        cells = [row["task"], row["named"], str(len(row["seeds"]))]
         for decoding in DECODINGS:
             mean, low, high = (100 * row[decoding][key] for key in ("mean", "low", "high"))
             cells.append(f"{mean:.1f} ({low:.1f}–{high:.1f})")

@@ -3,7 +3,8 @@
     dqo demo --output_dir dqo-demo && python -m benchmarks.evidence.critics out/critics --demonstration dqo-demo
 
 Every run is a directory in OUT with its result.json. The same command goes on after a kill, and makes again what its options have
-changed for. The table is printed, by --table alone from what is there, and goes to benchmarks/results/critics.json.
+changed for; in a second terminal it takes other runs. The table is printed, by --table alone from what is there, and goes to
+benchmarks/results/critics.json, where what was made in another OUT stays beside it, with its own date and commit.
 
     screen   critics alone, the policy as it is, on one tuning seed of the demonstration's task
     policy   128 updates of the policy with each critic, on three tasks and three seeds
@@ -13,20 +14,23 @@ changed for. The table is printed, by --table alone from what is there, and goes
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence import pieces
 from benchmarks.evidence.critic_runs import DEMONSTRATION, TASKS, make_task, write_json
-from benchmarks.evidence.critic_table import summarise, tables
+from benchmarks.evidence.critic_table import summarise, tables, with_earlier
 from benchmarks.evidence.objective_options import COMMON
+from dqo.errors import UserError
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(__file__).parents[1] / "results" / "critics.json"
+STAGES = ("screen", "policy", "lambda")
 DQO = COMMON | {"method": "dqo", "beta": 0.2, "critic_learning_rate": 1e-3, "lam": 1.0, "is_level": "trajectory"}
 DQO |= {"save_steps": 10_000}  # a run that is killed begins anew
 POLICY_UPDATES = 128
@@ -86,7 +90,7 @@ FROZEN: dict[str, dict[str, Any]] = {
     "implicit-frozen": {"value_model": "{screen}/6-10/implicit-3e-4/seed-100/run", "freeze_value_model": True},
     "implied": {"value_model": "implied:{policy}/6-10/separate/seed-{seed}/run"},
 }
-WINNER = "separate"
+WINNER = "head-warm"
 LAMBDA = {
     f"lam-{lam}-{level}": POLICY[WINNER] | {"lam": lam, "is_level": level}
     for level in ("trajectory", "suffix", "none")
@@ -95,16 +99,37 @@ LAMBDA = {
 
 
 @dataclass(frozen=True)
+class TaskFiles:
+    """Base model and data of a task."""
+
+    name: str
+    is_run = False
+
+    @property
+    def place(self) -> str:
+        return f"tasks/{self.name}"
+
+    def needs(self) -> list[TaskFiles]:
+        return []
+
+
+@dataclass(frozen=True)
 class Planned:
     stage: str
     task: str
     variant: str
     seed: int
-    options: dict[str, Any]
-    evaluate_at: tuple[int, ...]  # updates after which the critic's knowledge is measured, beside the last
+    options: dict[str, Any] = field(compare=False)
+    evaluate_at: tuple[int, ...] = field(compare=False)  # updates after which the critic is looked at, beside the last
+    is_run = True
 
-    def directory(self, output: Path) -> Path:
-        return output / self.stage / self.task / self.variant / f"seed-{self.seed}"
+    @property
+    def place(self) -> str:
+        """The run's directory in OUT."""
+        return f"{self.stage}/{self.task}/{self.variant}/seed-{self.seed}"
+
+    def needs(self) -> list[TaskFiles]:
+        return [TaskFiles(self.task)]
 
 
 def planned(stage: str) -> list[Planned]:
@@ -151,52 +176,39 @@ def spec_of(run: Planned, output: Path) -> dict[str, Any]:
     }
 
 
-def result_of(run: Planned, output: Path) -> dict[str, Any] | None:
-    """The run's result, if it was made with these options."""
-    path = run.directory(output) / "result.json"
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text())
-    return found if found["spec"] == spec_of(run, output) else None
+def result_of(piece: Planned | TaskFiles, output: Path) -> dict[str, Any] | None:
+    """What is told of the task, or the run's result, if it was made with these options."""
+    if isinstance(piece, Planned):
+        return pieces.stored(output / piece.place, lambda: spec_of(piece, output))
+    path = output / piece.place / "task.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
-def make(run: Planned, output: Path) -> bool:
-    """Runs it in a process of its own, from the beginning; whether it came to its end."""
-    directory = run.directory(output)
+def make(piece: Planned | TaskFiles, output: Path, demonstration: Path) -> None:
+    """A run has a process of its own, and begins anew."""
+    directory = output / piece.place
+    if isinstance(piece, TaskFiles):
+        return make_task(piece.name, demonstration, directory)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    write_json(directory / "spec.json", spec_of(run, output))
+    write_json(directory / "spec.json", spec_of(piece, output))
     with open(directory / "log.txt", "w") as log:
         command = [sys.executable, "-m", "benchmarks.evidence.critic_runs", str(directory)]
-        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode == 0
-
-
-def go_on(runs: Iterable[Planned], output: Path, demonstration: Path) -> list[Planned]:
-    """Makes every run that has no result; returns those that failed."""
-    failed = []
-    for run in runs:
-        if result_of(run, output) is not None:
-            continue
-        make_task(run.task, demonstration, output / "tasks" / run.task)
-        print(run.directory(output), flush=True)
-        if not make(run, output):
-            failed.append(run)
-            print(f"  failed, see {run.directory(output)}/log.txt", flush=True)
-    return failed
+        if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode:
+            raise UserError(f"the run failed, see {directory}/log.txt")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ("screen", "policy", "lambda")
     parser.add_argument("output", type=Path, metavar="OUT")
     parser.add_argument("--demonstration", type=Path, default=Path("dqo-demo"), help="a finished one")
-    parser.add_argument("--stage", nargs="+", choices=stages, default=list(stages))
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--variants", nargs="+", choices=list(SCREEN | POLICY | FROZEN | LAMBDA))
     parser.add_argument("--seeds", nargs="+", type=int, default=[TUNING_SEED, *SEEDS])
     parser.add_argument("--table", action="store_true", help="run nothing")
     arguments = parser.parse_args()
-    every = [run for stage in stages for run in planned(stage)]
+    every = [run for stage in STAGES for run in planned(stage)]
     wanted = [
         run
         for run in every
@@ -206,17 +218,19 @@ def main() -> None:
         and (arguments.variants is None or run.variant in arguments.variants)
     ]
     output = arguments.output.resolve()
-    failed = [] if arguments.table else go_on(wanted, output, arguments.demonstration)
+    work = functools.partial(make, demonstration=arguments.demonstration)
+    left = 0 if arguments.table else pieces.go_on(wanted, output, float("inf"), result_of, work)
     results = [(run, found) for run in every if (found := result_of(run, output)) is not None]
-    files = [output / "tasks" / name / "task.json" for name in TASKS]
-    tasks = [json.loads(path.read_text()) for path in files if path.exists()]
-    missing = [f"{run.stage} {run.task} {run.variant} {run.seed}" for run in every if result_of(run, output) is None]
-    summary = summarise(results, tasks, DEFAULT, missing) | {"options_of_all": DQO}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "critics.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if not results:
+        sys.exit(f"no run is in {output}; {RESULTS} stays as it is")
+    tasks = [found for name in TASKS if (found := result_of(TaskFiles(name), output)) is not None]
+    summary = summarise(results, tasks, DEFAULT, DQO)
+    earlier = json.loads(RESULTS.read_text()) if RESULTS.exists() else None
+    summary = with_earlier(summary, earlier, every, DQO)
+    RESULTS.write_text(json.dumps(summary, indent=1) + "\n")
     print(tables(summary))
-    if failed:
-        sys.exit(f"{len(failed)} runs failed")
+    if left:
+        sys.exit(f"{left} runs are left; those that failed are told above")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ class Piece(Protocol):
     def place(self) -> str:
         """The directory of the piece under that of the whole."""
 
+    @property
+    def is_run(self) -> bool:
+        """Whether its result is all that is asked of it. Of others the files are needed too, by those that need them."""
+
     def needs(self) -> Sequence[Any]:
         """The pieces that must be made before."""
 
@@ -35,13 +39,13 @@ P = TypeVar("P", bound=Piece)
 T = TypeVar("T")
 
 
-def in_order(wanted: Iterable[P]) -> list[P]:
-    """The pieces and all that they need, each once and behind what it needs."""
+def in_order(wanted: Iterable[P], finished: Callable[[P], bool] = lambda _: False) -> list[P]:
+    """The pieces and all that they need, each once and behind what it needs. What a finished run needs is not made for it."""
     found: dict[P, None] = {}
 
     def add(piece: P) -> None:
         if piece not in found:
-            for needed in piece.needs():
+            for needed in piece.needs() if not (piece.is_run and finished(piece)) else ():
                 add(needed)
             found[piece] = None
 
@@ -59,9 +63,39 @@ def stored(place: Path, spec: Callable[[], Any]) -> dict[str, Any] | None:
     return found if found["spec"] == spec() else None
 
 
+def making() -> dict[str, str]:
+    """What a figure must be told with: date, commit, device, and the version of torch."""
+    from benchmarks.harness.environment import commit, today
+    from dqo.train.record import machine
+
+    told = machine()
+    return {"date": today(), "commit": commit(), "device": told["device"], "torch": told["versions"]["torch"]}
+
+
+def makings(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By device, torch and commit, the number of results, and the first and the last date. Results that tell nothing of it, which
+    earlier versions made, count as made here and now."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for result in results:
+        made = result.get("made") or making()
+        found.setdefault((made["device"], made["torch"], made["commit"]), []).append(made["date"])
+    heads = ("device", "torch", "commit", "runs", "first", "last")
+    return [dict(zip(heads, (*key, len(dates), min(dates), max(dates)))) for key, dates in found.items()]
+
+
+def head(summary: dict[str, Any]) -> list[str]:
+    """Lines on how much of a study was made, where and when."""
+    made, planned = summary["runs"]["made"], summary["runs"]["planned"]
+    lines = [f"{made:,} of {planned:,} runs, {summary['cpu_hours']:.1f} CPU hours; `{summary['command']}`", ""]
+    for one in summary["makings"]:
+        dates = " to ".join(dict.fromkeys((one["first"], one["last"])))
+        lines.append(f"- {one['runs']:,} runs: {one['device']}, torch {one['torch']}, {dates}, commit {one['commit']}")
+    return lines
+
+
 def made(place: Path, spec: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Does the work and stores its result, with its seconds. What a killed one left stays there for `work` to go on with, unless
-    the specification has changed since."""
+    """Does the work and stores its result, with its seconds and its making. What a killed one left stays there for `work` to go
+    on with, unless the specification has changed since."""
     begun = place / BEGUN
     if place.exists() and (not begun.exists() or json.loads(begun.read_bytes()) != spec):
         shutil.rmtree(place)
@@ -69,7 +103,8 @@ def made(place: Path, spec: Any, work: Callable[[], dict[str, Any]]) -> dict[str
     write_whole(begun, json.dumps(spec, indent=1).encode())
     cpu, wall = time.process_time(), time.perf_counter()
     result = work()
-    result |= {"all_cpu_seconds": time.process_time() - cpu, "all_seconds": time.perf_counter() - wall, "spec": spec}
+    result |= {"all_cpu_seconds": time.process_time() - cpu, "all_seconds": time.perf_counter() - wall}
+    result |= {"made": making(), "spec": spec}
     write_whole(place / RESULT, json.dumps(result).encode())
     for path in place.rglob("checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)  # nothing goes on from there any more
@@ -94,13 +129,14 @@ def claimed(piece: Piece, root: Path) -> Iterator[bool]:
 
 
 def go_on(
-    pieces: Sequence[P],
+    wanted: Sequence[P],
     root: Path,
     minutes: float,
     result_of: Callable[[P, Path], dict[str, Any] | None],
     make: Callable[[P, Path], Any],
 ) -> int:
-    """Makes what has no result, until the time is over; returns how many pieces are left. One that fails is told, and left."""
+    """Makes what has no result, and what that needs, until the time is over; returns how many pieces are left. One that fails is
+    told, and left. Files that were made may take runs for unfinished that were finished: what is left is looked for again."""
     begun = time.monotonic()
     finished: set[P] = set()
     failed: set[P] = set()
@@ -110,7 +146,12 @@ def go_on(
             finished.add(piece)
         return piece in finished
 
-    while left := [piece for piece in pieces if not done(piece)]:
+    def unfinished() -> list[P]:
+        finished.clear()
+        return [piece for piece in in_order(wanted, done) if not done(piece)]
+
+    left = unfinished()
+    while left := [piece for piece in left if not done(piece)] or unfinished():
         if time.monotonic() - begun >= 60 * minutes:
             return len(left)
         for piece in (piece for piece in left if piece not in failed and all(map(done, piece.needs()))):
@@ -125,11 +166,14 @@ def go_on(
                     traceback.print_exc()
                     failed.add(piece)
                 print(f"          {time.monotonic() - started:.0f} s", flush=True)
+            if not piece.is_run:
+                left = unfinished()
             break
         else:
             if failed:
                 return len(left)
             time.sleep(WAIT)  # another process is at all that is ready
+            left = unfinished()
     return 0
 
 

@@ -6,7 +6,8 @@
 Writes the model as a checkpoint, samples and grades its answers, measures values of prefixes, trains and evaluates every method
 on every seed, and writes tables.md and results.json to DIRECTORY. What is there is kept, and what a killed run left goes on; a
 piece whose sizes or options have changed is made again. The same command in a second terminal takes the pieces that the first is
-not at. --table makes nothing. --record writes the table to benchmarks/results/real-study.json as well.
+not at. --table makes nothing. --record writes the table, and a line for each finished run, to benchmarks/results as well: another
+DIRECTORY, on another machine too, begins with these runs.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.evidence.pieces import go_on
-from benchmarks.evidence.real_model.plan import SEEDS, Piece, every_piece, result_of
+from benchmarks.evidence.real_model.plan import SEEDS, STUDY, Piece, every_piece, result_of
 from benchmarks.evidence.real_model.tables import markdown, summarise
 from benchmarks.evidence.real_model.work import make
+from benchmarks.evidence.recorded import go_on, record
 
-RESULTS = Path(__file__).parents[2] / "results" / "real-study.json"
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,11 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     there = result_of(Piece("model"), root)
     if there and model and there["path"] != str(model):
         parser.error(f"--model {asked.model}: {root} was begun with {there['path']}; give another DIRECTORY")
+    if asked.table and not there:
+        parser.error(
+            f"{root} has no model yet, by which recorded runs are told to be of it; run this without --table first"
+        )
     root.mkdir(parents=True, exist_ok=True)
-    pieces = every_piece(seeds)
-    left = 0 if asked.table else go_on(pieces, root, asked.minutes, result_of, functools.partial(make, given=model))
+    every = every_piece(seeds)
+    chosen = [] if asked.table else [piece for piece in every if piece.is_run]
+    left = go_on(STUDY, every, chosen, root, asked.minutes, functools.partial(make, given=model), RESULTS)
+    if asked.record:
+        record(STUDY, every, root, RESULTS)
     summary = summarise(root, " ".join(["python -m benchmarks.evidence.real_model", *given]), seeds)
-    for path in (root / "results.json", RESULTS) if asked.record else (root / "results.json",):
+    for path in (root / "results.json", *([RESULTS / "real-study.json"] if asked.record else [])):
         path.write_text(json.dumps(summary, indent=1) + "\n")
     text = markdown(summary)
     (root / "tables.md").write_text(text)

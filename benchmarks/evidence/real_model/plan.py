@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.evidence import pieces
 from benchmarks.evidence.real_model import problems
+from benchmarks.evidence.recorded import Source, Study
 from benchmarks.evidence.study.settings import ROWS, Settings
 
 
@@ -78,6 +79,10 @@ class Piece:
     method: str = ""
 
     @property
+    def is_run(self) -> bool:
+        return self.kind == "run"
+
+    @property
     def place(self) -> str:
         """The directory of the piece under that of the study."""
         return (
@@ -103,8 +108,8 @@ def every_piece(seeds: tuple[int, ...] = SEEDS) -> list[Piece]:
 
 
 def result_of(piece: Piece, root: Path) -> dict[str, Any] | None:
-    """What the piece's directory holds, if it was made with these sizes, problems and options."""
-    return pieces.stored(root / piece.place, lambda: spec_of(piece, root))
+    """What the piece's directory holds, if it was made with these sizes, problems and options, and on the data that are there."""
+    return STUDY.result_of(piece, root)
 
 
 def model_of(root: Path) -> dict[str, Any]:
@@ -114,15 +119,42 @@ def model_of(root: Path) -> dict[str, Any]:
     return found
 
 
-def spec_of(piece: Piece, root: Path) -> dict[str, Any]:
-    """All that a piece depends on."""
+def spec_of(piece: Piece, root: Path) -> dict[str, Any] | None:
+    """All that a piece depends on; None where the model is not there yet."""
     if piece.kind == "model":
         return {}
+    model = result_of(Piece("model"), root)
+    if model is None:
+        return None
     spec: dict[str, Any] = {"sizes": dataclasses.asdict(SIZES), "seed": piece.seed, "example": problems.EXAMPLE}
     spec["kinds"] = {
         kind: [share, list(wordings), product] for kind, (share, wordings, product) in problems.KINDS.items()
     }
-    spec["model"] = {name: model_of(root)[name] for name in ("hash", "dtype")}
+    spec["model"] = {name: model[name] for name in ("hash", "dtype")}
     if piece.method in METHODS:
         spec["options"] = options_for(METHODS[piece.method])
     return spec
+
+
+def source_of(run: Piece) -> Source[Piece]:
+    return Source(Piece("data", run.seed), ROWS)
+
+
+FACTS = ("rows", "tokens", "response_tokens", "right", "ended", "right_by_kind")
+
+
+def facts_of(seed: int, root: Path) -> dict[str, Any] | None:
+    """Counts and shares of a seed's data, from a record where only that is there."""
+    if data := result_of(Piece("data", seed), root):
+        return {name: data[name] for name in FACTS}
+    base = result_of(Piece("run", seed, BASE), root)
+    return base.get("data") if base else None
+
+
+def told(run: Piece, root: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Shares of unread answers, without examples; and the facts of the data."""
+    unread = {decoding: {"share": found["share"]} for decoding, found in result["unread"].items()}
+    return {"unread": unread} | ({"data": facts_of(run.seed, root)} if run.method == BASE else {})
+
+
+STUDY = Study(spec_of, source_of, lambda _: "real-study-pieces.jsonl", told)

@@ -9,9 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence.pieces import scores
+from benchmarks.evidence.pieces import head, makings, scores
 from benchmarks.evidence.real_model import plan
-from benchmarks.evidence.real_model.plan import BASE, CONTENDERS, METHODS, every_piece, options_for, result_of
+from benchmarks.evidence.real_model.plan import (
+    BASE,
+    CONTENDERS,
+    METHODS,
+    Piece,
+    every_piece,
+    facts_of,
+    options_for,
+    result_of,
+)
 from benchmarks.evidence.study.statistics import holm, paired_over_seeds
 from benchmarks.evidence.study.tables import difference_text, interval_text
 from benchmarks.harness.environment import commit
@@ -25,28 +34,25 @@ def summarise(root: Path, command: str, seeds: tuple[int, ...]) -> dict[str, Any
     """What results.json holds."""
     from dqo.train.record import machine
 
-    pieces = every_piece(seeds)
-    results = {piece: result for piece in pieces if (result := result_of(piece, root))}
+    planned = [piece for piece in every_piece(seeds) if piece.is_run]
+    results = {run: result for run in planned if (result := result_of(run, root))}
     runs: dict[str, BySeed] = {}
-    for piece, result in results.items():
-        if piece.kind == "run":
-            runs.setdefault(piece.method, {})[piece.seed] = result
-    kept = ("rows", "tokens", "response_tokens", "right", "ended", "right_by_kind")
+    for run, result in results.items():
+        runs.setdefault(run.method, {})[run.seed] = result
+    model = result_of(Piece("model"), root)
     facts: dict[str, Any] = {
         "command": command,
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         **machine(),
+        "runs": {"made": len(results), "planned": len(planned)},
+        "makings": makings(results.values()),
+        "cpu_hours": sum(result["all_cpu_seconds"] for result in results.values()) / 3600,
+        "model": {name: model[name] for name in ("hash", "dtype")} if model else {},
+        "sizes": vars(plan.SIZES),
+        "data": {seed: facts for seed in seeds if (facts := facts_of(seed, root))},
+        "options": {name: options_for(method) for name, method in METHODS.items()},
     }
-    facts |= {"pieces": {"made": len(results), "planned": len(pieces)}}
-    facts["cpu_hours"] = sum(result["all_cpu_seconds"] for result in results.values()) / 3600
-    facts["model"] = {name: result[name] for piece, result in results.items() if piece.kind == "model"
-                      for name in ("hash", "dtype")}  # fmt: skip
-    facts["sizes"] = vars(plan.SIZES)
-    facts["data"] = {
-        piece.seed: {name: result[name] for name in kept} for piece, result in results.items() if piece.kind == "data"
-    }
-    facts["options"] = {name: options_for(method) for name, method in METHODS.items()}
     return facts | {"rows": rows_of({name: runs[name] for name in (BASE, *METHODS) if name in runs}, seeds)}
 
 
@@ -101,14 +107,12 @@ def verdict(of_seeds: Sequence[float], corrected: float) -> str:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    made, planned = summary["pieces"]["made"], summary["pieces"]["planned"]
     heads = ["method", "accuracy", "by seed", "greedy", "sampling", "unread, %"]
     heads += [f"{name} ahead (p by Holm)" for name in CONTENDERS] + ["CPU s"]
     lines = [
         "# The real model",
         "",
-        f"{made} of {planned} pieces, {summary['cpu_hours']:.1f} CPU hours; {summary['device']}, torch "
-        f"{summary['versions']['torch']}, {summary['date']}, commit {summary['commit']}; `{summary['command']}`",
+        *head(summary),
         "",
         *(f"Seed {seed}: {of['rows']:,} responses, {of['tokens']:,} tokens, {100 * of['right']:.1f} % right."
           for seed, of in summary["data"].items()),

@@ -5,7 +5,8 @@
 Makes base models and data, tries every method's settings, trains the seeds, and writes tables.md, results.json and plots to
 DIRECTORY. What is there is kept, and what a killed run left goes on; a piece whose options have changed is made again. The same
 command in a second terminal takes the pieces that the first is not at. --task, --method and --stage choose pieces, and what these
-need is made too. --stage table makes nothing. --record writes tables and plots to benchmarks/results as well.
+need is made too. --stage table makes nothing. --record writes tables, plots, and a line for each finished run to
+benchmarks/results as well: another DIRECTORY, on another machine too, begins with these runs.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.evidence.pieces import go_on, in_order
-from benchmarks.evidence.study.pieces import STAGES, Piece, every_piece, result_of
+from benchmarks.evidence.recorded import go_on, record
+from benchmarks.evidence.study.pieces import STAGES, STUDY, Piece, every_piece
 from benchmarks.evidence.study.plots import draw_ablations, draw_tasks
 from benchmarks.evidence.study.settings import BASE, METHODS
 from benchmarks.evidence.study.sizes import TASKS
@@ -28,15 +29,15 @@ RESULTS = Path(__file__).parents[2] / "results"
 
 
 def wanted(tasks: Sequence[str], methods: Sequence[str], stages: Sequence[str]) -> list[Piece]:
-    """The pieces that were chosen with all that they need, in the order of docs/evidence.md."""
-    return in_order(
+    """The pieces that were chosen, in the order of docs/evidence.md, without what they need."""
+    return [
         piece
         for piece in every_piece()
         if piece.stage in stages
         and piece.kind != "base"
         and piece.name in tasks
         and (not piece.method or piece.method in (BASE, *methods))
-    )
+    ]
 
 
 def write_tables(root: Path, command: str, record: bool) -> None:
@@ -74,13 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("directory", type=Path, metavar="DIRECTORY")
     parser.add_argument("--task", type=names(list(TASKS)), default=list(TASKS), help="such as a,b14")
     parser.add_argument("--method", type=names(list(METHODS)), default=list(METHODS), help="such as dqo,dpo")
-    parser.add_argument("--stage", type=names([*STAGES, "table"]), default=list(STAGES), help="such as data,tune")
+    parser.add_argument("--stage", type=names([*STAGES, "table"]), default=list(STAGES[1:]), help="such as data,tune")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no piece after so many")
     parser.add_argument("--record", action="store_true", help="write to benchmarks/results too")
     asked = parser.parse_args(given)
     root = asked.directory.resolve()
     root.mkdir(parents=True, exist_ok=True)
-    left = go_on(wanted(asked.task, asked.method, asked.stage), root, asked.minutes, result_of, make)
+    chosen = wanted(asked.task, asked.method, asked.stage)
+    left = go_on(STUDY, every_piece(), chosen, root, asked.minutes, make, RESULTS)
+    if asked.record:
+        record(STUDY, every_piece(), root, RESULTS)
     write_tables(root, " ".join(["python -m benchmarks.evidence.study", *given]), asked.record)
     if left:
         print(f"{left} pieces are left; the same command goes on with them")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.study import transformations as made_of
-from benchmarks.evidence.study.pieces import Piece
+from benchmarks.evidence.study.pieces import SAMPLES, Piece
 from benchmarks.evidence.study.settings import ABLATED, ROWS
 from benchmarks.evidence.study.sizes import BASES, LENGTH, TASKS, Base, Task
 from dqo.config.options import options_of
@@ -66,7 +66,7 @@ def make_base(name: str, seed: int, root: Path) -> dict[str, Any]:
         return {}
     rows = sampled(base, model_of(name, seed, root), problems, 8, seed)
     as_text = [dataclasses.replace(row, prompt_ids=None, completion_ids=None, logprobs=None) for row in rows]
-    write_rows(place / "samples.jsonl", as_text)
+    write_rows(place / SAMPLES, as_text)
     return {"rows": len(rows), "right": sum(row.label for row in rows) / len(rows)}
 
 
@@ -124,7 +124,7 @@ def files_of(name: str, task: Task, seed: int, root: Path) -> dict[str, list[Row
     """{file: rows}."""
     if task.other:
         return {ROWS: of_others(name, task, seed, root)}
-    samples = read_rows(str(root / Piece("base", task.base, seed).place / "samples.jsonl"))
+    samples = read_rows(str(root / Piece("base", task.base, seed).place / SAMPLES))
     prompts = list(made_of.by_prompt(samples))[: task.prompts]
     rows = [row for row in samples if row.prompt in set(prompts)]
     if name == "c":

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.pieces import in_order, scores, stored
+from benchmarks.evidence.pieces import in_order, scores
+from benchmarks.evidence.recorded import Source, Study
 from benchmarks.evidence.study import settings
-from benchmarks.evidence.study.settings import BASE, METHODS, methods_of, tuned_on
+from benchmarks.evidence.study.settings import BASE, METHODS, ROWS, methods_of, tuned_on
 from benchmarks.evidence.study.sizes import BASES, FEW_SEEDS, SEEDS, TASKS, TUNING_SEED
 
 STAGES = ("data", "tune", "train", "ablate")
+SAMPLES = "samples.jsonl"  # of a base model
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class Piece:
     method: str = ""
     setting: int | None = None  # that is tried on the tuning seed
     change: str = ""  # of ABLATIONS
+
+    @property
+    def is_run(self) -> bool:
+        return self.kind == "run"
 
     @property
     def stage(self) -> str:
@@ -61,18 +67,20 @@ class Piece:
         """The runs among which the setting of this one is chosen; none where it is itself one of them."""
         if self.method in ("", BASE) or self.setting is not None:
             return []
-        tuned = METHODS[self.method].tuned_as or self.method
-        count = len(METHODS[tuned].settings)
-        return [Piece("run", tuned_on(self.name), TUNING_SEED, tuned, k) for k in range(count)]
+        return tried_settings(tuned_on(self.name), METHODS[self.method].tuned_as or self.method)
+
+
+def tried_settings(task: str, method: str) -> list[Piece]:
+    return [Piece("run", task, TUNING_SEED, method, k) for k in range(len(METHODS[method].settings))]
 
 
 def result_of(piece: Piece, root: Path) -> dict[str, Any] | None:
-    """What the piece's directory holds, if it was made with these sizes and options."""
-    return stored(root / piece.place, lambda: spec_of(piece, root))
+    """What the piece's directory holds, if it was made with these sizes and options, and on the rows that are there."""
+    return STUDY.result_of(piece, root)
 
 
-def spec_of(piece: Piece, root: Path) -> dict[str, Any]:
-    """All that a piece depends on; of a run that is not tuned yet, without its options."""
+def spec_of(piece: Piece, root: Path) -> dict[str, Any] | None:
+    """All that a piece depends on; None of a run that is not tuned yet."""
     if piece.kind == "base":
         return {"base": dataclasses.asdict(BASES[piece.name]), "seed": piece.seed}
     task = TASKS[piece.name]
@@ -80,18 +88,21 @@ def spec_of(piece: Piece, root: Path) -> dict[str, Any]:
     spec["seed"] = piece.seed
     if piece.kind == "run" and piece.method != BASE:
         spec["options"] = options_of_run(piece, root)
+        return spec if spec["options"] is not None else None
     return spec
 
 
-def options_of_run(piece: Piece, root: Path) -> settings.Settings | None:
+def setting_of(run: Piece, root: Path) -> settings.Settings | None:
+    """That which is tried, or was chosen; None before all settings were tried."""
+    number = run.setting if run.setting is not None else chosen(run.tuning(), root)
+    return None if number is None else METHODS[METHODS[run.method].tuned_as or run.method].settings[number]
+
+
+def options_of_run(run: Piece, root: Path) -> settings.Settings | None:
     """Those of the run as `settings.options_for` has them; None before all settings were tried."""
-    method = METHODS[piece.method]
-    number = piece.setting if piece.setting is not None else chosen(piece.tuning(), root)
-    if number is None:
-        return None
-    tried = METHODS[method.tuned_as or piece.method].settings
-    change = settings.ABLATIONS[piece.change] if piece.change else None
-    return settings.options_for(TASKS[piece.name], method, tried[number], change)
+    setting = setting_of(run, root)
+    change = settings.ABLATIONS[run.change] if run.change else None
+    return None if setting is None else settings.options_for(TASKS[run.name], METHODS[run.method], setting, change)
 
 
 def chosen(tried: list[Piece], root: Path) -> int | None:
@@ -105,20 +116,13 @@ def chosen(tried: list[Piece], root: Path) -> int | None:
 
 def blocks() -> Iterator[list[Piece]]:
     """The runs that docs/evidence.md wants, block by block; what they need is made before them."""
-    primary = ("a", "d", "f", "b14")
 
-    def runs(task: str, names: Iterable[str], seeds: Iterable[int]) -> list[Piece]:
-        there = [name for name in methods_of(task) if name in names]
-        return [Piece("run", task, seed, name) for seed in seeds for name in (BASE, *there)]
+    def runs(task: str) -> list[Piece]:
+        return [Piece("run", task, seed, name) for seed in SEEDS for name in (BASE, *methods_of(task))]
 
-    for task in primary:
-        yield runs(task, settings.MAIN, FEW_SEEDS)
-    yield [run for task in primary for run in runs(task, settings.MAIN, SEEDS)]
-    for task in primary:
-        yield runs(task, METHODS, SEEDS)
-    for task in ("c", "e1", "e3", "b28"):
-        yield runs(task, METHODS, SEEDS)
-    yield [run for task in ("g2", "g4") for run in runs(task, METHODS, SEEDS)]
+    for task in ("a", "d", "f", "b14", "c", "e1", "e3", "b28"):  # each is complete, and tested, before the next begins
+        yield runs(task)
+    yield runs("g2") + runs("g4")
     yield [
         Piece("run", task, seed, "dqo", change=change)
         for change in settings.ABLATIONS
@@ -129,3 +133,20 @@ def blocks() -> Iterator[list[Piece]]:
 
 def every_piece() -> list[Piece]:
     return in_order(piece for block in blocks() for piece in block)
+
+
+def source_of(run: Piece) -> Source[Piece]:
+    """A method's settings are compared among themselves; other runs with those of the task and seed: on its data, or on what its
+    base model says, where policies answer in rounds."""
+    task = TASKS[run.name]
+    alone = tuple(tried_settings(run.name, run.method)) if run.setting is not None else ()
+    if task.rounds > 1:
+        return Source(Piece("base", task.base, run.seed), SAMPLES, alone)
+    return Source(Piece("data", run.name, run.seed), ROWS, alone)
+
+
+def told(run: Piece, root: Path, _: dict[str, Any]) -> dict[str, Any]:
+    return {} if run.method == BASE else {"setting": setting_of(run, root)}
+
+
+STUDY = Study(spec_of, source_of, lambda place: f"study/{place.split('/')[1]}.jsonl", told)

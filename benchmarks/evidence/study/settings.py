@@ -38,8 +38,9 @@ def grid(rates: tuple[float, ...], **values: tuple) -> list[Settings]:
 PLAIN_RATES = (3e-5, 6e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 RATES = (1e-4, 2e-4)
 WIDE = (0.1, 0.3, 1.0)
-CRITIC: Settings = {"value_model": "separate", "critic_learning_rate": 1e-3}
-DQO: Settings = {"method": "dqo", "lam": 1.0, "is_level": "auto", **CRITIC}
+HEAD: Settings = {"value_model": "head", "critic_learning_rate": 1e-3}
+SEPARATE: Settings = {"value_model": "separate", "critic_learning_rate": 1e-3}
+DQO: Settings = {"method": "dqo", "lam": 1.0, "is_level": "auto", **HEAD}
 STEPS = grid(RATES, process_coef=(0.25, 0.5, 1.0))
 LABELLED = ("d", "f")  # tasks with rewards of steps
 
@@ -68,8 +69,8 @@ METHODS: dict[str, Method] = {
     "dpo-nll": Method(
         {"method": "dpo"}, grid((1e-4,), beta=(0.1, 0.3, 0.8), rpo_alpha=(0.1, 1.0)), pairs=True
     ),
-    "dro": Method({"method": "dro", **CRITIC}, grid(RATES, beta=(0.05, 0.2, 0.5)), warm=True),
-    "oreo": Method({"method": "oreo", **CRITIC}, grid(RATES, beta=(0.05, 0.2, 0.5)), warm=True),
+    "dro": Method({"method": "dro", **SEPARATE}, grid(RATES, beta=(0.05, 0.2, 0.5)), warm=True),
+    "oreo": Method({"method": "oreo", **SEPARATE}, grid(RATES, beta=(0.05, 0.2, 0.5)), warm=True),
     "qrpo": Method({"method": "qrpo"}, grid(RATES, beta=WIDE)),
     "rebel": Method({"method": "rebel"}, grid(RATES, beta=WIDE), pairs=True),
     "dqo-paper": Method(
@@ -87,7 +88,6 @@ METHODS: dict[str, Method] = {
     ),
 }  # fmt: skip
 BASE = "base"  # the base model itself, which is not trained
-MAIN = ("sft", "rft", "dpo", "kto", "dqo", "shuffled", "dqo-steps", "rft-steps")
 RIVALS = ("sft", "rft", "dpo", "dpo-nll", "kto", "dro", "oreo", "qrpo", "rebel", "rft-steps")
 FEWER = {  # tasks on which not all methods are run
     "b28": ("sft", "rft", "dpo", "kto", "dqo", "shuffled", "dqo-paper"),
@@ -118,7 +118,7 @@ ABLATIONS: dict[str, Change] = {
     "beta halved": lambda chosen: {"beta": chosen["beta"] / 2},
     "beta doubled": lambda chosen: {"beta": chosen["beta"] * 2},
     "beta times 4": lambda chosen: {"beta": chosen["beta"] * 4},
-    "value model head": lambda _: {"value_model": "head"},
+    "value model separate": lambda _: {"value_model": "separate"},
     "value model implicit": lambda _: {"value_model": "implicit", "critic_learning_rate": 3e-4},
     "soft values": lambda _: {"value_model": "none", "warmup": 0},
     "critic's rate 3e-4": lambda _: {"critic_learning_rate": 3e-4},

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence.pieces import scores
+from benchmarks.evidence.pieces import head, makings, scores
 from benchmarks.evidence.study import settings
-from benchmarks.evidence.study.pieces import Piece, chosen, every_piece, result_of
-from benchmarks.evidence.study.settings import BASE, METHODS, methods_of
+from benchmarks.evidence.study.pieces import Piece, every_piece, result_of, setting_of
+from benchmarks.evidence.study.settings import BASE, methods_of
 from benchmarks.evidence.study.sizes import FEW_SEEDS, PRIMARY, SEEDS, TASKS
 from benchmarks.evidence.study.statistics import Difference, ahead_of_each, holm, paired_over_seeds
 from benchmarks.harness.environment import commit
@@ -27,14 +27,15 @@ def summarise(root: Path, command: str) -> dict[str, Any]:
 
     found = {task: results_of(task, root) for task in TASKS}
     rows = {task: rows_of(task, results, root) for task, results in found.items() if results}
-    pieces = every_piece()
-    results = [result for piece in pieces if (result := result_of(piece, root))]
+    runs = [piece for piece in every_piece() if piece.is_run]
+    results = [result for run in runs if (result := result_of(run, root))]
     return {
         "command": command,
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         **machine(),
-        "pieces": {"made": len(results), "planned": len(pieces)},
+        "runs": {"made": len(results), "planned": len(runs)},
+        "makings": makings(results),
         "cpu_hours": sum(result["all_cpu_seconds"] for result in results) / 3600,
         "rows": rows,
         "claims": claims(found),
@@ -69,8 +70,7 @@ def rows_of(task: str, results: Results, root: Path) -> list[dict[str, Any]]:
     for name, by_seed in results.items():
         row: dict[str, Any] = {"method": name, "seeds": sorted(by_seed)}
         if name != BASE:
-            number = chosen(Piece("run", task, SEEDS[0], name).tuning(), root)
-            row["setting"] = None if number is None else METHODS[METHODS[name].tuned_as or name].settings[number]
+            row["setting"] = setting_of(Piece("run", task, SEEDS[0], name), root)
             row["failed"] = sum(result["failed"] is not None for result in by_seed.values())
             row["cpu_seconds"] = float(np.mean([result["cpu_seconds"] for result in by_seed.values()]))
         for decoding in (None, "greedy", "sampling"):
@@ -124,12 +124,7 @@ def tuning(root: Path) -> list[dict[str, Any]]:
     rows = []
     for piece in every_piece():
         if piece.stage == "tune" and piece.method != BASE and (result := result_of(piece, root)):
-            assert piece.setting is not None
-            told = {
-                "task": piece.name,
-                "method": piece.method,
-                "setting": METHODS[piece.method].settings[piece.setting],
-            }
+            told = {"task": piece.name, "method": piece.method, "setting": setting_of(piece, root)}
             rows.append(told | {"accuracy": float(np.mean(scores(result))), "failed": result["failed"]})
     return rows
 
@@ -154,13 +149,7 @@ def ablations(found: dict[str, Results], root: Path) -> list[dict[str, Any]]:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    made, planned = summary["pieces"]["made"], summary["pieces"]["planned"]
-    lines = [
-        "# The study",
-        "",
-        f"{made:,} of {planned:,} pieces, {summary['cpu_hours']:.1f} CPU hours; {summary['device']}, torch "
-        f"{summary['versions']['torch']}, {summary['date']}, commit {summary['commit']}; `{summary['command']}`",
-    ]
+    lines = ["# The study", "", *head(summary)]
     for task, rows in summary["rows"].items():
         lines += ["", f"## {task}: {TASKS[task].title}", "", *_task(rows)]
     lines += ["", "## Chosen in advance", "", *_claims(summary["claims"])]

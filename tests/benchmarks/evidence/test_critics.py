@@ -1,12 +1,13 @@
 """The experiments with critics: what is measured, that they go on, and one of them on a tiny model."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
 
-from benchmarks.evidence import critic_quality, critic_runs, critic_table, critics
-from benchmarks.evidence.critic_table import summarise, tables
+from benchmarks.evidence import critic_quality, critic_runs, critic_table, critics, pieces
+from benchmarks.evidence.critic_table import summarise, tables, with_earlier
 from dqo.config.options import options_of
 from dqo.data.rows import read_rows, write_rows
 from dqo.demo.recipe import Recipe
@@ -15,7 +16,7 @@ from dqo.grading.arith import ArithTask
 from dqo.models.new import save
 from tests.dqo.helpers import TASK, episodes, policy, rollout_rows, tokenizer
 
-STAGES = ("screen", "policy", "lambda")
+EVERY = [run for stage in critics.STAGES for run in critics.planned(stage)]
 
 
 def test_what_a_critic_knows_by_hand():
@@ -45,37 +46,45 @@ def test_exact_chances_are_those_of_the_demonstrator_at_the_ends_of_lines():
 
 
 def test_every_run_has_options_of_the_trainer_and_the_same_updates_of_the_policy(tmp_path):
-    runs = [run for stage in STAGES for run in critics.planned(stage)]
-    assert len({run.directory(tmp_path) for run in runs}) == len(runs)
-    for run in runs:
+    assert len({run.place for run in EVERY}) == len(EVERY)
+    for run in EVERY:
         if run.stage == "screen" or run.variant == critics.DEFAULT:  # from which others take their values
-            (run.directory(tmp_path) / "run").mkdir(parents=True)
-    one_each = {(run.stage, run.variant): run for run in runs}.values()
+            (tmp_path / run.place / "run").mkdir(parents=True)
+    one_each = {(run.stage, run.variant): run for run in EVERY}.values()
     for run in one_each:
         options = options_of(critics.spec_of(run, tmp_path)["options"] | {"output_dir": "out"}, run.variant).train
         policy_updates = options.max_steps - options.value_warmup_steps
         assert policy_updates == (0 if run.stage == "screen" else critics.POLICY_UPDATES), run
 
 
-def test_only_what_has_no_result_of_these_options_is_run(tmp_path, monkeypatch):
+def test_only_what_has_no_result_of_these_options_is_run(tmp_path, monkeypatch, capsys):
     made = []
 
-    def make(run, output):
-        made.append(run.variant)
-        path = run.directory(output) / "result.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"spec": critics.spec_of(run, output)}))
-        return run.variant != "head"
+    def run(command, **_):
+        directory = critics.Path(command[-1])
+        made.append(directory.parent.name)
+        result = {"spec": json.loads((directory / "spec.json").read_text())}
+        if made != ["separate", "separate-cold"]:
+            (directory / "result.json").write_text(json.dumps(result))
+        return critics.subprocess.CompletedProcess(command, int(made == ["separate", "separate-cold"]))
 
-    monkeypatch.setattr(critics, "make", make)
-    monkeypatch.setattr(critics, "make_task", lambda *_: None)
+    def task(_, __, directory):
+        directory.mkdir(parents=True)
+        (directory / "task.json").write_text("{}")
+
+    monkeypatch.setattr(critics.subprocess, "run", run)
+    monkeypatch.setattr(critics, "make_task", task)
     runs = [run for run in critics.planned("policy") if run.task == "6-10" and run.seed == 0]
-    failed = critics.go_on(runs, tmp_path, tmp_path)
-    assert made == [run.variant for run in runs] and [run.variant for run in failed] == ["head"]
-    made.clear()
-    runs[1].options["beta"] = 0.7
-    critics.go_on(runs, tmp_path, tmp_path)
-    assert made == [runs[1].variant]
+
+    def go_on():
+        made.clear()
+        return pieces.go_on(runs, tmp_path, 1, critics.result_of, lambda *given: critics.make(*given, tmp_path))
+
+    assert go_on() == 1 and made == [run.variant for run in runs]
+    assert "separate-cold/seed-0/log.txt" in capsys.readouterr().err
+    assert go_on() == 0 and made == ["separate-cold"]
+    runs[3].options["beta"] = 0.7
+    assert go_on() == 0 and made == [runs[3].variant]
 
 
 @pytest.fixture
@@ -115,7 +124,8 @@ def test_a_run_is_measured_and_stands_in_the_table(place, monkeypatch):
     ]
     with monkeypatch.context() as patched:
         patched.setattr(critics.subprocess, "run", in_this_process)
-        assert critics.go_on(runs, place, place) == []
+        work = functools.partial(critics.make, demonstration=place)
+        assert pieces.go_on(runs, place, 1, critics.result_of, work) == 0
     results = [(run, critics.result_of(run, place)) for run in runs]
     separate, _, implied, screened = (result for _, result in results)
     assert [stage["update"] for stage in screened["stages"]] == [0, 1, 2] and "greedy" not in screened
@@ -126,7 +136,10 @@ def test_a_run_is_measured_and_stands_in_the_table(place, monkeypatch):
     before = screened["stages"][0]  # V = 0 and pi = ref: neither says anything
     assert before["value"]["auc/end"] == 0.5 and before["log_ratio"]["auc"] == pytest.approx(0.5, abs=0.2)
     told = [json.loads((place / "tasks" / "6-10" / "task.json").read_text())]
-    summary = json.loads(json.dumps(summarise(results, told, critics.DEFAULT, ["another"])))
+    summary = summarise(results, told, critics.DEFAULT, critics.DQO)
+    another = [critics.Planned("policy", "6-10", "none", 1, runs[1].options, ())]
+    summary = json.loads(json.dumps(with_earlier(summary, None, [*runs, *another], critics.DQO)))
+    assert summary["not_run"] == ["policy 6-10 none 1"]
     assert [row["update"] for row in summary["screen"]] == [1, 2]
     rows = {row["variant"]: row for row in summary["policy"]}
     assert "p_value" in rows["none"]["greedy"] and "p_value" not in rows["separate"]["greedy"]
@@ -134,16 +147,19 @@ def test_a_run_is_measured_and_stands_in_the_table(place, monkeypatch):
     assert "| exact chance |" in text and "| none |" in text and "Not run: 1 runs" in text
 
 
-def test_a_difference_to_the_default_is_paired_over_the_seeds_that_both_have():
-    def result(seed, variant, greedy):
-        stage = {"value": {"x": 0.0}, "log_ratio": {"x": None}}
-        found = {"updates": 1, "cpu_seconds": 1.0, "wall_seconds": 1.0, "stages": [stage], "spec": {"options": {}}}
-        run = critics.Planned("policy", "6-10", variant, seed, {}, ())
-        return run, found | {"greedy": greedy, "sampling": [[g, 0] for g in greedy]}
+def result(seed, variant, greedy, stage="policy", **options):
+    """A planned run and its invented result."""
+    value = {"explained_variance/end": 0.0, "changes/first_wrong_step": 0.0}
+    look = {"update": 1, "value": value, "log_ratio": {"first_wrong_step": 0.0}}
+    found = {"updates": 1, "cpu_seconds": 1.0, "wall_seconds": 1.0, "stages": [look]}
+    run = critics.Planned(stage, "6-10", variant, seed, options, ())
+    return run, found | {"greedy": greedy, "sampling": [[g, 0] for g in greedy]}
 
+
+def test_a_difference_to_the_default_is_paired_over_the_seeds_that_both_have():
     results = [result(0, "separate", [0, 0, 1, 1]), result(1, "separate", [0, 0, 0, 0])]
     results += [result(0, "head", [1, 0, 1, 1]), result(1, "head", [1, 1, 0, 0]), result(2, "head", [1, 1, 1, 1])]
-    row = summarise(results, [], "separate", [])["policy"][1]
+    row = summarise(results, [], "separate", {})["policy"][1]
     assert row["greedy"]["minus_default"] == pytest.approx((1 + 2) / 8)  # seeds 0 and 1
     assert row["sampling"]["minus_default"] == pytest.approx((1 + 2) / 16)
     over_seeds = row["greedy"]["over_seeds"]  # 1/4 and 2/4
@@ -152,3 +168,43 @@ def test_a_difference_to_the_default_is_paired_over_the_seeds_that_both_have():
     )
     assert critic_table._difference_text(row["greedy"]) == "+37.5 (-121.3 to +196.3)"
     assert (row["greedy"]["mean"], row["greedy"]["low"], row["greedy"]["high"]) == (0.75, 0.5, 1.0)
+
+
+def test_rows_of_another_out_stay_beside_those_of_more_seeds_or_other_options():
+    common = {"lam": 1.0}
+    first = [result(seed, name, [0, 1]) for seed in (0, 1) for name in ("separate", "head")]
+    first += [result(0, "none", [0, 0]), result(0, "lam-0.9-none", [1, 1], "lambda", value_model="separate")]
+    earlier = with_earlier(summarise(first, [{"name": "6-10"}], "separate", common), None, [], common)
+    for row in (row for stage in critics.STAGES for row in earlier[stage]):
+        row["recorded"] = row["recorded"] | {"commit": "abc1234"}
+    second = [result(0, "separate", [1, 1]), *[result(seed, "head", [1, 1]) for seed in (0, 1)]]
+    planned = [run for run, _ in [*first[:5], result(2, "head", [])]]
+    planned += [critics.Planned("lambda", "6-10", "lam-0.9-none", 0, {"value_model": "head"}, ())]
+    found = with_earlier(summarise(second, [], "separate", common), json.loads(json.dumps(earlier)), planned, common)
+    assert [(row["variant"], row["seeds"], row["recorded"]["commit"] == "abc1234") for row in found["policy"]] == [
+        ("separate", [0, 1], True),  # of more seeds
+        ("head", [0, 1], False),
+        ("none", [0], True),
+    ]
+    assert found["policy"][0]["greedy"]["mean"] == 0.5 and found["tasks"] == [{"name": "6-10"}]
+    assert found["lambda"][0]["other_options"] == {"value_model": "separate"}
+    assert found["not_run"] == ["policy 6-10 head 2", "lambda 6-10 lam-0.9-none 0"]
+    text = tables(found | {"tasks": []})
+    assert "| separate (1) |" in text and "| head |" in text and "| lam-0.9-none (2) |" in text
+    assert "(1) recorded" in text and "commit abc1234" in text and "; with value_model separate." in text
+    for run, _ in second[:1]:
+        run.options["beta"] = 0.7  # the recorded row of more seeds has another beta
+    found = with_earlier(summarise(second, [], "separate", common), earlier, planned, common)
+    assert found["policy"][0]["seeds"] == [0]
+    found["lambda"][0]["recorded"] = found["policy"][0]["recorded"]  # its options alone are others
+    assert "| lam-0.9-none (3) |" in tables(found | {"tasks": []})
+
+
+def test_what_was_recorded_is_planned_still():
+    """But for the one row of lambda, which was made with another winner."""
+    earlier = json.loads(critics.RESULTS.read_text())
+    today = {(run.stage, run.variant): critics.DQO | run.options for run in EVERY}
+    for stage in critics.STAGES:
+        for row in earlier[stage]:
+            assert stage == "lambda" or row["options"] == today[stage, row["variant"]], row["variant"]
+    assert all(options["value_model"] == "head" for (stage, _), options in today.items() if stage == "lambda")

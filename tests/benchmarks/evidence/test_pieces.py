@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from benchmarks.evidence.pieces import claimed, go_on, in_order, made, scores, stored
+from benchmarks.evidence.pieces import claimed, go_on, head, in_order, made, makings, scores, stored
 
 
 @dataclass(frozen=True)
 class Part:
     place: str
     after: tuple = ()
+    is_run: bool = False
 
     def needs(self):
         return list(self.after)
@@ -33,6 +34,9 @@ def make(piece, root):
 
 def test_pieces_come_once_and_behind_what_they_need():
     assert in_order([LAST, DATA]) == [MODEL, DATA, *RUNS, LAST]
+    run = Part("run", (DATA,), is_run=True)
+    assert in_order([run], lambda piece: piece == run) == [run]
+    assert in_order([run], lambda piece: piece == DATA) == [MODEL, DATA, run]  # its files are needed
 
 
 def test_a_piece_that_fails_keeps_back_only_what_needs_it(tmp_path, capsys):
@@ -44,7 +48,7 @@ def test_a_piece_that_fails_keeps_back_only_what_needs_it(tmp_path, capsys):
             raise OSError("no room")
         make(piece, root)
 
-    assert go_on(asked, tmp_path, 1, result_of, broken) == 2
+    assert go_on([LAST], tmp_path, 1, result_of, broken) == 2
     assert begun == asked[:-1] and "no room" in capsys.readouterr().err
     assert go_on(asked, tmp_path, 0, result_of, make) == 2 and go_on(asked, tmp_path, 1, result_of, make) == 0
 
@@ -76,3 +80,15 @@ def test_the_measure_is_half_greedy_and_half_sampled():
     result = {"greedy": [1, 0], "sampling": [[1, 0], [1, 1]]}
     assert scores(result) == [0.75, 0.5]
     assert scores(result, "greedy") == [1, 0] and scores(result, "sampling") == [0.5, 1]
+
+
+def test_a_table_tells_where_and_when_its_runs_were_made():
+    made = {"device": "CPU", "torch": "2", "commit": "abc", "date": "2026-11-28"}
+    results = [{"made": made}, {"made": made | {"date": "2026-11-27"}}, {"made": made | {"commit": "def"}}]
+    lines = head({"runs": {"made": 3, "planned": 4}, "cpu_hours": 1.5, "command": "x", "makings": makings(results)})
+    assert lines == [
+        "3 of 4 runs, 1.5 CPU hours; `x`",
+        "",
+        "- 2 runs: CPU, torch 2, 2026-11-27 to 2026-11-28, commit abc",
+        "- 1 runs: CPU, torch 2, 2026-11-28, commit def",
+    ]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks.evidence.real_model import __main__ as command
 from benchmarks.evidence.real_model import plan, problems, work
-from benchmarks.evidence.real_model.plan import BASE, METHODS, Piece, every_piece, options_for
+from benchmarks.evidence.real_model.plan import BASE, METHODS, Piece, options_for
 from benchmarks.evidence.real_model.tables import markdown, rows_of, summarise, verdict
 from benchmarks.evidence.study.statistics import holm
 from dqo.config.options import options_of
@@ -81,6 +81,8 @@ def small(monkeypatch):
 
 @pytest.mark.slow
 def test_it_goes_on_from_piece_to_piece_and_ends_in_a_table(tiny, small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "benchmarks")
+    command.RESULTS.mkdir()
     monkeypatch.setattr(plan, "METHODS", {name: METHODS[name] for name in ("rft", "dqo", "dqo-measured")})
     for module in ("__main__", "tables", "work"):
         found = __import__(f"benchmarks.evidence.real_model.{module}", fromlist=["METHODS"])
@@ -101,7 +103,7 @@ def test_it_goes_on_from_piece_to_piece_and_ends_in_a_table(tiny, small, tmp_pat
     command.main(asked)
     assert (tmp_path / "data/seed-0/samples.jsonl").read_text() == samples
     out = capsys.readouterr().out
-    assert "7 of 7 pieces" in out and "pieces are left" not in out
+    assert "4 of 4 runs" in out and "pieces are left" not in out
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/result.json")}
     assert len(made) == 7
     command.main([*asked[:1], "--seeds", "1", "--table"])
@@ -115,6 +117,19 @@ def test_it_goes_on_from_piece_to_piece_and_ends_in_a_table(tiny, small, tmp_pat
     assert len(run["greedy"]) == 4 == len(run["sampling"])
     with pytest.raises(SystemExit):
         command.main([*asked[:1], "--model", str(tiny.parent)])
+    with pytest.raises(SystemExit):
+        command.main([str(tmp_path / "empty"), "--table"])
+
+    command.main([*asked[:1], "--seeds", "1", "--table", "--record"])
+    lines = [json.loads(line) for line in (command.RESULTS / "real-study-pieces.jsonl").read_text().splitlines()]
+    assert [line["place"] for line in lines] == [f"run/{name}/seed-0" for name in rows]
+    another = tmp_path / "another"
+    command.main([str(another), *asked[1:]])
+    assert [path.parent for path in another.glob("**/spec.json")] == [another / "model"]  # nothing else was made
+    tables = [(place / "tables.md").read_text().split("Seed 0: ")[1] for place in (tmp_path, another)]
+    assert tables[0] == tables[1] and "24 responses" in tables[0]
+    command.main([*asked[:1], "--seeds", "1", "--table", "--record"])
+    assert len((command.RESULTS / "real-study-pieces.jsonl").read_text().splitlines()) == len(lines)
 
 
 def result(right, count=200):
@@ -163,5 +178,5 @@ def test_a_control_that_gains_makes_the_table_suspect(tmp_path, right):
             path.write_text(json.dumps(result(of[seed]) | {"spec": plan.spec_of(piece, tmp_path)}))
     summary = summarise(tmp_path, "command", (0, 1))
     assert ("are suspect" in markdown(summary)) == (right != (40, 44))
-    assert summary["pieces"] == {"made": 5, "planned": len(every_piece())}
-    assert np.isclose(summary["cpu_hours"], 13 / 3600)
+    assert summary["runs"] == {"made": 4, "planned": 16}
+    assert np.isclose(summary["cpu_hours"], 12 / 3600)

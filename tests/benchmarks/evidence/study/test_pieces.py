@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks.evidence.pieces import in_order
 from benchmarks.evidence.study import pieces, settings
 from benchmarks.evidence.study.__main__ import wanted
 from benchmarks.evidence.study.pieces import Piece
@@ -56,6 +57,24 @@ def test_all_pieces_come_once_and_behind_what_they_need():
         assert {contender, "shuffled", "sft", "rft", "dpo", "kto"} <= set(settings.methods_of(task))
 
 
+def test_each_task_is_complete_before_the_next_begins():
+    order = [p.name for p in pieces.every_piece() if p.stage == "train"]
+    tasks = list(dict.fromkeys(order))
+    assert tasks[:4] == ["a", "d", "f", "b14"] and order == sorted(order, key=tasks.index)
+    tuned = [p.name for p in pieces.every_piece() if p.stage == "tune"]
+    assert tuned == sorted(tuned, key=tasks.index)
+
+
+def test_dqo_has_a_head_and_the_older_methods_a_value_model_of_their_own():
+    def value_model(name):
+        options = settings.options_for(TASKS["a"], settings.METHODS[name], {"beta": 0.2})
+        return options_of({k: v for k, v in options.items() if k != "file"} | PLACES, name).objective.value_model
+
+    ours = ("dqo", "shuffled", "dqo-steps", "dqo-noisy", "dqo-measured", "dqo-unweighted")
+    assert {value_model(name) for name in ours} == {"head"}
+    assert {value_model(name) for name in ("dro", "oreo", "dqo-paper")} == {"separate"}
+
+
 def test_no_seed_of_the_test_is_one_of_tuning():
     assert TUNING_SEED not in SEEDS
     for piece in pieces.every_piece():
@@ -87,7 +106,7 @@ def test_the_best_setting_is_chosen_when_all_were_tried_and_the_first_of_equals(
 
 
 def test_what_is_wanted_brings_what_it_needs():
-    found = wanted(["b28"], ["dpo"], ["train"])
+    found = in_order(wanted(["b28"], ["dpo"], ["train"]))
     assert {p.method for p in found if p.kind == "run"} == {"base", "dpo"}
     assert {(p.name, p.stage) for p in found} >= {
         ("b14", "tune"),
@@ -95,4 +114,6 @@ def test_what_is_wanted_brings_what_it_needs():
         ("6-10", "data"),
         ("24-32", "data"),
     }
-    assert {p.stage for p in wanted(["a"], ["dpo"], ["data"])} == {"data"} and wanted(["a"], ["dpo"], ["table"]) == []
+    assert {p.stage for p in in_order(wanted(["a"], ["dpo"], ["data"]))} == {"data"} and wanted(
+        ["a"], ["dpo"], ["table"]
+    ) == []

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from benchmarks.evidence.pieces import in_order
 from benchmarks.evidence.study import __main__ as study
 from benchmarks.evidence.study import data, pieces, settings, sizes, training
 from benchmarks.evidence.study.pieces import Piece
@@ -16,6 +17,13 @@ TINY = sizes.Base(
     2, 3, demonstrations=96, warmup=1, evaluation=6, prompts=8, hidden_size=16, layers=1, batch=32, hard_share=0.4
 )
 SMALL = {"prompts": 8, "rows": None, "updates": 2, "batch": 8, "warmup": 1, "eval_problems": 6, "eval_samples": 2}
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    """In the place of benchmarks/results."""
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "benchmarks/results")
+    study.RESULTS.mkdir(parents=True)
 
 
 @pytest.fixture
@@ -51,7 +59,7 @@ def test_it_goes_on_from_piece_to_piece_and_ends_in_tables(small, tmp_path, caps
     out = capsys.readouterr().out
     assert "pieces are left" not in out and "| kto | 2 |" in out and (tmp_path / "study.svg").exists()
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/result.json")}
-    assert len(made) == len(study.wanted(["a", "g2"], ["kto", "dpo"], ["train"]))
+    assert len(made) == len(in_order(study.wanted(["a", "g2"], ["kto", "dpo"], ["train"])))
     study.main(asked)
     assert made == {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/result.json")}
     # a random model is never right: no pair for dpo, which counts as the base model
@@ -66,6 +74,23 @@ def test_it_goes_on_from_piece_to_piece_and_ends_in_tables(small, tmp_path, caps
     first, second = (read_rows(str(tmp_path / f"runs/g2/kto/seed-0/round-{k}/rows.jsonl")) for k in (0, 1))
     assert not {row.prompt for row in first} & {row.prompt for row in second}
     assert first[0].sampling["model_hash"] != second[0].sampling["model_hash"]  # the policy of the round before
+
+    study.main([*asked[:1], "--stage", "table", "--record"])
+    lines = {name: (study.RESULTS / f"study/{name}.jsonl").read_text().splitlines() for name in ("a", "g2")}
+    assert len(lines["a"]) + len(lines["g2"]) == len([path for path in made if "runs" in path.parts])
+    another = tmp_path / "another"
+    study.main([str(another), *asked[1:]])
+    assert not (another / "data").exists() and not (another / "base").exists()
+    tables = [(place / "tables.md").read_text().split("## a")[1] for place in (tmp_path, another)]
+    assert tables[0] == tables[1]
+    left_out = [line for line in lines["a"] if json.loads(line)["place"] != "runs/a/kto/seed-1"]
+    (study.RESULTS / "study/a.jsonl").write_text("".join(line + "\n" for line in left_out))
+    capsys.readouterr()
+    study.main([str(tmp_path / "third"), *asked[1:]])
+    out = capsys.readouterr().out  # the base model and its samples come out as they were, in another directory too
+    assert "set aside" not in out and "1 left" in out and "10 left" not in out
+    again = [(place / "tables.md").read_text().split("## a")[1] for place in (tmp_path, tmp_path / "third")]
+    assert [one.split(" |")[:6] for one in again[:1]] == [one.split(" |")[:6] for one in again[1:]]
 
 
 @pytest.mark.slow
