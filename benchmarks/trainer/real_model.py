@@ -36,7 +36,8 @@ from dqo.models import attention, decoding, generate
 from dqo.models.critic import ValueHead
 from dqo.models.generate import Request, Sampling
 from dqo.models.lora import add_adapter, lora_config
-from dqo.models.policy import load_policy, load_tokenizer, stop_ids
+from dqo.models.named import load_tokenizer, stop_ids
+from dqo.models.policy import load_policy
 from dqo.objectives import DPO, DQO
 from dqo.processes import Processes
 from dqo.train.engine import Engine
