@@ -84,14 +84,16 @@ class TableGradient:
         if self.table.padding_idx is not None:
             ids, gradient = ids[ids != self.table.padding_idx], gradient[ids != self.table.padding_idx]
         own, rows = torch.zeros_like(shard.to_local(), dtype=torch.float32), -(-count // group.size())
+        step = max(1, self.at_once // (4 * width))
         for rank in range(group.size()):  # as FSDP2 divides the rows
             first, last = min(rank * rows, count), min((rank + 1) * rows, count)
-            for begin in range(first, last, max(1, self.at_once // (4 * width))):
-                end = min(begin + max(1, self.at_once // (4 * width)), last)
+            for begin in range(first, last, step):
+                end = min(begin + step, last)
                 mine, here = rank == group.rank(), (ids >= begin) & (ids < end)
                 some = own[begin - first : end - first] if mine else own.new_zeros((end - begin, width))
                 some.index_add_(0, ids[here] - begin, gradient[here].float())
                 dist.reduce(some, group_dst=rank, op=dist.ReduceOp.SUM, group=group)
+                del some  # before the next
         own.div_(group.size())
         found = DTensor.from_local(
             own, mesh, shard.placements, run_check=False, shape=shard.shape, stride=shard.stride()

@@ -74,7 +74,8 @@ def wrap(
             alone: Any = fully_shard(table, **options)
             if type(table).forward is nn.Embedding.forward:  # the gradient is made of ids alone
                 alone.set_unshard_in_backward(False)
-                TableGradient(table) if processes.device.type == "cpu" else _reduced_at_once(table)
+                pieces_will_do = processes.device.type == "cpu" and not table.scale_grad_by_freq
+                TableGradient(table) if pieces_will_do else _reduced_at_once(table)
         if head is not None:
             setattr(head, WITH_WEIGHTS, lambda work, hidden: work(hidden))
             alone = fully_shard(head, **options)
