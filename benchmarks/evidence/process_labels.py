@@ -34,7 +34,7 @@ from dqo.data.appending import appending
 from dqo.data.rows import Row, prompt_key, read_rows, write_rows
 from dqo.errors import UserError
 from dqo.models.identity import model_identity
-from dqo.models.policy import load_config, load_tokenizer
+from dqo.models.named import load_config, load_tokenizer
 from dqo.scoring.by import episodes_of, models_of
 from dqo.scoring.rows import read_scored
 from dqo.stats import auc_interval

@@ -107,7 +107,9 @@ def watched(command: list[str], code: Path) -> dict[str, float]:
     return {name: round(value, 1) for name, value in found.items()}
 
 
-def commands(file: Path, model: Path, output: Path, processes: int, tables: Path | None) -> dict[str, list[str]]:
+def commands(
+    file: Path, model: Path, output: Path, processes: int, tables: Path | None, held_out: float
+) -> dict[str, list[str]]:
     check = [sys.executable, "-m", "dqo", "check", str(file), "--model_name_or_path", str(model), "--rows", "0"]
     check += [] if tables is None else ["--row_cache_dir", str(tables)]
     options = {} if tables is None else {"row_cache_dir": tables}
@@ -117,14 +119,15 @@ def commands(file: Path, model: Path, output: Path, processes: int, tables: Path
         "output_dir": output,
         "max_steps": STEPS,
         "per_device_train_batch_size": BATCH,
-        "eval_fraction": 0.0005,
+        "eval_fraction": held_out,
         "use_cpu": True,
     }
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     train = [sys.executable, *(launch if processes > 1 else []), "-m", "dqo.train"]
     train += [part for name, value in options.items() for part in (f"--{name}", str(value)) if value is not True]
     train += [f"--{name}" for name, value in options.items() if value is True]
-    return {f"train, {processes} process{'es' * (processes > 1)}": train} | ({"check": check} if processes == 1 else {})
+    name = f"train, {processes} process{'es' * (processes > 1)}" + ", nothing held out" * (not held_out)
+    return {name: train} | ({"check": check} if processes == 1 else {})
 
 
 def measure(arguments: argparse.Namespace) -> list[dict]:
@@ -137,7 +140,8 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
             write_model(model, arguments.tokens)
             tables = Path(scratch) / "tables" if arguments.share_tables else None
             for processes in arguments.processes:
-                todo = commands(file, model, Path(scratch) / f"out-{processes}", processes, tables)
+                output = Path(scratch) / f"out-{processes}"
+                todo = commands(file, model, output, processes, tables, arguments.held_out)
                 for name, command in todo.items():
                     if name.split(",")[0] in arguments.what:
                         row = {"label": arguments.label, "rows": count, "tokens": arguments.tokens, "what": name}
@@ -165,6 +169,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=190)
     parser.add_argument("--processes", type=int, nargs="+", default=[1])
     parser.add_argument("--what", nargs="+", default=["check", "train"], choices=["check", "train"])
+    parser.add_argument(
+        "--held_out",
+        type=float,
+        default=0.0005,
+        help="of the prompts; 0, to see what a row takes: small files have none",
+    )
     parser.add_argument("--share_tables", action="store_true", help="the first command writes the tables of all")
     parser.add_argument("--code", default=str(ROOT), help="the checkout that is measured")
     parser.add_argument("--commit", help="its commit, where it is another than this")

@@ -1,12 +1,13 @@
 """Sampling and training steps of a real model on one core: tokens a second of CPU time, which other work disturbs least.
 
     python -m benchmarks.trainer.real_model MODEL sample --data problems.jsonl
-    python -m benchmarks.trainer.real_model MODEL step --data sampled.jsonl
+    python -m benchmarks.trainer.real_model MODEL step [--data sampled.jsonl]
 
 `sample`: 8 responses to each prompt by `dqo.models.generate`, by the same with all rows kept until the last one ends, and by
 transformers' own generate. `step`: forward, loss and gradients of DQO with a head as value model, of DPO, and of DPO that trains
 adapters, with padded and with packed batches; TRL's DPO where it is installed, on the same pairs and reference. The data are
-rows of `dqo sample`, of each prompt two. Prints JSON.
+rows of `dqo sample`, of each prompt two; without any 16 responses of 128 tokens with their prompts, whose ids are drawn. Prints
+JSON.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from transformers import GenerationConfig
 
 from benchmarks.harness import environment
 from benchmarks.trainer import trl_steps
+from benchmarks.trainer.step_profile import pairs
 from dqo.data.batches import Batching, groups_of
 from dqo.data.ends import ends_of
 from dqo.data.episode import Episode
@@ -36,7 +38,8 @@ from dqo.models import attention, decoding, generate
 from dqo.models.critic import ValueHead
 from dqo.models.generate import Request, Sampling
 from dqo.models.lora import add_adapter, lora_config
-from dqo.models.policy import load_policy, load_tokenizer, stop_ids
+from dqo.models.named import load_tokenizer, stop_ids
+from dqo.models.policy import load_policy
 from dqo.objectives import DPO, DQO
 from dqo.processes import Processes
 from dqo.train.engine import Engine
@@ -96,10 +99,10 @@ def pairs_of(data: Path, count: int) -> Iterator[Episode]:
             yield Episode(prompt, row["completion_ids"], rewards, float(right), right, True, i, f"row {i}", **ref)
 
 
-def steps(path: str, data: Path, count: int) -> dict[str, dict[str, float]]:
-    episodes = list(pairs_of(data, count))
-    tokens, found = sum(e.length for e in episodes), {}
+def steps(path: str, data: Path | None, count: int) -> dict[str, dict[str, float]]:
     policy = load_policy(path)
+    episodes = list(pairs(16, 128, policy.config.vocab_size) if data is None else pairs_of(data, count))
+    tokens, found = sum(e.length for e in episodes), {}
 
     def step(model: Any, objective: Any, packed: bool) -> Callable[[], float]:
         critic = ValueHead(model.config.hidden_size) if objective.needs_values else None
@@ -150,23 +153,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("what", choices=("sample", "step"))
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--max_completion_length", type=int, default=96)
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.what == "sample":
+        if given.data is None:
+            parser.error("sample wants --data, prompts")
         found = sampling(given.model, given.data, given.prompts, given.max_completion_length)
     else:
         found = steps(given.model, given.data, given.prompts)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     told = {"device": environment.device_name(torch.device("cpu")), "threads": 1, "commit": environment.commit()}
     told |= {"date": str(date.today())}
-    print(
-        json.dumps(
-            told | {"versions": versions, "what": given.what, "prompts": given.prompts, "found": found}, indent=1
-        )
-    )
+    told |= {"versions": versions, "what": given.what, "data": str(given.data or "drawn"), "prompts": given.prompts}
+    print(json.dumps(told | {"found": found}, indent=1))
 
 
 if __name__ == "__main__":

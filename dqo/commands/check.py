@@ -133,7 +133,7 @@ def _weights_line(rows: Sequence[Row], config: CheckConfig, objective: Objective
 def _reference(path: str | None) -> ReferenceName:
     def identity() -> str:
         from dqo.models.identity import model_identity  # transformers from here on
-        from dqo.models.policy import load_config
+        from dqo.models.named import load_config
 
         return model_identity(str(path), load_config(str(path)))
 
@@ -213,8 +213,8 @@ def _present(rows: Sequence[Row], name: str) -> np.ndarray:
 def _on_tokens(rows: StoredRows, config: CheckConfig, model: str, objective: Objective | None) -> None:
     from dqo.data.ends import ends_of
     from dqo.data.selection import EpisodeColumns
-    from dqo.models.fitness import check_positions, check_tokenizer  # imports torch
-    from dqo.models.policy import load_config, load_tokenizer, stop_ids
+    from dqo.models.limits import check_positions, check_tokenizer  # torch from here on, and no class of models
+    from dqo.models.named import load_config, load_tokenizer, stop_ids
 
     tokenizer, model_config = load_tokenizer(model), load_config(model)
     check_tokenizer(tokenizer, rows, model_config)

@@ -39,8 +39,8 @@ def dry_run(firsts: list[Options]) -> None:
     """
     from dqo.data.behavior import reference_samples
     from dqo.data.selection import nothing_selected, selected
-    from dqo.models.fitness import check_tokenizer  # torch from here on
-    from dqo.models.policy import load_config, load_tokenizer, stop_ids
+    from dqo.models.limits import check_tokenizer  # torch from here on
+    from dqo.models.named import load_config, load_tokenizer, stop_ids
     from dqo.train.prepare import on_tokens
     from dqo.train.weighting import reference_name
 

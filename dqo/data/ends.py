@@ -20,7 +20,7 @@ def ends_of(tokenizer, stop_ids: Iterable[int] = (), messages: bool = False) -> 
     """The ends of a model's responses.
 
     Args:
-        stop_ids: those of the model's generation_config, see `dqo.models.policy.stop_ids`.
+        stop_ids: those of the model's generation_config, see `dqo.models.named.stop_ids`.
         messages: whether prompts are messages. Then the end that is trained is the one that the chat template writes after an
             assistant's message; of strings, and where a template writes none, it is the tokenizer's EOS.
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from dqo.data.ends import Ends
 from dqo.errors import UserError
 
 IDS_ALONE = {"return_attention_mask": False, "return_token_type_ids": False}  # what nothing reads takes time and memory
+AT_ONCE = 512  # texts: the library takes 100 bytes for each of their tokens until their ids are read
+Some = TypeVar("Some")
 _PREFIXES = ("\u2581", "\u0120")  # a space's piece, of sentencepiece and of byte-level tokenizers
 
 
@@ -100,6 +103,11 @@ def _run(ids: list[int], token: int | None) -> int:
     return next((i for i, other in enumerate(ids) if other != token), len(ids))
 
 
+def at_once(items: list[Some]) -> Iterator[list[Some]]:
+    """Texts, or their indices, as many as are tokenised together."""
+    return (items[begin : begin + AT_ONCE] for begin in range(0, len(items), AT_ONCE))
+
+
 class Continuation:
     """Tokenises texts as they continue a prompt: without the space that sentencepiece puts before a text's first word."""
 
@@ -114,19 +122,17 @@ class Continuation:
         """Ids and character spans (where `offsets`) of texts; `last` are the last ids of their prompts."""
         found: list = [None] * len(texts)
         plain = [i for i in range(len(texts)) if self.backend is None or (self.everywhere and last[i] in self.added)]
-        if plain:
+        for some in at_once(plain):
             encoded = self.tokenizer(
-                [texts[i] for i in plain], add_special_tokens=False, return_offsets_mapping=offsets, **IDS_ALONE
+                [texts[i] for i in some], add_special_tokens=False, return_offsets_mapping=offsets, **IDS_ALONE
             )
-            spans = encoded["offset_mapping"] if offsets else [[]] * len(plain)
-            for i, ids, span in zip(plain, encoded["input_ids"], spans):
+            spans = encoded["offset_mapping"] if offsets else [[]] * len(some)
+            for i, ids, span in zip(some, encoded["input_ids"], spans):
                 found[i] = (list(ids), span)
-        others = sorted(set(range(len(texts))) - set(plain))
-        if others:
-            for i, encoding in zip(
-                others, self.backend.encode_batch([texts[i] for i in others], add_special_tokens=False)
-            ):
-                found[i] = (encoding.ids, encoding.offsets)
+        for some in at_once(sorted(set(range(len(texts))) - set(plain))):
+            encode = self.backend.encode_batch if offsets else self.backend.encode_batch_fast
+            for i, encoding in zip(some, encode([texts[i] for i in some], add_special_tokens=False)):
+                found[i] = (encoding.ids, encoding.offsets if offsets else [])
         return found
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from dqo.data.chat import Completion, completion_after, opening, prompt_text, unread_rows
 from dqo.data.ends import Ends
-from dqo.data.ids import IDS_ALONE, Continuation, Specials, clean_completion, clean_prompt
+from dqo.data.ids import IDS_ALONE, Continuation, Specials, at_once, clean_completion, clean_prompt
 from dqo.data.rows import Row, prompt_key, report
 from dqo.data.sources import BadRow
 from dqo.data.trajectory import TAG, Pieces, Trajectory, encoded, is_trajectory, of_stored_ids, pieces_of
@@ -153,10 +153,9 @@ def prompt_ids(tokenizer, texts: list[str], of_template: list[bool]) -> list[lis
     """Ids of the texts of prompts. A template has written the special tokens; around strings the tokenizer puts its own."""
     found: dict[tuple[bool, str], list[int]] = {}
     for templated in (False, True):
-        distinct = list({text: None for text, own in zip(texts, of_template) if own == templated})
-        if distinct:
-            encoded = tokenizer(distinct, add_special_tokens=not templated, **IDS_ALONE)["input_ids"]
-            found |= {(templated, text): list(ids) for text, ids in zip(distinct, encoded)}
+        for some in at_once(list({text: None for text, own in zip(texts, of_template) if own == templated})):
+            encoded = tokenizer(some, add_special_tokens=not templated, **IDS_ALONE)["input_ids"]
+            found |= {(templated, text): list(ids) for text, ids in zip(some, encoded)}
     return [found[templated, text] for text, templated in zip(texts, of_template)]
 
 

@@ -11,7 +11,8 @@ from dqo.demo.recipe import DemoConfig, Recipe
 from dqo.evaluation.accuracy import Accuracy, Problem, evaluate
 from dqo.grading.arith import arith_grade
 from dqo.grading.grade import Grade
-from dqo.models.policy import load_policy, load_tokenizer
+from dqo.models.named import load_tokenizer
+from dqo.models.policy import load_policy
 from dqo.report.build import report_of
 from dqo.report.page import console_table, write_report
 from dqo.report.runs import read_run

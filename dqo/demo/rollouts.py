@@ -62,7 +62,8 @@ def write_rollouts(task: ArithTask, recipe: Recipe, base: Path, path: Path, seed
     """The base model's own samples, graded: the offline data set."""
     from dqo.models.generate import Request, Sampling, generate, in_order
     from dqo.models.identity import model_identity
-    from dqo.models.policy import load_config, load_policy, load_tokenizer
+    from dqo.models.named import load_config, load_tokenizer
+    from dqo.models.policy import load_policy
 
     policy, tokenizer = load_policy(str(base)), load_tokenizer(str(base))
     prompts, samples = tokenizer(problems)["input_ids"], recipe.samples

@@ -12,7 +12,7 @@ from dqo.data.ends import ends_of
 from dqo.evaluation.unread import Read, unread
 from dqo.grading.grade import Grade
 from dqo.models.generate import Request, Response, Sampling, generate, in_order, text_of
-from dqo.models.policy import stop_ids
+from dqo.models.named import stop_ids
 
 # (completions without their end tokens, the row of each one's problem) -> a grade each
 Grader = Callable[[list[str], list[dict]], list[Grade]]

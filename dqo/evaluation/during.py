@@ -16,7 +16,7 @@ from dqo.evaluation.run import problems_of
 from dqo.files import write_whole
 from dqo.grading.pool import VerifierPool
 from dqo.models.generate import Request, Response, Sampling, generate
-from dqo.models.policy import stop_ids
+from dqo.models.named import stop_ids
 from dqo.processes import Processes, gather_objects
 from dqo.train.loop import Answers
 

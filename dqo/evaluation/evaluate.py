@@ -30,7 +30,8 @@ from dqo.grading.pool import VerifierPool
 from dqo.grading.verifiers import source_of
 from dqo.models.generate import Request, Response, Sampling, text_of
 from dqo.models.identity import check_holds_model, model_identity
-from dqo.models.policy import load_config, load_policy, load_tokenizer
+from dqo.models.named import load_config, load_tokenizer
+from dqo.models.policy import load_policy
 from dqo.sampling.backends import Backend, dtype_of, load_backend
 
 _TIME = "time that the chat template was told"

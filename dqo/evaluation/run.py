@@ -8,7 +8,8 @@ from dqo.config.options import Options
 from dqo.data.prompts import Prompt, prompt_token_ids
 from dqo.evaluation.accuracy import Accuracy, Problem, evaluate
 from dqo.grading.pool import VerifierPool
-from dqo.models.policy import load_policy, ready, tokenizer_of
+from dqo.models.named import tokenizer_of
+from dqo.models.policy import load_policy, ready
 from dqo.train.run import Run
 
 

@@ -19,7 +19,8 @@ from dqo.errors import UserError
 from dqo.evaluation.options import EvalConfig
 from dqo.models.critic import load_critic
 from dqo.models.identity import check_holds_model, model_identity
-from dqo.models.policy import load_config, load_tokenizer, weights_hash
+from dqo.models.named import load_config, load_tokenizer
+from dqo.models.policy import weights_hash
 from dqo.models.value_form import form_of
 from dqo.models.value_source import find_value_model
 from dqo.scoring.by import models_of

@@ -30,7 +30,7 @@ def check_tasks(options: Options, model, tokenizer, tasks: list[Prompt]) -> None
     Raises:
         UserError: see `task_ids`.
     """
-    from dqo.models.policy import load_config, tokenizer_of
+    from dqo.models.named import load_config, tokenizer_of
 
     config = options.train
     tokenizer = tokenizer_of(config.model_name_or_path, tokenizer)
@@ -45,7 +45,7 @@ def task_ids(tasks: list[Prompt], tokenizer, model_config: Any, max_completion_l
         UserError: for a prompt without tokens or that the chat template refuses, one with a token that the model does not have,
             or one whose answer would need more positions than the model has.
     """
-    from dqo.models.fitness import check_room, check_vocabulary
+    from dqo.models.limits import check_room, check_vocabulary
 
     found, sources = prompt_token_ids(tokenizer, tasks), [task.source for task in tasks]
     check_vocabulary(model_config, sources, found)

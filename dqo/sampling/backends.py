@@ -11,7 +11,8 @@ from dqo.config.launcher import whole_models
 from dqo.data.ends import Ends, ends_of
 from dqo.errors import UserError, did_you_mean
 from dqo.models.generate import Request, Response, Sampling, generate
-from dqo.models.policy import load_config, load_policy, load_tokenizer, stop_ids
+from dqo.models.named import load_config, load_tokenizer, stop_ids
+from dqo.models.policy import load_policy
 from dqo.processes import Processes, launched
 
 BATCH_SIZES = {"transformers": 64, "vllm": 4096}  # by the name of the backend

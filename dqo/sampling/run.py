@@ -26,10 +26,10 @@ from dqo.data.prompts import Prefix, Prompt, prompt_token_ids, read_prefixes, re
 from dqo.data.rows import prompt_key, report
 from dqo.data.sources import BadRow
 from dqo.errors import UserError
-from dqo.models.fitness import check_room, check_vocabulary
 from dqo.models.generate import Request, Response, Sampling
 from dqo.models.identity import check_holds_model, model_identity
-from dqo.models.policy import load_config, load_tokenizer, stop_ids
+from dqo.models.limits import check_room, check_vocabulary
+from dqo.models.named import load_config, load_tokenizer, stop_ids
 from dqo.processes import ALONE, Processes, gather_objects
 from dqo.sampling.backends import Backend, dtype_of, load_backend
 

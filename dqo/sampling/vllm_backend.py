@@ -15,7 +15,7 @@ from dqo.data.ends import ends_of
 from dqo.errors import UserError
 from dqo.models.adapters import CONFIG, adapter_base
 from dqo.models.generate import Request, Response, Sampling
-from dqo.models.policy import load_tokenizer, stop_ids
+from dqo.models.named import load_tokenizer, stop_ids
 
 LEAST = (
     "0.10.2"  # the first whose log-probabilities can be those of the distribution after temperature, top_k and top_p

@@ -27,9 +27,10 @@ from dqo.data.episodes import Episodes, open_episodes
 from dqo.data.rows import prompt_key
 from dqo.data.step_columns import step_counts
 from dqo.errors import UserError
-from dqo.models.fitness import check_positions, check_tokenizer
 from dqo.models.identity import check_holds_model
-from dqo.models.policy import load_policy, load_tokenizer, stop_ids, weights_hash
+from dqo.models.limits import check_positions, check_tokenizer
+from dqo.models.named import load_tokenizer, stop_ids
+from dqo.models.policy import load_policy, weights_hash
 from dqo.sampling.backends import dtype_of
 from dqo.scoring.options import ScoreConfig
 from dqo.scoring.rows import AT_ONCE, Measured, Scored

@@ -26,10 +26,10 @@ from dqo.data.tokens import Tokens, tokenize_rows
 from dqo.errors import UserError
 from dqo.grading.pool import VerifierPool
 from dqo.grading.verifiers import source_of
-from dqo.models.fitness import check_room
 from dqo.models.generate import Request, Sampling
 from dqo.models.identity import check_holds_model, model_identity
-from dqo.models.policy import load_config, load_tokenizer, stop_ids
+from dqo.models.limits import check_room
+from dqo.models.named import load_config, load_tokenizer, stop_ids
 from dqo.processes import ALONE, Processes, gather_objects
 from dqo.sampling.backends import Backend, dtype_of, load_backend
 from dqo.scoring.options import ScoreConfig

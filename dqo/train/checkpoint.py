@@ -29,7 +29,8 @@ from dqo.errors import UserError
 from dqo.files import aside, remove_asides, replacing, sync, sync_tree, temporary, write_whole, writing
 from dqo.models.critic import save_value_model
 from dqo.models.lora import base_state, has_adapter, merged_state, plain_name, save_adapter
-from dqo.models.policy import architecture, load_config, load_policy
+from dqo.models.named import load_config
+from dqo.models.policy import architecture, load_policy
 from dqo.processes import Processes
 from dqo.train.damage import (
     STATE_FILE,

@@ -22,9 +22,10 @@ from dqo.errors import UserError
 from dqo.files import check_room, remove_asides, sync, sync_tree, temporary, writing
 from dqo.models.adapters import adapter_base, attach, merged
 from dqo.models.critic import score_of
-from dqo.models.fitness import position_limit
+from dqo.models.limits import position_limit
 from dqo.models.lora import has_adapter, merged_state
-from dqo.models.policy import load_config, load_policy, load_tokenizer, stop_ids
+from dqo.models.named import load_config, load_tokenizer, stop_ids
+from dqo.models.policy import load_policy
 from dqo.models.value_source import FORM_FILE, HEAD_FILE, IMPLICIT_FILE, Q_FILE
 from dqo.processes import Processes
 from dqo.reference.columns import AGREEMENT_BOUNDS

@@ -16,8 +16,9 @@ from dqo.data.episode import Episode
 from dqo.data.joined import parts_of
 from dqo.errors import UserError
 from dqo.models import attention
-from dqo.models.fitness import check_positions
-from dqo.models.policy import architecture_hash, final_softcap, load_config, load_tokenizer, policy_stats
+from dqo.models.limits import check_positions
+from dqo.models.named import load_config, load_tokenizer
+from dqo.models.policy import architecture_hash, final_softcap, policy_stats
 from dqo.processes import Processes
 from dqo.reference.cache import ReferenceCache, ReferenceId
 from dqo.reference.columns import fill, reference_entries

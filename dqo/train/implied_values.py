@@ -28,7 +28,8 @@ from dqo.data.joined import parts_of
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.adapters import adapter_base, merge
-from dqo.models.policy import load_policy, load_tokenizer, policy_stats, weights_hash
+from dqo.models.named import load_tokenizer
+from dqo.models.policy import load_policy, policy_stats, weights_hash
 from dqo.objectives.base import Objective
 from dqo.processes import Processes
 from dqo.reference.cache import ReferenceCache, reference_id

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 
 class _Buffers:
@@ -49,6 +50,69 @@ class ReduceScatter(_Buffers):
         if op == dist.ReduceOp.AVG:
             output_tensor.div_(group.size())
         input_tensor.untyped_storage().resize_(0)  # FSDP2 holds it until the next layer's gradients
+
+
+class TableGradient:
+    """The gradient of a table of embeddings that is sharded by rows, which is never whole: of some rows at a time each process
+    adds up what its tokens give, and the one that keeps those rows is sent the sum. autograd would make all of it, and FSDP2 a
+    copy: the largest part of most models twice.
+
+    Args:
+        table: with nn.Embedding's own forward; `fully_shard` was called with it.
+        at_once: bytes of the rows.
+    """
+
+    def __init__(self, table: nn.Embedding, at_once: int = 2**23):
+        self.table, self.at_once = table, at_once
+        self.shard: Any = table.weight
+        self.plain = table.forward
+        table.register_forward_pre_hook(self.note, prepend=True)
+        table.forward = self.forward  # type: ignore[method-assign]
+
+    def note(self, table: nn.Module, _: tuple) -> None:
+        """Before FSDP2 gathers it: the parameter changes when weights are read into one without memory."""
+        self.shard = table.weight if isinstance(table.weight, DTensor) else self.shard
+
+    def forward(self, ids: Tensor) -> Tensor:
+        live = torch.is_grad_enabled() and self.table.weight.requires_grad
+        return _LookUp.apply(self.table.weight, ids, self) if live else self.plain(ids)
+
+    def add_up(self, ids: Tensor, gradient: Tensor) -> None:
+        """ids: (N,); gradient: (N, D) of what was read of the table. Adds this process's rows to the gradient of its shard."""
+        shard, mesh = self.shard, self.shard.device_mesh
+        group, (count, width) = mesh.get_group(), shard.shape
+        if self.table.padding_idx is not None:
+            ids, gradient = ids[ids != self.table.padding_idx], gradient[ids != self.table.padding_idx]
+        own, rows = torch.zeros_like(shard.to_local(), dtype=torch.float32), -(-count // group.size())
+        step = max(1, self.at_once // (4 * width))
+        for rank in range(group.size()):  # as FSDP2 divides the rows
+            first, last = min(rank * rows, count), min((rank + 1) * rows, count)
+            for begin in range(first, last, step):
+                end = min(begin + step, last)
+                mine, here = rank == group.rank(), (ids >= begin) & (ids < end)
+                some = own[begin - first : end - first] if mine else own.new_zeros((end - begin, width))
+                some.index_add_(0, ids[here] - begin, gradient[here].float())
+                dist.reduce(some, group_dst=rank, op=dist.ReduceOp.SUM, group=group)
+                del some  # before the next
+        own.div_(group.size())
+        found = DTensor.from_local(
+            own, mesh, shard.placements, run_check=False, shape=shard.shape, stride=shard.stride()
+        )
+        shard.grad = found if shard.grad is None else shard.grad.add_(found)
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, of: TableGradient) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.of = of
+        return of.plain(ids)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        (ids,) = ctx.saved_tensors
+        ctx.of.add_up(ids.flatten(), gradients[0].flatten(0, -2))
+        return None, None, None
 
 
 def exchange_in_turn(module: nn.Module) -> None:

@@ -24,7 +24,7 @@ from dqo.config.launcher import blocks_to_shard
 from dqo.errors import UserError
 from dqo.models.policy import WITH_WEIGHTS
 from dqo.processes import Processes
-from dqo.train.in_turn import exchange_in_turn
+from dqo.train.in_turn import TableGradient, exchange_in_turn
 from dqo.train.masters import has_masters, master_of, round_to_weights
 from dqo_kernels.core import dispatch
 
@@ -74,7 +74,8 @@ def wrap(
             alone: Any = fully_shard(table, **options)
             if type(table).forward is nn.Embedding.forward:  # the gradient is made of ids alone
                 alone.set_unshard_in_backward(False)
-                _reduced_at_once(table)
+                pieces_will_do = processes.device.type == "cpu" and not table.scale_grad_by_freq
+                TableGradient(table) if pieces_will_do else _reduced_at_once(table)
         if head is not None:
             setattr(head, WITH_WEIGHTS, lambda work, hidden: work(hidden))
             alone = fully_shard(head, **options)

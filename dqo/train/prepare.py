@@ -37,16 +37,11 @@ from dqo.data.selection import (
 from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.critic import backbone
-from dqo.models.fitness import check_adapter, check_model, check_positions, check_tokenizer
+from dqo.models.fitness import check_adapter, check_model
+from dqo.models.limits import check_positions, check_tokenizer
 from dqo.models.lora import has_adapter
-from dqo.models.policy import (
-    architecture,
-    load_config,
-    ready,
-    stop_ids,
-    tokenizer_of,
-    weights_hash,
-)
+from dqo.models.named import load_config, stop_ids, tokenizer_of
+from dqo.models.policy import architecture, ready, weights_hash
 from dqo.models.router import check_router
 from dqo.objectives.base import Objective
 from dqo.processes import Processes

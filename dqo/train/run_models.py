@@ -22,14 +22,8 @@ from dqo.models.architecture import recompute_activations
 from dqo.models.critic import add_own_adapter, backbone, keep_outputs, make_value_model
 from dqo.models.implicit_value import implicit_value_from
 from dqo.models.lora import adapter_off, add_adapter, lora_config, with_fields
-from dqo.models.policy import (
-    load_config,
-    load_empty,
-    load_policy,
-    policy_stats,
-    ready,
-    weights_hash,
-)
+from dqo.models.named import load_config
+from dqo.models.policy import load_empty, load_policy, policy_stats, ready, weights_hash
 from dqo.models.q_model import q_model_from
 from dqo.objectives.base import IMPLICIT_BETA, Objective
 from dqo.processes import Processes

@@ -12,8 +12,8 @@ from dqo.data.marks import Marks
 from dqo.data.rows import Row
 from dqo.errors import UserError
 from dqo.models.adapters import adapter_base
-from dqo.models.fitness import check_tokenizer, position_limit
-from dqo.models.policy import stop_ids
+from dqo.models.limits import check_tokenizer, position_limit
+from dqo.models.named import stop_ids
 from dqo.train.token_scores import RunModels
 
 _PAY = ("process_coef", "reward_scale", "reward_shift", "gamma", "discount")

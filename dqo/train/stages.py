@@ -50,7 +50,9 @@ def pools_of(stretches: list[Stretch], order: Order) -> list[Pool]:
             )
         if not found or found[-1].bounds != bounds:
             members = [own[first:last] for own, (first, last) in zip(order.members, bounds)]
-            found.append(Pool(begin, bounds, dataclasses.replace(order, members=members, _known={})))
+            of_all = [*map(len, members)] == [*map(len, order.members)]
+            part = order if of_all else dataclasses.replace(order, members=members, _known={})
+            found.append(Pool(begin, bounds, part))
     return found
 
 

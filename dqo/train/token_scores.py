@@ -20,15 +20,14 @@ from dqo.errors import UserError
 from dqo.models import attention
 from dqo.models.adapters import adapter_base, merge
 from dqo.models.critic import ValueHead, value_rows
+from dqo.models.named import load_config, load_tokenizer
 from dqo.models.policy import (
     final_softcap,
     head_inputs,
     head_of,
     head_stats,
     hidden_positions,
-    load_config,
     load_policy,
-    load_tokenizer,
     reference_head,
     weights_hash,
 )

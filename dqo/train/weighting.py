@@ -22,7 +22,7 @@ from dqo.data.joined import parts_of
 from dqo.data.rows import Row
 from dqo.errors import UserError
 from dqo.models.identity import model_identity
-from dqo.models.policy import load_config
+from dqo.models.named import load_config
 from dqo.objectives.base import Objective
 from dqo.train.inputs import Given
 from dqo.train.metrics import Weights

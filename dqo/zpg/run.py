@@ -32,7 +32,8 @@ from dqo.grading.verifiers import source_of
 from dqo.models.generate import Request, Sampling, generate, in_order
 from dqo.models.identity import check_holds_model, model_identity
 from dqo.models.lora import add_adapter, lora_config
-from dqo.models.policy import load_config, load_policy, load_tokenizer, stop_ids
+from dqo.models.named import load_config, load_tokenizer, stop_ids
+from dqo.models.policy import load_policy
 from dqo.processes import ALONE
 from dqo.train.checkpoint import load_models, publish_models, save_base, save_checkpoint
 from dqo.train.damage import checkpoints, loading, newest_whole, put_away, read_state

@@ -59,7 +59,7 @@ def precision() -> str:
 
 def make_model(place: Path, given: Path | None) -> dict[str, Any]:
     from dqo.models.identity import model_identity
-    from dqo.models.policy import load_config
+    from dqo.models.named import load_config
 
     path = given or place / "checkpoint"
     if given is None:

@@ -81,7 +81,8 @@ def sampled(
     """Graded samples of a model with their log-probabilities. `base`: of the problems, and how they are graded."""
     from dqo.models.generate import Request, Sampling, generate, in_order, text_of
     from dqo.models.identity import model_identity
-    from dqo.models.policy import load_config, load_policy, load_tokenizer
+    from dqo.models.named import load_config, load_tokenizer
+    from dqo.models.policy import load_policy
 
     policy, tokenizer = load_policy(str(model)), load_tokenizer(str(model))
     ids = tokenizer(list(problems))["input_ids"]

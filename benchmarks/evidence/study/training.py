@@ -98,7 +98,8 @@ def evaluated(task: Task, base: Base, model: Path, seed: int) -> dict[str, list]
     """Greedy answers (P,) and samples (P, k) of the task's problems, 1 where they are right."""
     from dqo.evaluation.accuracy import Problem, evaluate
     from dqo.grading.grade import Grade
-    from dqo.models.policy import load_policy, load_tokenizer
+    from dqo.models.named import load_tokenizer
+    from dqo.models.policy import load_policy
 
     tokenizer = load_tokenizer(str(model))
     problems = problems_of(base, seed)[0][: task.eval_problems]

@@ -60,6 +60,14 @@ def test_the_summary_of_rows():
     assert summary(read_rows(many))["rewards"] == "11 values, 0 to 1 (median 0.5)"
 
 
+def test_no_class_of_models_is_imported(tmp_path, model):
+    """They take seconds and 150 MB."""
+    code = "import sys; from dqo.commands.base import dqo_command; dqo_command(sys.argv[1:]); "
+    code += "assert 'transformers.modeling_utils' not in sys.modules"
+    arguments = ["check", written(tmp_path, ROWS), "--model_name_or_path", model, "--process_reward", "none"]
+    subprocess.run([sys.executable, "-c", code, *arguments, "--method", "dqo"], check=True, capture_output=True)
+
+
 def test_the_importance_weights_are_those_of_training(tmp_path, model, capsys):
     def line(rows, *arguments):
         lines = printed(capsys, written(tmp_path, rows), "--process_reward", "none", *arguments).splitlines()

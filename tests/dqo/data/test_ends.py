@@ -2,7 +2,7 @@ import pytest
 
 from dqo.data.ends import Ends, ends_of, template_end
 from dqo.errors import UserError
-from dqo.models.policy import stop_ids
+from dqo.models.named import stop_ids
 from tests.dqo.helpers import policy, tokenizer
 
 CHATML = (

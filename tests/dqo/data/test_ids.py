@@ -6,9 +6,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dqo.data import ids
 from dqo.data.episodes import make_episodes
 from dqo.data.ids import Continuation
 from dqo.data.rows import Row
+from dqo.data.tokens import prompt_ids
 
 CORPUS = ["ab ab abc cab", "a b c", "cab cab abc  bc"] * 10
 
@@ -97,3 +99,21 @@ def test_turns_continue_what_lies_before_them(name):
     tagged = Row("ab", "a<tag>b", reward=1.0, label=True, turn_spans=[(0, 1), (6, 7)], source="row 1")
     (e,) = make_episodes([tagged], tokenizer, vocab_size=len(tokenizer), max_length=99)
     assert e.action_ids[1:-1] == ids_of(tokenizer, "a<tag>", "b")[1]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_texts_are_tokenised_some_at_once_and_each_as_alone(name, monkeypatch):
+    tokenizer, texts = TOKENIZERS[name], ["ab", " ab c", "cab\n", "b", "abc  bc", "<tag>a", "bc"]
+    tag = tokenizer.convert_tokens_to_ids("<tag>")
+    last = [None, tag, 3, 4, tag, 5, None]
+    monkeypatch.setattr(ids, "AT_ONCE", 1)
+    alone = [
+        [Continuation(tokenizer)([text], [end], offsets)[0] for text, end in zip(texts, last)] for offsets in (0, 1)
+    ]
+    prompts = prompt_ids(tokenizer, texts, [text < "b" for text in texts])
+    assert any(spans for _, spans in alone[1]) and not any(spans for _, spans in alone[0])
+    assert [found for found, _ in alone[0]] == [found for found, _ in alone[1]]
+    for size in (2, 512):
+        monkeypatch.setattr(ids, "AT_ONCE", size)
+        assert [Continuation(tokenizer)(texts, last, offsets) for offsets in (0, 1)] == alone
+        assert prompt_ids(tokenizer, texts, [text < "b" for text in texts]) == prompts

@@ -10,7 +10,8 @@ from dqo import DQOConfig, DQOTrainer
 from dqo.config.options import load_options
 from dqo.errors import UserError
 from dqo.models.adapters import adapter_base
-from dqo.models.policy import load_config, load_policy, load_tokenizer
+from dqo.models.named import load_config, load_tokenizer
+from dqo.models.policy import load_policy
 from dqo.train.run import train
 from tests.dqo.helpers import arguments, policy, rollout_rows, tokenizer
 

@@ -15,7 +15,8 @@ from dqo.config.options import load_options
 from dqo.data.rows import read_rows
 from dqo.errors import UserError
 from dqo.models.architecture import disable_dropout, name_trunk
-from dqo.models.fitness import check_head, check_model, check_positions, check_tokenizer, position_limit
+from dqo.models.fitness import check_head, check_model
+from dqo.models.limits import check_positions, check_tokenizer, position_limit
 from dqo.train.run import train
 from tests.dqo.helpers import arguments, episodes, gpt2, policy, tokenizer
 

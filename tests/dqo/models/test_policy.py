@@ -5,8 +5,9 @@ from dqo.data.batches import collate
 from dqo.errors import UserError
 from dqo.models.architecture import disable_dropout
 from dqo.models.fitness import check_head
+from dqo.models.named import load_tokenizer
 from dqo.models.new import save
-from dqo.models.policy import load_policy, load_tokenizer, policy_stats, weights_hash
+from dqo.models.policy import load_policy, policy_stats, weights_hash
 from tests.dqo.helpers import episodes, gpt2, policy, tokenizer
 
 

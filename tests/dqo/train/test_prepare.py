@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from dqo.train.checkpoint import STATE_FILE
 from dqo.train.inputs import ROW_CACHE, Given, check_options, load_rows
 from dqo.train.machines import check_same
 from dqo.train.prepare import prepare
-from dqo.train.run import train
+from dqo.train.run import begin, train
 from tests.dqo.helpers import policy, rollout_rows, tokenizer
 
 
@@ -299,3 +300,25 @@ def test_the_importance_weights_are_chosen_by_the_whole_file_as_the_check_says(f
     del rows[int(held_out[0].source.rpartition(":")[2]) - 1]["sampling"]
     path.write_text("\n".join(map(json.dumps, rows)))
     assert levels(output_dir=files / "again") == ("none", "none")
+
+
+def test_a_row_takes_less_than_fifty_bytes_of_each_process(files, monkeypatch):
+    """Beside the mapped tables: what arrays of numpy hold when the first step is chosen."""
+    monkeypatch.setattr(stored, "SHARED_FROM", 0)
+
+    def held(count: int) -> int:
+        rows = [row | {"completion": f"{row['completion']}{i}"} for i, row in enumerate(rollout_rows(count // 4))]
+        (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        options = options_of(files, output_dir=files / f"out-{count}", eval_fraction=0)
+        tracemalloc.start()
+        try:
+            trainer = begin(options)
+            assert len(trainer.stages.groups(0, 0)) == 8 and len(trainer.prepared.groups) == count
+            of_numpy = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
+            traces = tracemalloc.take_snapshot().filter_traces([of_numpy]).traces
+        finally:
+            tracemalloc.stop()
+        return sum(trace.size for trace in traces)
+
+    few, many = 200, 2200
+    assert 8 < (held(many) - held(few)) / (many - few) < 50

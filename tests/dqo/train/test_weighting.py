@@ -16,7 +16,7 @@ from dqo.data.behavior import ReferenceName
 from dqo.data.rows import Row
 from dqo.errors import UserError
 from dqo.models.identity import model_identity
-from dqo.models.policy import load_config
+from dqo.models.named import load_config
 from dqo.objectives import DQO, SFT
 from dqo.objectives.sums import mean_metric, moments
 from dqo.processes import Processes
