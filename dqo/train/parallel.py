@@ -83,6 +83,8 @@ def wrap(
             alone.set_unshard_in_backward(not native or part is not getattr(module, "policy", None))
             register_fsdp_forward_method(head, WITH_WEIGHTS)
         if type(part).__name__ in blocks:
+            for matrix in _matrices(part) if processes.device.type == "cpu" else ():
+                fully_shard(matrix, **options)
             fully_shard(part, **options)
     fully_shard(module, **options, reshard_after_forward=True)
     if processes.device.type == "cpu":
@@ -106,6 +108,13 @@ def _reduced_at_once(table: nn.Module) -> None:
 
     table.forward = forward
     table.register_forward_pre_hook(with_zero, with_kwargs=True, prepend=True)
+
+
+def _matrices(block: nn.Module) -> list[nn.Linear]:
+    """The large layers of a block, which are gathered one by one where nothing is computed meanwhile: what is gathered is there
+    twice while FSDP2 copies it, and then beside its gradient."""
+    least = sum(parameter.numel() for parameter in block.parameters()) / 32  # those of adapters are much smaller
+    return [part for part in block.modules() if type(part) is nn.Linear and part.weight.numel() >= least]
 
 
 def _table_and_head(part: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
