@@ -120,6 +120,14 @@ def test_every_task_gets_its_files_and_methods_train_on_them(samples):
         assert training.make(run, samples)["failed"] is None, method
 
 
+def test_data_are_made_for_runs_alone_unless_they_are_asked_for(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study, "go_on", lambda _, __, wanted, *___: asked.append(wanted) or 0)
+    study.main([str(tmp_path)])
+    study.main([str(tmp_path), "--stage", "data"])
+    assert [{piece.kind for piece in wanted} for wanted in asked] == [{"run"}, {"data"}]
+
+
 def fill(root, task, accuracy, seeds=sizes.SEEDS, failed=None):
     """Results of invented runs: {method: right answers of 20, by seed}."""
     for method, rights in accuracy.items():
