@@ -13,8 +13,7 @@ import gc
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import chain
@@ -133,33 +132,14 @@ def token_table(
     if segments.whole() is None:
         with segments.alone():
             if segments.whole() is None:  # another process may have written it meanwhile
-                numbers = (i for i in range(-(-rows.total // ROWS)) if segments.find(i) is None)
-                with clock_at(template_time), uncollected():
-                    for number, chunk in _chunks(whole, numbers, tokenizer, ends, vocab_size):
-                        segments.put(number, *_packed(chunk))
-                        gc.collect(1)  # cycles that templates left; not the imports
+                with clock_at(template_time):
+                    for number, begin in enumerate(range(0, rows.total, ROWS)):
+                        if segments.find(number) is None:
+                            with uncollected():
+                                chunk = tokenize_chunk(whole[begin : begin + ROWS], tokenizer, ends, vocab_size)
+                                segments.put(number, *_packed(chunk))
                 segments.finish({})
     return TokenTable(segments, rows.segment_begins, ends)
-
-
-def _chunks(
-    whole: StoredRows, numbers: Iterable[int], tokenizer, ends: Ends, vocab_size: int
-) -> Iterator[tuple[int, Chunk]]:
-    """Segments of rows on tokens. A thread makes the next one while the caller writes one: the library's threads leave the
-    interpreter to others."""
-    with ThreadPoolExecutor(1) as worker:
-        before: tuple[int, Future[Chunk]] | None = None
-        try:
-            for number in numbers:
-                rows = whole[ROWS * number : ROWS * (number + 1)]
-                made = worker.submit(tokenize_chunk, rows, tokenizer, ends, vocab_size)
-                if before is not None:
-                    yield before[0], before[1].result()
-                before = number, made
-            if before is not None:
-                yield before[0], before[1].result()
-        finally:
-            worker.shutdown(cancel_futures=True)
 
 
 def _described(tokenizer, template_time: datetime.datetime | None) -> Any:
