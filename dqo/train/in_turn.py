@@ -67,7 +67,7 @@ class TableGradient:
         self.shard: Any = table.weight
         self.plain = table.forward
         table.register_forward_pre_hook(self.note, prepend=True)
-        table.forward = self.forward  # type: ignore[method-assign]
+        table.forward = self.forward  # type: ignore[assignment, method-assign]
 
     def note(self, table: nn.Module, _: tuple) -> None:
         """Before FSDP2 gathers it: the parameter changes when weights are read into one without memory."""
