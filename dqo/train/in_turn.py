@@ -62,12 +62,12 @@ class TableGradient:
         at_once: bytes of the rows.
     """
 
-    def __init__(self, table: nn.Module, at_once: int = 2**23):
-        self.table: Any = table
-        self.at_once, self.plain = at_once, table.forward
+    def __init__(self, table: nn.Embedding, at_once: int = 2**23):
+        self.table, self.at_once = table, at_once
         self.shard: Any = table.weight
+        self.plain = table.forward
         table.register_forward_pre_hook(self.note, prepend=True)
-        table.forward = self.forward
+        table.forward = self.forward  # type: ignore[assignment, method-assign]
 
     def note(self, table: nn.Module, _: tuple) -> None:
         """Before FSDP2 gathers it: the parameter changes when weights are read into one without memory."""

@@ -117,7 +117,7 @@ def _matrices(block: nn.Module) -> list[nn.Linear]:
     return [part for part in block.modules() if type(part) is nn.Linear and part.weight.numel() >= least]
 
 
-def _table_and_head(part: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+def _table_and_head(part: nn.Module) -> tuple[nn.Embedding | None, nn.Module | None]:
     """The table of embeddings and the head of a whole model, each of which is gathered alone. One tensor that is both belongs to
     what is gathered for a whole forward and backward."""
     if not isinstance(part, PreTrainedModel) or part.base_model is part:
