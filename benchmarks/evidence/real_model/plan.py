@@ -29,6 +29,8 @@ class Sizes:
 
 
 SIZES = Sizes()
+# Tokens of a response whose prefix is continued: the steps before the last one of a cut sample may have all of max_new_tokens
+CONTINUED_TO = 64
 SEEDS = (0, 1)
 BASE = "base"
 MEASURED = "measured.jsonl"
@@ -133,6 +135,8 @@ def spec_of(piece: Piece, root: Path) -> dict[str, Any] | None:
     spec["model"] = {name: model[name] for name in ("hash", "dtype")}
     if piece.method in METHODS:
         spec["options"] = options_for(METHODS[piece.method])
+    if piece.kind == "measured" or piece.method in METHODS and METHODS[piece.method].file == MEASURED:
+        spec["continued_to"] = CONTINUED_TO
     return spec
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.evidence.pieces import attempted, made
 from benchmarks.evidence.real_model.plan import (
     BASE,
+    CONTINUED_TO,
     MEASURED,
     METHODS,
     SIZES,
@@ -121,7 +122,7 @@ def measure(piece: Piece, root: Path) -> dict[str, Any]:
         processes=1,
         prefix_values=SIZES.continuations,
         model_name_or_path=model["path"],
-        **generation(model, piece.seed),
+        **generation(model, piece.seed) | {"max_completion_length": CONTINUED_TO},
     )
     rows = read_rows(str(data / MEASURED))
     values = [value for row in rows for value in row.step_rewards or ()]
