@@ -16,6 +16,7 @@ from dqo.models import attention
 from dqo.models.critic import ValueHead, backbone, load_critic
 from dqo.models.fitness import check_trunk
 from dqo.models.implicit_value import ImplicitValue
+from dqo.models.on_disk import home
 from dqo.models.policy import architecture, weights_hash
 from dqo.models.value_form import form_of
 from dqo.models.value_source import ValueSource, find_value_model
@@ -28,7 +29,8 @@ logger = logging.getLogger(__name__)
 def fitted_value_model(
     options: Options, policy: PreTrainedModel, reference: PreTrainedModel, tokenizer, ids: list[int]
 ) -> nn.Module | None:
-    """The value model, on the policy's device; None where value_model names no directory. `ids` are a few tokens to try it with.
+    """The value model, whole, on the policy's device; None where value_model names no directory. `ids` are a few tokens to try it
+    with.
 
     Raises:
         UserError: for one of other tokens, of another width, with another reference, or one that sees tokens to the right.
@@ -38,7 +40,7 @@ def fitted_value_model(
         return None
     source = find_value_model(kind)
     with loading(source.path):
-        value_model = load_critic(source.path, policy.device)
+        value_model = load_critic(source.path, home(policy))
     name, form, trunk = f"value_model {source.path}", form_of(value_model), backbone(value_model)
     fits_itself = form.loss == "squared" and not isinstance(value_model, ImplicitValue)
     if getattr(options.objective, "target", None) == "residual" and not fits_itself:

@@ -74,6 +74,11 @@ BY_ROWS = {
     "untied implicit": ("fsdp", {"value_model": "implicit", "model_name_or_path": "untied"}),
     "ppo": ("ddp", {"method": "ppo", "behavior": "reference"}),  # with means over the responses of the whole step
     "weights": ("ddp", {"max_steps": 8}),  # of two data sets
+    # value models that earlier runs have fitted
+    "fitted": ("fsdp", {"value_model": "dqo-one"}),
+    "fitted head": ("fsdp", {"value_model": "head-one"}),
+    "frozen": ("fsdp", {"value_model": "dqo-one", "freeze_value_model": True}),
+    "frozen implicit": ("ddp", {"value_model": "implicit-one", "freeze_value_model": True}),
 }
 PAIRS = [(name, kind) for name in RUNS for kind in ("ddp", "fsdp")] + [(n, kind) for n, (kind, _) in BY_ROWS.items()]
 
@@ -111,6 +116,8 @@ def runs(tmp_path_factory):
         if name == "weights":
             changes["dataset_name"] = f"{files / 'rollouts.jsonl'}:0.4,{files / 'more.jsonl'}:0.6"
         models = {"ref_model_name_or_path", "model_name_or_path"} & changes.keys()
+        if "fitted" in name or "frozen" in name:
+            models.add("value_model")
         changes |= {option: files / str(changes[option]) for option in models}
         offload = changes.pop("fsdp_cpu_offload", False)
         alone = {"per_device_train_batch_size": 8} | changes
