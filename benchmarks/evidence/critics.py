@@ -25,12 +25,11 @@ from typing import Any
 
 from benchmarks.evidence import pieces
 from benchmarks.evidence.critic_runs import DEMONSTRATION, TASKS, make_task, write_json
-from benchmarks.evidence.critic_table import summarise, tables, with_earlier
+from benchmarks.evidence.critic_table import STAGES, read, summarise, tables, with_earlier
 from benchmarks.evidence.objective_options import COMMON
 from dqo.errors import UserError
 
 RESULTS = Path(__file__).parents[1] / "results" / "critics.json"
-STAGES = ("screen", "policy", "lambda")
 DQO = COMMON | {"method": "dqo", "beta": 0.2, "critic_learning_rate": 1e-3, "lam": 1.0, "is_level": "trajectory"}
 DQO |= {"save_steps": 10_000}  # a run that is killed begins anew
 POLICY_UPDATES = 128
@@ -225,8 +224,7 @@ def main() -> None:
         sys.exit(f"no run is in {output}; {RESULTS} stays as it is")
     tasks = [found for name in TASKS if (found := result_of(TaskFiles(name), output)) is not None]
     summary = summarise(results, tasks, DEFAULT, DQO)
-    earlier = json.loads(RESULTS.read_text()) if RESULTS.exists() else None
-    summary = with_earlier(summary, earlier, every, DQO)
+    summary = with_earlier(summary, read(RESULTS), every, DQO)
     RESULTS.write_text(json.dumps(summary, indent=1) + "\n")
     print(tables(summary))
     if left:
