@@ -18,7 +18,7 @@ from dqo.errors import UserError
 from dqo.stats import paired_test
 from dqo.train.record import machine
 
-COMMAND = "python -m benchmarks.evidence.critics OUT --demonstration DIR"
+COMMAND = "python -m benchmarks.evidence.critics OUT --demonstration DIR --record"
 STAGES = ("screen", "policy", "lambda")
 
 

@@ -249,6 +249,34 @@ def test_rows_on_different_base_models_never_stand_in_one_table(tmp_path, capsys
         critic_table.read(path)
 
 
+def test_the_recorded_file_is_written_by_record_alone(tmp_path, monkeypatch, capsys):
+    recorded, output = tmp_path / "critics.json", tmp_path / "out"
+    monkeypatch.setattr(critics, "RESULTS", recorded)
+    critics.main([str(output), "--table", "--record"])
+    assert "nothing is written" in capsys.readouterr().out and not recorded.exists()
+    earlier = summary_on(0.2, [result(seed, "head-warm", [0, 1]) for seed in (0, 1)])
+    recorded.write_text(json.dumps(with_earlier(earlier, None, [], {})))
+    before = recorded.read_bytes()
+    critics.main([str(output), "--table", "--record"])
+    said = capsys.readouterr().out
+    assert "this is what was recorded" in said and "| 6-10 | head-warm | 2 |" in said
+    assert recorded.read_bytes() == before and not output.exists()
+
+    task = {"name": "6-10", "base": {"greedy": 0.9}, "exact": {}}
+    (output / "tasks/6-10").mkdir(parents=True)
+    critic_runs.write_json(output / "tasks/6-10/task.json", task)
+    run, (_, found) = critics.planned("policy")[0], result(0, "separate", [0, 1])
+    (output / run.place).mkdir(parents=True)
+    critic_runs.write_json(output / run.place / "result.json", found | {"spec": critics.spec_of(run, output)})
+    critics.main([str(output), "--table"])
+    assert recorded.read_bytes() == before
+    own = (output / "critics.json").read_text()
+    assert [(row["variant"], row["seeds"]) for row in json.loads(own)["policy"]] == [("separate", [0])]
+    critics.main([str(output), "--table", "--record"])
+    assert recorded.read_text() == own
+    assert "| 6-10 | separate |" in capsys.readouterr().out
+
+
 def test_what_was_recorded_is_planned_still():
     """But for the one row of lambda, which was made with another winner."""
     earlier = json.loads(critics.RESULTS.read_text())
