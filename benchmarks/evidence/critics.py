@@ -199,6 +199,7 @@ def make(piece: Planned | TaskFiles, output: Path, demonstration: Path) -> None:
             raise UserError(f"the run failed, see {directory}/log.txt")
 
 
+@pieces.command
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, metavar="OUT")
