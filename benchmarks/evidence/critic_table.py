@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence.critic_runs import DEMONSTRATION
 from benchmarks.evidence.methods import DECODINGS, per_problem
 from benchmarks.evidence.study.statistics import paired_over_seeds
 from benchmarks.evidence.study.tables import difference_text
 from benchmarks.harness.environment import commit
+from dqo.errors import UserError
 from dqo.stats import paired_test
 from dqo.train.record import machine
 
-COMMAND = "python -m benchmarks.evidence.critics OUT --demonstration DIR"
+COMMAND = "python -m benchmarks.evidence.critics OUT --demonstration DIR --record"
+STAGES = ("screen", "policy", "lambda")
 
 
 def summarise(results: Sequence[tuple[Any, dict]], tasks: list[dict], default: str, common: dict[str, Any]) -> dict:
     """What OUT tells to critics.json. `results`: each run as it was planned (stage, task, variant, seed, options), with its
     result.json; `tasks`: the task.json of each; `common`: options that all have. A row's "recorded" says when and where."""
     facts = {"date": datetime.date.today().isoformat(), "commit": commit(), **machine()}
-    rows: dict[str, list[dict]] = {"screen": [], "policy": [], "lambda": []}
+    bases = bases_of(tasks)
+    rows: dict[str, list[dict]] = {stage: [] for stage in STAGES}
     of: dict[tuple[str, str, str], dict[int, dict]] = {}
     for run, found in results:
         if run.stage == "screen":
@@ -39,19 +43,49 @@ def summarise(results: Sequence[tuple[Any, dict]], tasks: list[dict], default: s
     options = {(run.stage, run.variant): common | run.options for run, _ in results}
     for stage, of_stage in rows.items():
         for row in of_stage:
-            row |= {"options": options[stage, row["variant"]], "recorded": facts}
+            row |= {"options": options[stage, row["variant"]], "base": bases.get(row["task"]), "recorded": facts}
     return {"command": COMMAND, **facts, "tasks": tasks, **rows}
+
+
+def bases_of(tasks: Sequence[dict]) -> dict[str, Any]:
+    """{name of a task: the accuracies of its base model}, by which base models are told apart."""
+    return {task["name"]: task.get("base") for task in tasks}
+
+
+def read(path: Path) -> dict | None:
+    """critics.json, or None where there is none. An earlier version told the base of a task, and of no row."""
+    if not path.exists():
+        return None
+    try:
+        earlier = json.loads(path.read_bytes())
+        bases = bases_of(earlier["tasks"])
+        for row in (row for stage in STAGES for row in earlier[stage]):
+            row.setdefault("base", bases.get(row["task"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: these are no recorded critics ({error!r}); take the file from git again") from None
+    return earlier
+
+
+def _on_the_same_base(stage: str, rows: Sequence[dict], earlier: Sequence[dict]) -> list[dict]:
+    """The recorded rows of a stage, but for those of tasks that OUT has on another base model: they are not to be compared."""
+    bases = {row["task"]: row["base"] for row in rows}
+    kept = [row for row in earlier if row["base"] == bases.get(row["task"], row["base"])]
+    for task in bases:
+        if count := sum(row["task"] == task for row in earlier) - sum(row["task"] == task for row in kept):
+            print(f"{stage} {task}: recorded rows left out, as their base model is another than OUT's: {count}")
+    return kept
 
 
 def with_earlier(summary: dict, earlier: dict | None, planned: Sequence[Any], common: dict[str, Any]) -> dict:
     """The summary of OUT with the rows of critics.json that OUT does not have, or has of fewer seeds with the same options.
+    Rows of a stage and task stand on one base model, OUT's if it has any, and "tasks" are those that rows stand on.
     "other_options" of a row are those by which it is planned no more; "not_run" names the runs that no row has."""
     today = {(run.stage, run.variant): common | run.options for run in planned}
     order = {(run.stage, run.task, run.variant): i for i, run in reversed(list(enumerate(planned)))}
     have: set[tuple] = set()
-    for stage in ("screen", "policy", "lambda"):
+    for stage in STAGES:
         rows = {(row["task"], row["variant"], row.get("update")): row for row in summary[stage]}
-        for row in earlier[stage] if earlier else ():
+        for row in _on_the_same_base(stage, summary[stage], earlier[stage]) if earlier else ():
             new = rows.setdefault((row["task"], row["variant"], row.get("update")), row)
             if len(new["seeds"]) < len(row["seeds"]) and new["options"] == row["options"]:
                 rows[row["task"], row["variant"], row.get("update")] = row
@@ -63,10 +97,20 @@ def with_earlier(summary: dict, earlier: dict | None, planned: Sequence[Any], co
         summary[stage] = sorted(
             rows.values(), key=lambda row: order.get((stage, row["task"], row["variant"]), len(order))
         )
-    names = {task["name"] for task in summary["tasks"]}
-    summary["tasks"] += [task for task in (earlier["tasks"] if earlier else ()) if task["name"] not in names]
+    summary["tasks"] = _tasks_of(summary, [*summary["tasks"], *(earlier["tasks"] if earlier else ())])
     missing = [run for run in planned if (run.stage, run.task, run.variant, run.seed) not in have]
     return summary | {"not_run": [f"{run.stage} {run.task} {run.variant} {run.seed}" for run in missing]}
+
+
+def _tasks_of(summary: dict, known: Sequence[dict]) -> list[dict]:
+    """The tasks that rows stand on, one for each base model, of equal ones the first."""
+    used = [(row["task"], row["base"]) for stage in STAGES for row in summary[stage]]
+    found: list[dict] = []
+    for task in known:
+        own = (task["name"], task.get("base"))
+        if own in used and own not in [(one["name"], one.get("base")) for one in found]:
+            found.append(task)
+    return found
 
 
 def _row(task: str, variant: str, seeds: dict[int, dict], default: dict[int, dict]) -> dict:
@@ -99,7 +143,7 @@ def _mean(values: list[float | None]) -> float | None:
 def tables(summary: dict) -> str:
     """Markdown. Rows that were recorded earlier, or with options that are planned no more, are marked."""
     notes: dict[str, int] = {}
-    for row in (row for stage in ("screen", "policy", "lambda") for row in summary[stage]):
+    for row in (row for stage in STAGES for row in summary[stage]):
         told, others = row["recorded"], ", ".join(f"{name} {value}" for name, value in row["other_options"].items())
         if others or any(told[name] != summary[name] for name in ("date", "commit", "device", "versions")):
             text = (
@@ -109,7 +153,8 @@ def tables(summary: dict) -> str:
             row["named"] = f"{row['variant']} ({number})"
         else:
             row["named"] = row["variant"]
-    exact = [("exact chance", task["exact"]) for task in summary["tasks"] if task["name"] == DEMONSTRATION]
+    bases = [(row["task"], row["base"]) for row in summary["screen"]]
+    exact = [("exact chance", task["exact"]) for task in summary["tasks"] if (task["name"], task.get("base")) in bases]
     found = [_screen_table(summary["screen"], exact)] if summary["screen"] else []
     found += [_policy_table(summary[stage]) for stage in ("policy", "lambda") if summary[stage]]
     if notes:

@@ -4,7 +4,8 @@
 
 Every run is a directory in OUT with its result.json. The same command goes on after a kill, and makes again what its options have
 changed for; in a second terminal it takes other runs. The table is printed, by --table alone from what is there, and goes to
-benchmarks/results/critics.json, where what was made in another OUT stays beside it, with its own date and commit.
+OUT/critics.json; what was recorded from another OUT stands beside it, with its own date and commit. --record writes it to
+benchmarks/results/critics.json as well.
 
     screen   critics alone, the policy as it is, on one tuning seed of the demonstration's task
     policy   128 updates of the policy with each critic, on three tasks and three seeds
@@ -19,18 +20,18 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import pieces
 from benchmarks.evidence.critic_runs import DEMONSTRATION, TASKS, make_task, write_json
-from benchmarks.evidence.critic_table import summarise, tables, with_earlier
+from benchmarks.evidence.critic_table import STAGES, read, summarise, tables, with_earlier
 from benchmarks.evidence.objective_options import COMMON
 from dqo.errors import UserError
 
 RESULTS = Path(__file__).parents[1] / "results" / "critics.json"
-STAGES = ("screen", "policy", "lambda")
 DQO = COMMON | {"method": "dqo", "beta": 0.2, "critic_learning_rate": 1e-3, "lam": 1.0, "is_level": "trajectory"}
 DQO |= {"save_steps": 10_000}  # a run that is killed begins anew
 POLICY_UPDATES = 128
@@ -198,7 +199,8 @@ def make(piece: Planned | TaskFiles, output: Path, demonstration: Path) -> None:
             raise UserError(f"the run failed, see {directory}/log.txt")
 
 
-def main() -> None:
+@pieces.command
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, metavar="OUT")
     parser.add_argument("--demonstration", type=Path, default=Path("dqo-demo"), help="a finished one")
@@ -206,8 +208,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--variants", nargs="+", choices=list(SCREEN | POLICY | FROZEN | LAMBDA))
     parser.add_argument("--seeds", nargs="+", type=int, default=[TUNING_SEED, *SEEDS])
-    parser.add_argument("--table", action="store_true", help="run nothing")
-    arguments = parser.parse_args()
+    parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
+    parser.add_argument("--record", action="store_true", help="write to benchmarks/results too")
+    arguments = parser.parse_args(given)
     every = [run for stage in STAGES for run in planned(stage)]
     wanted = [
         run
@@ -221,14 +224,17 @@ def main() -> None:
     work = functools.partial(make, demonstration=arguments.demonstration)
     left = 0 if arguments.table else pieces.go_on(wanted, output, float("inf"), result_of, work)
     results = [(run, found) for run in every if (found := result_of(run, output)) is not None]
-    if not results:
-        sys.exit(f"no run is in {output}; {RESULTS} stays as it is")
-    tasks = [found for name in TASKS if (found := result_of(TaskFiles(name), output)) is not None]
-    summary = summarise(results, tasks, DEFAULT, DQO)
-    earlier = json.loads(RESULTS.read_text()) if RESULTS.exists() else None
-    summary = with_earlier(summary, earlier, every, DQO)
-    RESULTS.write_text(json.dumps(summary, indent=1) + "\n")
-    print(tables(summary))
+    earlier = read(RESULTS)
+    if results:
+        tasks = [found for name in TASKS if (found := result_of(TaskFiles(name), output)) is not None]
+        summary = with_earlier(summarise(results, tasks, DEFAULT, DQO), earlier, every, DQO)
+        for path in (output / "critics.json", *([RESULTS] if arguments.record else [])):
+            path.write_text(json.dumps(summary, indent=1) + "\n")
+        print(tables(summary))
+    elif arguments.table and earlier:
+        print(f"No run is in {output}; this is what was recorded.\n\n{tables(with_earlier(earlier, None, every, DQO))}")
+    else:
+        print(f"No run is in {output}; nothing is written.")
     if left:
         sys.exit(f"{left} runs are left; those that failed are told above")
 

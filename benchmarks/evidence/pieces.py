@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -162,8 +164,11 @@ def go_on(
                 print(f"{time.strftime('%H:%M:%S')}  {piece.place} ({len(left)} left)", flush=True)
                 try:
                     make(piece, root)
-                except Exception:
-                    traceback.print_exc()
+                except Exception as error:
+                    if isinstance(error, UserError):
+                        print(f"{piece.place}: {in_one_line(error)}", file=sys.stderr)
+                    else:
+                        traceback.print_exc()
                     failed.add(piece)
                 print(f"          {time.monotonic() - started:.0f} s", flush=True)
             if not piece.is_run:
@@ -175,6 +180,23 @@ def go_on(
             time.sleep(WAIT)  # another process is at all that is ready
             left = unfinished()
     return 0
+
+
+def in_one_line(error: UserError) -> str:
+    return " ".join(str(error).splitlines())
+
+
+def command(main: Callable[..., None]) -> Callable[..., None]:
+    """`main` of a command: of a mistake that the user can mend one line is told on stderr, and the exit status is 1."""
+
+    @functools.wraps(main)
+    def told(*arguments: Any) -> None:
+        try:
+            main(*arguments)
+        except UserError as error:
+            sys.exit(in_one_line(error))
+
+    return told
 
 
 def attempted(train: Callable[[], T]) -> tuple[T | None, str | None]:

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from benchmarks.evidence import pieces
 from benchmarks.evidence.pieces import RESULT, Piece, making
-from dqo.errors import UserError
+from benchmarks.evidence.recorded_lines import Fields, Line, read_lines
 from dqo.files import write_whole
 
 P = TypeVar("P", bound=Piece)
@@ -44,6 +44,8 @@ class Study(Generic[P]):
     source_of: Callable[[P], Source[P]]
     file_of: Callable[[str], str]  # by its place the name of its record, under benchmarks/results
     told: Callable[[P, Path, dict[str, Any]], dict[str, Any]]  # what the line tells besides the result, or in its place
+    counts_of: Callable[[P], tuple[int, int]]  # test problems of a run, and samples of each
+    fields_of: Callable[[P], Fields] = lambda _: {}  # that the study reads of a line besides those of all lines
 
     def result_of(self, piece: P, root: Path) -> dict[str, Any] | None:
         """What the piece's directory holds, if it was made by its present specification, and not on other rows than are there."""
@@ -100,18 +102,25 @@ def _result(line: dict[str, Any], spec: Any) -> dict[str, Any]:
     return own | {"spec": spec, RESTORED: line["rows"]}
 
 
-def _read(study: Study[P], runs: Iterable[P], folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """{place of a run: its lines, one for each kind of rows}."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for path in (folder / name for name in dict.fromkeys(study.file_of(run.place) for run in runs)):
-        for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
-            try:
-                told = json.loads(line)
-            except json.JSONDecodeError as error:
-                text = f"{path}:{number}: this is no line of a recorded run ({error}); take it out, or the file from git again"
-                raise UserError(text) from None
-            found.setdefault(told["place"], []).append(told)
+def _read(study: Study[P], runs: Iterable[P], folder: Path) -> dict[str, list[Line]]:
+    """{place of a run: its lines, one for each kind of rows}; places that no run has any more too."""
+    found: dict[str, list[Line]] = {}
+    by_place = {run.place: run for run in runs}
+    for file in dict.fromkeys(map(study.file_of, by_place)):
+        for line in read_lines(folder, file):
+            place = line.told["place"]
+            if place in by_place:
+                line.check(study.fields_of(by_place[place]))
+            found.setdefault(place, []).append(line)
     return found
+
+
+def _of_today(study: Study[P], run: P, spec: Any, lines: Iterable[Line]) -> list[dict[str, Any]]:
+    """Those that were made by the run's present specification."""
+    found = [line for line in lines if line.told["spec"] == digest(spec)]
+    for line in found:
+        line.check_counts(*study.counts_of(run))
+    return [line.told for line in found]
 
 
 def record(study: Study[P], every: Sequence[P], root: Path, folder: Path) -> None:
@@ -120,7 +129,8 @@ def record(study: Study[P], every: Sequence[P], root: Path, folder: Path) -> Non
     recorded, files = _read(study, runs, folder), dict[str, list[dict[str, Any]]]()
     for run in runs:
         spec, known = study.spec_of(run, root), recorded.pop(run.place, ())
-        lines = {line["rows"]: line for line in known if spec is None or line["spec"] == digest(spec)}
+        kept = [line.told for line in known] if spec is None else _of_today(study, run, spec, known)
+        lines = {line["rows"]: line for line in kept}
         result = study.result_of(run, root)
         if result is not None and RESTORED not in result:
             rows = study.rows_there(run, root)
@@ -129,8 +139,8 @@ def record(study: Study[P], every: Sequence[P], root: Path, folder: Path) -> Non
             else:
                 lines[rows] = _line(run, result, rows, study.told(run, root, result))
         files.setdefault(study.file_of(run.place), []).extend(lines.values())
-    for place, others in recorded.items():  # not among these runs
-        files[study.file_of(place)].extend(others)
+    for line in (line for others in recorded.values() for line in others):  # not among these runs
+        files.setdefault(line.file, []).append(line.told)
     for name, lines_of_file in files.items():
         path = folder / name
         if lines_of_file or path.exists():
@@ -152,7 +162,7 @@ def restore(study: Study[P], every: Sequence[P], root: Path, folder: Path, say: 
         specs = {run: study.spec_of(run, root) for run in groups[source]}
         by_rows: dict[str, dict[P, dict[str, Any]]] = {}
         for run, spec in specs.items():
-            lines = [line for line in recorded[run.place] if line["spec"] == digest(spec)]
+            lines = _of_today(study, run, spec, recorded[run.place])
             changed += spec is not None and not lines
             for line in lines:
                 by_rows.setdefault(line["rows"], {})[run] = line

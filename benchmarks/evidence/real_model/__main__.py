@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.evidence import pieces
 from benchmarks.evidence.real_model.plan import SEEDS, STUDY, Piece, every_piece, result_of
 from benchmarks.evidence.real_model.tables import markdown, summarise
 from benchmarks.evidence.real_model.work import make
@@ -27,6 +28,7 @@ from benchmarks.evidence.recorded import go_on, record
 RESULTS = Path(__file__).parents[2] / "results"
 
 
+@pieces.command
 def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(

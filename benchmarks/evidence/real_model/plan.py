@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.evidence import pieces
 from benchmarks.evidence.real_model import problems
 from benchmarks.evidence.recorded import Source, Study
+from benchmarks.evidence.recorded_lines import NUMBER, Fields
 from benchmarks.evidence.study.settings import ROWS, Settings
 
 
@@ -161,4 +162,17 @@ def told(run: Piece, root: Path, result: dict[str, Any]) -> dict[str, Any]:
     return {"unread": unread} | ({"data": facts_of(run.seed, root)} if run.method == BASE else {})
 
 
-STUDY = Study(spec_of, source_of, lambda _: "real-study-pieces.jsonl", told)
+def fields_of(run: Piece) -> Fields:
+    """Of a line, those that the table reads."""
+    data = {"data": {"rows": int, "tokens": int, "right": NUMBER}} if run.method == BASE else {}
+    return {"unread": {"sampling": {"share": NUMBER}}} | data
+
+
+STUDY = Study(
+    spec_of,
+    source_of,
+    lambda _: "real-study-pieces.jsonl",
+    told,
+    lambda _: (SIZES.test_problems, SIZES.test_samples),
+    fields_of,
+)

@@ -45,6 +45,7 @@ def summarise(root: Path, command: str, seeds: tuple[int, ...]) -> dict[str, Any
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         **machine(),
+        "seeds": list(seeds),
         "runs": {"made": len(results), "planned": len(planned)},
         "makings": makings(results.values()),
         "cpu_hours": sum(result["all_cpu_seconds"] for result in results.values()) / 3600,
@@ -107,6 +108,7 @@ def verdict(of_seeds: Sequence[float], corrected: float) -> str:
 
 
 def markdown(summary: dict[str, Any]) -> str:
+    seeds = summary["seeds"]
     heads = ["method", "accuracy", "by seed", "greedy", "sampling", "unread, %"]
     heads += [f"{name} ahead (p by Holm)" for name in CONTENDERS] + ["CPU s"]
     lines = [
@@ -122,18 +124,31 @@ def markdown(summary: dict[str, Any]) -> str:
     ]  # fmt: skip
     for row in summary["rows"]:
         cells = [row["method"], interval_text(row["accuracy"], 1)]
-        cells += [", ".join(f"{100 * mean:.1f}" for mean in row["accuracy"]["of_seeds"])]
+        cells += [_which(row, seeds) + ", ".join(f"{100 * mean:.1f}" for mean in row["accuracy"]["of_seeds"])]
         cells += [interval_text(row[name], 1) for name in ("greedy", "sampling")] + [f"{100 * row['unread']:.1f}"]
         for name in CONTENDERS:
             told = row.get(f"{name} ahead")
-            cells.append(difference_text(told) + (f": {told['verdict']}" if told and "verdict" in told else ""))
+            cells.append(_ahead(told, seeds) + (f": {told['verdict']}" if told and "verdict" in told else ""))
         lines.append("| " + " | ".join([*cells, f"{row['cpu_seconds']:.0f}"]) + " |")
     for row in summary["rows"]:
         for why in dict.fromkeys(row["failed"]):
             lines += ["", f"{row['method']} ended itself and counts as the base model: {why}"]
         control = row.get("control")
         if control:
-            lines += ["", f"Control: shuffled rewards are ahead of the base by {difference_text(control)}."]
+            lines += [
+                "",
+                f"Control: {_which(control, seeds)}shuffled rewards are ahead of the base by {difference_text(control)}.",
+            ]
             if control["mean"] > 0 and control.get("holm", 1.0) < BEHIND:
                 lines += ["", "**Shuffled rewards gain over the base: the gains of this table are suspect.**"]
     return "\n".join(lines) + "\n"
+
+
+def _which(told: dict[str, Any], seeds: list[int]) -> str:
+    """The seeds that something is told of, where some are missing."""
+    found = told["seeds"]
+    return "" if found == seeds else f"seed{'s' * (len(found) > 1)} {', '.join(map(str, found))}: "
+
+
+def _ahead(told: dict[str, Any] | None, seeds: list[int]) -> str:
+    return _which(told, seeds) + difference_text(told) if told else ""

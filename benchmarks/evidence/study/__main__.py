@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.evidence import pieces
 from benchmarks.evidence.recorded import go_on, record
 from benchmarks.evidence.study.pieces import STAGES, STUDY, Piece, every_piece
 from benchmarks.evidence.study.plots import draw_ablations, draw_tasks
@@ -55,6 +56,7 @@ def write_tables(root: Path, command: str, record: bool) -> None:
     print(text)
 
 
+@pieces.command
 def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
 

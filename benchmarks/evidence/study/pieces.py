@@ -149,4 +149,10 @@ def told(run: Piece, root: Path, _: dict[str, Any]) -> dict[str, Any]:
     return {} if run.method == BASE else {"setting": setting_of(run, root)}
 
 
-STUDY = Study(spec_of, source_of, lambda place: f"study/{place.split('/')[1]}.jsonl", told)
+def counts_of(run: Piece) -> tuple[int, int]:
+    """Test problems, and samples of each."""
+    task = TASKS[run.name]
+    return min(task.eval_problems, BASES[task.base].evaluation), task.eval_samples
+
+
+STUDY = Study(spec_of, source_of, lambda place: f"study/{place.split('/')[1]}.jsonl", told, counts_of)

@@ -12,6 +12,7 @@ from dqo.config.options import options_of
 from dqo.data.rows import read_rows, write_rows
 from dqo.demo.recipe import Recipe
 from dqo.demo.rollouts import graded_rows
+from dqo.errors import UserError
 from dqo.grading.arith import ArithTask
 from dqo.models.new import save
 from tests.dqo.helpers import TASK, episodes, policy, rollout_rows, tokenizer
@@ -198,6 +199,82 @@ def test_rows_of_another_out_stay_beside_those_of_more_seeds_or_other_options():
     assert found["policy"][0]["seeds"] == [0]
     found["lambda"][0]["recorded"] = found["policy"][0]["recorded"]  # its options alone are others
     assert "| lam-0.9-none (3) |" in tables(found | {"tasks": []})
+
+
+def summary_on(base, results):
+    """Of an OUT whose base models have this accuracy."""
+    exact = {f"explained_variance/{at}": base for at in ("start", "half", "end")} | {"auc/half": base, "auc/end": base}
+    exact |= {"changes/first_wrong_step": base, "changes/first_wrong_step_chance": base}
+    tasks = [{"name": name, "base": {"greedy": base}, "exact": exact} for name in ("6-10", "8-12")]
+    for run, found in results:
+        if run.stage == "screen":
+            found["stages"][0]["value"], found["stages"][0]["cpu_seconds"] = exact, 1.0
+    return summarise(results, tasks, "separate", {})
+
+
+def test_rows_on_different_base_models_never_stand_in_one_table(tmp_path, capsys):
+    old = [result(0, "separate", [0, 1]), result(1, "separate", [0, 1]), result(0, "none", [0, 1])]
+    old += [result(0, "lam-1.0-trajectory", [0, 1], "lambda"), result(100, "head-1e-3", [0, 1], "screen")]
+    recorded = with_earlier(summary_on(0.2, old), None, [run for run, _ in old], {})
+    assert [task["name"] for task in recorded["tasks"]] == ["6-10"]  # nothing stands on the other
+    path = tmp_path / "critics.json"
+    for row in (row for stage in critics.STAGES for row in recorded[stage]):
+        del row["base"]  # as an earlier version recorded it
+    path.write_text(json.dumps(recorded))
+    capsys.readouterr()
+
+    new = [result(0, "separate", [1, 1])]
+    found = with_earlier(summary_on(0.3, new), critic_table.read(path), [run for run, _ in [*old, *new]], {})
+    said = "policy 6-10: recorded rows left out, as their base model is another than OUT's: 2"
+    assert capsys.readouterr().out.splitlines() == [said]
+    assert [(row["variant"], row["seeds"], row["base"]) for row in found["policy"]] == [
+        ("separate", [0], {"greedy": 0.3})
+    ]
+    assert "policy 6-10 none 0" in found["not_run"]
+    assert [row["base"]["greedy"] for row in [*found["lambda"], *found["screen"]]] == [0.2, 0.2]
+    assert [(task["name"], task["base"]["greedy"]) for task in found["tasks"]] == [("6-10", 0.3), ("6-10", 0.2)]
+    assert "| exact chance |  |  | 0.200 |" in tables(found) and "0.300" not in tables(found)
+
+    path.write_text(json.dumps(found))  # with both bases of the task
+    screened = with_earlier(
+        summary_on(0.3, [result(100, "head-1e-3", [0, 1], "screen")]), critic_table.read(path), [], {}
+    )
+    assert "screen 6-10" in capsys.readouterr().out and len(screened["policy"]) == 1
+    assert "| exact chance |  |  | 0.300 |" in tables(screened) and "0.200" not in tables(screened)
+    same = with_earlier(summary_on(0.2, old[2:3]), critic_table.read(path), [], {})
+    assert [row["variant"] for row in same["lambda"]] == ["lam-1.0-trajectory"]
+
+    path.write_text("<<<<<<< ours\n")
+    with pytest.raises(UserError, match="critics.json: these are no recorded critics .*from git again"):
+        critic_table.read(path)
+
+
+def test_the_recorded_file_is_written_by_record_alone(tmp_path, monkeypatch, capsys):
+    recorded, output = tmp_path / "critics.json", tmp_path / "out"
+    monkeypatch.setattr(critics, "RESULTS", recorded)
+    critics.main([str(output), "--table", "--record"])
+    assert "nothing is written" in capsys.readouterr().out and not recorded.exists()
+    earlier = summary_on(0.2, [result(seed, "head-warm", [0, 1]) for seed in (0, 1)])
+    recorded.write_text(json.dumps(with_earlier(earlier, None, [], {})))
+    before = recorded.read_bytes()
+    critics.main([str(output), "--table", "--record"])
+    said = capsys.readouterr().out
+    assert "this is what was recorded" in said and "| 6-10 | head-warm | 2 |" in said
+    assert recorded.read_bytes() == before and not output.exists()
+
+    task = {"name": "6-10", "base": {"greedy": 0.9}, "exact": {}}
+    (output / "tasks/6-10").mkdir(parents=True)
+    critic_runs.write_json(output / "tasks/6-10/task.json", task)
+    run, (_, found) = critics.planned("policy")[0], result(0, "separate", [0, 1])
+    (output / run.place).mkdir(parents=True)
+    critic_runs.write_json(output / run.place / "result.json", found | {"spec": critics.spec_of(run, output)})
+    critics.main([str(output), "--table"])
+    assert recorded.read_bytes() == before
+    own = (output / "critics.json").read_text()
+    assert [(row["variant"], row["seeds"]) for row in json.loads(own)["policy"]] == [("separate", [0])]
+    critics.main([str(output), "--table", "--record"])
+    assert recorded.read_text() == own
+    assert "| 6-10 | separate |" in capsys.readouterr().out
 
 
 def test_what_was_recorded_is_planned_still():

@@ -1,12 +1,17 @@
 """Runs that are recorded count as made in another directory, unless their specification or the rows beside them are others."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 
 import pytest
 
+from benchmarks.evidence import critics
 from benchmarks.evidence.pieces import in_order, made, scores
+from benchmarks.evidence.real_model import __main__ as real_model_command
 from benchmarks.evidence.recorded import Source, Study, go_on, record
+from benchmarks.evidence.recorded_lines import NUMBER
+from benchmarks.evidence.study import __main__ as study_command
 from dqo.errors import UserError
 from dqo.files import write_whole
 
@@ -36,7 +41,8 @@ class Machine:
     def __init__(self, directory, folder, bits=0):
         self.root, self.folder, self.bits, self.made = directory, folder, bits, []
         self.rates = dict.fromkeys(RUNS, 1)
-        self.study = Study(self.spec_of, self.source_of, lambda _: "pieces.jsonl", lambda *_: {"setting": {"rate": 1}})
+        self.study = Study(self.spec_of, self.source_of, lambda _: "pieces.jsonl", lambda *_: {"setting": {"rate": 1}},
+                           lambda _: (500, 4), lambda run: {"setting": {"rate": NUMBER}} if run in TRIED else {})  # fmt: skip
 
     def spec_of(self, piece, root):
         if piece in TRAINED:
@@ -73,7 +79,7 @@ class Machine:
     def record(self):
         record(self.study, EVERY, self.root, self.folder)
         path = self.folder / "pieces.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
 
 @pytest.fixture
@@ -165,11 +171,82 @@ def test_runs_whose_rows_are_gone_are_not_recorded(machine, capsys):
     assert "runs/0/base is not recorded" in capsys.readouterr().out
 
 
-def test_a_line_that_cannot_be_read_is_named(machine):
+def other(line, **fields):
+    return json.dumps(line | fields)
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [(study_command, "study/a.jsonl"), (real_model_command, "real-study-pieces.jsonl"), (critics, "critics.json")],
+)
+def test_a_damaged_record_ends_a_command_with_one_line(tmp_path, monkeypatch, capsys, command, file):
+    path = tmp_path / "results" / file
+    path.parent.mkdir(parents=True)
+    path.write_text("<<<<<<< theirs\n")
+    monkeypatch.setattr(command, "RESULTS", path if command is critics else tmp_path / "results")
+    monkeypatch.setattr(real_model_command, "result_of", lambda *_: {"path": "m"})
+    table = ["--stage", "table"] if command is study_command else ["--table"]
+    with pytest.raises(SystemExit) as ended:
+        command.main([str(tmp_path / "out"), *table])
+    said = ended.value.code  # Python prints it on stderr, and exits with 1
+    assert isinstance(said, str) and "\n" not in said and str(path) in said and said.endswith("file from git again")
+
+
+def test_of_a_piece_that_fails_by_a_mistake_one_line_is_told(machine, capsys):
+    first = machine("first")
+
+    def mistaken(*_):
+        raise UserError("no model is\nthere")
+
+    first.make = mistaken
+    assert first.go_on([BASE]) == 3
+    assert capsys.readouterr().err == "model: no model is there\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(lambda _: "<<<<<<< theirs", "this is no line of a recorded run"),
+     (lambda line: json.dumps([line]), "this is no line of a recorded run, but"),
+     (lambda line: json.dumps({name: value for name, value in line.items() if name != "rows"}), "rows is missing"),
+     (lambda line: other(line, place=None), "place must be a text, got None"),
+     (lambda line: other(line, spec=["s"]), "spec must be a text"),
+     (lambda line: other(line, samples=True), "samples must be a whole number, got True"),
+     (lambda line: other(line, samples=0), "samples must be from 1 to 9, got 0"),
+     (lambda line: other(line, samples=3), "samples must be 4, got 3"),
+     (lambda line: other(line, cpu_seconds="1"), "cpu_seconds must be a number, got '1'"),
+     (lambda line: other(line, all_cpu_seconds=float("nan")), "all_cpu_seconds must be a number, got nan"),
+     (lambda line: other(line, failed=1), "failed must be a text or null"),
+     (lambda line: other(line, made="today"), "made must be an object, got 'today'"),
+     (lambda line: other(line, made={"date": "2026-11-27"}), "made.commit is missing"),
+     (lambda line: other(line, setting={"rate": "high"}), "setting.rate must be a number"),
+     (lambda line: other(line, greedy=[1, 0]), "greedy must be a text"),
+     (lambda line: other(line, greedy="x" + line["greedy"][1:]), "greedy must have a digit from 0 to 1 .* got 'x'"),
+     (lambda line: other(line, sampling="5" + line["sampling"][1:]), "sampling must have a digit from 0 to 4 .* got '5'"),
+     (lambda line: other(line, sampling=line["sampling"][1:]), "sampling has 499 problems where greedy has 500"),
+     (lambda line: other(line, greedy="01", sampling="01"), "greedy must have 500 problems, got 2"),
+     (lambda line: other(line).replace("setting", "\udcff"), "this is no line of a recorded run .*utf-8")],
+)  # fmt: skip
+def test_a_damaged_line_is_named_with_its_field_and_the_cure(machine, damage, said):
+    first = machine("first")
+    lines = first.go_on(TRIED) and first.record()
+    text = f"{json.dumps(lines[0])}\n{damage(lines[1])}\n{json.dumps(lines[2])}\n"
+    (first.folder / "pieces.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+    message = rf"pieces.jsonl:2: {said}.*; take the line out, or take the file from git again$"
+    for reading in (machine("second").go_on, first.record):
+        with pytest.raises(UserError, match=message):
+            reading()
+
+
+def test_lines_of_runs_that_are_gone_are_kept_and_line_separators_in_a_text_end_no_line(machine):
     first = machine("first")
     first.go_on([BASE])
-    first.record()
+    [line] = first.record()
+    gone = line | {"place": "x", "greedy": "01", "sampling": "01", "failed": "one\u2028two"}
+    first.study = dataclasses.replace(
+        first.study, file_of=lambda place: {BASE.place: "pieces.jsonl"}.get(place, "other.jsonl")
+    )
     path = first.folder / "pieces.jsonl"
-    path.write_text(path.read_text() + "<<<<<<< theirs\n")
-    with pytest.raises(UserError, match=r"pieces.jsonl:2: .*from git again"):
-        machine("second").go_on()
+    path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in (line, gone)))
+    for _ in range(2):
+        assert first.record() == [line, gone]
+    assert not (first.folder / "other.jsonl").exists() and machine("second").go_on([BASE]) == []

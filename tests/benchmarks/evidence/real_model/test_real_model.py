@@ -210,6 +210,19 @@ def test_both_contenders_are_compared_with_every_row_and_once_with_each_other():
     assert compared == {BASE: both, "dqo": [], "shuffled": both, "dqo-measured": ["dqo ahead"]}
 
 
+def test_a_row_of_fewer_seeds_says_which_they_are():
+    rows = rows_by_method({BASE: [40, 44, 42], "kto": [90, 92], "dqo": [100, 96, 98], "shuffled": [41]}, (0, 1, 2))
+    facts = {"runs": {"made": 9, "planned": 24}, "cpu_hours": 0.1, "command": "c", "makings": [], "data": {}}
+    text = markdown(facts | {"seeds": [0, 1, 2], "rows": list(rows.values())})
+    cells = {line.split(" | ")[0][2:]: line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
+    assert cells["kto"][2] == "seeds 0, 1: 45.0, 46.0" and cells["kto"][6].startswith("seeds 0, 1: +3.5 (")
+    assert (
+        cells["shuffled"][2] == "seed 0: 20.5"
+        and "Control: seed 0: shuffled rewards are ahead of the base by +0.5 (" in text
+    )
+    assert cells["dqo"][2] == "50.0, 48.0, 49.0" and "seed" not in " ".join(cells[BASE])
+
+
 # of 200 problems right in both seeds: level, far ahead, ahead by chance, far behind
 @pytest.mark.parametrize("right", [(40, 44), (90, 94), (41, 45), (10, 12)])
 def test_a_control_that_gains_makes_the_table_suspect(tmp_path, right):
