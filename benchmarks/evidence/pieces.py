@@ -95,6 +95,13 @@ def head(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
+def worth_recording(summary: dict[str, Any]) -> bool:
+    """Whether the summary tells of a finished run; otherwise it is told that what is recorded stays."""
+    if not summary["runs"]["made"]:
+        print("no run is finished: no table is recorded, and one that was stays")
+    return summary["runs"]["made"] > 0
+
+
 def made(place: Path, spec: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Does the work and stores its result, with its seconds and its making. What a killed one left stays there for `work` to go
     on with, unless the specification has changed since."""

@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked.record:
         record(STUDY, every, root, RESULTS)
     summary = summarise(root, " ".join(["python -m benchmarks.evidence.real_model", *given]), seeds)
-    for path in (root / "results.json", *([RESULTS / "real-study.json"] if asked.record else [])):
+    recorded = asked.record and pieces.worth_recording(summary)
+    for path in (root / "results.json", *([RESULTS / "real-study.json"] if recorded else [])):
         path.write_text(json.dumps(summary, indent=1) + "\n")
     text = markdown(summary)
     (root / "tables.md").write_text(text)

@@ -135,10 +135,8 @@ def markdown(summary: dict[str, Any]) -> str:
             lines += ["", f"{row['method']} ended itself and counts as the base model: {why}"]
         control = row.get("control")
         if control:
-            lines += [
-                "",
-                f"Control: {_which(control, seeds)}shuffled rewards are ahead of the base by {difference_text(control)}.",
-            ]
+            gap = difference_text(control)
+            lines += ["", f"Control: {_which(control, seeds)}shuffled rewards are ahead of the base by {gap}."]
             if control["mean"] > 0 and control.get("holm", 1.0) < BEHIND:
                 lines += ["", "**Shuffled rewards gain over the base: the gains of this table are suspect.**"]
     return "\n".join(lines) + "\n"

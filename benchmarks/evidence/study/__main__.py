@@ -42,15 +42,15 @@ def wanted(tasks: Sequence[str], methods: Sequence[str], stages: Sequence[str]) 
 
 
 def write_tables(root: Path, command: str, record: bool) -> None:
+    """With `record` to benchmarks/results too, unless there is no finished run to tell of."""
     summary = summarise(root, command)
-    for place in (root, RESULTS) if record else (root,):
-        (place / ("study.json" if place == RESULTS else "results.json")).write_text(
-            json.dumps(summary, indent=1) + "\n"
-        )
+    record = record and pieces.worth_recording(summary)
+    for path in (root / "results.json", *([RESULTS / "study.json"] if record else [])):
+        path.write_text(json.dumps(summary, indent=1) + "\n")
         if summary["rows"]:
-            draw_tasks(summary["rows"], place / "study.svg")
+            draw_tasks(summary["rows"], path.parent / "study.svg")
         if summary["ablations"]:
-            draw_ablations(summary["ablations"], place / "study-ablations.svg")
+            draw_ablations(summary["ablations"], path.parent / "study-ablations.svg")
     text = markdown(summary)
     (root / "tables.md").write_text(text)
     print(text)

@@ -42,7 +42,8 @@ class Machine:
         self.root, self.folder, self.bits, self.made = directory, folder, bits, []
         self.rates = dict.fromkeys(RUNS, 1)
         self.study = Study(self.spec_of, self.source_of, lambda _: "pieces.jsonl", lambda *_: {"setting": {"rate": 1}},
-                           lambda _: (500, 4), lambda run: {"setting": {"rate": NUMBER}} if run in TRIED else {})  # fmt: skip
+                           lambda _: (500, 4),
+                           lambda run: {"setting": {"rate": NUMBER}} if run in TRIED else {})  # fmt: skip
 
     def spec_of(self, piece, root):
         if piece in TRAINED:
@@ -221,7 +222,7 @@ def test_of_a_piece_that_fails_by_a_mistake_one_line_is_told(machine, capsys):
      (lambda line: other(line, setting={"rate": "high"}), "setting.rate must be a number"),
      (lambda line: other(line, greedy=[1, 0]), "greedy must be a text"),
      (lambda line: other(line, greedy="x" + line["greedy"][1:]), "greedy must have a digit from 0 to 1 .* got 'x'"),
-     (lambda line: other(line, sampling="5" + line["sampling"][1:]), "sampling must have a digit from 0 to 4 .* got '5'"),
+     (lambda line: other(line, sampling="5" + line["sampling"][1:]), "sampling must have a digit from 0 to 4 .*'5'"),
      (lambda line: other(line, sampling=line["sampling"][1:]), "sampling has 499 problems where greedy has 500"),
      (lambda line: other(line, greedy="01", sampling="01"), "greedy must have 500 problems, got 2"),
      (lambda line: other(line).replace("setting", "\udcff"), "this is no line of a recorded run .*utf-8")],

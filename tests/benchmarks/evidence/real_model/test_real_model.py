@@ -210,6 +210,17 @@ def test_both_contenders_are_compared_with_every_row_and_once_with_each_other():
     assert compared == {BASE: both, "dqo": [], "shuffled": both, "dqo-measured": ["dqo ahead"]}
 
 
+def test_a_study_without_a_run_records_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "benchmarks")
+    command.RESULTS.mkdir()
+    told = {"spec": {}, "path": "m", "hash": "h", "dtype": "float32"}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/result.json").write_text(json.dumps(told))
+    command.main([str(tmp_path), "--table", "--record"])
+    assert not list(command.RESULTS.iterdir())
+    assert "no table is recorded" in capsys.readouterr().out and (tmp_path / "results.json").exists()
+
+
 def test_a_row_of_fewer_seeds_says_which_they_are():
     rows = rows_by_method({BASE: [40, 44, 42], "kto": [90, 92], "dqo": [100, 96, 98], "shuffled": [41]}, (0, 1, 2))
     facts = {"runs": {"made": 9, "planned": 24}, "cpu_hours": 0.1, "command": "c", "makings": [], "data": {}}

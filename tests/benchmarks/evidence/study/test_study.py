@@ -128,6 +128,12 @@ def test_data_are_made_for_runs_alone_unless_they_are_asked_for(tmp_path, monkey
     assert [{piece.kind for piece in wanted} for wanted in asked] == [{"run"}, {"data"}]
 
 
+def test_a_study_without_a_run_records_nothing(tmp_path, capsys):
+    study.main([str(tmp_path / "new"), "--stage", "table", "--record"])
+    assert not [path for path in study.RESULTS.rglob("*") if path.is_file()]
+    assert "no table is recorded" in capsys.readouterr().out and (tmp_path / "new/results.json").exists()
+
+
 def fill(root, task, accuracy, seeds=sizes.SEEDS, failed=None):
     """Results of invented runs: {method: right answers of 20, by seed}."""
     for method, rights in accuracy.items():
