@@ -9,13 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
+# Now and then gloo's processes do not meet: a port that was free is taken by then, or a connection is reset
+OF_THE_NETWORK = ("Connection reset by peer", "Connection refused", "address already in use", "Connection closed by peer")
 
 
 def measured(tmp_path, *sizes):
     command = [sys.executable, "-m", "benchmarks.trainer.sharded_memory", str(tmp_path / "found.json"), *sizes]
     command += ["--untied", "--processes", "2", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=900)
+    for last in (False, False, True):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+        if done.returncode == 0 or last or not any(fault in done.stderr for fault in OF_THE_NETWORK):
+            break
+    assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())["now"]
     two, one = found["2 processes"], found["1 process"]
     assert two["share_mb"] == pytest.approx(4 * two["share_of_weights_mb"], rel=0.01)
