@@ -10,7 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 # Now and then gloo's processes do not meet: a port that was free is taken by then, or a connection is reset
-OF_THE_NETWORK = ("Connection reset by peer", "Connection refused", "address already in use", "Connection closed by peer")
+OF_THE_NETWORK = (
+    "Connection reset by peer",
+    "Connection refused",
+    "address already in use",
+    "Connection closed by peer",
+)
 
 
 def measured(tmp_path, *sizes):
