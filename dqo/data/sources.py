@@ -20,6 +20,17 @@ from dqo.files import name_problem
 logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
+# how the first bytes of a file show that it holds no lines of JSON, and what to do then
+_KINDS = {
+    b"\x1f\x8b": "is compressed by gzip: gzip -dc {0} > NEW.jsonl",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd: zstd -dc {0} > NEW.jsonl",
+    b"BZh": "is compressed by bzip2: bzip2 -dc {0} > NEW.jsonl",
+    b"\xfd7zXZ\x00": "is compressed by xz: xz -dc {0} > NEW.jsonl",
+    b"PK\x03\x04": "is a zip archive: unzip {0}",
+    b"PAR1": "is a Parquet file: name it .parquet",
+    b"\xff\xfe": "is UTF-16: iconv -f UTF-16 -t UTF-8 {0} > NEW.jsonl",
+    b"\xfe\xff": "is UTF-16: iconv -f UTF-16 -t UTF-8 {0} > NEW.jsonl",
+}
 _BATCH = 1024  # rows of a Parquet file that are read at once
 # org/name, org/name:split or org/name:configuration:split; a revision stands before the first colon, org/name@revision
 _HUB_NAME = re.compile(
@@ -115,6 +126,9 @@ def _from_jsonl(path: Path) -> Iterator[Record | BadRow]:
         with path.open("rb") as file:
             for number, line in enumerate(progress(file, f"read {path.name}"), start=1):
                 if number == 1:
+                    for start, cure in _KINDS.items():
+                        if line.startswith(start):
+                            raise UserError(f"{path}: {cure.format(path.name)}")
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
                     empty = False
@@ -138,6 +152,8 @@ def _of_line(path: Path, number: int, line: bytes) -> Record | BadRow:
         problem = f"not valid JSON ({what} at column {error.colno})"
         if number == 1 and ended and (line.lstrip().startswith(b"[") or line.strip() == b"{"):
             problem += f"; {_not_lines(path, line)}"
+        elif b"\r" in line.rstrip():
+            problem += f"; lines end with carriage returns alone: tr '\\r' '\\n' < {path.name} > NEW.jsonl"
         elif not ended and line.startswith(b"{") and not line.endswith(b"}"):
             problem += "; the last line has no end: its writer was cut off"
     except DoubledKey as error:

@@ -49,13 +49,31 @@ class KTO(Objective):
                 "kto needs responses of at least two prompts: its KL term is estimated from responses given to other "
                 "prompts; add prompts, or use --method dqo"
             )
-        if len(np.unique(columns.label)) == 1:
-            kind = "correct" if columns.label[0] else "wrong"
-            logger.warning("every response is labelled %s: kto has nothing to compare them with", kind)
+        self._tell_balance(columns.label)
         companions = np.full(len(columns.prompt), -1, dtype=np.int64)
         for own, others in zip(members, members[1:] + members[:1]):
             companions[own] = others[np.arange(len(own)) % len(others)]
         return Selection(super().prepare(columns).groups, companions=companions)
+
+    def _tell_balance(self, label: np.ndarray) -> None:
+        """Warns where the labels weigh far from what the paper advises, good over bad from 1 to 4/3."""
+        good = int((label > 0.5).sum())
+        bad = len(label) - good
+        if not good or not bad:
+            if len(label):
+                kind = "correct" if good else "wrong"
+                logger.warning("every response is labelled %s: kto has nothing to compare them with", kind)
+            return
+        if self.undesirable_weight <= 0 or self.desirable_weight <= 0:
+            return
+        weigh = good * self.desirable_weight / (bad * self.undesirable_weight)
+        if not 0.75 <= weigh <= 5 / 3:
+            advised = bad * self.undesirable_weight / good
+            logger.warning(
+                "kto: %s good and %s bad responses weigh %.2g to 1; 1 to 1.33 is advised: "
+                "--desirable_weight %.2g to %.2g",
+                f"{good:,}", f"{bad:,}", weigh, advised, advised * 4 / 3,
+            )  # fmt: skip
 
     def companion_sums(self, stats, rows, cu_seqlens):
         """[sum, count] of S(x, y') over companions; their mean is the column companion_mean, and z0 where it is above 0."""

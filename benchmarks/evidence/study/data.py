@@ -156,8 +156,8 @@ def of_others(name: str, task: Task, seed: int, root: Path) -> list[Row]:
         return sampled(base, other, problems, task.samples, seed)
     parts = [
         sampled(base, own, problems, SHARES[0], seed),
-        sampled(base, other, problems, SHARES[1], seed),
-        sampled(base, own, problems, SHARES[2], seed + 1, temperature=HOT),
+        sampled(base, other, problems, SHARES[1], seed + 1),  # the draws of one seed would go with those of the base
+        sampled(base, own, problems, SHARES[2], seed + 2, temperature=HOT),
     ]
     return [row for found in made_of.by_prompt([row for part in parts for row in part]).values() for row in found]
 

@@ -102,7 +102,7 @@ def options_of_run(run: Piece, root: Path) -> settings.Settings | None:
     """Those of the run as `settings.options_for` has them; None before all settings were tried."""
     setting = setting_of(run, root)
     change = settings.ABLATIONS[run.change] if run.change else None
-    return None if setting is None else settings.options_for(TASKS[run.name], METHODS[run.method], setting, change)
+    return None if setting is None else settings.options_for(run.name, METHODS[run.method], setting, change)
 
 
 def chosen(tried: list[Piece], root: Path) -> int | None:

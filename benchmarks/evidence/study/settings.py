@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from benchmarks.evidence.study.sizes import LENGTH, TASKS, Task
+from benchmarks.evidence.study.sizes import LENGTH, TASKS
 
 Settings = dict[str, Any]  # options of `dqo train`
 
-COUNT = 6  # of settings, of every method
+COUNT = 9  # of settings, of every method
 COMMON: Settings = {
     "max_length": LENGTH, "lr_scheduler_type": "constant", "adam_beta2": 0.99, "process_reward": "none", "eval_fraction": 0.0,
     "save_steps": 10_000, "save_total_limit": 1,
@@ -31,24 +31,35 @@ class Method:
 
 
 def grid(rates: tuple[float, ...], **values: tuple) -> list[Settings]:
-    names = ["learning_rate", *values]
-    return [dict(zip(names, chosen)) for chosen in product(rates, *values.values())]
+    return listed(*product(rates, *values.values()), names=("learning_rate", *values))
 
 
-PLAIN_RATES = (3e-5, 6e-5, 1e-4, 2e-4, 4e-4, 8e-4)
+def listed(*chosen: tuple[float, ...], names: Sequence[str] = ("learning_rate", "beta")) -> list[Settings]:
+    return [dict(zip(names, values)) for values in chosen]
+
+
+# A list's last three are beyond the edges of its first six, where the best of task `a` lay
+RFT_RATES = (3e-5, 6e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1e-5, 4.5e-5, 1.6e-3)
 RATES = (1e-4, 2e-4)
 WIDE = (0.1, 0.3, 1.0)
+SMALL_BETA = listed((1e-4, 0.03), (2e-4, 0.03), (1e-4, 0.01))
 HEAD: Settings = {"value_model": "head", "critic_learning_rate": 1e-3}
 SEPARATE: Settings = {"value_model": "separate", "critic_learning_rate": 1e-3}
 DQO: Settings = {"method": "dqo", "lam": 1.0, "is_level": "auto", **HEAD}
-STEPS = grid(RATES, process_coef=(0.25, 0.5, 1.0))
+STEPS = grid(RATES, process_coef=(0.25, 0.5, 1.0)) + listed(
+    (1e-4, 2.0), (2e-4, 2.0), (4e-4, 1.0), names=("learning_rate", "process_coef")
+)
 LABELLED = ("d", "f")  # tasks with rewards of steps
 
 METHODS: dict[str, Method] = {
-    "sft": Method({"method": "sft"}, grid((3e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3))),
-    "rft": Method({"method": "rft"}, grid(PLAIN_RATES)),
-    "dpo": Method({"method": "dpo"}, grid((6e-5, 2e-4), beta=(0.1, 0.3, 0.8)), pairs=True),
-    "kto": Method({"method": "kto"}, grid(RATES, beta=WIDE)),
+    "sft": Method({"method": "sft"}, grid((3e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 1e-5, 6e-5, 3.2e-3))),
+    "rft": Method({"method": "rft"}, grid(RFT_RATES)),
+    "dpo": Method(
+        {"method": "dpo"},
+        grid((6e-5, 2e-4), beta=(0.1, 0.3, 0.8)) + listed((3e-5, 0.8), (6e-5, 2.0), (1e-4, 2.0)),
+        pairs=True,
+    ),
+    "kto": Method({"method": "kto"}, grid(RATES, beta=WIDE) + listed((2e-4, 3.0), (4e-4, 1.0), (4e-4, 3.0))),
     "dqo": Method(
         DQO,
         [
@@ -58,6 +69,7 @@ METHODS: dict[str, Method] = {
             {"learning_rate": 2e-4, "beta": 0.4},
             {"learning_rate": 2e-4, "beta": 0.1, "is_level": "none"},
             {"learning_rate": 2e-4, "beta": 0.2, "is_level": "none"},
+            *listed((1e-4, 0.05), (2e-4, 0.1), (4e-4, 0.2)),
         ],
         warm=True,
     ),
@@ -65,18 +77,32 @@ METHODS: dict[str, Method] = {
     "dqo-steps": Method(
         DQO | {"beta": 0.2, "process_reward": "additive"}, STEPS, file="steps.jsonl", warm=True, only=LABELLED
     ),
-    "rft-steps": Method({"method": "rft"}, grid(PLAIN_RATES), file="prefixes.jsonl", only=LABELLED),
+    "rft-steps": Method({"method": "rft"}, grid(RFT_RATES), file="prefixes.jsonl", only=LABELLED),
     "dpo-nll": Method(
-        {"method": "dpo"}, grid((1e-4,), beta=(0.1, 0.3, 0.8), rpo_alpha=(0.1, 1.0)), pairs=True
+        {"method": "dpo"},
+        grid((1e-4,), beta=(0.1, 0.3, 0.8), rpo_alpha=(0.1, 1.0))
+        + listed((1e-4, 0.3, 3.0), (1e-4, 0.8, 3.0), (2e-4, 0.3, 1.0), names=("learning_rate", "beta", "rpo_alpha")),
+        pairs=True,
     ),
-    "dro": Method({"method": "dro", **SEPARATE}, grid(RATES, beta=(0.05, 0.2, 0.5)), warm=True),
-    "oreo": Method({"method": "oreo", **SEPARATE}, grid(RATES, beta=(0.05, 0.2, 0.5)), warm=True),
-    "qrpo": Method({"method": "qrpo"}, grid(RATES, beta=WIDE)),
-    "rebel": Method({"method": "rebel"}, grid(RATES, beta=WIDE), pairs=True),
+    "dro": Method(
+        {"method": "dro", **SEPARATE},
+        grid(RATES, beta=(0.05, 0.2, 0.5)) + listed((1e-4, 0.1), (2e-4, 0.1), (4e-4, 0.2)),
+        warm=True,
+    ),
+    "oreo": Method(
+        {"method": "oreo", **SEPARATE},
+        grid(RATES, beta=(0.05, 0.2, 0.5)) + listed((2e-4, 0.02), (4e-4, 0.02), (4e-4, 0.05)),
+        warm=True,
+    ),
+    "qrpo": Method({"method": "qrpo"}, grid(RATES, beta=WIDE) + SMALL_BETA),
+    "rebel": Method({"method": "rebel"}, grid(RATES, beta=WIDE) + SMALL_BETA, pairs=True),
     "dqo-paper": Method(
-        {"method": "dqo", "preset": "paper", "critic_learning_rate": 1e-3}, grid(RATES, beta=(0.1, 0.2, 0.4))
+        {"method": "dqo", "preset": "paper", "critic_learning_rate": 1e-3},
+        grid(RATES, beta=(0.1, 0.2, 0.4)) + listed((1e-4, 0.05), (2e-4, 0.05), (4e-4, 0.2)),
     ),
-    "dqo-soft": Method({"method": "dqo", "preset": "soft"}, grid(RATES, beta=WIDE)),
+    "dqo-soft": Method(
+        {"method": "dqo", "preset": "soft"}, grid(RATES, beta=WIDE) + listed((4e-4, 0.1), (4e-4, 0.3), (8e-4, 0.3))
+    ),
     "dqo-noisy": Method(
         DQO | {"beta": 0.2, "process_reward": "additive"}, STEPS, file="noisy.jsonl", warm=True, only=("d",)
     ),
@@ -84,7 +110,10 @@ METHODS: dict[str, Method] = {
         DQO | {"beta": 0.2, "process_reward": "potential"}, STEPS, file="measured.jsonl", warm=True, only=("d",)
     ),
     "dqo-unweighted": Method(
-        DQO | {"is_level": "none"}, grid(RATES, beta=(0.1, 0.2, 0.4)), warm=True, only=("e1", "e3")
+        DQO | {"is_level": "none"},
+        grid(RATES, beta=(0.1, 0.2, 0.4)) + listed((1e-4, 0.05), (2e-4, 0.05), (4e-4, 0.2)),
+        warm=True,
+        only=("e1", "e3"),
     ),
 }  # fmt: skip
 BASE = "base"  # the base model itself, which is not trained
@@ -103,6 +132,19 @@ def methods_of(task: str) -> list[str]:
     return [name for name in there if task not in FEWER or name in FEWER[task]]
 
 
+# Bad responses over good ones in the files of a task: with this weight of the good ones kto reads as much of both
+BALANCE = {"a": 1.3, "b14": 6.7, "b28": 19.0, "c": 20.0, "d": 9.0, "e1": 1.7, "e3": 1.5, "f": 1.6}
+FAR_FROM_0 = ("f", "g2", "g4")  # where a value model would need more than its warm-up to reach the mean return
+
+
+def of_task(task: str, method: Method) -> Settings:
+    """Options that a task's data ask for."""
+    if method.fixed["method"] == "kto":
+        return {"desirable_weight": BALANCE[{"g2": "a", "g4": "a"}.get(task, task)]}
+    fitted = method.fixed.get("value_model") in ("head", "separate") or method.fixed.get("preset") == "paper"
+    return {"value_init": "mean_return"} if fitted and task in FAR_FROM_0 else {}
+
+
 # One change at a time to the chosen options of dqo. "file" and "warmup" are not options of `dqo train`
 Change = Callable[[Settings], Settings]
 ABLATED = ("a", "b14")
@@ -113,7 +155,6 @@ ABLATIONS: dict[str, Change] = {
     "one_step": lambda _: {"policy_target": "one_step"},
     "weights of suffixes": lambda _: {"is_level": "suffix"},
     "no weights": lambda _: {"is_level": "none"},
-    "weights of responses": lambda _: {"is_level": "trajectory"},
     "weights of responses, no cap": lambda _: {"is_level": "trajectory", "is_cap": None},
     "beta halved": lambda chosen: {"beta": chosen["beta"] / 2},
     "beta doubled": lambda chosen: {"beta": chosen["beta"] * 2},
@@ -130,9 +171,10 @@ ABLATIONS: dict[str, Change] = {
 }
 
 
-def options_for(task: Task, method: Method, setting: Settings, change: Change | None = None) -> Settings:
-    """Options of `dqo train` but for places and seed, for one round, and "file", the name of the data."""
-    options = COMMON | method.fixed | setting
+def options_for(name: str, method: Method, setting: Settings, change: Change | None = None) -> Settings:
+    """Options of `dqo train` for a task, but for places and seed, for one round, and "file", the name of the data."""
+    task = TASKS[name]
+    options = COMMON | method.fixed | of_task(name, method) | setting
     options = {"file": method.file, "warmup": task.warmup if method.warm else 0} | options
     if change is not None:
         options |= change(options)

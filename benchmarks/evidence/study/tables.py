@@ -19,6 +19,8 @@ from dqo.stats import mean_interval
 
 LEVEL = 0.01  # of the claims chosen in advance
 SUSPECT = 0.05  # of the control
+LOST = 0.05  # by Holm: a rival that is ahead by so much wins
+WORTH = 0.01  # of the measure: what a method must be ahead by of one that takes less processor time
 Results = dict[str, dict[int, dict]]  # {method: {seed: result}}
 
 
@@ -67,6 +69,7 @@ def rows_of(task: str, results: Results, root: Path) -> list[dict[str, Any]]:
     rows = []
     contenders = [name for name in dict.fromkeys(("dqo", PRIMARY.get(task, "dqo"))) if name in results]
     compared: list[tuple[dict, str]] = []
+    complete = all(len(results.get(name, {})) == len(SEEDS) for name in (BASE, *methods_of(task)))
     for name, by_seed in results.items():
         row: dict[str, Any] = {"method": name, "seeds": sorted(by_seed)}
         if name != BASE:
@@ -84,19 +87,35 @@ def rows_of(task: str, results: Results, root: Path) -> list[dict[str, Any]]:
             gap, count = difference(results[contender], by_seed)
             if gap is not None:
                 row[f"{contender} ahead"] = gap._asdict()
-                if count == len(SEEDS):
+                if complete:
                     compared.append((row, contender))
-                else:
-                    del row[f"{contender} ahead"]["p_value"]  # nothing is tested before all seeds are there
+                else:  # nothing is tested before all that is corrected together is there
+                    del row[f"{contender} ahead"]["p_value"]
         rows.append(row)
     found = [row[f"{contender} ahead"] for row, contender in compared]
     for told, corrected in zip(found, holm([told["p_value"] for told in found])):
         told["holm"] = corrected
+    contender = PRIMARY.get(task, "dqo")
+    for row in rows:
+        if row["method"] in settings.RIVALS and "holm" in row.get(f"{contender} ahead", {}):
+            row["verdict"] = verdict(row, next(other for other in rows if other["method"] == contender), contender)
     control, count = difference(results.get("shuffled", {}), results.get(BASE, {}))
     if control is not None and count == len(SEEDS):
-        suspect = control.mean > 0 and control.p_value < SUSPECT
-        next(row for row in rows if row["method"] == "shuffled")["control"] = {**control._asdict(), "suspect": suspect}
+        told = control._asdict() | {"suspect": control.mean > 0 and control.p_value < SUSPECT}
+        over_sft, _ = difference(results["shuffled"], results.get("sft", {}))
+        told["over sft"] = over_sft._asdict() if over_sft else None  # more updates alone may sharpen a model
+        next(row for row in rows if row["method"] == "shuffled")["control"] = told
     return rows
+
+
+def verdict(rival: dict[str, Any], contender: dict[str, Any], name: str) -> str:
+    """What the rules that were fixed in advance say of a rival, whose row is tested."""
+    gap = rival[f"{name} ahead"]
+    if gap["mean"] < 0 and gap["holm"] < LOST:
+        return "loses"
+    if rival["cpu_seconds"] < contender["cpu_seconds"] and (gap["mean"] < WORTH or gap["low"] <= 0):
+        return "does not earn its place"
+    return "ahead" if gap["mean"] > 0 and gap["holm"] < LOST else "level"
 
 
 def claims(found: dict[str, Results]) -> list[dict[str, Any]]:
@@ -161,17 +180,20 @@ def markdown(summary: dict[str, Any]) -> str:
 def _task(rows: list[dict[str, Any]]) -> list[str]:
     contenders = list(dict.fromkeys(key for row in rows for key in row if key.endswith(" ahead")))
     heads = ["method", "seeds", "accuracy", "greedy", "sampling", *(f"{key} (p by Holm)" for key in contenders)]
-    heads += ["CPU s", "setting"]
+    contender = contenders[-1].removesuffix(" ahead") if contenders else ""
+    heads += [f"for {contender}", "CPU s", "setting"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         cells = [row["method"], str(len(row["seeds"]))]
         cells += [interval_text(row[name], 1) for name in ("accuracy", "greedy", "sampling")]
         cells += [difference_text(row.get(key)) for key in contenders]
-        cells += [f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else "", _setting(row)]
+        cells += [row.get("verdict", ""), f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else "", _setting(row)]
         lines.append("| " + " | ".join(cells) + " |")
     for row in rows:
-        if row.get("control", {}).get("suspect"):
-            lines += ["", "**Shuffled rewards gain over the base: the gains of this table are suspect.**"]
+        if control := row.get("control"):
+            gaps = f"{difference_text(control)} over the base, {difference_text(control['over sft'])} over sft"
+            lines += ["", f"Shuffled rewards: {gaps}."]
+            lines += ["**The gains of this table are suspect.**"] * control["suspect"]
     return lines
 
 

@@ -53,6 +53,8 @@ def run(piece: Piece, root: Path) -> dict[str, Any]:
         assert options is not None  # its settings were tried before
         rounds = trained_in_rounds if task.rounds > 1 else trained
         model, failed = attempted(lambda: rounds(piece, task, options, root))
+        if failed is not None:
+            model = kept(root / piece.place)
     seconds = time.process_time() - cpu
     if model is not None:
         scores = evaluated(task, base, model, piece.seed)
@@ -61,6 +63,14 @@ def run(piece: Piece, root: Path) -> dict[str, Any]:
         assert of_base is not None  # it was needed
         scores = {name: of_base[name] for name in ("greedy", "sampling")}
     return scores | {"cpu_seconds": seconds, "failed": failed}
+
+
+def kept(place: Path) -> Path | None:
+    """What a run that ended itself has kept; None where it never began."""
+    from dqo.train.damage import checkpoints
+
+    found = [checkpoint for output in sorted(place.glob("**/run")) for checkpoint in checkpoints(output)]
+    return found[-1] if found else None
 
 
 def trained(piece: Piece, task: Task, options: Settings, root: Path) -> Path:

@@ -1,6 +1,9 @@
+import bz2
 import dataclasses
+import gzip
 import json
 import logging
+import lzma
 import sys
 
 import pytest
@@ -38,6 +41,24 @@ def test_a_last_line_without_an_end_is_called_cut_off(tmp_path):
     path = tmp_path / "rollouts.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + json.dumps(OTHER)[:-4])
     says(refusal(path), "rollouts.jsonl:2: not valid JSON", "its writer was cut off")
+
+
+@pytest.mark.parametrize(
+    ("content", "cure"),
+    [
+        (gzip.compress(b"{}"), "gzip -dc rollouts.jsonl > NEW.jsonl"),
+        (bz2.compress(b"{}"), "bzip2 -dc rollouts.jsonl > NEW.jsonl"),
+        (lzma.compress(b"{}"), "xz -dc rollouts.jsonl > NEW.jsonl"),
+        (b"PAR1 and more", "name it .parquet"),
+        ('{"prompt": "a"}\n'.encode("utf-16"), "iconv -f UTF-16 -t UTF-8 rollouts.jsonl > NEW.jsonl"),
+        (b'{"prompt": "a"}\r{"prompt": "b"}\r', "tr '\\r' '\\n' < rollouts.jsonl > NEW.jsonl"),
+    ],
+    ids=["gzip", "bzip2", "xz", "parquet", "UTF-16", "carriage returns"],
+)
+def test_of_a_file_of_another_kind_the_cure_is_said(tmp_path, content, cure):
+    path = tmp_path / "rollouts.jsonl"
+    path.write_bytes(content)
+    says(refusal(path), "rollouts.jsonl", cure)
 
 
 def test_a_json_array_is_called_one(tmp_path):

@@ -159,3 +159,20 @@ def test_options_out_of_range_are_named():
         "undesirable_weight",
     ]
     assert KTO().problems() == []
+
+
+@pytest.mark.parametrize(
+    ("weights", "told"),
+    [((1.0, 1.0), "weigh 0.25 to 1"), ((1.0, 0.5), "weigh 0.5 to 1"), ((4.0, 1.0), None), ((1.0, 0.0), None)],
+)
+def test_labels_that_weigh_far_from_equal_are_told_with_the_weight_that_is_advised(weights, told, caplog):
+    desirable, undesirable = weights
+    members = episodes(20)
+    for i, e in enumerate(members):
+        e.label = float(i % 5 == 0)
+    selected(KTO(desirable_weight=desirable, undesirable_weight=undesirable), members)
+    if told is None:
+        assert not caplog.text
+    else:
+        assert told in caplog.text and "4 good and 16 bad" in caplog.text
+        assert f"--desirable_weight {4 * undesirable:.2g} to" in caplog.text

@@ -14,14 +14,14 @@ from dqo.config.options import options_of
 PLACES = {"output_dir": "out", "model_name_or_path": "model", "dataset_name": "rows"}
 
 
-def test_every_method_has_six_settings_that_differ_and_the_same_updates_of_its_policy():
+def test_every_method_has_nine_settings_that_differ_and_the_same_updates_of_its_policy():
     for task in TASKS:
         for name in settings.methods_of(task):
             method = settings.METHODS[name]
             tried = settings.METHODS[method.tuned_as or name].settings
             assert len(tried) == settings.COUNT == len({json.dumps(one) for one in tried}), name
             for setting in tried if task == "d" or method.only else tried[:1]:
-                options = settings.options_for(TASKS[task], method, setting)
+                options = settings.options_for(task, method, setting)
                 assert options.pop("file").endswith(".jsonl")
                 train = options_of(options | PLACES, name).train
                 assert train.max_steps - train.value_warmup_steps == TASKS[task].updates // TASKS[task].rounds
@@ -32,9 +32,7 @@ def test_every_method_has_six_settings_that_differ_and_the_same_updates_of_its_p
 def test_every_ablation_changes_the_options_of_dqo(change):
     method = settings.METHODS["dqo"]
     for setting in method.settings:
-        made, whole = (
-            settings.options_for(TASKS["a"], method, setting, of) for of in (settings.ABLATIONS[change], None)
-        )
+        made, whole = (settings.options_for("a", method, setting, of) for of in (settings.ABLATIONS[change], None))
         assert (made == whole) == (change == "no weights" and setting.get("is_level") == "none")
         options_of({k: v for k, v in made.items() if k != "file"} | PLACES, change)
 
@@ -67,12 +65,22 @@ def test_each_task_is_complete_before_the_next_begins():
 
 def test_dqo_has_a_head_and_the_older_methods_a_value_model_of_their_own():
     def value_model(name):
-        options = settings.options_for(TASKS["a"], settings.METHODS[name], {"beta": 0.2})
+        options = settings.options_for("a", settings.METHODS[name], {"beta": 0.2})
         return options_of({k: v for k, v in options.items() if k != "file"} | PLACES, name).objective.value_model
 
     ours = ("dqo", "shuffled", "dqo-steps", "dqo-noisy", "dqo-measured", "dqo-unweighted")
     assert {value_model(name) for name in ours} == {"head"}
     assert {value_model(name) for name in ("dro", "oreo", "dqo-paper")} == {"separate"}
+
+
+def test_labels_are_balanced_for_kto_and_values_begin_at_the_mean_where_that_is_far():
+    for task in TASKS:
+        for name in settings.methods_of(task):
+            options = settings.options_for(task, settings.METHODS[name], {})
+            assert (options.get("desirable_weight", 1) > 1) == (name == "kto")
+            fitted = name in ("dro", "oreo", "dqo-paper") or name.startswith("dqo") and name != "dqo-soft"
+            fitted |= name == "shuffled"
+            assert (options.get("value_init") == "mean_return") == (fitted and task in ("f", "g2", "g4")), name
 
 
 def test_no_seed_of_the_test_is_one_of_tuning():
@@ -93,11 +101,11 @@ def write(piece, root, greedy, spec=None):
 def test_the_best_setting_is_chosen_when_all_were_tried_and_the_first_of_equals(tmp_path):
     run = Piece("run", "b28", 0, "dpo")  # has those of b14
     tried = run.tuning()
-    assert [(p.name, p.seed, p.setting) for p in tried] == [("b14", TUNING_SEED, k) for k in range(6)]
-    for piece, right in zip(tried[:5], (0, 2, 3, 3, 1)):
+    assert [(p.name, p.seed, p.setting) for p in tried] == [("b14", TUNING_SEED, k) for k in range(9)]
+    for piece, right in zip(tried[:8], (0, 2, 3, 3, 1, 0, 0, 0)):
         write(piece, tmp_path, [int(i < right) for i in range(4)])
     assert pieces.options_of_run(run, tmp_path) is None
-    write(tried[5], tmp_path, [0, 0, 0, 0])
+    write(tried[8], tmp_path, [0, 0, 0, 0])
     assert pieces.chosen(tried, tmp_path) == 2
     options = pieces.options_of_run(run, tmp_path)
     assert settings.METHODS["dpo"].settings[2].items() <= options.items() and options["max_steps"] == 64

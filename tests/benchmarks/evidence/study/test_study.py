@@ -12,6 +12,7 @@ from benchmarks.evidence.study.pieces import Piece
 from benchmarks.evidence.study.tables import claims, markdown, rows_of, summarise
 from dqo.data.rows import read_rows, write_rows
 from dqo.demo.rollouts import graded_rows, rng_of
+from dqo.errors import UserError
 
 TINY = sizes.Base(
     2, 3, demonstrations=96, warmup=1, evaluation=6, prompts=8, hidden_size=16, layers=1, batch=32, hard_share=0.4
@@ -120,6 +121,23 @@ def test_every_task_gets_its_files_and_methods_train_on_them(samples):
         assert training.make(run, samples)["failed"] is None, method
 
 
+@pytest.mark.parametrize("name", ["run", "round-1/run"])
+def test_a_run_that_ended_itself_is_scored_by_what_it_kept(name, tmp_path, monkeypatch):
+    def ended(piece, task, options, root):
+        for checkpoint in ("round-0/run/checkpoint-48", f"{name}/checkpoint-8", f"{name}/checkpoint-16"):
+            (root / piece.place / checkpoint).mkdir(parents=True, exist_ok=True)
+        raise UserError("collapsed")
+
+    scored = []
+    monkeypatch.setattr(training, "options_of_run", lambda *_: {})
+    monkeypatch.setattr(training, "trained", ended)
+    monkeypatch.setattr(training, "trained_in_rounds", ended)
+    monkeypatch.setattr(training, "evaluated", lambda task, base, model, seed: scored.append(model) or {})
+    piece = Piece("run", "g2" if "round" in name else "a", 0, "dqo")
+    assert training.run(piece, tmp_path)["failed"] == "collapsed"
+    assert scored == [tmp_path / piece.place / name / "checkpoint-16"]
+
+
 def test_data_are_made_for_runs_alone_unless_they_are_asked_for(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(study, "go_on", lambda _, __, wanted, *___: asked.append(wanted) or 0)
@@ -134,14 +152,19 @@ def test_a_study_without_a_run_records_nothing(tmp_path, capsys):
     assert "no table is recorded" in capsys.readouterr().out and (tmp_path / "new/results.json").exists()
 
 
-def fill(root, task, accuracy, seeds=sizes.SEEDS, failed=None):
+def fill(root, task, accuracy, seeds=sizes.SEEDS, failed=None, cpu_seconds=2.0):
     """Results of invented runs: {method: right answers of 20, by seed}."""
     for method, rights in accuracy.items():
         pieces_of_method = [Piece("run", task, seed, method) for seed in seeds]
         for piece in [*pieces_of_method[0].tuning(), *pieces_of_method]:
             right = rights[seeds.index(piece.seed)] if piece.setting is None else 1
             greedy = [int(i < right) for i in range(20)]
-            result = {"greedy": greedy, "sampling": [[g, g] for g in greedy], "failed": failed, "cpu_seconds": 2.0}
+            result = {
+                "greedy": greedy,
+                "sampling": [[g, g] for g in greedy],
+                "failed": failed,
+                "cpu_seconds": cpu_seconds,
+            }
             result |= {"all_cpu_seconds": 3.0, "spec": pieces.spec_of(piece, root)}
             path = root / piece.place / "result.json"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,12 +178,29 @@ def test_a_table_tests_nothing_before_all_seeds_and_corrects_all_comparisons(tmp
     rows = {row["method"]: row for row in summary["rows"]["a"]}
     assert rows["dpo"]["dqo ahead"]["mean"] == pytest.approx(25 / 60) and "p_value" not in rows["dpo"]["dqo ahead"]
     assert "p 0" not in markdown(summary) and summary["claims"][0]["p_value"] is None
-    fill(tmp_path, "a", {"base": [2, 3, 2, 2, 3], "dqo": [18, 17, 18, 17, 18], "dpo": [10, 9, 9, 10, 9]})
+    whole = {
+        "base": [2, 3, 2, 2, 3],
+        "dqo": [18, 17, 18, 17, 18],
+        "dpo": [10, 9, 9, 10, 9],
+        "kto": [18, 18, 19, 18, 18],
+    }
+    others = {name: [5, 5, 6, 5, 6] for name in settings.methods_of("a") if name not in (*whole, "rft")}
+    fill(tmp_path, "a", whole | others)
     rows = {row["method"]: row for row in summarise(tmp_path, "command")["rows"]["a"]}
-    p_values = sorted(rows[name]["dqo ahead"]["p_value"] for name in ("base", "dpo"))
-    assert sorted(rows[name]["dqo ahead"]["holm"] for name in ("base", "dpo")) == pytest.approx(
-        [2 * p_values[0], max(2 * p_values[0], p_values[1])]
-    )
+    assert "p_value" not in rows["dpo"]["dqo ahead"]  # it will be corrected together with that of rft
+    fill(tmp_path, "a", {"rft": [17, 17, 17, 17, 17]}, cpu_seconds=1.0)
+    rows = {row["method"]: row for row in rows_of("a", study_results("a", tmp_path), tmp_path)}
+    compared = {name: row["dqo ahead"] for name, row in rows.items() if name != "dqo"}
+    assert compared["dpo"]["holm"] > compared["dpo"]["p_value"]
+    p_values = sorted(told["p_value"] for told in compared.values())
+    assert min(told["holm"] for told in compared.values()) == pytest.approx(len(compared) * p_values[0])
+    verdicts = {name: row["verdict"] for name, row in rows.items() if "verdict" in row}
+    assert verdicts.keys() == set(settings.RIVALS) - {"rft-steps"}
+    assert verdicts["dpo"] == "ahead" and verdicts["kto"] == "level"  # it takes as much time as dqo
+    assert verdicts["rft"] == "does not earn its place"  # ahead of it, but with an interval that holds 0
+    fill(tmp_path, "a", {"kto": [20, 20, 20, 20, 20]})
+    rows = {row["method"]: row for row in rows_of("a", study_results("a", tmp_path), tmp_path)}
+    assert rows["kto"]["verdict"] == "loses"
 
 
 def test_a_claim_needs_every_rival_and_names_the_nearest(tmp_path):
