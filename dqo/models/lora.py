@@ -199,5 +199,9 @@ def save_adapter(model: PreTrainedModel, state: dict[str, Tensor], directory: Pa
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in adapter_state(model, state).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    model.peft_config[ADAPTER].save_pretrained(directory)
+    config = copy.deepcopy(model.peft_config[ADAPTER])
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(named := getattr(config, name), set):  # peft writes it in an order that each process has anew
+            setattr(config, name, sorted(named))
+    config.save_pretrained(directory)
     model.generation_config.save_pretrained(directory)

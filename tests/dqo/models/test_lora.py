@@ -1,6 +1,8 @@
 """LoRA: adapters are all that is trained, and the policy without its adapter is the reference."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -11,6 +13,8 @@ from dqo.config.options import load_options
 from dqo.data.batches import collate
 from dqo.errors import UserError
 from dqo.models.critic import make_value_model
+from dqo.models.identity import model_identity
+from dqo.models.named import load_config
 from dqo.models.policy import disable_dropout, policy_stats
 from dqo.objectives import DQO
 from dqo.train.learner import Learner, objective_sums
@@ -20,7 +24,7 @@ from tests.dqo.helpers import arguments, episodes, policy
 from tests.dqo.helpers import gpt2 as gpt2_with_dropout
 
 peft = pytest.importorskip("peft")
-from dqo.models.lora import adapter_off, add_adapter, has_adapter, lora_config, merged_state  # noqa: E402
+from dqo.models.lora import adapter_off, add_adapter, has_adapter, lora_config, merged_state, save_adapter  # noqa: E402
 
 
 def gpt2():
@@ -153,6 +157,28 @@ def test_a_run_trains_the_adapter_and_peft_and_transformers_load_policy_and_crit
     ids = torch.tensor([[3, 4, 5, 6]])
     assert torch.allclose(critic(ids).logits, learner.value_model(ids).logits, atol=1e-5)
     assert critic(ids).logits.abs().max() > 0
+
+
+def test_names_of_layers_are_written_in_one_order(tmp_path):
+    model = policy()
+    add_adapter(model, lora_config(4, 8.0, None))
+    save_adapter(model, model.state_dict(), tmp_path)
+    named = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert named == sorted(named) and len(named) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [True, False], ids=["adapters", "all weights"])
+def test_a_finished_run_that_is_asked_for_again_is_the_same_model(files, adapters):
+    def identity(hash_seed):
+        given = [str(x) for x in flags(files)] if adapters else [str(x) for x in arguments(files)]
+        code = "from dqo.commands.train import main; main()"
+        environment = os.environ | {"PYTHONHASHSEED": str(hash_seed)}
+        subprocess.run([sys.executable, "-c", code, *given], check=True, env=environment)
+        out = str(files / "out")
+        return model_identity(out, load_config(out))
+
+    assert identity(1) == identity(2)
 
 
 @pytest.mark.slow
