@@ -206,6 +206,11 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     return told
 
 
+def told(module: str, given: Sequence[str], *directories: Path | None) -> str:
+    """The command as tables tell it: whoever reads them has other directories."""
+    return " ".join(["python -m", module, *("DIRECTORY" if Path(part) in directories else part for part in given)])
+
+
 def attempted(train: Callable[[], T]) -> tuple[T | None, str | None]:
     """(what the training returned, None), or (None, why the run ended itself, such as by collapsed weights).
 

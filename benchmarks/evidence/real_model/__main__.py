@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     left = go_on(STUDY, every, chosen, root, asked.minutes, functools.partial(make, given=model), RESULTS)
     if asked.record:
         record(STUDY, every, root, RESULTS)
-    summary = summarise(root, " ".join(["python -m benchmarks.evidence.real_model", *given]), seeds)
+    command = pieces.told("benchmarks.evidence.real_model", given, asked.directory, asked.model)
+    summary = summarise(root, command, seeds)
     recorded = asked.record and pieces.worth_recording(summary)
     for path in (root / "results.json", *([RESULTS / "real-study.json"] if recorded else [])):
         path.write_text(json.dumps(summary, indent=1) + "\n")

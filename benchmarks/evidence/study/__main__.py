@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     left = go_on(STUDY, every_piece(), chosen, root, asked.minutes, make, RESULTS)
     if asked.record:
         record(STUDY, every_piece(), root, RESULTS)
-    write_tables(root, " ".join(["python -m benchmarks.evidence.study", *given]), asked.record)
+    write_tables(root, pieces.told("benchmarks.evidence.study", given, asked.directory), asked.record)
     if left:
         print(f"{left} pieces are left; the same command goes on with them")
 

@@ -149,7 +149,9 @@ def test_data_are_made_for_runs_alone_unless_they_are_asked_for(tmp_path, monkey
 def test_a_study_without_a_run_records_nothing(tmp_path, capsys):
     study.main([str(tmp_path / "new"), "--stage", "table", "--record"])
     assert not [path for path in study.RESULTS.rglob("*") if path.is_file()]
-    assert "no table is recorded" in capsys.readouterr().out and (tmp_path / "new/results.json").exists()
+    assert "no table is recorded" in capsys.readouterr().out
+    told = json.loads((tmp_path / "new/results.json").read_text())["command"]
+    assert told == "python -m benchmarks.evidence.study DIRECTORY --stage table --record"  # not where it lies here
 
 
 def fill(root, task, accuracy, seeds=sizes.SEEDS, failed=None, cpu_seconds=2.0):
