@@ -8,7 +8,13 @@ from functools import cached_property
 from dqo.grading.arith import ArithTask
 
 TUNING_SEED = 100
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS = (
+    0,
+    2,
+    3,
+    4,
+    5,
+)  # the base model of seed 1 did not learn: its loss ends at 0.086, not at 0.026 to 0.029 as the others'
 FEW_SEEDS = SEEDS[:3]
 
 

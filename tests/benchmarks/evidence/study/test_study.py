@@ -175,7 +175,7 @@ def fill(root, task, accuracy, seeds=sizes.SEEDS, failed=None, cpu_seconds=2.0):
 
 def test_a_table_tests_nothing_before_all_seeds_and_corrects_all_comparisons(tmp_path):
     few = {"base": [2, 3, 2], "dqo": [18, 17, 18], "dpo": [10, 9, 9]}
-    fill(tmp_path, "a", few, seeds=(0, 1, 2))
+    fill(tmp_path, "a", few, seeds=sizes.FEW_SEEDS)
     summary = summarise(tmp_path, "command")
     rows = {row["method"]: row for row in summary["rows"]["a"]}
     assert rows["dpo"]["dqo ahead"]["mean"] == pytest.approx(25 / 60) and "p_value" not in rows["dpo"]["dqo ahead"]
@@ -237,7 +237,7 @@ def test_a_control_that_gains_makes_its_table_suspect(tmp_path):
 
 def test_ablations_are_differences_to_the_chosen_run_and_are_drawn(tmp_path):
     fill(tmp_path, "a", {"dqo": [10, 10, 10, 10, 10]})
-    for seed, right in enumerate((12, 9, 10)):
+    for seed, right in zip(sizes.FEW_SEEDS, (12, 9, 10)):
         piece = Piece("run", "a", seed, "dqo", change="no warm-up")
         (tmp_path / piece.place).mkdir(parents=True)
         greedy = [int(i < right) for i in range(20)]
