@@ -8,13 +8,7 @@ from functools import cached_property
 from dqo.grading.arith import ArithTask
 
 TUNING_SEED = 100
-SEEDS = (
-    0,
-    2,
-    3,
-    4,
-    5,
-)  # the base model of seed 1 did not learn: its loss ends at 0.086, not at 0.026 to 0.029 as the others'
+SEEDS = (0, 2, 3, 4, 5)  # not 1, whose base model did not learn: its loss ends at 0.086, the others' below 0.03
 FEW_SEEDS = SEEDS[:3]
 
 
