@@ -30,6 +30,7 @@ _PAPER: dict[str, Any] = {
     "policy_scale": 1.0,
     "value_coef": 1.0,
     "kl_coef": 0.0,
+    "nll_coef": 0.0,
     "value_model": "separate",
     "value_loss": "squared",
     "value_init": "zero",

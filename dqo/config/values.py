@@ -71,6 +71,7 @@ SYNONYMS = {
     "beta": "init_kl_coef kl kl_beta kl_coef kl_coeff kl_loss_coef kl_penalty tau",
     "lam": "gae_lambda lambda lambda_ lmbda",
     "gamma": "discount_factor",
+    "nll_coef": "cpo_alpha nll_loss_coef nll_weight rpo_alpha sft_coef sft_loss_coef",
     "value_coef": "critic_coef value_loss_coef vf_coef vf_loss_coef",
     "target_ema": "ema ema_decay target_tau",
     "is_cap": "clip_is is_clip importance_sampling_cap",

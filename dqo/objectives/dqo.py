@@ -16,6 +16,9 @@ mu is the policy that wrote the responses: their stored log-probabilities, or th
 auto the trainer weighs where mu is known, and w = 1 where it is not (dqo/data/behavior.py). The loss of held-out responses has
 w = 1: w falls as the policy moves away from them, and the loss would fall with it.
 
+nll_coef adds -nll_coef * log pi(y_t|s_t) on responses that count as correct, as DPO's RPO term does. Its gradient is that of 4.7
+with w = 1 and a bonus of nll_coef / beta in [...]: correct responses are pulled up whatever their weight.
+
 V is a model of its own, or beta * log (sum_a exp logit_a of pi) / (the same of ref). policy_target td puts
 (1 - lam) * V(s_{t+1}) + lam * G_{t+1} in the place of G_{t+1} in 4.7, one_step V(s_{t+1}). `dqo_kernels.soft_bellman` computes G
 and w, and from them both squares.
@@ -66,6 +69,9 @@ class DQO(ValueOptions, _Options):
     target_ema: float | None = None
     """An exponential moving average of the value model with this decay takes its place in every target. None takes the value
     model itself."""
+    nll_coef: float = 0.0
+    """The negative log-likelihood of each token of a response that counts as correct is multiplied by this and added, without a
+    weight. It keeps correct responses likely, which the losses of wrong ones may take down with them."""
 
     value_kinds: ClassVar[tuple[str, ...]] = ("separate", "head", "implicit", "none")
     unit: ClassVar[str] = "token"
@@ -82,7 +88,7 @@ class DQO(ValueOptions, _Options):
                 found.append((name, f"must be in [0, 1], got {getattr(self, name)}"))
         if self.is_cap is not None and self.is_floor is not None and self.is_floor > self.is_cap:
             found.append(("is_floor", f"must be at most is_cap = {self.is_cap}, got {self.is_floor}"))
-        found += self.below(0, "kl_coef", "policy_scale")
+        found += self.below(0, "kl_coef", "nll_coef", "policy_scale")
         if self.target == "residual" and self.value_loss != "squared":
             found.append(
                 ("value_loss", f"must be squared with target residual, which fits V itself, got {self.value_loss}")
@@ -106,6 +112,8 @@ class DQO(ValueOptions, _Options):
         return found
 
     def __call__(self, stats, rows, cu_seqlens):
+        import torch
+
         from dqo.objectives.sums import (
             Regression,
             discounts,
@@ -158,6 +166,11 @@ class DQO(ValueOptions, _Options):
         if self.needs_kl:
             loss = loss + self.kl_coef * stats.kl.sum()
             metrics["loss/kl"] = mean_metric(stats.kl)
+        if self.nll_coef > 0:
+            correct = rows["label"] > 0.5
+            likelihood = torch.where(correct, stats.logprobs, 0.0)
+            loss = loss - self.nll_coef * likelihood.sum()
+            metrics["loss/nll"] = mean_metric(-likelihood, correct)
         return loss, metrics | of_loss | response_metrics(stats, rows, cu_seqlens, self.beta)
 
     def evaluation(self, stats, rows, cu_seqlens):

@@ -58,6 +58,7 @@ METHODS: dict[str, Method] = {
     "dpo": Method({"method": "dpo", "beta": 0.1}, pairs=True),
     "kto": Method({"method": "kto", "beta": 0.1}),
     "dqo": Method(DQO, warm=True),
+    "dqo-nll": Method(DQO | {"nll_coef": 0.03}, warm=True),
     "shuffled": Method(DQO | {"shuffle_rewards": True}, warm=True),
     "dqo-measured": Method(DQO | {"process_reward": "potential", "process_coef": 0.5}, file=MEASURED, warm=True),
 }

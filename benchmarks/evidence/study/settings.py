@@ -73,6 +73,14 @@ METHODS: dict[str, Method] = {
         ],
         warm=True,
     ),
+    "dqo-nll": Method(
+        DQO,
+        listed(
+            (1e-4, 0.1, 0.02), (2e-4, 0.05, 0.02), (2e-4, 0.1, 0.01), (2e-4, 0.1, 0.02), (2e-4, 0.1, 0.04), (2e-4, 0.2, 0.04),
+            (4e-4, 0.1, 0.02), (4e-4, 0.1, 0.04), (4e-4, 0.2, 0.04), names=("learning_rate", "beta", "nll_coef"),
+        ),
+        warm=True,
+    ),
     "shuffled": Method(DQO | {"shuffle_rewards": True}, [], warm=True, tuned_as="dqo"),
     "dqo-steps": Method(
         DQO | {"beta": 0.2, "process_reward": "additive"}, STEPS, file="steps.jsonl", warm=True, only=LABELLED
@@ -119,10 +127,10 @@ METHODS: dict[str, Method] = {
 BASE = "base"  # the base model itself, which is not trained
 RIVALS = ("sft", "rft", "dpo", "dpo-nll", "kto", "dro", "oreo", "qrpo", "rebel", "rft-steps")
 FEWER = {  # tasks on which not all methods are run
-    "b28": ("sft", "rft", "dpo", "kto", "dqo", "shuffled", "dqo-paper"),
-    "e3": ("sft", "rft", "dpo", "kto", "dqo", "shuffled", "dqo-unweighted"),
-    "g2": ("rft", "dpo", "kto", "dqo"),
-    "g4": ("rft", "dpo", "kto", "dqo"),
+    "b28": ("sft", "rft", "dpo", "kto", "dqo", "dqo-nll", "shuffled", "dqo-paper"),
+    "e3": ("sft", "rft", "dpo", "kto", "dqo", "dqo-nll", "shuffled", "dqo-unweighted"),
+    "g2": ("rft", "dpo", "kto", "dqo", "dqo-nll"),
+    "g4": ("rft", "dpo", "kto", "dqo", "dqo-nll"),
 }
 
 

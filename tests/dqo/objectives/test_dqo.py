@@ -159,6 +159,7 @@ def test_the_bootstrap_on_the_last_row_enters_the_return():
         {"policy_scale": 2.0},
         {"value_coef": 0.5},
         {"kl_coef": 0.1},
+        {"nll_coef": 0.1},
         {"target_ema": 0.9},
     ],
 )
@@ -221,6 +222,30 @@ def test_the_exact_kl_is_added_without_a_weight():
     assert torch.allclose(with_kl.grad - plain.grad, expected, atol=1e-8)
 
 
+def test_the_likelihood_of_correct_responses_is_added_without_a_weight():
+    logits, make, rows, cu_seqlens = random_case([3, 2])
+    rows = rows | {"label": torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0], dtype=logits.dtype)}
+    plain, likely = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    without, _ = DQO(is_level="trajectory")(make(plain), rows, cu_seqlens)
+    loss, metrics = DQO(is_level="trajectory", nll_coef=0.2)(make(likely), rows, cu_seqlens)
+    sum_of_logprobs = make(logits).logprobs[:3].sum()
+    assert torch.allclose(loss - without, -0.2 * sum_of_logprobs)
+    assert torch.allclose(metrics["loss/nll"], torch.stack([-sum_of_logprobs, torch.tensor(3.0, dtype=logits.dtype)]))
+    without.backward(), loss.backward()
+    expected = differences(lambda x: -0.2 * make(x).logprobs[:3].sum(), logits)
+    assert torch.allclose(likely.grad - plain.grad, expected, atol=1e-8)
+
+
+def test_the_likelihood_is_a_bonus_of_the_advantage_of_correct_responses():
+    logits, make, rows, cu_seqlens = random_case([4])
+    rows = rows | {"label": torch.ones(4, dtype=logits.dtype)}
+    likely, paid = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    DQO(beta=0.5, is_level="none", nll_coef=0.1)(make(likely), rows, cu_seqlens)[0].backward()
+    lowered = rows | {"values": (rows["values"] - 0.1 / 0.5).detach()}  # advantages are greater by nll_coef / beta
+    DQO(beta=0.5, is_level="none")(make(paid), lowered, cu_seqlens)[0].backward()
+    assert torch.allclose(likely.grad, paid.grad, atol=1e-8)
+
+
 def test_a_moving_average_of_the_values_takes_their_place_in_the_targets_alone():
     logits, make, rows, cu_seqlens = random_case([3, 4])
     averaged = rows["values"] + 0.5
@@ -243,8 +268,8 @@ def test_options_out_of_range_are_named():
     def named(**options):
         return [name for name, _ in DQO(**options).problems()]
 
-    assert named(beta=0.0, gamma=1.1, lam=-0.1, is_floor=2.0, kl_coef=-1.0, target_ema=1.0) == [
-        "beta", "gamma", "lam", "is_floor", "kl_coef", "target_ema",
+    assert named(beta=0.0, gamma=1.1, lam=-0.1, is_floor=2.0, kl_coef=-1.0, nll_coef=-1.0, target_ema=1.0) == [
+        "beta", "gamma", "lam", "is_floor", "kl_coef", "nll_coef", "target_ema",
     ]  # fmt: skip
     assert named(target_ema=0.99) == []
     assert named(target_ema=0.99, target="residual") == ["target_ema"]

@@ -247,5 +247,5 @@ def test_a_control_that_gains_makes_the_table_suspect(tmp_path, right):
             path.write_text(json.dumps(result(of[seed]) | {"spec": plan.spec_of(piece, tmp_path)}))
     summary = summarise(tmp_path, "command", (0, 1))
     assert ("are suspect" in markdown(summary)) == (right == (90, 94))
-    assert summary["runs"] == {"made": 4, "planned": 16}
+    assert summary["runs"] == {"made": 4, "planned": 18}
     assert np.isclose(summary["cpu_hours"], 12 / 3600)
