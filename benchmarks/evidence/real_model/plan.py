@@ -62,7 +62,7 @@ METHODS: dict[str, Method] = {
     "shuffled": Method(DQO | {"shuffle_rewards": True}, warm=True),
     "dqo-measured": Method(DQO | {"process_reward": "potential", "process_coef": 0.5}, file=MEASURED, warm=True),
 }
-CONTENDERS = ("dqo", "dqo-measured")
+CONTENDERS = ("dqo", "dqo-measured", "dqo-nll")
 
 
 def options_for(method: Method) -> Settings:

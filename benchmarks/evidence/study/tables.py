@@ -19,6 +19,7 @@ from dqo.stats import mean_interval
 
 LEVEL = 0.01  # of the claims chosen in advance
 SUSPECT = 0.05  # of the control
+UNPLANNED = "dqo-nll"  # a contender that was not chosen in advance
 LOST = 0.05  # by Holm: a rival that is ahead by so much wins
 WORTH = 0.01  # of the measure: what a method must be ahead by of one that takes less processor time
 Results = dict[str, dict[int, dict]]  # {method: {seed: result}}
@@ -65,9 +66,11 @@ def difference(a: dict[int, dict], b: dict[int, dict], decoding: str | None = No
 
 
 def rows_of(task: str, results: Results, root: Path) -> list[dict[str, Any]]:
-    """A row for each method; differences are the contender's minus the method's, corrected together where all have five seeds."""
+    """A row for each method; differences are the contender's minus the method's, corrected together where all have five seeds.
+    What was not chosen in advance gets no p values."""
     rows = []
-    contenders = [name for name in dict.fromkeys(("dqo", PRIMARY.get(task, "dqo"))) if name in results]
+    tested = [name for name in dict.fromkeys(("dqo", PRIMARY.get(task, "dqo"))) if name in results]
+    contenders = [*tested, *(name for name in [UNPLANNED] if name in results)]
     compared: list[tuple[dict, str]] = []
     complete = all(len(results.get(name, {})) == len(SEEDS) for name in (BASE, *methods_of(task)))
     for name, by_seed in results.items():
@@ -87,7 +90,7 @@ def rows_of(task: str, results: Results, root: Path) -> list[dict[str, Any]]:
             gap, count = difference(results[contender], by_seed)
             if gap is not None:
                 row[f"{contender} ahead"] = gap._asdict()
-                if complete:
+                if complete and contender in tested:
                     compared.append((row, contender))
                 else:  # nothing is tested before all that is corrected together is there
                     del row[f"{contender} ahead"]["p_value"]
@@ -179,9 +182,9 @@ def markdown(summary: dict[str, Any]) -> str:
 
 def _task(rows: list[dict[str, Any]]) -> list[str]:
     contenders = list(dict.fromkeys(key for row in rows for key in row if key.endswith(" ahead")))
-    heads = ["method", "seeds", "accuracy", "greedy", "sampling", *(f"{key} (p by Holm)" for key in contenders)]
-    contender = contenders[-1].removesuffix(" ahead") if contenders else ""
-    heads += [f"for {contender}", "CPU s", "setting"]
+    heads = ["method", "seeds", "accuracy", "greedy", "sampling"]
+    heads += [key if key.startswith(UNPLANNED) else f"{key} (p by Holm)" for key in contenders]
+    heads += ["verdict", "CPU s", "setting"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         cells = [row["method"], str(len(row["seeds"]))]

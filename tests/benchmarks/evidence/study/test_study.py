@@ -194,6 +194,7 @@ def test_a_table_tests_nothing_before_all_seeds_and_corrects_all_comparisons(tmp
     rows = {row["method"]: row for row in rows_of("a", study_results("a", tmp_path), tmp_path)}
     compared = {name: row["dqo ahead"] for name, row in rows.items() if name != "dqo"}
     assert compared["dpo"]["holm"] > compared["dpo"]["p_value"]
+    assert "p_value" not in rows["dpo"]["dqo-nll ahead"]  # it was not chosen in advance
     p_values = sorted(told["p_value"] for told in compared.values())
     assert min(told["holm"] for told in compared.values()) == pytest.approx(len(compared) * p_values[0])
     verdicts = {name: row["verdict"] for name, row in rows.items() if "verdict" in row}
