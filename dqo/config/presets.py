@@ -8,8 +8,9 @@ are not told there, and keep their defaults.
 whose language model is a Q-function with that V. That paper trains on preferences alone, so that the rest is ours: `paper`,
 without importance weights, which matter where V is to be that of the policy.
 
-`reasoning` is what is recommended here for responses whose answers are graded (docs/evidence.md): a head as the value model, and
-the likelihood of correct responses, without which they may become unlikely together with the wrong ones.
+`reasoning` has the options of DQO that did best on a real model whose answers are graded (`dqo-nll` in docs/evidence.md): a head
+as the value model, which begins alone, and the likelihood of correct responses, without which these may become unlikely together
+with the wrong ones.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ _PAPER: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": _PAPER,
     "soft": _PAPER | {"value_model": "none", "is_level": "none"},
-    "reasoning": _PAPER | {"beta": 0.03, "value_model": "head", "is_level": "auto", "nll_coef": 0.03},
+    "reasoning": _PAPER
+    | {"beta": 0.03, "value_model": "head", "is_level": "auto", "nll_coef": 0.03}
+    | {"value_warmup_steps": 0.2},
 }
 
 Given = dict[str, tuple[Any, str]]  # {option: (value, where it comes from)}

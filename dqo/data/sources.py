@@ -114,9 +114,24 @@ def open_source(source: Any) -> Source:
         return Source(path.name, _iterable(_from_saved(path)))
     if path.suffix == ".parquet":
         return Source(path.name, partial(_from_parquet, path), path, stamp_of(path))
+    _refuse_other_kinds(path)
     if path.suffix not in _SUFFIXES:
         raise UserError(f"{path}: unknown kind of file {path.suffix!r}; expected .jsonl or .parquet")
     return Source(path.name, partial(_from_jsonl, path), path, stamp_of(path))
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    """By its first bytes."""
+    if not path.is_file():  # what is read once cannot be looked at before
+        return
+    try:
+        with path.open("rb") as file:
+            first = file.read(8)
+    except OSError:  # told when it is read
+        return
+    for start, cure in _KINDS.items():
+        if first.startswith(start):
+            raise UserError(f"{path}: {cure.format(path.name)}")
 
 
 def _from_jsonl(path: Path) -> Iterator[Record | BadRow]:
@@ -126,9 +141,6 @@ def _from_jsonl(path: Path) -> Iterator[Record | BadRow]:
         with path.open("rb") as file:
             for number, line in enumerate(progress(file, f"read {path.name}"), start=1):
                 if number == 1:
-                    for start, cure in _KINDS.items():
-                        if line.startswith(start):
-                            raise UserError(f"{path}: {cure.format(path.name)}")
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
                     empty = False
@@ -152,7 +164,7 @@ def _of_line(path: Path, number: int, line: bytes) -> Record | BadRow:
         problem = f"not valid JSON ({what} at column {error.colno})"
         if number == 1 and ended and (line.lstrip().startswith(b"[") or line.strip() == b"{"):
             problem += f"; {_not_lines(path, line)}"
-        elif b"\r" in line.rstrip():
+        elif number == 1 and error.msg == "Extra data" and error.doc[: error.pos].endswith("\r"):
             problem += f"; lines end with carriage returns alone: tr '\\r' '\\n' < {path.name} > NEW.jsonl"
         elif not ended and line.startswith(b"{") and not line.endswith(b"}"):
             problem += "; the last line has no end: its writer was cut off"

@@ -136,6 +136,8 @@ class Objective:
     """Equal rewards everywhere leave it nothing to learn: such data are refused."""
     fits_rewards: ClassVar[bool] = False
     """It fits beta * log(pi/ref) to the size of rewards, so that rewards far above beta are worth a warning."""
+    likelihood_option: ClassVar[str | None] = None
+    """Its option that keeps correct responses likely where it is above 0."""
     reads_rewards: ClassVar[str] = "size"
     """What it reads of outcome rewards: their "size", the "order" of those of one prompt, or at most their
     "labels"; an option that changes nothing of that is named as one without effect."""

@@ -42,6 +42,7 @@ class DPO(Objective):
     unit: ClassVar[str] = "group"
     reads_rewards: ClassVar[str] = "order"
     group_size: ClassVar[int | None] = 2
+    likelihood_option: ClassVar[str | None] = "rpo_alpha"
     nothing_left: ClassVar[str] = "no prompt has both a better and a worse response: 0 pairs"
 
     def problems(self) -> list[tuple[str, str]]:

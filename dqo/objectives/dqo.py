@@ -17,7 +17,7 @@ auto the trainer weighs where mu is known, and w = 1 where it is not (dqo/data/b
 w = 1: w falls as the policy moves away from them, and the loss would fall with it.
 
 nll_coef adds -nll_coef * log pi(y_t|s_t) on responses that count as correct, as DPO's RPO term does. Its gradient is that of 4.7
-with w = 1 and a bonus of nll_coef / beta in [...]: correct responses are pulled up whatever their weight.
+with w = 1 and a bonus of nll_coef / (beta * policy_scale) in [...]: correct responses are pulled up whatever their weight.
 
 V is a model of its own, or beta * log (sum_a exp logit_a of pi) / (the same of ref). policy_target td puts
 (1 - lam) * V(s_{t+1}) + lam * G_{t+1} in the place of G_{t+1} in 4.7, one_step V(s_{t+1}). `dqo_kernels.soft_bellman` computes G
@@ -26,6 +26,7 @@ and w, and from them both squares.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -76,6 +77,7 @@ class DQO(ValueOptions, _Options):
     value_kinds: ClassVar[tuple[str, ...]] = ("separate", "head", "implicit", "none")
     unit: ClassVar[str] = "token"
     fits_rewards: ClassVar[bool] = True
+    likelihood_option: ClassVar[str | None] = "nll_coef"
 
     @property
     def needs_kl(self) -> bool:
@@ -172,6 +174,13 @@ class DQO(ValueOptions, _Options):
             loss = loss - self.nll_coef * likelihood.sum()
             metrics["loss/nll"] = mean_metric(-likelihood, correct)
         return loss, metrics | of_loss | response_metrics(stats, rows, cu_seqlens, self.beta)
+
+    def advice(self, labels: Sequence[bool]) -> list[str]:
+        if self.nll_coef == 0 or len(set(labels)) != 1:
+            return []
+        if labels[0]:
+            return ["every response counts as correct: nll_coef makes all of them likely; is --reward_threshold right?"]
+        return ["no response counts as correct: nll_coef has no effect; is --reward_threshold right?"]
 
     def evaluation(self, stats, rows, cu_seqlens):
         import torch

@@ -8,7 +8,7 @@ eq. 8    L = desirable_weight * (1 - sigmoid(beta * (S - z0)))                  
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,8 +17,6 @@ import numpy as np
 from dqo.errors import UserError
 from dqo.objectives.base import Columns, Objective, Selection
 from dqo.objectives.groups import by_prompt
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,31 +47,30 @@ class KTO(Objective):
                 "kto needs responses of at least two prompts: its KL term is estimated from responses given to other "
                 "prompts; add prompts, or use --method dqo"
             )
-        self._tell_balance(columns.label)
         companions = np.full(len(columns.prompt), -1, dtype=np.int64)
         for own, others in zip(members, members[1:] + members[:1]):
             companions[own] = others[np.arange(len(own)) % len(others)]
         return Selection(super().prepare(columns).groups, companions=companions)
 
-    def _tell_balance(self, label: np.ndarray) -> None:
-        """Warns where the labels weigh far from what the paper advises, good over bad from 1 to 4/3."""
-        good = int((label > 0.5).sum())
-        bad = len(label) - good
+    def advice(self, labels: Sequence[bool]) -> list[str]:
+        """Where the labels weigh far from what the paper advises, good over bad from 1 to 4/3."""
+        good = sum(labels)
+        bad = len(labels) - good
+        if not labels:
+            return []
         if not good or not bad:
-            if len(label):
-                kind = "correct" if good else "wrong"
-                logger.warning("every response is labelled %s: kto has nothing to compare them with", kind)
-            return
+            kind = "correct" if good else "wrong"
+            return [f"every response is labelled {kind}: kto has nothing to compare them with"]
         if self.undesirable_weight <= 0 or self.desirable_weight <= 0:
-            return
+            return []
         weigh = good * self.desirable_weight / (bad * self.undesirable_weight)
-        if not 0.75 <= weigh <= 5 / 3:
-            advised = bad * self.undesirable_weight / good
-            logger.warning(
-                "kto: %s good and %s bad responses weigh %.2g to 1; 1 to 1.33 is advised: "
-                "--desirable_weight %.2g to %.2g",
-                f"{good:,}", f"{bad:,}", weigh, advised, advised * 4 / 3,
-            )  # fmt: skip
+        if 0.75 <= weigh <= 5 / 3:
+            return []
+        advised = bad * self.undesirable_weight / good
+        return [
+            f"kto: {good:,} good and {bad:,} bad responses weigh {weigh:.3g} to 1; 1 to 1.33 is advised: "
+            f"--desirable_weight {advised:.3g} to {advised * 4 / 3:.3g}"
+        ]
 
     def companion_sums(self, stats, rows, cu_seqlens):
         """[sum, count] of S(x, y') over companions; their mean is the column companion_mean, and z0 where it is above 0."""

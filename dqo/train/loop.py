@@ -151,7 +151,9 @@ class Trainer:
     def _watch(self) -> Watch:
         beta = getattr(self.objective, "beta", None)
         largest = max(map(abs, totals(self.prepared.episodes()))) if self.objective.fits_rewards else None
-        return Watch(beta=beta, largest_reward=largest, trains_values=self.options.trains_values)
+        option = self.objective.likelihood_option
+        unused = option if option is not None and not getattr(self.objective, option) else None
+        return Watch(beta=beta, largest_reward=largest, trains_values=self.options.trains_values, likelihood=unused)
 
     @property
     def position(self) -> int:

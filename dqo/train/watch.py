@@ -15,6 +15,7 @@ class Watch:
         beta: of the method; None where it has none.
         largest_reward: of a response, as it is trained on; None where the method does not fit beta * log(pi/ref) to rewards.
         trains_values: whether a value model is trained; else V is a frozen one's, or a soft value.
+        likelihood: the method's option that keeps right responses likely, if it is 0; None where it has none, or is used.
     """
 
     def __init__(
@@ -23,9 +24,10 @@ class Watch:
         beta: float | None = None,
         largest_reward: float | None = None,
         trains_values: bool = True,
+        likelihood: str | None = None,
     ):
         self.patience, self.beta, self.largest_reward = patience, beta, largest_reward
-        self.trains_values = trains_values
+        self.trains_values, self.likelihood = trains_values, likelihood
         self.first_loss: float | None = None
         self.rows_of: dict[str, int] = {}  # how many rows in a row have shown it
 
@@ -82,8 +84,9 @@ class Watch:
             )
         nats = row.get("rewards/chosen", 0.0) / self.beta / row["completions/mean_length"]
         if self._seen("right ones fall", nats < -FALLEN):
+            kept = f", or keep them likely by --{self.likelihood}" if self.likelihood else ""
             found.append(
                 f"right responses have become less likely, by {-nats:.3g} nats a token (step {row['step']}): lower "
-                "--learning_rate or raise --beta"
+                f"--learning_rate or raise --beta{kept}"
             )
         return found

@@ -62,7 +62,8 @@ METHODS: dict[str, Method] = {
     "shuffled": Method(DQO | {"shuffle_rewards": True}, warm=True),
     "dqo-measured": Method(DQO | {"process_reward": "potential", "process_coef": 0.5}, file=MEASURED, warm=True),
 }
-CONTENDERS = ("dqo", "dqo-measured", "dqo-nll")
+CONTENDERS = ("dqo", "dqo-measured")
+UNPLANNED = "dqo-nll"  # it was added when the others had their results
 
 
 def options_for(method: Method) -> Settings:

@@ -15,6 +15,7 @@ from benchmarks.evidence.real_model.plan import (
     BASE,
     CONTENDERS,
     METHODS,
+    UNPLANNED,
     Piece,
     every_piece,
     facts_of,
@@ -58,8 +59,8 @@ def summarise(root: Path, command: str, seeds: tuple[int, ...]) -> dict[str, Any
 
 
 def rows_of(runs: dict[str, BySeed], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """A row for each method. Comparisons are tested where both have all seeds, and corrected together by Holm."""
-    rows, tested = [], []
+    """A row for each method. Planned comparisons are tested where both have all seeds, and corrected together by Holm."""
+    rows, tested, untested = [], [], []
     for name, by_seed in runs.items():
         row: dict[str, Any] = {"method": name, "seeds": sorted(by_seed)}
         for decoding in (None, "greedy", "sampling"):
@@ -73,7 +74,10 @@ def rows_of(runs: dict[str, BySeed], seeds: Sequence[int]) -> list[dict[str, Any
         for i, contender in enumerate(CONTENDERS):
             if contender in runs and name not in CONTENDERS[: i + 1]:
                 row[f"{contender} ahead"] = compared(runs[contender], by_seed)
-                tested.append(row[f"{contender} ahead"])
+                (tested if name != UNPLANNED else untested).append(row[f"{contender} ahead"])
+        if UNPLANNED in runs and name != UNPLANNED:
+            row[f"{UNPLANNED} ahead"] = compared(runs[UNPLANNED], by_seed)
+            untested.append(row[f"{UNPLANNED} ahead"])
         if name == "shuffled" and BASE in runs:
             row["control"] = compared(by_seed, runs[BASE])
             tested.append(row["control"])
@@ -81,7 +85,7 @@ def rows_of(runs: dict[str, BySeed], seeds: Sequence[int]) -> list[dict[str, Any
     whole = [told for told in tested if told and told["seeds"] == list(seeds)]
     for told, corrected in zip(whole, holm([told["p_value"] for told in whole])):
         told |= {"holm": corrected, "verdict": verdict(told["of_seeds"], corrected)}
-    for told in tested:
+    for told in (*tested, *untested):
         if told and told not in whole:
             del told["p_value"]
     return rows
@@ -110,7 +114,7 @@ def verdict(of_seeds: Sequence[float], corrected: float) -> str:
 def markdown(summary: dict[str, Any]) -> str:
     seeds = summary["seeds"]
     heads = ["method", "accuracy", "by seed", "greedy", "sampling", "unread, %"]
-    heads += [f"{name} ahead (p by Holm)" for name in CONTENDERS] + ["CPU s"]
+    heads += [*(f"{name} ahead (p by Holm)" for name in CONTENDERS), f"{UNPLANNED} ahead", "CPU s"]
     lines = [
         "# The real model",
         "",
@@ -126,7 +130,7 @@ def markdown(summary: dict[str, Any]) -> str:
         cells = [row["method"], interval_text(row["accuracy"], 1)]
         cells += [_which(row, seeds) + ", ".join(f"{100 * mean:.1f}" for mean in row["accuracy"]["of_seeds"])]
         cells += [interval_text(row[name], 1) for name in ("greedy", "sampling")] + [f"{100 * row['unread']:.1f}"]
-        for name in CONTENDERS:
+        for name in (*CONTENDERS, UNPLANNED):
             told = row.get(f"{name} ahead")
             cells.append(_ahead(told, seeds) + (f": {told['verdict']}" if told and "verdict" in told else ""))
         lines.append("| " + " | ".join([*cells, f"{row['cpu_seconds']:.0f}"]) + " |")

@@ -90,7 +90,7 @@ def rows_of(task: str, results: Results, root: Path) -> list[dict[str, Any]]:
             gap, count = difference(results[contender], by_seed)
             if gap is not None:
                 row[f"{contender} ahead"] = gap._asdict()
-                if complete and contender in tested:
+                if complete and contender in tested and name != UNPLANNED:
                     compared.append((row, contender))
                 else:  # nothing is tested before all that is corrected together is there
                     del row[f"{contender} ahead"]["p_value"]
@@ -116,9 +116,10 @@ def verdict(rival: dict[str, Any], contender: dict[str, Any], name: str) -> str:
     gap = rival[f"{name} ahead"]
     if gap["mean"] < 0 and gap["holm"] < LOST:
         return "loses"
-    if rival["cpu_seconds"] < contender["cpu_seconds"] and (gap["mean"] < WORTH or gap["low"] <= 0):
+    ahead = gap["mean"] > 0 and gap["holm"] < LOST
+    if rival["cpu_seconds"] < contender["cpu_seconds"] and not (ahead and gap["mean"] >= WORTH and gap["low"] > 0):
         return "does not earn its place"
-    return "ahead" if gap["mean"] > 0 and gap["holm"] < LOST else "level"
+    return "ahead" if ahead else "level"
 
 
 def claims(found: dict[str, Results]) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ def test_reasoning_keeps_correct_responses_likely_and_has_no_value_model_of_its_
     found = load_options(["--preset", "reasoning"])
     assert found.objective.nll_coef > 0 and found.objective.value_model == "head" and found.objective.problems() == []
     changed = {name for name, value in PRESETS["reasoning"].items() if name not in PAPER or PAPER[name] != value}
-    assert changed == {"beta", "value_model", "is_level", "nll_coef"}
+    assert changed == {"beta", "value_model", "is_level", "nll_coef", "value_warmup_steps"}
     assert load_options(["--preset", "reasoning", "--beta", "0.1"]).objective.beta == 0.1
 
 

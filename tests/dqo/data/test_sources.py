@@ -49,16 +49,28 @@ def test_a_last_line_without_an_end_is_called_cut_off(tmp_path):
         (gzip.compress(b"{}"), "gzip -dc rollouts.jsonl > NEW.jsonl"),
         (bz2.compress(b"{}"), "bzip2 -dc rollouts.jsonl > NEW.jsonl"),
         (lzma.compress(b"{}"), "xz -dc rollouts.jsonl > NEW.jsonl"),
+        (b"\x28\xb5\x2f\xfd and more", "zstd -dc rollouts.jsonl > NEW.jsonl"),
+        (b"PK\x03\x04 and more", "unzip rollouts.jsonl"),
         (b"PAR1 and more", "name it .parquet"),
         ('{"prompt": "a"}\n'.encode("utf-16"), "iconv -f UTF-16 -t UTF-8 rollouts.jsonl > NEW.jsonl"),
         (b'{"prompt": "a"}\r{"prompt": "b"}\r', "tr '\\r' '\\n' < rollouts.jsonl > NEW.jsonl"),
     ],
-    ids=["gzip", "bzip2", "xz", "parquet", "UTF-16", "carriage returns"],
+    ids=["gzip", "bzip2", "xz", "zstd", "zip", "parquet", "UTF-16", "carriage returns"],
 )
 def test_of_a_file_of_another_kind_the_cure_is_said(tmp_path, content, cure):
     path = tmp_path / "rollouts.jsonl"
     path.write_bytes(content)
     says(refusal(path), "rollouts.jsonl", cure)
+    other = path.rename(tmp_path / "rollouts.jsonl.gz")
+    says(refusal(other), "rollouts.jsonl.gz", "gzip -dc rollouts.jsonl.gz" if "gzip" in cure else "")
+
+
+def test_a_carriage_return_inside_a_line_is_not_called_its_end(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    path.write_bytes(b'{"prompt": "a\r"}\n')
+    assert "carriage" not in str(refusal(path))
+    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"prompt": "a"}\r{"prompt": "b"}\n')
+    assert "carriage" not in str(refusal(path))
 
 
 def test_a_json_array_is_called_one(tmp_path):

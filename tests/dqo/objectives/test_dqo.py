@@ -246,6 +246,13 @@ def test_the_likelihood_is_a_bonus_of_the_advantage_of_correct_responses():
     assert torch.allclose(likely.grad, paid.grad, atol=1e-8)
 
 
+def test_labels_with_which_the_likelihood_makes_no_sense_are_told():
+    likely = DQO(nll_coef=0.1)
+    assert likely.advice([True, False]) == [] == DQO().advice([True, True])
+    assert "every response counts as correct" in likely.advice([True, True])[0]
+    assert "no effect" in likely.advice([False, False])[0]
+
+
 def test_a_moving_average_of_the_values_takes_their_place_in_the_targets_alone():
     logits, make, rows, cu_seqlens = random_case([3, 4])
     averaged = rows["values"] + 0.5

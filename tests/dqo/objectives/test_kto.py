@@ -142,14 +142,10 @@ def test_one_prompt_alone_is_refused():
     assert selected(KTO(), []) == []
 
 
-def test_one_label_alone_is_said(caplog):
-    members = episodes(4)
-    selected(KTO(), members)
-    assert not caplog.records
-    for e in members:
-        e.label = True
-    selected(KTO(), members)
-    assert "every response is labelled correct" in caplog.text
+def test_one_label_alone_is_said():
+    assert KTO().advice([True, False]) == KTO().advice([]) == []
+    assert "every response is labelled correct" in KTO().advice([True, True])[0]
+    assert "every response is labelled wrong" in KTO().advice([False, False])[0]
 
 
 def test_options_out_of_range_are_named():
@@ -165,14 +161,12 @@ def test_options_out_of_range_are_named():
     ("weights", "told"),
     [((1.0, 1.0), "weigh 0.25 to 1"), ((1.0, 0.5), "weigh 0.5 to 1"), ((4.0, 1.0), None), ((1.0, 0.0), None)],
 )
-def test_labels_that_weigh_far_from_equal_are_told_with_the_weight_that_is_advised(weights, told, caplog):
+def test_labels_that_weigh_far_from_equal_are_told_with_the_weight_that_is_advised(weights, told):
     desirable, undesirable = weights
-    members = episodes(20)
-    for i, e in enumerate(members):
-        e.label = float(i % 5 == 0)
-    selected(KTO(desirable_weight=desirable, undesirable_weight=undesirable), members)
+    objective = KTO(desirable_weight=desirable, undesirable_weight=undesirable)
+    said = objective.advice([True] * 4 + [False] * 16)
     if told is None:
-        assert not caplog.text
+        assert said == []
     else:
-        assert told in caplog.text and "4 good and 16 bad" in caplog.text
-        assert f"--desirable_weight {4 * undesirable:.2g} to" in caplog.text
+        assert told in said[0] and "4 good and 16 bad" in said[0]
+        assert f"--desirable_weight {4 * undesirable:.3g} to" in said[0]

@@ -18,7 +18,7 @@ from tests.dqo.helpers import episodes
 from tests.dqo.objectives.packed import VOCAB, random_case
 
 CASES = [cls() for cls in OBJECTIVES.values()] + [DQO(kl_coef=0.5), DQO(value_model="none"), OREO(level="response")]
-CASES += [RTO(algorithm="dqo"), OREO(level="step"), DRO(value_states="all")]
+CASES += [DQO(nll_coef=0.5), RTO(algorithm="dqo"), OREO(level="step"), DRO(value_states="all")]
 every_objective = pytest.mark.parametrize("objective", CASES, ids=repr)
 
 

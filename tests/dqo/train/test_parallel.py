@@ -56,6 +56,7 @@ RUNS = {name: {"value_model": "separate"} | changes for name, changes in RUNS.it
 BY_ROWS = {
     "implicit": ("fsdp", {"value_model": "implicit"}),
     "soft": ("fsdp", {"value_model": "none"}),
+    "likely": ("ddp", {"nll_coef": 0.1}),
     "dpo": ("ddp", {"method": "dpo"}),
     "sft": ("fsdp", {"method": "sft"}),
     "kto": ("ddp", {"method": "kto"}),  # with the mean over the companions of the whole step

@@ -21,6 +21,7 @@ from tests.dqo.helpers import episodes, gradients, policy
 
 OBJECTIVES = [DQO(), DQO(lam=0.9, is_level="suffix"), DQO(value_model="none"), DQO(target="residual"), SFT(), DPO()]
 OBJECTIVES += [DRO(), OREO(), OREO(alpha=0.0, level="response"), KTO(), DQO(kl_coef=0.1), DQO(value_model="separate")]
+OBJECTIVES += [DQO(nll_coef=0.1)]
 LONG = 10**6  # tokens of a micro-batch that holds everything
 
 

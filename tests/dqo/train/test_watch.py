@@ -59,4 +59,6 @@ def test_right_responses_that_become_unlikely_are_named():
     row = {"loss": 0.1, "rewards/chosen": -3.0, "rewards/rejected": -4.0, "completions/mean_length": 50.0}
     (warning,) = said([row] * 5, beta=0.2)  # 15 nats, 0.3 a token
     assert "right responses have become less likely, by 0.3 nats a token (step 3)" in warning
+    assert warning.endswith("raise --beta")
+    assert said([row] * 5, beta=0.2, likelihood="nll_coef")[0].endswith("or keep them likely by --nll_coef")
     assert said([row | {"completions/mean_length": 500.0}] * 5, beta=0.2) == []
