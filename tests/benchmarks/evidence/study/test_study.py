@@ -51,7 +51,7 @@ def samples(small, tmp_path):
 
 @pytest.mark.slow
 def test_it_goes_on_from_piece_to_piece_and_ends_in_tables(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pieces, "SEEDS", (0, 1))
+    monkeypatch.setattr(pieces, "SEEDS", sizes.SEEDS[:2])
     monkeypatch.setattr(pieces, "FEW_SEEDS", (0,))
     asked = [str(tmp_path), "--task", "a,g2", "--method", "kto,dpo", "--stage", "train"]
     study.main([*asked, "--minutes", "0"])
@@ -84,7 +84,7 @@ def test_it_goes_on_from_piece_to_piece_and_ends_in_tables(small, tmp_path, caps
     assert not (another / "data").exists() and not (another / "base").exists()
     tables = [(place / "tables.md").read_text().split("## a")[1] for place in (tmp_path, another)]
     assert tables[0] == tables[1]
-    left_out = [line for line in lines["a"] if json.loads(line)["place"] != "runs/a/kto/seed-1"]
+    left_out = [line for line in lines["a"] if json.loads(line)["place"] != "runs/a/kto/seed-2"]
     (study.RESULTS / "study/a.jsonl").write_text("".join(line + "\n" for line in left_out))
     capsys.readouterr()
     study.main([str(tmp_path / "third"), *asked[1:]])
