@@ -175,7 +175,8 @@ def test_a_verifier_of_ones_own_that_was_mended_grades_again(there, tmp_path, mo
     assert evaluate(told, quiet=True)[1]["measures"]["pass@1"]["mean"] == 0
     evaluate(other, quiet=True)
     responses = {a.key: a.response for a in read_evaluation(tmp_path / "out").answers.values()}
-    own.write_text("def grade(completion, problem):\n    return True\n")
+    # of another size: Python takes compiled code for new by size and second
+    own.write_text("def grade(completion, problem):\n    return True  # mended\n")
     monkeypatch.setattr(module, "load_backend", lambda *_, **__: pytest.fail("nothing is missing"))
     found, summary = evaluate(told, quiet=True)
     ended = [a for a in found.answers.values() if a.finish_reason == "stop"]
