@@ -247,7 +247,7 @@ def test_a_machine_whose_power_ends_is_named_by_the_launcher_of_the_other(files,
                 )
         try:
             until = time.monotonic() + 400
-            while not (files / "out" / "checkpoint-4").exists():
+            while not list((files / "out").glob("checkpoint-*")):  # the first may be gone: only the newest stay
                 assert time.monotonic() < until and running[0].poll() is None, (nodes[0] / "said").read_text()[-3000:]
                 time.sleep(0.2)
             for worker in children(running[1].pid):
