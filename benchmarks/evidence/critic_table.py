@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.evidence.methods import DECODINGS, per_problem
+from benchmarks.evidence.study.markdown import difference_text
 from benchmarks.evidence.study.statistics import paired_over_seeds
-from benchmarks.evidence.study.tables import difference_text
 from benchmarks.harness.environment import commit
 from dqo.errors import UserError
 from dqo.stats import paired_test

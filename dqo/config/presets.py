@@ -8,9 +8,9 @@ are not told there, and keep their defaults.
 whose language model is a Q-function with that V. That paper trains on preferences alone, so that the rest is ours: `paper`,
 without importance weights, which matter where V is to be that of the policy.
 
-`reasoning` has the options of DQO that did best on a real model whose answers are graded (`dqo-nll` in docs/evidence.md): a head
-as the value model, which begins alone, and the likelihood of correct responses, without which these may become unlikely together
-with the wrong ones.
+`reasoning` has the options of DQO that did best on a real model whose answers are graded (`dqo-nll` in docs/evidence_results.md):
+a head as the value model, which begins alone, and the likelihood of correct responses, without which these may become unlikely
+together with the wrong ones.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from benchmarks.evidence.real_model.plan import (
     options_for,
     result_of,
 )
+from benchmarks.evidence.study.markdown import difference_text, interval_text
 from benchmarks.evidence.study.statistics import holm, paired_over_seeds
-from benchmarks.evidence.study.tables import difference_text, interval_text
 from benchmarks.harness.environment import commit
 from dqo.stats import accuracy_interval, paired_test
 

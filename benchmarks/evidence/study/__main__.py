@@ -19,11 +19,12 @@ from pathlib import Path
 
 from benchmarks.evidence import pieces
 from benchmarks.evidence.recorded import go_on, record
+from benchmarks.evidence.study.markdown import markdown
 from benchmarks.evidence.study.pieces import STAGES, STUDY, Piece, every_piece
 from benchmarks.evidence.study.plots import draw_ablations, draw_tasks
 from benchmarks.evidence.study.settings import BASE, METHODS
 from benchmarks.evidence.study.sizes import TASKS
-from benchmarks.evidence.study.tables import markdown, summarise
+from benchmarks.evidence.study.tables import summarise
 from benchmarks.evidence.study.training import make
 
 RESULTS = Path(__file__).parents[2] / "results"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from benchmarks.evidence.study.sizes import TASKS
 
+WIDE = 3  # panels beside one another
 GREY, OURS, OTHERS = "#808080", "#d55e00", "#0072b2"  # grey is readable on white and on black
 
 
@@ -36,8 +38,11 @@ def draw_tasks(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """A panel for each task: the seeds of each method as dots, their mean with its interval as a bar."""
     plt = _pyplot()
     tall = max(len(found) for found in rows.values())
-    figure, panels = plt.subplots(1, len(rows), figsize=(4 * len(rows), 1 + 0.28 * tall), squeeze=False)
-    for panel, (task, found) in zip(panels[0], rows.items()):
+    wide, high = min(WIDE, len(rows)), math.ceil(len(rows) / WIDE)
+    figure, panels = plt.subplots(high, wide, figsize=(4 * wide, high * (1 + 0.28 * tall)), squeeze=False)
+    for panel in panels.flat[len(rows) :]:
+        panel.axis("off")
+    for panel, (task, found) in zip(panels.flat, rows.items()):
         for y, row in enumerate(found):
             told, colour = row["accuracy"], OURS if row["method"].startswith("dqo") else OTHERS
             means = 100 * np.array(told["of_seeds"])

@@ -176,6 +176,7 @@ ABLATIONS: dict[str, Change] = {
     "warm-up 64": lambda _: {"warmup": 64},
     "2 samples a problem": lambda _: {"file": "samples-2.jsonl"},
     "4 samples a problem": lambda _: {"file": "samples-4.jsonl"},
+    "likelihood 0.02": lambda _: {"nll_coef": 0.02},
 }
 
 

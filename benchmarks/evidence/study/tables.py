@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence.pieces import head, makings, scores
+from benchmarks.evidence.pieces import makings, scores
 from benchmarks.evidence.study import settings
 from benchmarks.evidence.study.pieces import Piece, every_piece, result_of, setting_of
 from benchmarks.evidence.study.settings import BASE, methods_of
@@ -169,75 +169,3 @@ def ablations(found: dict[str, Results], root: Path) -> list[dict[str, Any]]:
             row["cpu_seconds"] = float(np.mean([of_change[seed]["cpu_seconds"] for seed in seeds]))
             rows.append(row)
     return rows
-
-
-def markdown(summary: dict[str, Any]) -> str:
-    lines = ["# The study", "", *head(summary)]
-    for task, rows in summary["rows"].items():
-        lines += ["", f"## {task}: {TASKS[task].title}", "", *_task(rows)]
-    lines += ["", "## Chosen in advance", "", *_claims(summary["claims"])]
-    if summary["ablations"]:
-        lines += ["", "## Ablations", "", *_ablations(summary["ablations"])]
-    return "\n".join(lines) + "\n"
-
-
-def _task(rows: list[dict[str, Any]]) -> list[str]:
-    contenders = list(dict.fromkeys(key for row in rows for key in row if key.endswith(" ahead")))
-    heads = ["method", "seeds", "accuracy", "greedy", "sampling"]
-    heads += [key if key.startswith(UNPLANNED) else f"{key} (p by Holm)" for key in contenders]
-    heads += ["verdict", "CPU s", "setting"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for row in rows:
-        cells = [row["method"], str(len(row["seeds"]))]
-        cells += [interval_text(row[name], 1) for name in ("accuracy", "greedy", "sampling")]
-        cells += [difference_text(row.get(key)) for key in contenders]
-        cells += [row.get("verdict", ""), f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else "", _setting(row)]
-        lines.append("| " + " | ".join(cells) + " |")
-    for row in rows:
-        if control := row.get("control"):
-            gaps = f"{difference_text(control)} over the base, {difference_text(control['over sft'])} over sft"
-            lines += ["", f"Shuffled rewards: {gaps}."]
-            lines += ["**The gains of this table are suspect.**"] * control["suspect"]
-    return lines
-
-
-def interval_text(told: dict[str, float], digits: int) -> str:
-    text = f"{100 * told['mean']:.{digits}f}"
-    return text + (f" ({100 * told['low']:.{digits}f} to {100 * told['high']:.{digits}f})" if "low" in told else "")
-
-
-def difference_text(told: dict[str, float] | None) -> str:
-    if told is None:
-        return ""
-    text = f"{100 * told['mean']:+.1f} ({100 * told['low']:+.1f} to {100 * told['high']:+.1f})"
-    return text + (f", p {told['holm']:.2g}" if "holm" in told else "")
-
-
-def _setting(row: dict[str, Any]) -> str:
-    told = ", ".join(f"{name} {value}" for name, value in (row.get("setting") or {}).items())
-    return told + (f"; {row['failed']} ended themselves" if row.get("failed") else "")
-
-
-def _claims(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| task | contender | nearest rival | contender ahead by | p of all | by Holm |", "|---" * 6 + "|"]
-    for row in rows:
-        known = ["" if row.get(key) is None else f"{row[key]:.2g}" for key in ("p_value", "holm")]
-        verdict = "" if "holds" not in row else ": holds" if row["holds"] else ": does not hold"
-        cells = [
-            row["task"],
-            row["contender"],
-            row["nearest"] or "",
-            difference_text(row["by"]),
-            known[0],
-            known[1] + verdict,
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def _ablations(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| task | change | accuracy, by seed | greedy | sampling | CPU s |", "|---" * 6 + "|"]
-    for row in rows:
-        gaps = [", ".join(f"{100 * gap:+.1f}" for gap in row[name]) for name in ("accuracy", "greedy", "sampling")]
-        lines.append(f"| {row['task']} | {row['change']} | " + " | ".join(gaps) + f" | {row['cpu_seconds']:.0f} |")
-    return lines

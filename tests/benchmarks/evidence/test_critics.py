@@ -167,7 +167,7 @@ def test_a_difference_to_the_default_is_paired_over_the_seeds_that_both_have():
     assert over_seeds["mean"] == pytest.approx(3 / 8) and over_seeds["low"] == pytest.approx(
         3 / 8 - 12.706 / 8, rel=1e-3
     )
-    assert critic_table._difference_text(row["greedy"]) == "+37.5 (-121.3 to +196.3)"
+    assert critic_table._difference_text(row["greedy"]) == "+37.5 (−121.3 to 196.3)"
     assert (row["greedy"]["mean"], row["greedy"]["low"], row["greedy"]["high"]) == (0.75, 0.5, 1.0)
 
 

@@ -8,8 +8,9 @@ import pytest
 from benchmarks.evidence.pieces import in_order
 from benchmarks.evidence.study import __main__ as study
 from benchmarks.evidence.study import data, pieces, settings, sizes, training
+from benchmarks.evidence.study.markdown import markdown
 from benchmarks.evidence.study.pieces import Piece
-from benchmarks.evidence.study.tables import claims, markdown, rows_of, summarise
+from benchmarks.evidence.study.tables import claims, rows_of, summarise
 from dqo.data.rows import read_rows, write_rows
 from dqo.demo.rollouts import graded_rows, rng_of
 from dqo.errors import UserError
@@ -58,7 +59,7 @@ def test_it_goes_on_from_piece_to_piece_and_ends_in_tables(small, tmp_path, caps
     assert "pieces are left" in capsys.readouterr().out
     study.main(asked)
     out = capsys.readouterr().out
-    assert "pieces are left" not in out and "| kto | 2 |" in out and (tmp_path / "study.svg").exists()
+    assert "pieces are left" not in out and "| `kto` | 0.0 " in out and (tmp_path / "study.svg").exists()
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/result.json")}
     assert len(made) == len(in_order(study.wanted(["a", "g2"], ["kto", "dpo"], ["train"])))
     study.main(asked)
@@ -250,4 +251,4 @@ def test_ablations_are_differences_to_the_chosen_run_and_are_drawn(tmp_path):
     (row,) = json.loads((tmp_path / "results.json").read_text())["ablations"]
     assert row["change"] == "no warm-up" and row["accuracy"] == pytest.approx([0.1, -0.05, 0])
     assert "no warm-up" in (tmp_path / "study-ablations.svg").read_text()
-    assert "+10.0, -5.0, +0.0" in (tmp_path / "tables.md").read_text()
+    assert "+10.0, −5.0, +0.0" in (tmp_path / "tables.md").read_text()
