@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence.as_planned import as_planned
 from benchmarks.evidence.methods import per_problem
 from benchmarks.evidence.objective_options import COMMON
 from dqo.config.options import options_of
@@ -143,7 +144,9 @@ def run(directory: Path) -> None:
 
     spec = json.loads((directory / "spec.json").read_text())
     place = Path(spec["task"])
-    options = options_of(spec["options"] | {"output_dir": str(directory / "run")}, str(directory / "spec.json"))
+    options = options_of(
+        as_planned(spec["options"]) | {"output_dir": str(directory / "run")}, str(directory / "spec.json")
+    )
 
     class Meter(TrainerCallback):
         """The processor's time of the updates alone, and what the critic knows whenever the run is evaluated."""

@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tbrm": {"beta": 0.2},
     "dro": {"beta": 0.2, **WITH_VALUES},
     "oreo": {"beta": 0.2, **WITH_VALUES},
-    "dqo": {"beta": 0.2, "value_model": "separate", **WITH_VALUES},  # as those beside it that fit values
+    "dqo": {"beta": 0.2, "value_model": "separate", "nll_coef": 0.0, **WITH_VALUES},  # as those beside it that fit values
     "dapo": {"beta": 0.2, "process_reward": "potential", "dataset_name": "{OUT}-data/prefix_values.jsonl", **WITH_VALUES},
     "ppo": {"beta": 0.05, **PPO},
     "rto": {"beta": 0.01, "beta1": 0.05, "dpo_model": "{OUT}/dpo-seed0", **PPO},

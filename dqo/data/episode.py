@@ -39,6 +39,9 @@ class Episode:
     step_rewards: list[float] = field(default_factory=list)
     prompt_value: float | None = None  # as the file has it, beside step rewards that are potentials
     first_wrong_step: int | None = None  # that the step rewards mark, counted from 0; see dqo.data.marks
+    wrong_from: int | None = (
+        None  # where that step begins, if rewards of steps are added; None: the label says what is correct
+    )
     ref_logprobs: np.ndarray | None = None
     ref_lse: np.ndarray | None = None
     columns: dict[str, np.ndarray] = field(default_factory=dict)  # what the objective adds, (T,) each
@@ -67,6 +70,15 @@ class Episode:
         """(T,) the factor behind each action. `discount`: "tokens", it acts at each; "turns", at the last of each turn alone."""
         acts = self.turn_end > 0 if discount == "turns" else np.ones(self.action_count, bool)
         return np.where(acts, gamma, 1.0)
+
+    @property
+    def correct(self) -> np.ndarray:
+        """(T,) bool: the actions that count as correct: those before the first step that is marked as wrong, where rewards of
+        steps are added and one is marked; else all of a correct response. A pass rate of 0 marks none: that no completion was
+        right from there does not say that what stands before is."""
+        if self.wrong_from is None:
+            return np.full(self.action_count, self.label)
+        return np.arange(self.action_count) < self.wrong_from
 
     @property
     def action_ids(self) -> list[int]:
@@ -146,6 +158,13 @@ def _flags(indices: list[int], length: int) -> np.ndarray:
     return found
 
 
+def _begin(step: int, ends: list[int], length: int) -> int:
+    """The action with which a step begins; `length` where the response was cut before it."""
+    if step > len(ends):
+        return length
+    return ends[step - 1] + 1 if step else 0
+
+
 def paid(tokens: Tokens, prompt_index: int, pay: Payment) -> Episode:
     row = tokens.row
     bootstrapped = tokens.truncated and pay.truncation == "bootstrap"
@@ -170,6 +189,7 @@ def paid(tokens: Tokens, prompt_index: int, pay: Payment) -> Episode:
             f"{row.source}: the reward of token {beyond[0] + 1} is {rewards[beyond[0]]:.3g} with the factors of reward_scale, "
             f"reward_shift and process_coef; float32 holds at most {FLOAT32_MAX:.2g}: lower them, or drop the row"
         )
+    wrong = pay.marks.first_wrong(row) if pay.process_reward == "additive" and row.step_rewards is not None else None
     logprobs = None if tokens.logprobs is None else np.asarray(tokens.logprobs, dtype=np.float32)
     return Episode(
         prompt_ids=tokens.prompt,
@@ -186,6 +206,7 @@ def paid(tokens: Tokens, prompt_index: int, pay: Payment) -> Episode:
         step_rewards=step_rewards,
         prompt_value=row.prompt_value,
         first_wrong_step=first_wrong_step(step_rewards, pay.marks.of(row)),
+        wrong_from=None if wrong is None else _begin(wrong, tokens.step_ends, length),
         env_mask=env_mask,
         turn_ends=turn_ends,
     )
@@ -208,6 +229,7 @@ def mismatched(episode: Episode, other: Episode, longest: int) -> Episode:
         step_ends=[],
         step_rewards=[],
         first_wrong_step=None,
+        wrong_from=None,
         ref_logprobs=None,
         ref_lse=None,
         columns={},

@@ -65,6 +65,11 @@ class EpisodeColumns:
         return step_columns.potential(self._episodes)
 
     @cached_property
+    def correct(self) -> np.ndarray:
+        by_token = step_columns.correct(self._episodes)
+        return self.label if by_token is None else by_token
+
+    @cached_property
     def prompt_length(self) -> np.ndarray:
         return self._of("prompt_length", "prompt_count", np.int64)
 

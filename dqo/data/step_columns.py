@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dqo.credit.steps import step_index
+from dqo.credit.steps import marked, step_index
 from dqo.data.episode import Episode
 from dqo.data.episodes import Episodes
 from dqo.data.segments import gathered
-from dqo.data.stored import column, process_rewards
+from dqo.data.stored import column, paid_by_turns, process_rewards
 
 
 def step_counts(episodes: Sequence[Episode]) -> np.ndarray:
@@ -46,6 +46,29 @@ def potential(episodes: Sequence[Episode]) -> np.ndarray:
     found, known = column(episodes.rows, "prompt_value")[place], ended > 0
     found[known] = process_rewards(episodes.rows)[(begins[place] + ended - 1)[known]]
     return found
+
+
+def correct(episodes: Sequence[Episode]) -> np.ndarray | None:
+    """bool: `Episode.correct` of every action, of all one behind the other; None where the labels alone say it."""
+    if not isinstance(episodes, Episodes):
+        if all(e.wrong_from is None for e in episodes):
+            return None
+        return np.concatenate([e.correct for e in episodes])
+    if episodes.pay.process_reward != "additive":
+        return None
+    counts = np.maximum(column(episodes.rows, "paid"), 0).astype(np.int64)
+    wrong = marked(process_rewards(episodes.rows), episodes.pay.marks.steps) & ~paid_by_turns(episodes.rows)
+    places = np.flatnonzero(wrong)
+    of = np.repeat(np.arange(len(counts)), counts)[places]
+    none = np.iinfo(np.int64).max
+    first = np.full(len(counts), none)
+    np.minimum.at(first, of, places - (counts.cumsum() - counts)[of])
+    first = first[episodes.places]
+    if (first == none).all():
+        return None
+    of_action = np.repeat(first, episodes.action_counts)
+    labels = np.repeat(episodes.label, episodes.action_counts)
+    return np.where(of_action < none, _ended(episodes) < of_action, labels)
 
 
 def _ended(episodes: Episodes) -> np.ndarray:

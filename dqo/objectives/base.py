@@ -16,7 +16,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -72,6 +72,11 @@ class Columns(Protocol):
     def potential(self) -> np.ndarray:
         """float64, one for each token of all responses: of the state before the token, what the file has for the last step that
         has ended by then, or for the prompt; NaN where it has nothing."""
+
+    @property
+    def correct(self) -> np.ndarray:
+        """bool: `label` itself, or where rewards of steps are added, one for each token of all responses: whether it is before
+        the first step that is marked as wrong; of a response without such a step, its label."""
 
     @property
     def of_reference(self) -> np.ndarray:
@@ -138,6 +143,8 @@ class Objective:
     """It fits beta * log(pi/ref) to the size of rewards, so that rewards far above beta are worth a warning."""
     likelihood_option: ClassVar[str | None] = None
     """Its option that keeps correct responses likely where it is above 0."""
+    earlier: ClassVar[dict[str, Any]] = {}
+    """Of options that once were not there, what they are in a run that began without them, where that is not the default."""
     reads_rewards: ClassVar[str] = "size"
     """What it reads of outcome rewards: their "size", the "order" of those of one prompt, or at most their
     "labels"; an option that changes nothing of that is named as one without effect."""

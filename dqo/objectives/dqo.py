@@ -16,8 +16,9 @@ mu is the policy that wrote the responses: their stored log-probabilities, or th
 auto the trainer weighs where mu is known, and w = 1 where it is not (dqo/data/behavior.py). The loss of held-out responses has
 w = 1: w falls as the policy moves away from them, and the loss would fall with it.
 
-nll_coef adds -nll_coef * log pi(y_t|s_t) on responses that count as correct, as DPO's RPO term does. Its gradient is that of 4.7
-with w = 1 and a bonus of nll_coef / (beta * policy_scale) in [...]: correct responses are pulled up whatever their weight.
+nll_coef adds -nll_coef * log pi(y_t|s_t) on tokens that count as correct, as DPO's RPO term does on chosen responses. Its
+gradient is that of 4.7 with w = 1 and a bonus of nll_coef / (beta * policy_scale) in [...]: they are pulled up whatever their
+weight.
 
 V is a model of its own, or beta * log (sum_a exp logit_a of pi) / (the same of ref). policy_target td puts
 (1 - lam) * V(s_{t+1}) + lam * G_{t+1} in the place of G_{t+1} in 4.7, one_step V(s_{t+1}). `dqo_kernels.soft_bellman` computes G
@@ -28,8 +29,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from dqo.objectives.base import Columns, Selection
 from dqo.objectives.value_options import ValueOptions
 
 
@@ -70,14 +72,16 @@ class DQO(ValueOptions, _Options):
     target_ema: float | None = None
     """An exponential moving average of the value model with this decay takes its place in every target. None takes the value
     model itself."""
-    nll_coef: float = 0.0
-    """The negative log-likelihood of each token of a response that counts as correct is multiplied by this and added, without a
-    weight. It keeps correct responses likely, which the losses of wrong ones may take down with them."""
+    nll_coef: float = 0.02
+    """The negative log-likelihood of each correct token is multiplied by this and added, without a weight. Correct are the tokens
+    of a correct response, and with --process_reward additive those of any response before the first step that is marked as wrong.
+    It keeps them likely, which the losses of wrong ones may take down with them. 0 is the paper's."""
 
     value_kinds: ClassVar[tuple[str, ...]] = ("separate", "head", "implicit", "none")
     unit: ClassVar[str] = "token"
     fits_rewards: ClassVar[bool] = True
     likelihood_option: ClassVar[str | None] = "nll_coef"
+    earlier: ClassVar[dict[str, Any]] = {"nll_coef": 0.0}
 
     @property
     def needs_kl(self) -> bool:
@@ -169,18 +173,25 @@ class DQO(ValueOptions, _Options):
             loss = loss + self.kl_coef * stats.kl.sum()
             metrics["loss/kl"] = mean_metric(stats.kl)
         if self.nll_coef > 0:
-            correct = rows["label"] > 0.5
+            correct = rows.get("correct", rows["label"]) > 0.5
             likelihood = torch.where(correct, stats.logprobs, 0.0)
             loss = loss - self.nll_coef * likelihood.sum()
             metrics["loss/nll"] = mean_metric(-likelihood, correct)
         return loss, metrics | of_loss | response_metrics(stats, rows, cu_seqlens, self.beta)
+
+    def prepare(self, columns: Columns) -> Selection:
+        """Every response, and where rewards of steps are added which tokens are correct."""
+        by_token = self.nll_coef > 0 and columns.correct is not columns.label
+        return Selection(super().prepare(columns).groups, {"correct": columns.correct} if by_token else {})
 
     def advice(self, labels: Sequence[bool]) -> list[str]:
         if self.nll_coef == 0 or len(set(labels)) != 1:
             return []
         if labels[0]:
             return ["every response counts as correct: nll_coef makes all of them likely; is --reward_threshold right?"]
-        return ["no response counts as correct: nll_coef has no effect; is --reward_threshold right?"]
+        return [
+            "no response counts as correct: nll_coef acts on paid steps alone, if any; is --reward_threshold right?"
+        ]
 
     def evaluation(self, stats, rows, cu_seqlens):
         import torch

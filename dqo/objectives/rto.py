@@ -71,7 +71,7 @@ class RTO(PPO):
             loss, metrics = super().__call__(stats, paid, cu_seqlens)
         else:
             shared = ("beta", "gamma", "discount", "lam", "target_ema", "value_coef", "value_model")
-            dqo = DQO(is_level="none", **{name: getattr(self, name) for name in shared})
+            dqo = DQO(is_level="none", nll_coef=0.0, **{name: getattr(self, name) for name in shared})
             loss, metrics = dqo(stats, paid, cu_seqlens)
         return loss, metrics | {"rto/token_reward": mean_metric(self._token_rewards(rows))}
 

@@ -379,5 +379,5 @@ def _chosen(options: Options, identity: dict) -> tuple[Path | None, dict[Path, s
             )
         check_whole(chosen)
     if chosen is not None:
-        check_same_run(chosen, identity, default_values(options))
+        check_same_run(chosen, identity, default_values(options) | options.objective.earlier)
     return chosen, damaged

@@ -105,6 +105,7 @@ def as_stored(options: Options) -> Options:
     if not isinstance(method, str) or given.get("method", method) != method:  # refused when the checkpoint is claimed
         return options
     objective = objective_class(method, str(checkpoint))
+    then = objective.earlier | then
     known = {f.name for cls in (TrainConfig, objective) for f in dataclasses.fields(cls)} - PLACE
     taken = {name: value for name, value in then.items() if name in known and name not in given}
     if "num_train_epochs" in given:  # steps and epochs are one thing
@@ -142,7 +143,7 @@ def option_differences(checkpoint: Path, state: dict, new: dict, defaults: dict)
 
     Args:
         new: options of this run's identity.
-        defaults: today's, of all options.
+        defaults: today's, of all options; of those that runs began without, what they are in these (`Objective.earlier`).
     """
     old, then, usual = state["identity"]["options"], state.get("options", {}), state.get("defaults", {})
     same_method = old.get("method") == new.get("method")

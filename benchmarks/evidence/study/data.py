@@ -133,7 +133,9 @@ def files_of(name: str, task: Task, seed: int, root: Path) -> dict[str, list[Row
     if name == "d":
         rows = made_of.half_right(rows, rng_of(seed, "half right"), POSITIVES, task.rows)
         noisy = made_of.noisy_steps(rows, rng_of(seed, "noise"), NOISE)
-        return {ROWS: rows, "steps.jsonl": rows, "noisy.jsonl": noisy, "prefixes.jsonl": made_of.right_prefixes(rows)}
+        files = {ROWS: rows, "steps.jsonl": rows, "noisy.jsonl": noisy}
+        prefixes = {"prefixes.jsonl": rows, "noisy-prefixes.jsonl": noisy}
+        return files | {name: made_of.right_prefixes(of) for name, of in prefixes.items()}
     if name == "f":
         rows = made_of.stitching(rows)
         return {

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.evidence.pieces import head
 from benchmarks.evidence.study.settings import METHODS
 from benchmarks.evidence.study.sizes import PRIMARY, TASKS
-from benchmarks.evidence.study.tables import UNPLANNED
+from benchmarks.evidence.study.tables import ADDED, ADDED_BY_TASK
 
 Row = dict[str, Any]
 MEASURES = ("accuracy", "greedy", "sampling")
@@ -47,8 +47,8 @@ def overview(rows: dict[str, list[Row]]) -> list[str]:
 
 def table_of(task: str, rows: Sequence[Row]) -> list[str]:
     """Differences are those of the task's contender, and of what was not chosen in advance."""
-    contenders = [PRIMARY.get(task, "dqo"), UNPLANNED]
-    contenders = [name for name in contenders if any(f"{name} ahead" in row for row in rows)]
+    contenders = dict.fromkeys((PRIMARY.get(task, "dqo"), ADDED_BY_TASK.get(task, ADDED), ADDED))
+    contenders = [name for name in contenders if any(f"{name} ahead" in row for row in rows)][:2]
     judged = [f"verdict on `{contenders[0]}`"] if any("verdict" in row for row in rows) else []
     heads = ["method", *MEASURES, "by seed", *(f"`{name}` ahead" for name in contenders), *judged, "CPU s", "setting"]
     best = {name: max(row[name]["mean"] for row in rows) for name in MEASURES}

@@ -28,6 +28,7 @@ class Method:
     warm: bool = False  # the value model begins alone
     tuned_as: str | None = None  # the method whose setting is used; None: its own
     only: tuple[str, ...] = field(default_factory=tuple)  # tasks; (): wherever all methods are
+    added: bool = False  # when results were known: it is not tested
 
 
 def grid(rates: tuple[float, ...], **values: tuple) -> list[Settings]:
@@ -49,6 +50,7 @@ DQO: Settings = {"method": "dqo", "lam": 1.0, "is_level": "auto", **HEAD}
 STEPS = grid(RATES, process_coef=(0.25, 0.5, 1.0)) + listed(
     (1e-4, 2.0), (2e-4, 2.0), (4e-4, 1.0), names=("learning_rate", "process_coef")
 )
+STEPS_NLL = ("learning_rate", "process_coef", "beta", "nll_coef")
 LABELLED = ("d", "f")  # tasks with rewards of steps
 
 METHODS: dict[str, Method] = {
@@ -80,6 +82,7 @@ METHODS: dict[str, Method] = {
             (4e-4, 0.1, 0.02), (4e-4, 0.1, 0.04), (4e-4, 0.2, 0.04), names=("learning_rate", "beta", "nll_coef"),
         ),
         warm=True,
+        added=True,
     ),
     "shuffled": Method(DQO | {"shuffle_rewards": True}, [], warm=True, tuned_as="dqo"),
     "dqo-steps": Method(
@@ -110,6 +113,36 @@ METHODS: dict[str, Method] = {
     ),
     "dqo-soft": Method(
         {"method": "dqo", "preset": "soft"}, grid(RATES, beta=WIDE) + listed((4e-4, 0.1), (4e-4, 0.3), (8e-4, 0.3))
+    ),
+    "dqo-steps-nll": Method(
+        DQO | {"process_reward": "additive"},
+        listed(
+            (2e-4, 1.0, 0.2, 0.05), (2e-4, 1.0, 0.2, 0.1), (2e-4, 0.5, 0.1, 0.1), (4e-4, 0.5, 0.1, 0.1),
+            (4e-4, 0.5, 0.2, 0.1), (4e-4, 1.0, 0.2, 0.1), (4e-4, 1.0, 0.2, 0.2), (4e-4, 1.0, 0.2, 0.4),
+            (8e-4, 1.0, 0.2, 0.2), names=STEPS_NLL,
+        ),
+        file="steps.jsonl", warm=True, only=LABELLED, added=True,
+    ),
+    "dqo-noisy-nll": Method(
+        DQO | {"process_reward": "additive"},
+        listed(
+            (1e-4, 0.25, 0.2, 0.05), (2e-4, 0.25, 0.2, 0.02), (2e-4, 0.25, 0.2, 0.05), (2e-4, 0.25, 0.2, 0.1),
+            (2e-4, 0.25, 0.1, 0.05), (2e-4, 0.5, 0.2, 0.05), (2e-4, 0.5, 0.2, 0.1), (4e-4, 0.25, 0.2, 0.05),
+            (4e-4, 0.25, 0.2, 0.1), names=STEPS_NLL,
+        ),
+        file="noisy.jsonl", warm=True, only=("d",), added=True,
+    ),
+    "dqo-measured-nll": Method(
+        DQO | {"process_reward": "potential"},
+        listed(
+            (1e-4, 0.5, 0.1, 0.02), (2e-4, 0.25, 0.1, 0.02), (2e-4, 0.5, 0.1, 0.01), (2e-4, 0.5, 0.1, 0.02),
+            (2e-4, 1.0, 0.1, 0.02), (2e-4, 0.5, 0.05, 0.02), (2e-4, 0.5, 0.1, 0.04), (4e-4, 0.5, 0.1, 0.02),
+            (2e-4, 0.5, 0.2, 0.02), names=STEPS_NLL,
+        ),
+        file="measured.jsonl", warm=True, only=("d",), added=True,
+    ),
+    "rft-noisy": Method(
+        {"method": "rft"}, grid(RFT_RATES), file="noisy-prefixes.jsonl", only=("d",), added=True
     ),
     "dqo-noisy": Method(
         DQO | {"beta": 0.2, "process_reward": "additive"}, STEPS, file="noisy.jsonl", warm=True, only=("d",)

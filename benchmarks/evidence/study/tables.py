@@ -19,7 +19,8 @@ from dqo.stats import mean_interval
 
 LEVEL = 0.01  # of the claims chosen in advance
 SUSPECT = 0.05  # of the control
-UNPLANNED = "dqo-nll"  # a contender that was not chosen in advance
+ADDED = "dqo-nll"  # a contender that was not chosen in advance
+ADDED_BY_TASK = {"d": "dqo-steps-nll", "f": "dqo-steps-nll"}
 LOST = 0.05  # by Holm: a rival that is ahead by so much wins
 WORTH = 0.01  # of the measure: what a method must be ahead by of one that takes less processor time
 Results = dict[str, dict[int, dict]]  # {method: {seed: result}}
@@ -70,9 +71,14 @@ def rows_of(task: str, results: Results, root: Path) -> list[dict[str, Any]]:
     What was not chosen in advance gets no p values."""
     rows = []
     tested = [name for name in dict.fromkeys(("dqo", PRIMARY.get(task, "dqo"))) if name in results]
-    contenders = [*tested, *(name for name in [UNPLANNED] if name in results)]
+    added = {name for name in results if name != BASE and settings.METHODS[name].added}
+    contenders = [
+        *tested,
+        *(name for name in dict.fromkeys((ADDED, ADDED_BY_TASK.get(task, ADDED))) if name in results),
+    ]
     compared: list[tuple[dict, str]] = []
-    complete = all(len(results.get(name, {})) == len(SEEDS) for name in (BASE, *methods_of(task)))
+    planned = (BASE, *(name for name in methods_of(task) if not settings.METHODS[name].added))
+    complete = all(len(results.get(name, {})) == len(SEEDS) for name in planned)
     for name, by_seed in results.items():
         row: dict[str, Any] = {"method": name, "seeds": sorted(by_seed)}
         if name != BASE:
@@ -90,7 +96,7 @@ def rows_of(task: str, results: Results, root: Path) -> list[dict[str, Any]]:
             gap, count = difference(results[contender], by_seed)
             if gap is not None:
                 row[f"{contender} ahead"] = gap._asdict()
-                if complete and contender in tested and name != UNPLANNED:
+                if complete and contender in tested and name not in added:
                     compared.append((row, contender))
                 else:  # nothing is tested before all that is corrected together is there
                     del row[f"{contender} ahead"]["p_value"]

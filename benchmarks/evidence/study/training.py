@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.evidence.as_planned import as_planned
 from benchmarks.evidence.pieces import attempted, made
 from benchmarks.evidence.study.data import (
     make_base,
@@ -100,7 +101,7 @@ def train_once(options: Settings, data: Path, model: Path, output: Path, seed: i
     own = {name: value for name, value in options.items() if name != "file"}
     places = {"dataset_name": data / options["file"], "model_name_or_path": model, "output_dir": output}
     places |= {"ref_cache_dir": data / "ref_cache"}
-    given = own | {name: str(path) for name, path in places.items()} | {"seed": seed}
+    given = as_planned(own) | {name: str(path) for name, path in places.items()} | {"seed": seed}
     return train(options_of(given, "the study's options"), output.parent.name)
 
 

@@ -153,3 +153,32 @@ def test_rows_of_one_prompt_have_one_potential():
             check_process_reward(rows(0.5, second), "f.jsonl", "potential")
     with pytest.raises(UserError, match='prompt_value is "high", a string; expected a number'):
         rows("high")
+
+
+def correct(row, **options):
+    episode = made(row, **{"process_reward": "additive"} | options)
+    return "".join(str(int(flag)) for flag in episode.correct)
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_tokens_before_the_first_wrong_step_are_correct_where_rewards_of_steps_are_added(label):
+    wrong = {"step_rewards": [1.0, -1.0], "label": label}  # two steps of 6 and 2 tokens, and EOS
+    assert correct(wrong) == "111111000"
+    assert correct(wrong | {"step_rewards": [1.0, 0.0]}) == "111111000"  # labels of 1 and 0
+    assert correct(wrong | {"step_rewards": [-1.0, 1.0]}) == "000000000"
+    for untold in ({"step_rewards": [1.0, 1.0]}, {"step_rewards": [0.0, 0.0]}, {"steps": None, "step_rewards": None}):
+        assert correct(wrong | untold) == str(int(label)) * 9
+    for other in ("none", "potential"):
+        assert correct(wrong | {"step_rewards": [1.0, 0.0]}, process_reward=other) == str(int(label)) * 9
+
+
+def test_a_response_that_was_cut_before_its_wrong_step_is_correct_as_far_as_it_goes():
+    row = {"step_rewards": [1.0, -1.0], "label": False}
+    assert correct(row, max_length=10, allow_truncation=True) == "111111"  # four tokens are the prompt's
+    assert correct(row, max_length=11, allow_truncation=True) == "1111110"
+    assert correct(row, max_length=8, allow_truncation=True) == "1111"
+
+
+def test_turns_with_a_penalty_say_nothing_of_those_before_them():
+    turns = {"steps": None, "step_rewards": None, "turn_spans": [[0, 6], [6, 8]], "turn_rewards": [0.5, -1.0]}
+    assert correct(turns | {"label": False}) == "0" * 9

@@ -52,7 +52,7 @@ def test_the_columns_are_what_the_episodes_say():
     assert known.of_reference.tolist() == [i == 2 for i in range(6)]
     names = [name for name, value in vars(Columns).items() if isinstance(value, property)]
     assert len(columns.potential) == columns.length.sum() and np.isnan(columns.potential).all()
-    assert all(len(getattr(columns, name)) == 6 for name in names if name != "potential") and len(names) == 12
+    assert all(len(getattr(columns, name)) == 6 for name in names if name != "potential") and len(names) == 13
     assert not columns.has_logprobs.any() and not columns.has_step_rewards.any()
 
 

@@ -58,7 +58,7 @@ def test_with_steps_of_one_token_it_is_one_step_dqo_with_a_frozen_value_over_bet
         objective(make(leaf), rows, cu_seqlens)[0].backward()
         return leaf.grad
 
-    dqo = DQO(beta=0.3, policy_target="one_step", is_level="none", value_coef=0.0)
+    dqo = DQO(nll_coef=0.0, beta=0.3, policy_target="one_step", is_level="none", value_coef=0.0)
     assert torch.allclose(4 * 0.3**2 * gradient(DAPO(beta=0.3, value_loss="squared")), gradient(dqo), rtol=1e-10)
 
 

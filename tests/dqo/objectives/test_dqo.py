@@ -3,10 +3,14 @@ import math
 import pytest
 import torch
 
+from dqo.data.selection import selected
 from dqo.objectives import DQO
 from dqo.train import metrics as finished
 from dqo_kernels import TokenStats
+from tests.dqo.helpers import episodes
 from tests.dqo.objectives.packed import differences, random_case
+
+PLAIN = DQO(is_level="none", nll_coef=0.0)
 
 
 def call(objective, logprobs, ref_logprobs, rewards, values, cu_seqlens, **extra):
@@ -29,7 +33,7 @@ def test_the_loss_of_two_tokens_by_hand():
     # k = r - beta*delta = [-0.1, 1.2];  G_2 = 1.2, G_1 = -0.1 + 1.2 = 1.1
     # policy: t=1: 0.1 - (0 + 1.2 - 0.3) = -0.8;  t=2: -0.2 - (1 - 0.6) = -0.6  -> 1/2 (0.64 + 0.36) = 0.5
     # value: 1/2 ((1.1 - 0.3)^2 + (1.2 - 0.6)^2) = 1/2 (0.64 + 0.36) = 0.5
-    objective = DQO(beta=0.5, is_level="none")
+    objective = DQO(beta=0.5, is_level="none", nll_coef=0.0)
     loss, metrics, logprobs, values = call(objective, [-1.0, -1.0], [-1.2, -0.6], [0.0, 1.0], [0.3, 0.6], [0, 2])
     assert math.isclose(loss.item(), 1.0, rel_tol=1e-6)
     assert torch.allclose(metrics["loss/policy"], torch.tensor([0.5, 2.0]))
@@ -39,8 +43,8 @@ def test_the_loss_of_two_tokens_by_hand():
 
 
 def test_trajectory_weights_scale_the_loss_of_their_response():
-    plain, _, _, _ = call(DQO(is_level="none"), [-1.0, -1.0], [-1.2, -1.3], [0.0, 1.0], [0.0, 0.0], [0, 2])
-    weighted, metrics, _, _ = call(DQO(), [-1.0, -1.0], [-1.2, -1.3], [0.0, 1.0], [0.0, 0.0], [0, 2])
+    plain, _, _, _ = call(PLAIN, [-1.0, -1.0], [-1.2, -1.3], [0.0, 1.0], [0.0, 0.0], [0, 2])
+    weighted, metrics, _, _ = call(DQO(nll_coef=0.0), [-1.0, -1.0], [-1.2, -1.3], [0.0, 1.0], [0.0, 0.0], [0, 2])
     assert math.isclose(weighted.item(), math.exp(0.5) * plain.item(), rel_tol=1e-5)
     assert metrics["importance_weight/clipped_frac"][0] == 0
 
@@ -78,16 +82,18 @@ def test_the_held_out_loss_does_not_fall_with_the_weights():
         [0, 2],
     )  # a response that has become 30 nats less likely
 
-    loss, metrics, _, _ = call(DQO(), *far)
+    loss, metrics, _, _ = call(DQO(nll_coef=0.0), *far)
     assert loss < 1e-9
-    plain, _, _, _ = call(DQO(is_level="none"), *far)
+    plain, _, _, _ = call(PLAIN, *far)
     stats = TokenStats(torch.tensor(far[0]), torch.zeros(2), torch.zeros(2))
     rows = {"ref_logprobs": torch.tensor(far[1]), "rewards": torch.tensor(far[2]), "values": torch.tensor(far[3])}
-    for objective in (DQO(), DQO(is_level="suffix"), DQO(is_level="none")):
+    for objective in (DQO(nll_coef=0.0), DQO(is_level="suffix", nll_coef=0.0), PLAIN):
         found, told = objective.evaluation(stats, rows | {"label": torch.ones(2)}, torch.tensor(far[4]))
         assert found.item() == pytest.approx(plain.item()) and found > 1
         assert (told["loss/policy"] + told["loss/value"])[0].item() == pytest.approx(plain.item())
-    weighted = DQO().evaluation(stats, rows | {"label": torch.ones(2)}, torch.tensor(far[4]))[1]["weighted_loss"]
+    weighted = DQO(nll_coef=0.0).evaluation(stats, rows | {"label": torch.ones(2)}, torch.tensor(far[4]))[1][
+        "weighted_loss"
+    ]
     assert weighted.tolist() == pytest.approx([loss.item(), 2.0])
     assert "weighted_loss" not in told
 
@@ -187,7 +193,7 @@ def test_soft_values_come_from_the_logsumexps():
 
 
 def test_what_the_step_logs():
-    objective = DQO(beta=0.5, is_level="none")
+    objective = DQO(beta=0.5, is_level="none", nll_coef=0.0)
     behavior = torch.tensor([-1.1, -0.6])
     _, metrics, _, _ = call(
         objective, [-1.0, -1.0], [-1.2, -0.6], [0.0, 1.0], [0.3, 0.6], [0, 2], behavior_logprobs=behavior
@@ -226,7 +232,7 @@ def test_the_likelihood_of_correct_responses_is_added_without_a_weight():
     logits, make, rows, cu_seqlens = random_case([3, 2])
     rows = rows | {"label": torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0], dtype=logits.dtype)}
     plain, likely = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    without, _ = DQO(is_level="trajectory")(make(plain), rows, cu_seqlens)
+    without, _ = DQO(is_level="trajectory", nll_coef=0.0)(make(plain), rows, cu_seqlens)
     loss, metrics = DQO(is_level="trajectory", nll_coef=0.2)(make(likely), rows, cu_seqlens)
     sum_of_logprobs = make(logits).logprobs[:3].sum()
     assert torch.allclose(loss - without, -0.2 * sum_of_logprobs)
@@ -236,21 +242,40 @@ def test_the_likelihood_of_correct_responses_is_added_without_a_weight():
     assert torch.allclose(likely.grad - plain.grad, expected, atol=1e-8)
 
 
+def test_of_labelled_steps_the_likelihood_takes_the_correct_tokens_of_any_response():
+    logits, make, rows, cu_seqlens = random_case([3, 2])
+    rows = rows | {"label": torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]), "correct": torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0])}
+    without, _ = DQO(nll_coef=0.0)(make(logits), rows, cu_seqlens)
+    loss, metrics = DQO(nll_coef=0.2)(make(logits), rows, cu_seqlens)
+    logprobs = make(logits).logprobs
+    assert torch.allclose(loss - without, -0.2 * (logprobs[0] + logprobs[3])) and metrics["loss/nll"][1] == 2
+
+
+def test_which_tokens_are_correct_is_asked_where_the_likelihood_needs_more_than_labels():
+    members = episodes(4)
+    assert not any(e.columns for (e,) in selected(DQO(), members))
+    members[2].wrong_from = 1
+    assert not any(e.columns for (e,) in selected(DQO(nll_coef=0.0), members))
+    found = [e.columns["correct"] for (e,) in selected(DQO(), members)]
+    assert found[2].tolist() == [1.0] + [0.0] * (members[2].action_count - 1)
+    assert all((column == e.label).all() for i, (column, e) in enumerate(zip(found, members)) if i != 2)
+
+
 def test_the_likelihood_is_a_bonus_of_the_advantage_of_correct_responses():
     logits, make, rows, cu_seqlens = random_case([4])
     rows = rows | {"label": torch.ones(4, dtype=logits.dtype)}
     likely, paid = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     DQO(beta=0.5, is_level="none", nll_coef=0.1)(make(likely), rows, cu_seqlens)[0].backward()
     lowered = rows | {"values": (rows["values"] - 0.1 / 0.5).detach()}  # advantages are greater by nll_coef / beta
-    DQO(beta=0.5, is_level="none")(make(paid), lowered, cu_seqlens)[0].backward()
+    DQO(beta=0.5, is_level="none", nll_coef=0.0)(make(paid), lowered, cu_seqlens)[0].backward()
     assert torch.allclose(likely.grad, paid.grad, atol=1e-8)
 
 
 def test_labels_with_which_the_likelihood_makes_no_sense_are_told():
     likely = DQO(nll_coef=0.1)
-    assert likely.advice([True, False]) == [] == DQO().advice([True, True])
+    assert likely.advice([True, False]) == [] == DQO(nll_coef=0.0).advice([True, True])
     assert "every response counts as correct" in likely.advice([True, True])[0]
-    assert "no effect" in likely.advice([False, False])[0]
+    assert "on paid steps alone" in likely.advice([False, False])[0]
 
 
 def test_a_moving_average_of_the_values_takes_their_place_in_the_targets_alone():

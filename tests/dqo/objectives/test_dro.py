@@ -111,7 +111,7 @@ def test_on_responses_of_one_token_it_is_dqo(bootstrapped):
         return loss.detach(), *(leaf.grad for leaf in leaves), finished.finish(metrics)
 
     *ours, metrics = of(DRO(beta=0.3, policy_scale=1.0))
-    *theirs, dqo_metrics = of(DQO(beta=0.3, is_level="none"))
+    *theirs, dqo_metrics = of(DQO(nll_coef=0.0, beta=0.3, is_level="none"))
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(ours, theirs))
     assert {name: dqo_metrics[name] for name in metrics} == pytest.approx(metrics, rel=1e-9)
 
@@ -163,6 +163,6 @@ def test_the_value_that_the_live_policy_implies_is_no_baseline_of_its_own():
     scaled_ratio = beta * (stats.logprobs - rows["ref_logprobs"]).detach()
     assert torch.allclose(scaled_ratio - terms.advantages, whole.repeat_interleave(lengths))
     rows = rows | {"values": values}
-    both = [DQO(beta=beta, is_level="none"), DRO(beta=beta, policy_scale=1.0)]
+    both = [DQO(nll_coef=0.0, beta=beta, is_level="none"), DRO(beta=beta, policy_scale=1.0)]
     found = [torch.autograd.grad(objective(make(logits), rows, cu_seqlens)[0], logits)[0] for objective in both]
     assert torch.allclose(found[0], found[1]) and found[0].abs().max() > 1e-3

@@ -55,7 +55,7 @@ def test_tied_to_the_policy_it_is_one_step_dqo():
     tied = rows | {"q": q, "target_values": values.detach()}
     ETPO(beta=beta)(stats._replace(kl=torch.zeros_like(q)), tied, cu_seqlens)[0].backward()
     other = logits.clone().requires_grad_()
-    dqo = DQO(beta=beta, value_model="none", lam=0.0, policy_target="one_step", is_level="none")
+    dqo = DQO(nll_coef=0.0, beta=beta, value_model="none", lam=0.0, policy_target="one_step", is_level="none")
     dqo(make(other), rows, cu_seqlens)[0].backward()
     assert torch.allclose(leaf.grad, other.grad, rtol=1e-9) and leaf.grad.abs().max() > 1e-3
 

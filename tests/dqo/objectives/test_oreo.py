@@ -136,7 +136,7 @@ def gradient(objective, logits, make, rows, cu_seqlens):
 def test_on_responses_of_one_length_it_is_dqo():
     case = random_case([4] * 3)
     ours = gradient(OREO(beta=0.3, alpha=0.5), *case)
-    theirs = gradient(DQO(beta=0.3, is_level="none", kl_coef=0.25), *case)
+    theirs = gradient(DQO(nll_coef=0.0, beta=0.3, is_level="none", kl_coef=0.25), *case)
     assert all(torch.allclose(a, 2 / 4 * b, rtol=1e-12) for a, b in zip(ours, theirs))
 
 
@@ -144,7 +144,7 @@ def test_every_response_counts_alike_whatever_its_length():
     lengths = [2, 5, 1]
     logits, make, rows, cu_seqlens = random_case(lengths)
     loss, of_logits, of_values = gradient(OREO(beta=0.3, alpha=0.5), logits, make, rows, cu_seqlens)
-    objective, total = DQO(beta=0.3, is_level="none", kl_coef=0.25), 0.0
+    objective, total = DQO(nll_coef=0.0, beta=0.3, is_level="none", kl_coef=0.25), 0.0
     for i, length in enumerate(lengths):
         own = slice(int(cu_seqlens[i]), int(cu_seqlens[i + 1]))
         only = torch.tensor([0, length])

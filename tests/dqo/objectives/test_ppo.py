@@ -62,7 +62,7 @@ def test_where_the_policy_wrote_the_data_it_is_dqo_over_beta(lam):
         return leaves[0].grad, leaves[1].grad
 
     ours = gradients(PPO(beta=0.3, lam=lam, **PLAIN))
-    theirs = gradients(DQO(beta=0.3, lam=lam, policy_target="td", is_level="none"))
+    theirs = gradients(DQO(nll_coef=0.0, beta=0.3, lam=lam, policy_target="td", is_level="none"))
     assert torch.allclose(0.3 * ours[0], theirs[0], rtol=1e-10) and torch.allclose(ours[1], theirs[1], rtol=1e-10)
 
 

@@ -40,7 +40,7 @@ def test_it_is_its_algorithm_on_other_rewards(algorithm):
     ours = RTO(beta=0.2, beta1=0.5, reward_coef=0.7, algorithm=algorithm, lam=0.9, whiten=False)
     its = PPO(beta=0.2, lam=0.9, whiten=False)
     if algorithm == "dqo":
-        its = DQO(beta=0.2, lam=0.9, is_level="none", target_ema=0.9, value_coef=0.1)
+        its = DQO(nll_coef=0.0, beta=0.2, lam=0.9, is_level="none", target_ema=0.9, value_coef=0.1)
     expected = gradients(its, logits, make, rows | {"rewards": paid}, cu_seqlens)
     found = gradients(ours, logits, make, rows, cu_seqlens)
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(found, expected))

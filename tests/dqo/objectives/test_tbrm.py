@@ -43,7 +43,7 @@ def gradient(loss_of, logits):
 
 def test_on_responses_of_one_token_it_is_twice_dqo_with_soft_values_and_both_ends_trained():
     logits, make, rows, cu_seqlens = random_case([1] * 6)
-    dqo = DQO(beta=0.3, value_model="none", target="residual", is_level="none")
+    dqo = DQO(nll_coef=0.0, beta=0.3, value_model="none", target="residual", is_level="none")
     ours, theirs = (
         gradient(lambda x, objective=objective: objective(make(x), rows, cu_seqlens)[0], logits)
         for objective in (TBRM(beta=0.3), dqo)

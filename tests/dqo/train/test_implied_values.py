@@ -48,7 +48,7 @@ def loss_of(objective, episodes, logprobs):
 def test_of_the_optimal_policy_it_is_the_optimal_value_and_nothing_is_left_to_learn():
     optimum = TREE.optimum()
     episodes, logprobs = paths(optimum.log_policy)
-    objective = DQO(beta=TREE.beta, is_level="none")
+    objective = DQO(nll_coef=0.0, beta=TREE.beta, is_level="none")
     add_columns(objective, episodes, logprobs, TREE.beta, mean=-99.0)
     values = np.concatenate([e.columns["values"] for e in episodes])
     np.testing.assert_allclose(values, optimum.v[TREE.states].numpy(), atol=1e-5)
@@ -63,7 +63,7 @@ def test_of_the_live_policy_every_residual_is_that_of_dro():
     torch.manual_seed(0)
     live = torch.randn_like(TREE.ref_logits).log_softmax(-1)
     episodes, logprobs = paths(live)
-    objective = DQO(beta=0.3, is_level="none", value_coef=0.0)
+    objective = DQO(nll_coef=0.0, beta=0.3, is_level="none", value_coef=0.0)
     add_columns(objective, episodes, logprobs, 0.3, mean=0.0)
     for e, own in zip(episodes, logprobs):
         loss = loss_of(objective, [e], [own])[0]

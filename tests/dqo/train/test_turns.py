@@ -144,7 +144,7 @@ def test_the_loss_is_that_of_the_kernels_masks_with_holes(is_level):
     model, members = policy(), trajectories()
     critic = critic_of(model)
     batch = collate(members, 0)
-    loss, _ = objective_sums(Learner(model, critic), DQO(**options), batch)
+    loss, _ = objective_sums(Learner(model, critic), DQO(nll_coef=0.0, **options), batch)
     with torch.no_grad():
         logits = model(batch.input_ids).logits[:, :-1]
         every, _ = value_rows(critic, dataclasses.replace(batch, states=torch.arange(batch.positions)))

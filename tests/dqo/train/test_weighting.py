@@ -138,7 +138,7 @@ def test_capped_weights_are_never_called_large(weights):
 def test_a_run_whose_policy_leaves_its_data_stops_with_the_cure(files, capsys):
     with_sampling(files)
     with pytest.raises(UserError) as caught:
-        run(files, learning_rate=0.3, reward_scale=100, max_steps=60, eval_steps=5)
+        run(files, learning_rate=0.3, nll_coef=0, reward_scale=100, max_steps=60, eval_steps=5)
     message = str(caught.value)
     assert "the importance weights have collapsed for 10 steps: at step " in message and "\n" not in message
     assert "--learning_rate (now 0.3)" in message and "--is_level none or suffix" in message
@@ -151,13 +151,13 @@ def test_a_run_whose_policy_leaves_its_data_stops_with_the_cure(files, capsys):
     assert held_out[-1]["eval_loss"] > 0.5 * held_out[0]["eval_loss"]  # and is not
     assert [row for row in rows if "loss" in row][-1]["step"] == int(kept.name.removeprefix("checkpoint-"))
     with pytest.raises(UserError, match="have collapsed for 11 steps"):  # the same command gets no ten steps more
-        run(files, learning_rate=0.3, reward_scale=100, max_steps=60, eval_steps=5)
+        run(files, learning_rate=0.3, nll_coef=0, reward_scale=100, max_steps=60, eval_steps=5)
 
 
 def test_checkpoints_of_better_days_stay(files):
     with_sampling(files)
     with pytest.raises(UserError, match="checkpoint-4 is kept"):
-        run(files, learning_rate=0.3, max_steps=60, save_steps=4, save_total_limit=1, value_warmup_steps=4)
+        run(files, learning_rate=0.3, nll_coef=0, max_steps=60, save_steps=4, save_total_limit=1, value_warmup_steps=4)
     assert [path.name for path in (files / "out").glob("checkpoint-*")] == ["checkpoint-4"]
 
 
