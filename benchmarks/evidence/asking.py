@@ -1,4 +1,4 @@
-"""Methods that ask or sample while they train: XPO in rounds, ADPO and ZPG, from the demonstration's base model, beside its DPO.
+"""Methods that ask or sample while they train: XPO in rounds, ADPO and ZPG, from the demonstration's base model, beside DPO.
 
     dqo demo --output_dir dqo-demo && python -m benchmarks.evidence.asking dqo-demo      (about six minutes of one core)
 
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.evidence.methods import per_problem
+from benchmarks.evidence.objective_options import BATCH, UPDATES
 from benchmarks.harness.environment import commit
 from dqo.demo.recipe import Recipe
 from dqo.demo.report import evaluate_model
@@ -39,11 +40,12 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parents[1] / "results"
 RECIPE = dataclasses.replace(Recipe(), eval_problems=500, eval_samples=2)  # fewer than in the demonstration
 OF_DPO = {"learning_rate": 6e-5, "beta": 0.7, "lr_scheduler_type": "constant", "adam_beta2": 0.99, "max_length": 256}
-OF_DPO |= {"per_device_train_batch_size": RECIPE.batch // 2, "process_reward": "none", "eval_fraction": 0.0}
+OF_DPO |= {"per_device_train_batch_size": BATCH // 2, "process_reward": "none", "eval_fraction": 0.0}
 XPO = OF_DPO | {"alpha": 1e-5, "max_steps": 16}  # a round, of two
 ROUNDS = {"ROUNDS": "2", "SAMPLES": "2", "VERIFIER": "arith", "LONGEST": str(RECIPE.max_new_tokens), "SEED": "0"}
 PROBLEMS = 512  # that XPO and ZPG answer
-ADPO = OF_DPO | {"threshold": 1.3, "max_steps": RECIPE.updates}
+DPO = OF_DPO | {"max_steps": UPDATES}
+ADPO = DPO | {"threshold": 1.3}
 ZPG = {"parameters": "norm", "mu": 2.0, "learning_rate": 0.02, "num_pairs": 192, "max_steps": 40, "verifier": "arith"}
 ZPG |= {"max_completion_length": RECIPE.max_new_tokens, "seed": 0}
 
@@ -83,12 +85,17 @@ def train_xpo(demonstration: Path, output: Path) -> dict:
     return {"model": last / "trained", "samples": samples, "graded": samples}
 
 
-def train_adpo(demonstration: Path, output: Path) -> dict:
+def train_on_pairs(method: str, options: dict, demonstration: Path, output: Path) -> Path:
     if not (output / "seconds.json").exists():
         data, base = str(demonstration / "data" / "rollouts.jsonl"), str(demonstration / "base")
-        command = [sys.executable, "-m", "dqo", "train", "--method", "adpo", "--dataset_name", data]
-        command += ["--model_name_or_path", base, "--output_dir", str(output), *flags(ADPO)]
+        command = [sys.executable, "-m", "dqo", "train", "--method", method, "--dataset_name", data]
+        command += ["--model_name_or_path", base, "--output_dir", str(output), *flags(options)]
         timed(command, output / "seconds.json")
+    return output
+
+
+def train_adpo(demonstration: Path, output: Path) -> dict:
+    train_on_pairs("adpo", ADPO, demonstration, output)
     rows = [row for row in read_metrics(output / "metrics.jsonl") if "queries" in row]
     accuracies = [row["labels/pseudo_accuracy"] for row in rows if "labels/pseudo_accuracy" in row]
     told = {"queries": rows[-1]["queries"], "pseudo_labels": rows[-1]["pseudo_labels"]}
@@ -145,8 +152,9 @@ def main() -> None:
     (output / "problems.jsonl").write_text("".join(lines))
     told: dict[str, dict[str, Any]] = {
         "base": {"model": demonstration / "base"},
-        "dpo": {"model": demonstration / "dpo", "queries": questions_of_dpo(stored), "samples": 0},
+        "dpo": {"model": train_on_pairs("dpo", DPO, demonstration, output / "dpo"), "samples": 0},
     }
+    told["dpo"]["queries"] = questions_of_dpo(stored)
     told |= {"adpo": train_adpo(demonstration, output / "adpo"), "xpo": train_xpo(demonstration, output / "xpo")}
     told |= {"zpg": train_zpg(demonstration, output / "zpg")}
     seed = json.loads((demonstration / "demo.json").read_text())["seed"]

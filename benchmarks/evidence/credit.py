@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.evidence.objective_options import COMMON, OPTIONS, RECIPE
+from benchmarks.evidence.objective_options import COMMON, OPTIONS, RECIPE, UPDATES
 from benchmarks.evidence.objectives import train
 from benchmarks.harness.environment import commit
 from dqo.data.episode import Episode
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("demonstration", type=Path)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, default=3, help="how many training seeds, 0, 1, ...")
-    parser.add_argument("--updates", type=int, default=RECIPE.updates, help="of the policy, by every method")
+    parser.add_argument("--updates", type=int, default=UPDATES, help="of the policy, by every method")
     parser.add_argument("--output_dir", type=Path, help="where the runs are; by default DEMONSTRATION/credit")
     parser.add_argument("--unseen_mistakes", action="store_true")
     given = parser.parse_args(arguments)

@@ -7,9 +7,10 @@ from typing import Any
 from dqo.demo.recipe import Recipe
 
 RECIPE = Recipe()
+BATCH, UPDATES = 256, 128  # twice the demonstration's 16,384 graded samples
 COMMON: dict[str, Any] = {
-    "per_device_train_batch_size": RECIPE.batch,
-    "max_steps": RECIPE.updates,
+    "per_device_train_batch_size": BATCH,
+    "max_steps": UPDATES,
     "max_length": 256,
     "lr_scheduler_type": "constant",
     "adam_beta2": 0.99,
@@ -19,7 +20,7 @@ COMMON: dict[str, Any] = {
 WITH_VALUES = {"critic_learning_rate": 1e-3, "value_warmup_steps": 64}
 PAIRS = {"beta": 0.7, "learning_rate": 6e-5}
 PPO = {"behavior": "reference", **WITH_VALUES}  # the base model wrote the file, and stored no log-probabilities
-# {OUT}: the directory of the comparison. Those of rft, dpo and dqo are the demonstration's, all others are first guesses.
+# {OUT}: the directory of the comparison. Those of rft, dpo and dqo were tried on another seed, all others are first guesses.
 OPTIONS: dict[str, dict[str, Any]] = {
     "sft": {},
     "rft": {},

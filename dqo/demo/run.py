@@ -3,8 +3,9 @@
     dqo-train
 
 A small Llama learns from demonstrations that are systematically wrong on a quarter of the table ("hard" entries, right 42 % of
-the time), so it knows the right step but does not prefer it. Its own graded samples are the offline data set on which every
-method then trains, from the same base model, for the same number of updates.
+the time), so it knows the right step but does not prefer it. Of its own graded samples the offline data set keeps those that are
+wrong and half right, and a few that are right; their steps are labelled, a fifth of them wrongly. Every method then trains on it,
+from the same base model, for the same number of updates.
 """
 
 from __future__ import annotations
@@ -16,41 +17,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dqo.config.options import Options, TrainConfig, command_line
-from dqo.demo.recipe import METHODS, DemoConfig, Recipe
+from dqo.config.options import Options, command_line, options_of
+from dqo.demo.half_right import write_half_right
+from dqo.demo.recipe import DemoConfig, Recipe
 from dqo.demo.rollouts import distinct_problems, rng_of, write_demonstrations, write_graded, write_rollouts
 from dqo.errors import UserError
 from dqo.files import write_whole, writing
 from dqo.grading.arith import VOCABULARY, ArithTask
-from dqo.objectives.dpo import DPO
-from dqo.objectives.dqo import DQO
-from dqo.objectives.rft import RFT
-from dqo.objectives.sft import SFT
+from dqo.objectives import OBJECTIVES
 
 
-def _train_options(recipe: Recipe, method: str, data: Path, model: Path, output: Path, seed: int, **changes) -> Options:
-    objective = {
-        "sft": SFT(),
-        "rft": RFT(),
-        "dpo": DPO(beta=recipe.betas["dpo"]),
-        "dqo": DQO(beta=recipe.betas["dqo"]),
-    }[method]
+def _train_options(recipe: Recipe, given: dict[str, Any], data: Path, model: Path, output: Path, seed: int) -> Options:
     settings: dict[str, Any] = {
-        "method": method,
         "model_name_or_path": str(model),
         "dataset_name": str(data),
         "output_dir": str(output),
         "eval_fraction": 0.0,
         "max_length": 256,
         "process_reward": "none",
-        "per_device_train_batch_size": recipe.batch // (objective.group_size or 1),
+        "per_device_train_batch_size": recipe.batch // (OBJECTIVES[given["method"]].group_size or 1),
         "lr_scheduler_type": "constant",
         "adam_beta2": 0.99,
         "save_steps": 1000,
         "save_total_limit": 1,
         "seed": seed,
     }
-    return Options(TrainConfig(**settings | changes), objective, {})
+    return options_of(settings | given, "the demonstration's options")
 
 
 @dataclass
@@ -98,18 +90,21 @@ def run_demo(config: DemoConfig, recipe: Recipe | None = None) -> Path:
 
     stage.begin(f"base model: {recipe.demonstrations:,} demonstrations x {recipe.sft_epochs:g} epochs")
     sft = {
+        "method": "sft",
         "per_device_train_batch_size": recipe.sft_batch,
         "num_train_epochs": recipe.sft_epochs,
         "learning_rate": recipe.sft_learning_rate,
         "warmup_steps": 50,
         "lr_scheduler_type": "cosine",
     }
-    train(_train_options(recipe, "sft", data / "demonstrations.jsonl", initial, base, config.seed, **sft), "base")
+    train(_train_options(recipe, sft, data / "demonstrations.jsonl", initial, base, config.seed), "base")
 
     rollouts = data / "rollouts.jsonl"
     stage.begin(f"rollouts: {recipe.samples} samples of the base model for each of {recipe.prompts:,} problems")
     if not rollouts.exists():
         write_rollouts(task, recipe, base, rollouts, config.seed, problems)
+    half_right_rows = data / "half_right.jsonl"
+    write_half_right(recipe, rollouts, half_right_rows, config.seed)
 
     stage.begin(f"every method from the same base model, {recipe.updates} updates each")
     results = [evaluate_model("base", base, evaluation, recipe, config.seed)]
@@ -118,18 +113,14 @@ def run_demo(config: DemoConfig, recipe: Recipe | None = None) -> Path:
     write_graded(
         task, evaluation[: recipe.held_out_problems], tokenizer, samples, held_out
     )  # no method trains on these
-    for method, name in METHODS.items():
-        changes: dict[str, Any] = {"learning_rate": recipe.learning_rates[method], "max_steps": recipe.updates}
-        if method == "dqo":
-            changes |= {
-                "critic_learning_rate": recipe.critic_learning_rate,
-                "value_warmup_steps": recipe.value_warmup_updates,
-                "max_steps": recipe.value_warmup_updates + recipe.updates,
-                "eval_dataset_name": str(held_out),
-            }
-        source = data / "more_demonstrations.jsonl" if method == "sft" else rollouts
-        options = _train_options(recipe, method, source, base, output / name, config.seed, **changes)
-        run = train(options, name)
+    for name, given in recipe.methods.items():
+        options = given | {"max_steps": recipe.updates}
+        if given["method"] == "dqo":
+            warmup = recipe.value_warmup_updates
+            options |= {"value_warmup_steps": warmup, "max_steps": warmup + recipe.updates}
+            options["eval_dataset_name"] = str(held_out)
+        source = data / "more_demonstrations.jsonl" if given["method"] == "sft" else half_right_rows
+        run = train(_train_options(recipe, options, source, base, output / name, config.seed), name)
         results.append(evaluate_model(name, run.output_dir, evaluation, recipe, config.seed, run))
 
     stage.begin("report")

@@ -13,6 +13,7 @@ from benchmarks.evidence.study.settings import ABLATED, ROWS
 from benchmarks.evidence.study.sizes import BASES, LENGTH, TASKS, Base, Task
 from dqo.config.options import options_of
 from dqo.data.rows import Row, read_rows, write_rows
+from dqo.demo.half_right import by_prompt, half_right, noisy_steps
 from dqo.demo.rollouts import distinct_problems, graded_rows, rng_of
 from dqo.grading.arith import VOCABULARY, ArithTask
 
@@ -118,7 +119,7 @@ def make_data(name: str, seed: int, root: Path) -> dict[str, Any]:
         measure(files[ROWS], place, model_of(task.base, seed, root), BASES[task.base], seed)
     rows = files[ROWS]
     right = sum(row.label for row in rows) / len(rows)
-    return {"rows": len(rows), "prompts": len(made_of.by_prompt(rows)), "right": right}
+    return {"rows": len(rows), "prompts": len(by_prompt(rows)), "right": right}
 
 
 def files_of(name: str, task: Task, seed: int, root: Path) -> dict[str, list[Row]]:
@@ -126,13 +127,13 @@ def files_of(name: str, task: Task, seed: int, root: Path) -> dict[str, list[Row
     if task.other:
         return {ROWS: of_others(name, task, seed, root)}
     samples = read_rows(str(root / Piece("base", task.base, seed).place / SAMPLES))
-    prompts = list(made_of.by_prompt(samples))[: task.prompts]
+    prompts = list(by_prompt(samples))[: task.prompts]
     rows = [row for row in samples if row.prompt in set(prompts)]
     if name == "c":
         rows = made_of.few_positives(rows, rng_of(seed, "few positives"), WITHOUT, task.rows)
     if name == "d":
-        rows = made_of.half_right(rows, rng_of(seed, "half right"), POSITIVES, task.rows)
-        noisy = made_of.noisy_steps(rows, rng_of(seed, "noise"), NOISE)
+        rows = half_right(rows, rng_of(seed, "half right"), POSITIVES, task.rows)
+        noisy = noisy_steps(rows, rng_of(seed, "noise"), NOISE)
         files = {ROWS: rows, "steps.jsonl": rows, "noisy.jsonl": noisy}
         prefixes = {"prefixes.jsonl": rows, "noisy-prefixes.jsonl": noisy}
         return files | {name: made_of.right_prefixes(of) for name, of in prefixes.items()}
@@ -161,7 +162,7 @@ def of_others(name: str, task: Task, seed: int, root: Path) -> list[Row]:
         sampled(base, other, problems, SHARES[1], seed + 1),  # the draws of one seed would go with those of the base
         sampled(base, own, problems, SHARES[2], seed + 2, temperature=HOT),
     ]
-    return [row for found in made_of.by_prompt([row for part in parts for row in part]).values() for row in found]
+    return [row for found in by_prompt([row for part in parts for row in part]).values() for row in found]
 
 
 def measure(rows: Sequence[Row], place: Path, model: Path, base: Base, seed: int) -> None:

@@ -8,19 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dqo.data.rows import Row
-
-RIGHT, WRONG = 0.0, -1.0
-
-
-def by_prompt(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(str(row.prompt), []).append(row)
-    return found
-
-
-def wrong_steps(row: Row) -> int:
-    return sum(reward != RIGHT for reward in row.step_rewards or ())
+from dqo.demo.half_right import RIGHT, by_prompt, wrong_steps
 
 
 def strictly(rows: Sequence[Row]) -> list[Row]:
@@ -44,18 +32,6 @@ def few_positives(rows: Sequence[Row], rng: random.Random, without: float, most:
     return kept[:most]
 
 
-def half_right(rows: Sequence[Row], rng: random.Random, positives: float, most: int | None) -> list[Row]:
-    """Wrong responses with at least half of their steps right, and right responses to the same prompts, drawn, which are a share
-    `positives` of all."""
-    wrong = [row for row in rows if not row.label and 0 < 2 * wrong_steps(row) <= len(row.step_rewards or ())]
-    count = min(most or len(rows), int(len(wrong) / (1 - positives)))
-    wrong = wrong[: count - round(count * positives)]
-    prompts = {row.prompt for row in wrong}
-    few = rng.sample([row for row in rows if row.label and row.prompt in prompts], count - len(wrong))
-    mixed = rng.sample([*wrong, *few], count)
-    return [row for found in by_prompt(mixed).values() for row in found]
-
-
 def stitching(rows: Sequence[Row]) -> list[Row]:
     """The wrong responses to prompts whose every step is right in one of them; the reward is minus the number of wrong steps, the
     label says the best to its prompt that is not also the worst."""
@@ -77,17 +53,6 @@ def stitching(rows: Sequence[Row]) -> list[Row]:
 def paid_at_steps(rows: Sequence[Row]) -> list[Row]:
     """The same returns as those of `stitching`, paid where a step is wrong in the place of at the end."""
     return [replace(row, reward=0.0) for row in rows]
-
-
-def noisy_steps(rows: Sequence[Row], rng: random.Random, share: float) -> list[Row]:
-    """A share of all labels of steps, drawn, is turned over."""
-    places = [(i, j) for i, row in enumerate(rows) for j in range(len(row.step_rewards or ()))]
-    turned = set(rng.sample(places, round(share * len(places))))
-    noisy = []
-    for i, row in enumerate(rows):
-        labels = enumerate(row.step_rewards or ())
-        noisy.append(replace(row, step_rewards=[WRONG - r if (i, j) in turned else r for j, r in labels]))
-    return noisy
 
 
 def right_prefixes(rows: Sequence[Row]) -> list[Row]:

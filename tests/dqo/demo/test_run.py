@@ -17,7 +17,7 @@ TINY = Recipe(
     layers=2,
     heads=4,
     intermediate_size=64,
-    demonstrations=6144,
+    demonstrations=12288,
     prompts=128,
     eval_problems=20,
     eval_samples=2,
@@ -40,7 +40,7 @@ def test_it_goes_from_nothing_to_a_self_contained_report(finished):
     assert path == output / "report.html"
     assert "<svg" in page and "http" not in page.replace("http://www.w3.org", "").replace("https://arxiv.org", "")
     report = json.loads((output / "report.json").read_text())
-    assert [m["name"] for m in report["methods"]] == ["base", "sft-continued", "rft", "dpo", "dqo"]
+    assert [m["name"] for m in report["methods"]] == ["base", *TINY.methods]
     assert all(len(m["greedy"]) == 20 and len(m["sampling"][0]) == 2 for m in report["methods"])
 
 
@@ -54,15 +54,17 @@ def test_dqo_weighs_the_base_models_samples(finished):
 def test_every_method_makes_the_same_number_of_policy_updates(finished):
     _, output = finished
     steps = {m["name"]: m.get("updates") for m in json.loads((output / "report.json").read_text())["methods"]}
-    assert steps == {"base": None, "sft-continued": 3, "rft": 3, "dpo": 3, "dqo": 5}  # dqo: 2 of the value model alone
+    two_more = {"dqo": 5, "dqo-steps": 5}  # of the value model alone
+    assert steps == {"base": None} | dict.fromkeys(TINY.methods, 3) | two_more
 
 
 def test_problems_of_data_and_evaluation_are_distinct(finished):
     _, output = finished
     prompts = {
         name: {json.loads(line)["prompt"] for line in (output / "data" / f"{name}.jsonl").read_text().splitlines()}
-        for name in ("demonstrations", "more_demonstrations", "rollouts", "held_out")
+        for name in ("demonstrations", "more_demonstrations", "rollouts", "half_right", "held_out")
     }
+    assert prompts["half_right"] <= prompts["rollouts"]
     assert not prompts["rollouts"] & prompts["held_out"]
     assert not (prompts["demonstrations"] | prompts["more_demonstrations"]) & (
         prompts["rollouts"] | prompts["held_out"]
@@ -79,6 +81,21 @@ def test_the_rollouts_carry_exact_step_marks(finished):
         grade = task.grade(row["prompt"], row["completion"])
         assert row["label"] == (grade.correct and row["finish_reason"] == "stop")
         assert [reward < 0 for reward in row["step_rewards"]] == [not right for right in grade.step_correct]
+
+
+def test_one_method_reads_labels_of_steps_of_which_a_fifth_are_wrong(finished):
+    from dqo.grading.arith import ArithTask
+
+    _, output = finished
+    task, wrong, labels = ArithTask(2, 3), 0, 0
+    for line in (output / "data" / "half_right.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        told, right = row["step_rewards"], task.grade(row["prompt"], row["completion"]).step_correct
+        wrong, labels = wrong + sum((a < 0) == b for a, b in zip(told, right)), labels + len(told)
+    assert wrong == round(0.2 * labels) > 0
+    configured = {name: (output / name / "config.yaml").read_text() for name in TINY.methods}
+    used = {name: text.split("process_reward: ")[1].split()[0] for name, text in configured.items()}
+    assert used == dict.fromkeys(TINY.methods, "none") | {"dqo-steps": "additive"}
 
 
 def test_the_same_command_goes_on_and_another_seed_is_refused(finished):

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.evidence.study import transformations as made_of
 from dqo.data.rows import read_rows, write_rows
+from dqo.demo.half_right import by_prompt
 from dqo.demo.rollouts import distinct_problems, graded_rows
 from dqo.grading.arith import ArithTask, apply
 
@@ -27,7 +28,7 @@ def samples():
 def test_stitching_has_no_right_response_and_every_step_right_in_one(samples):
     rows = made_of.stitching(samples)
     assert 0 < len(rows) < sum(not row.label for row in samples)
-    for prompt, found in made_of.by_prompt(rows).items():
+    for prompt, found in by_prompt(rows).items():
         lines = TASK.solution(prompt).splitlines()
         grades = [TASK.grade(prompt, row.completion) for row in found]
         assert not any(grade.correct for grade in grades)
@@ -52,36 +53,12 @@ def test_returns_at_the_end_and_at_the_steps_are_the_same(samples):
     assert [row.reward for row in at_end] == [row.reward + sum(row.step_rewards) for row in at_steps]
 
 
-def test_noise_turns_a_fifth_of_the_labels_over_and_nothing_else(samples):
-    noisy = made_of.noisy_steps(samples, random.Random(0), 0.2)
-    pairs = [(a, b) for row, other in zip(samples, noisy) for a, b in zip(row.step_rewards, other.step_rewards)]
-    assert {a for a, b in pairs if a != b} == {0.0, -1.0} == {b for _, b in pairs}  # both ways
-    assert sum(a != b for a, b in pairs) == round(0.2 * len(pairs))
-    assert [(r.prompt, r.completion, r.reward) for r in noisy] == [(r.prompt, r.completion, r.reward) for r in samples]
-    assert made_of.noisy_steps(samples, random.Random(1), 0.2) != noisy
-
-
 def test_few_positives_are_one_a_prompt_and_most_prompts_have_none(samples):
     rows = made_of.few_positives(samples, random.Random(0), 0.75, None)
-    positives = [sum(row.label for row in found) for found in made_of.by_prompt(rows).values()]
+    positives = [sum(row.label for row in found) for found in by_prompt(rows).values()]
     assert set(positives) == {0, 1} and 0.1 < sum(positives) / len(positives) < 0.3
     assert [row for row in rows if not row.label] == [row for row in samples if not row.label]
     assert len(made_of.few_positives(samples, random.Random(0), 0.75, 50)) == 50
-
-
-def test_half_right_responses_are_wrong_with_half_of_the_steps_right_and_a_tenth_is_right(samples):
-    rows = made_of.half_right(samples, random.Random(0), 0.1, 200)
-    assert len(rows) == 200 and sum(row.label for row in rows) == 20
-    for row in rows:
-        grade = TASK.grade(row.prompt, row.completion)
-        assert row.label or 2 * grade.step_correct.count(True) >= len(grade.step_correct) > grade.step_correct.count(
-            True
-        )
-    assert {row.prompt for row in rows if row.label} <= {row.prompt for row in rows if not row.label}  # for pairs
-    whole = made_of.half_right(samples, random.Random(0), 0.1, None)
-    assert len(whole) > 200 and sum(row.label for row in whole) == round(0.1 * len(whole))
-    prompts = [row.prompt for row in rows]
-    assert len(set(prompts)) == 1 + sum(a != b for a, b in zip(prompts, prompts[1:]))  # one behind the other
 
 
 def test_right_prefixes_hold_right_steps_alone_and_are_read_again(samples, tmp_path):
@@ -105,4 +82,4 @@ def test_an_answer_by_luck_is_not_strictly_right():
 
 def test_the_first_samples_of_each_prompt_stay(samples):
     rows = made_of.first_samples(samples, 2)
-    assert {len(found) for found in made_of.by_prompt(rows).values()} == {2} and rows[:2] == samples[:2]
+    assert {len(found) for found in by_prompt(rows).values()} == {2} and rows[:2] == samples[:2]
