@@ -40,7 +40,7 @@ class Episode:
     prompt_value: float | None = None  # as the file has it, beside step rewards that are potentials
     first_wrong_step: int | None = None  # that the step rewards mark, counted from 0; see dqo.data.marks
     wrong_from: int | None = (
-        None  # where that step begins, if rewards of steps are added; None: the label says what is correct
+        None  # where that step begins, if labels of steps count; None: the label says what is correct
     )
     ref_logprobs: np.ndarray | None = None
     ref_lse: np.ndarray | None = None
@@ -73,9 +73,8 @@ class Episode:
 
     @property
     def correct(self) -> np.ndarray:
-        """(T,) bool: the actions that count as correct: those before the first step that is marked as wrong, where rewards of
-        steps are added and one is marked; else all of a correct response. A pass rate of 0 marks none: that no completion was
-        right from there does not say that what stands before is."""
+        """(T,) bool: the actions that count as correct: those before the first step that is labelled as wrong, where labels of
+        steps count and one is; else all of a correct response."""
         if self.wrong_from is None:
             return np.full(self.action_count, self.label)
         return np.arange(self.action_count) < self.wrong_from
@@ -124,6 +123,12 @@ class Payment:
     scale: float
     shift: float
     marks: Marks
+
+    @property
+    def labels_count(self) -> bool:
+        """Whether step rewards are used as labels. A pass rate of 0 is none: that no completion was right from there does not say
+        that what stands before is."""
+        return self.process_reward == "additive" and self.marks.labels
 
 
 def shaping(
@@ -189,7 +194,7 @@ def paid(tokens: Tokens, prompt_index: int, pay: Payment) -> Episode:
             f"{row.source}: the reward of token {beyond[0] + 1} is {rewards[beyond[0]]:.3g} with the factors of reward_scale, "
             f"reward_shift and process_coef; float32 holds at most {FLOAT32_MAX:.2g}: lower them, or drop the row"
         )
-    wrong = pay.marks.first_wrong(row) if pay.process_reward == "additive" and row.step_rewards is not None else None
+    wrong = pay.marks.first_wrong(row) if pay.labels_count and row.step_rewards is not None else None
     logprobs = None if tokens.logprobs is None else np.asarray(tokens.logprobs, dtype=np.float32)
     return Episode(
         prompt_ids=tokens.prompt,

@@ -54,7 +54,7 @@ def correct(episodes: Sequence[Episode]) -> np.ndarray | None:
         if all(e.wrong_from is None for e in episodes):
             return None
         return np.concatenate([e.correct for e in episodes])
-    if episodes.pay.process_reward != "additive":
+    if not episodes.pay.labels_count:
         return None
     counts = np.maximum(column(episodes.rows, "paid"), 0).astype(np.int64)
     wrong = marked(process_rewards(episodes.rows), episodes.pay.marks.steps) & ~paid_by_turns(episodes.rows)

@@ -75,8 +75,8 @@ class Columns(Protocol):
 
     @property
     def correct(self) -> np.ndarray:
-        """bool: `label` itself, or where rewards of steps are added, one for each token of all responses: whether it is before
-        the first step that is marked as wrong; of a response without such a step, its label."""
+        """bool: `label` itself, or where labels of steps are added to rewards, one for each token of all responses: whether it is
+        before the first step that is labelled as wrong; of a response without such a step, its label."""
 
     @property
     def of_reference(self) -> np.ndarray:

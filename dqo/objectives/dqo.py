@@ -74,8 +74,8 @@ class DQO(ValueOptions, _Options):
     model itself."""
     nll_coef: float = 0.02
     """The negative log-likelihood of each correct token is multiplied by this and added, without a weight. Correct are the tokens
-    of a correct response, and with --process_reward additive those of any response before the first step that is marked as wrong.
-    It keeps them likely, which the losses of wrong ones may take down with them. 0 is the paper's."""
+    of a correct response, and where --process_reward additive pays labels (-1, 0, 1) those before the first wrong step of any. It
+    keeps them likely, which the losses of wrong ones may take down with them. 0 is the paper's."""
 
     value_kinds: ClassVar[tuple[str, ...]] = ("separate", "head", "implicit", "none")
     unit: ClassVar[str] = "token"

@@ -168,6 +168,8 @@ def test_tokens_before_the_first_wrong_step_are_correct_where_rewards_of_steps_a
     assert correct(wrong | {"step_rewards": [-1.0, 1.0]}) == "000000000"
     for untold in ({"step_rewards": [1.0, 1.0]}, {"step_rewards": [0.0, 0.0]}, {"steps": None, "step_rewards": None}):
         assert correct(wrong | untold) == str(int(label)) * 9
+    assert correct(wrong | {"step_rewards": [0.5, -1.0]}) == str(int(label)) * 9  # pay and penalties are no labels
+    assert correct(wrong | {"step_rewards": [0.5, 0.0]}) == str(int(label)) * 9
     for other in ("none", "potential"):
         assert correct(wrong | {"step_rewards": [1.0, 0.0]}, process_reward=other) == str(int(label)) * 9
 
