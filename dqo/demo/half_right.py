@@ -1,18 +1,17 @@
-"""Half-right responses of graded samples, and labels of their steps of which some are wrong. Rows are those of `graded_rows`,
-whose step_rewards are 0 for a right step and -1 for a wrong one."""
+"""Half-right responses of graded samples. Rows are those of `graded_rows`, whose step_rewards are 0 for a right step and -1 for a
+wrong one."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from dqo.data.rows import Row, read_rows, write_rows
 from dqo.demo.recipe import Recipe
 from dqo.demo.rollouts import rng_of
 
-RIGHT, WRONG = 0.0, -1.0
+RIGHT = 0.0
 
 
 def by_prompt(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -39,18 +38,6 @@ def half_right(rows: Sequence[Row], rng: random.Random, positives: float, most: 
     return [row for found in by_prompt(mixed).values() for row in found]
 
 
-def noisy_steps(rows: Sequence[Row], rng: random.Random, share: float) -> list[Row]:
-    """A share of all labels of steps, drawn, is turned over."""
-    places = [(i, j) for i, row in enumerate(rows) for j in range(len(row.step_rewards or ()))]
-    turned = set(rng.sample(places, round(share * len(places))))
-    noisy = []
-    for i, row in enumerate(rows):
-        labels = enumerate(row.step_rewards or ())
-        noisy.append(replace(row, step_rewards=[WRONG - r if (i, j) in turned else r for j, r in labels]))
-    return noisy
-
-
 def write_half_right(recipe: Recipe, rollouts: Path, path: Path, seed: int) -> None:
-    """The half-right ones of a file of graded samples, with the recipe's share of wrong labels."""
-    rows = half_right(read_rows(str(rollouts)), rng_of(seed, "half right"), recipe.right_share, recipe.rows)
-    write_rows(path, noisy_steps(rows, rng_of(seed, "noise"), recipe.wrong_labels))
+    """The half-right ones of a file of graded samples, and a few that are right."""
+    write_rows(path, half_right(read_rows(str(rollouts)), rng_of(seed, "half right"), recipe.right_share, recipe.rows))

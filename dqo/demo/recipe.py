@@ -17,7 +17,8 @@ def _methods() -> dict[str, dict[str, Any]]:
         "dpo": {"method": "dpo", "learning_rate": 1e-4, "beta": 2.0},
         "kto": {"method": "kto", "learning_rate": 2e-4, "beta": 3.0, "desirable_weight": 9.0},
         "dqo": critic | {"beta": 0.1, "nll_coef": 0.02},
-        STEPS: critic | {"beta": 0.2, "nll_coef": 0.02, "process_reward": "additive", "process_coef": 0.25},
+        STEPS: critic
+        | {"learning_rate": 4e-4, "beta": 0.1, "nll_coef": 0.1, "process_reward": "additive", "process_coef": 0.5},
     }
 
 
@@ -57,7 +58,6 @@ class Recipe:
     eval_samples: int = 4
     rows: int = 4096  # half-right responses, on which the methods train
     right_share: float = 0.1  # of them, that are right
-    wrong_labels: float = 0.2  # a share of the labels of steps
     held_out_problems: int = 250  # whose base samples show what the value model knows
     batch: int = 128
     updates: int = 96  # of the policy, by every method, with batches of `batch` responses

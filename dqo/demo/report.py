@@ -84,8 +84,7 @@ NOTES = [
     "The task is built so that the base model knows the right step but does not prefer it; gains on it say that the methods "
     "work, not how much they would gain on another task.",
     "The data are nine tenths wrong responses with at least half of their steps right, and one tenth right ones. dqo-steps reads "
-    "labels of their steps, of which a fifth are wrong; the others read outcomes alone. sft-continued reads more of what the "
-    "base model learnt from.",
+    "labels of their steps; the others read outcomes alone. sft-continued reads more of what the base model learnt from.",
     "One seed. Every method makes the same number of updates of the policy from batches of the same number of responses (pairs "
     "for DPO); DQO also trains a value model, first alone, which costs time.",
     "The value model estimates what the trained policy will earn, the held-out responses are the base model's: predictions above "

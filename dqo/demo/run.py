@@ -4,8 +4,8 @@
 
 A small Llama learns from demonstrations that are systematically wrong on a quarter of the table ("hard" entries, right 42 % of
 the time), so it knows the right step but does not prefer it. Of its own graded samples the offline data set keeps those that are
-wrong and half right, and a few that are right; their steps are labelled, a fifth of them wrongly. Every method then trains on it,
-from the same base model, for the same number of updates.
+wrong and half right, and a few that are right; their steps are labelled. Every method then trains on it, from the same base
+model, for the same number of updates.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from dataclasses import replace
 from dqo.data.rows import Row
 from dqo.demo.half_right import RIGHT, by_prompt, wrong_steps
 
+WRONG = -1.0
+
 
 def strictly(rows: Sequence[Row]) -> list[Row]:
     """Right are only the responses of which every step is."""
@@ -53,6 +55,17 @@ def stitching(rows: Sequence[Row]) -> list[Row]:
 def paid_at_steps(rows: Sequence[Row]) -> list[Row]:
     """The same returns as those of `stitching`, paid where a step is wrong in the place of at the end."""
     return [replace(row, reward=0.0) for row in rows]
+
+
+def noisy_steps(rows: Sequence[Row], rng: random.Random, share: float) -> list[Row]:
+    """A share of all labels of steps, drawn, is turned over."""
+    places = [(i, j) for i, row in enumerate(rows) for j in range(len(row.step_rewards or ()))]
+    turned = set(rng.sample(places, round(share * len(places))))
+    noisy = []
+    for i, row in enumerate(rows):
+        labels = enumerate(row.step_rewards or ())
+        noisy.append(replace(row, step_rewards=[WRONG - r if (i, j) in turned else r for j, r in labels]))
+    return noisy
 
 
 def right_prefixes(rows: Sequence[Row]) -> list[Row]:

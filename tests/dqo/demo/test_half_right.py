@@ -1,10 +1,10 @@
-"""Half-right responses and noisy labels, of demonstrations by the fallible author."""
+"""Half-right responses, of demonstrations by the fallible author."""
 
 import random
 
 import pytest
 
-from dqo.demo.half_right import half_right, noisy_steps
+from dqo.demo.half_right import half_right
 from dqo.demo.rollouts import distinct_problems, graded_rows
 from dqo.grading.arith import ArithTask
 
@@ -19,15 +19,6 @@ def samples():
     for prompt in distinct_problems(TASK, rng, 120, set()):
         rows += graded_rows(TASK, prompt, [(TASK.demonstration(prompt, rng), True) for _ in range(8)])
     return rows
-
-
-def test_noise_turns_a_fifth_of_the_labels_over_and_nothing_else(samples):
-    noisy = noisy_steps(samples, random.Random(0), 0.2)
-    pairs = [(a, b) for row, other in zip(samples, noisy) for a, b in zip(row.step_rewards, other.step_rewards)]
-    assert {a for a, b in pairs if a != b} == {0.0, -1.0} == {b for _, b in pairs}  # both ways
-    assert sum(a != b for a, b in pairs) == round(0.2 * len(pairs))
-    assert [(r.prompt, r.completion, r.reward) for r in noisy] == [(r.prompt, r.completion, r.reward) for r in samples]
-    assert noisy_steps(samples, random.Random(1), 0.2) != noisy
 
 
 def test_half_right_responses_are_wrong_with_half_of_the_steps_right_and_a_tenth_is_right(samples):

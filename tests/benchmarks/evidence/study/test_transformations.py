@@ -53,6 +53,15 @@ def test_returns_at_the_end_and_at_the_steps_are_the_same(samples):
     assert [row.reward for row in at_end] == [row.reward + sum(row.step_rewards) for row in at_steps]
 
 
+def test_noise_turns_a_fifth_of_the_labels_over_and_nothing_else(samples):
+    noisy = made_of.noisy_steps(samples, random.Random(0), 0.2)
+    pairs = [(a, b) for row, other in zip(samples, noisy) for a, b in zip(row.step_rewards, other.step_rewards)]
+    assert {a for a, b in pairs if a != b} == {0.0, -1.0} == {b for _, b in pairs}  # both ways
+    assert sum(a != b for a, b in pairs) == round(0.2 * len(pairs))
+    assert [(r.prompt, r.completion, r.reward) for r in noisy] == [(r.prompt, r.completion, r.reward) for r in samples]
+    assert made_of.noisy_steps(samples, random.Random(1), 0.2) != noisy
+
+
 def test_few_positives_are_one_a_prompt_and_most_prompts_have_none(samples):
     rows = made_of.few_positives(samples, random.Random(0), 0.75, None)
     positives = [sum(row.label for row in found) for found in by_prompt(rows).values()]
