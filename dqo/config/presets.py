@@ -35,6 +35,7 @@ _PAPER: dict[str, Any] = {
     "value_coef": 1.0,
     "kl_coef": 0.0,
     "nll_coef": 0.0,
+    "nll_on": "responses",
     "value_model": "separate",
     "value_loss": "squared",
     "value_init": "zero",

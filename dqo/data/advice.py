@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dqo.data.marks import Marks
 from dqo.data.rows import Row
 from dqo.data.stored import FINISHES, column, process_rewards, several
 from dqo.data.together import check_contrast, duplicate_count
@@ -37,7 +38,8 @@ def row_warnings(rows: Sequence[Row], settings: Any, objective: Objective | None
         return found
     if objective.fits_rewards:
         found += _magnitude(rows, settings, getattr(objective, "beta", 1.0))
-    return found + objective.advice(column(rows, "label").tolist())
+    marked = bool(Marks.of_rows(rows, settings.process_reward).wrong_steps(rows).any())
+    return found + objective.advice(column(rows, "label").tolist(), column(rows, "reward"), marked)
 
 
 def _contrast(rows: Sequence[Row], objective: Objective | None) -> list[str]:

@@ -8,7 +8,7 @@ step. Of several turns only the tokens that the model wrote are actions: arrays 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,9 +39,7 @@ class Episode:
     step_rewards: list[float] = field(default_factory=list)
     prompt_value: float | None = None  # as the file has it, beside step rewards that are potentials
     first_wrong_step: int | None = None  # that the step rewards mark, counted from 0; see dqo.data.marks
-    wrong_from: int | None = (
-        None  # where that step begins, if labels of steps count; None: the label says what is correct
-    )
+    wrong_from: int | None = None  # the action with which that step begins; None: no step is marked, turns aside
     ref_logprobs: np.ndarray | None = None
     ref_lse: np.ndarray | None = None
     columns: dict[str, np.ndarray] = field(default_factory=dict)  # what the objective adds, (T,) each
@@ -72,12 +70,12 @@ class Episode:
         return np.where(acts, gamma, 1.0)
 
     @property
-    def correct(self) -> np.ndarray:
-        """(T,) bool: the actions that count as correct: those before the first step that is labelled as wrong, where labels of
-        steps count and one is; else all of a correct response."""
+    def right_length(self) -> int:
+        """How many of its first actions are right as far as the file tells: those before the first step that is marked as wrong;
+        without one all, if the response counts as correct, and else none."""
         if self.wrong_from is None:
-            return np.full(self.action_count, self.label)
-        return np.arange(self.action_count) < self.wrong_from
+            return self.action_count if self.label else 0
+        return self.wrong_from
 
     @property
     def action_ids(self) -> list[int]:
@@ -124,12 +122,6 @@ class Payment:
     shift: float
     marks: Marks
 
-    @property
-    def labels_count(self) -> bool:
-        """Whether step rewards are used as labels. A pass rate of 0 is none: that no completion was right from there does not say
-        that what stands before is."""
-        return self.process_reward == "additive" and self.marks.labels
-
 
 def shaping(
     step_ends: list[int],
@@ -163,11 +155,12 @@ def _flags(indices: list[int], length: int) -> np.ndarray:
     return found
 
 
-def _begin(step: int, ends: list[int], length: int) -> int:
-    """The action with which a step begins; `length` where the response was cut before it."""
-    if step > len(ends):
-        return length
-    return ends[step - 1] + 1 if step else 0
+def begin_of(step: int, ends: Sequence[int], length: int) -> int:
+    """The action with which a step begins; `length` where the response was cut before it. A token of two steps is of both."""
+    if step == 0 or step > len(ends):
+        return length if step else 0
+    shared = step < len(ends) and ends[step] == ends[step - 1]
+    return ends[step - 1] + (not shared)
 
 
 def paid(tokens: Tokens, prompt_index: int, pay: Payment) -> Episode:
@@ -194,7 +187,7 @@ def paid(tokens: Tokens, prompt_index: int, pay: Payment) -> Episode:
             f"{row.source}: the reward of token {beyond[0] + 1} is {rewards[beyond[0]]:.3g} with the factors of reward_scale, "
             f"reward_shift and process_coef; float32 holds at most {FLOAT32_MAX:.2g}: lower them, or drop the row"
         )
-    wrong = pay.marks.first_wrong(row) if pay.labels_count and row.step_rewards is not None else None
+    wrong = None if row.step_rewards is None else pay.marks.first_wrong(row)
     logprobs = None if tokens.logprobs is None else np.asarray(tokens.logprobs, dtype=np.float32)
     return Episode(
         prompt_ids=tokens.prompt,
@@ -211,7 +204,7 @@ def paid(tokens: Tokens, prompt_index: int, pay: Payment) -> Episode:
         step_rewards=step_rewards,
         prompt_value=row.prompt_value,
         first_wrong_step=first_wrong_step(step_rewards, pay.marks.of(row)),
-        wrong_from=None if wrong is None else _begin(wrong, tokens.step_ends, length),
+        wrong_from=None if wrong is None else begin_of(wrong, tokens.step_ends, length),
         env_mask=env_mask,
         turn_ends=turn_ends,
     )

@@ -7,18 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dqo.credit.steps import Mark, first_wrong_step, wrong_mark
+from dqo.credit.steps import Mark, first_wrong_step, marked, wrong_mark
 from dqo.data.rows import Row
 from dqo.data.stored import column, paid_by_turns, process_rewards
-
-LABELS = {-1.0, 0.0, 1.0}
 
 
 @dataclass(frozen=True)
 class Marks:
     steps: Mark
     turns: Mark  # 0 is what most turns are paid, so it marks none of them, unless it is a pass rate
-    labels: bool  # whether all numbers of steps are labels: -1, 0 and 1; others may pay what is no fault
 
     @classmethod
     def of_rows(cls, rows: Sequence[Row], process_reward: str | None) -> Marks:
@@ -26,11 +23,14 @@ class Marks:
         pass_rates = process_reward == "potential"
         prompt_values = not np.isnan(column(rows, "prompt_value")).all()
         numbers = np.unique(process_rewards(rows)[~paid_by_turns(rows)]).tolist()
-        mark = wrong_mark(numbers, pass_rates or prompt_values)
-        return cls(mark, "zero" if pass_rates else "negative", set(numbers) <= LABELS)
+        return cls(wrong_mark(numbers, pass_rates or prompt_values), "zero" if pass_rates else "negative")
 
     def of(self, row: Row) -> Mark:
         return self.turns if row.step_rewards is None else self.steps
+
+    def wrong_steps(self, rows: Sequence[Row]) -> np.ndarray:
+        """bool: which of `process_rewards` mark a step, not a turn, as wrong."""
+        return marked(process_rewards(rows), self.steps) & ~paid_by_turns(rows)
 
     def first_wrong(self, row: Row) -> int | None:
         """The first wrong step, or turn, of a row, counted from 0."""

@@ -65,9 +65,8 @@ class EpisodeColumns:
         return step_columns.potential(self._episodes)
 
     @cached_property
-    def correct(self) -> np.ndarray:
-        by_token = step_columns.correct(self._episodes)
-        return self.label if by_token is None else by_token
+    def right_length(self) -> np.ndarray:
+        return step_columns.right_lengths(self._episodes)
 
     @cached_property
     def prompt_length(self) -> np.ndarray:

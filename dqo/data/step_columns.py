@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dqo.credit.steps import marked, step_index
-from dqo.data.episode import Episode
+from dqo.credit.steps import step_index
+from dqo.data.episode import Episode, begin_of
 from dqo.data.episodes import Episodes
 from dqo.data.segments import gathered
-from dqo.data.stored import column, paid_by_turns, process_rewards
+from dqo.data.stored import column, process_rewards
 
 
 def step_counts(episodes: Sequence[Episode]) -> np.ndarray:
@@ -48,27 +48,24 @@ def potential(episodes: Sequence[Episode]) -> np.ndarray:
     return found
 
 
-def correct(episodes: Sequence[Episode]) -> np.ndarray | None:
-    """bool: `Episode.correct` of every action, of all one behind the other; None where the labels alone say it."""
+def right_lengths(episodes: Sequence[Episode]) -> np.ndarray:
+    """int64 (n,): `Episode.right_length` of each."""
     if not isinstance(episodes, Episodes):
-        if all(e.wrong_from is None for e in episodes):
-            return None
-        return np.concatenate([e.correct for e in episodes])
-    if not episodes.pay.labels_count:
-        return None
-    counts = np.maximum(column(episodes.rows, "paid"), 0).astype(np.int64)
-    wrong = marked(process_rewards(episodes.rows), episodes.pay.marks.steps) & ~paid_by_turns(episodes.rows)
-    places = np.flatnonzero(wrong)
-    of = np.repeat(np.arange(len(counts)), counts)[places]
-    none = np.iinfo(np.int64).max
-    first = np.full(len(counts), none)
-    np.minimum.at(first, of, places - (counts.cumsum() - counts)[of])
-    first = first[episodes.places]
-    if (first == none).all():
-        return None
-    of_action = np.repeat(first, episodes.action_counts)
-    labels = np.repeat(episodes.label, episodes.action_counts)
-    return np.where(of_action < none, _ended(episodes) < of_action, labels)
+        return np.array([e.right_length for e in episodes], np.int64)
+    lengths = episodes.action_counts.astype(np.int64)
+    found = np.where(episodes.label, lengths, 0)
+    paid = np.maximum(column(episodes.rows, "paid"), 0).astype(np.int64)
+    wrong = np.flatnonzero(episodes.pay.marks.wrong_steps(episodes.rows))
+    of = np.repeat(np.arange(len(paid)), paid)[wrong]
+    first = np.full(len(paid), -1)
+    first[of[::-1]] = (wrong - (paid.cumsum() - paid)[of])[::-1]  # of a row's wrong steps the first is written last
+    chosen = np.flatnonzero(first[episodes.places] >= 0)
+    counts, entries = episodes.table.counts("step_ends"), episodes.entries[chosen]
+    ends = gathered(episodes.table.segments.column("step_ends"), counts, entries)
+    stops = counts[entries].cumsum()
+    for i, step, begin, stop in zip(chosen, first[episodes.places[chosen]], stops - counts[entries], stops):
+        found[i] = min(begin_of(int(step), ends[begin:stop].tolist(), int(lengths[i])), lengths[i])
+    return found
 
 
 def _ended(episodes: Episodes) -> np.ndarray:

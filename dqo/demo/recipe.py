@@ -18,7 +18,8 @@ def _methods() -> dict[str, dict[str, Any]]:
         "kto": {"method": "kto", "learning_rate": 2e-4, "beta": 3.0, "desirable_weight": 9.0},
         "dqo": critic | {"beta": 0.1, "nll_coef": 0.02},
         STEPS: critic
-        | {"learning_rate": 4e-4, "beta": 0.1, "nll_coef": 0.1, "process_reward": "additive", "process_coef": 0.5},
+        | {"learning_rate": 4e-4, "beta": 0.1, "nll_coef": 0.1, "nll_on": "steps"}
+        | {"process_reward": "additive", "process_coef": 0.5},
     }
 
 

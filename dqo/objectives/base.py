@@ -74,9 +74,9 @@ class Columns(Protocol):
         has ended by then, or for the prompt; NaN where it has nothing."""
 
     @property
-    def correct(self) -> np.ndarray:
-        """bool: `label` itself, or where labels of steps are added to rewards, one for each token of all responses: whether it is
-        before the first step that is labelled as wrong; of a response without such a step, its label."""
+    def right_length(self) -> np.ndarray:
+        """int64, in tokens: those before the first step that the file marks as wrong; without one all, if the response counts as
+        correct, and else none."""
 
     @property
     def of_reference(self) -> np.ndarray:
@@ -251,8 +251,9 @@ class Objective:
             return []
         return [("value_model", f"must be {', '.join(kinds)}, or the directory of a value model, got {told!r}")]
 
-    def advice(self, labels: Sequence[bool]) -> list[str]:
-        """Warnings, a line each, about rows with these labels."""
+    def advice(self, labels: Sequence[bool], rewards: np.ndarray, steps_marked: bool) -> list[str]:
+        """Warnings, a line each, about rows with these labels and outcome rewards. `steps_marked`: whether a step is marked as
+        wrong."""
         return []
 
     def phases(self, value_warmup: float) -> tuple[Phase, ...]:

@@ -16,9 +16,9 @@ mu is the policy that wrote the responses: their stored log-probabilities, or th
 auto the trainer weighs where mu is known, and w = 1 where it is not (dqo/data/behavior.py). The loss of held-out responses has
 w = 1: w falls as the policy moves away from them, and the loss would fall with it.
 
-nll_coef adds -nll_coef * log pi(y_t|s_t) on tokens that count as correct, as DPO's RPO term does on chosen responses. Its
-gradient is that of 4.7 with w = 1 and a bonus of nll_coef / (beta * policy_scale) in [...]: they are pulled up whatever their
-weight.
+nll_coef adds -nll_coef * log pi(y_t|s_t) on correct responses, as DPO's RPO term does on chosen ones, or with nll_on steps on
+what stands before the first wrong step. Its gradient is that of 4.7 with w = 1 and a bonus of nll_coef / (beta * policy_scale) in
+[...]: these tokens are pulled up whatever their weight.
 
 V is a model of its own, or beta * log (sum_a exp logit_a of pi) / (the same of ref). policy_target td puts
 (1 - lam) * V(s_{t+1}) + lam * G_{t+1} in the place of G_{t+1} in 4.7, one_step V(s_{t+1}). `dqo_kernels.soft_bellman` computes G
@@ -30,6 +30,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
+
+import numpy as np
 
 from dqo.objectives.base import Columns, Selection
 from dqo.objectives.value_options import ValueOptions
@@ -73,15 +75,17 @@ class DQO(ValueOptions, _Options):
     """An exponential moving average of the value model with this decay takes its place in every target. None takes the value
     model itself."""
     nll_coef: float = 0.02
-    """The negative log-likelihood of each correct token is multiplied by this and added, without a weight. Correct are the tokens
-    of a correct response, and where --process_reward additive pays labels (-1, 0, 1) those before the first wrong step of any. It
-    keeps them likely, which the losses of wrong ones may take down with them. 0 is the paper's."""
+    """The negative log-likelihood of each token that nll_on chooses is multiplied by this and added, without a weight. It keeps
+    right tokens likely, which the losses of wrong ones may take down with them. 0 is the paper's."""
+    nll_on: Literal["responses", "steps"] = "responses"
+    """ "responses" takes the tokens of responses that count as correct. "steps" takes those of any response before the first step
+    that the file marks as wrong, and all of a correct response without such a step."""
 
     value_kinds: ClassVar[tuple[str, ...]] = ("separate", "head", "implicit", "none")
     unit: ClassVar[str] = "token"
     fits_rewards: ClassVar[bool] = True
     likelihood_option: ClassVar[str | None] = "nll_coef"
-    earlier: ClassVar[dict[str, Any]] = {"nll_coef": 0.0}
+    earlier: ClassVar[dict[str, Any]] = {"nll_coef": 0.0}  # the paper's
 
     @property
     def needs_kl(self) -> bool:
@@ -173,25 +177,38 @@ class DQO(ValueOptions, _Options):
             loss = loss + self.kl_coef * stats.kl.sum()
             metrics["loss/kl"] = mean_metric(stats.kl)
         if self.nll_coef > 0:
-            correct = rows.get("correct", rows["label"]) > 0.5
+            correct = self._correct(rows, cu_seqlens)
             likelihood = torch.where(correct, stats.logprobs, 0.0)
             loss = loss - self.nll_coef * likelihood.sum()
             metrics["loss/nll"] = mean_metric(-likelihood, correct)
         return loss, metrics | of_loss | response_metrics(stats, rows, cu_seqlens, self.beta)
 
-    def prepare(self, columns: Columns) -> Selection:
-        """Every response, and where rewards of steps are added which tokens are correct."""
-        by_token = self.nll_coef > 0 and columns.correct is not columns.label
-        return Selection(super().prepare(columns).groups, {"correct": columns.correct} if by_token else {})
+    def idle(self) -> tuple[str, tuple[str, ...]]:
+        return ("nll_coef is 0", ("nll_on",)) if self.nll_coef == 0 else super().idle()
 
-    def advice(self, labels: Sequence[bool]) -> list[str]:
-        if self.nll_coef == 0 or len(set(labels)) != 1:
+    def prepare(self, columns: Columns) -> Selection:
+        """Every response."""
+        by_steps = self.nll_coef > 0 and self.nll_on == "steps"
+        return Selection(super().prepare(columns).groups, {"right_length": columns.right_length} if by_steps else {})
+
+    def advice(self, labels: Sequence[bool], rewards: np.ndarray, steps_marked: bool) -> list[str]:
+        if self.nll_coef == 0:
             return []
-        if labels[0]:
-            return ["every response counts as correct: nll_coef makes all of them likely; is --reward_threshold right?"]
-        return [
-            "no response counts as correct: nll_coef acts on paid steps alone, if any; is --reward_threshold right?"
-        ]
+        if self.nll_on == "steps":
+            return [] if steps_marked else ["no step is marked as wrong: nll_on steps takes whole correct responses"]
+        right = sum(labels)
+        if right in (0, len(labels)):
+            what = "no response counts as correct: nll_coef has no effect"
+            if right:
+                what = "every response counts as correct: nll_coef makes all of them likely"
+            return [f"{what}; is --reward_threshold right?"] * bool(labels)
+        values = len(np.unique(rewards))
+        if values > 2:
+            return [
+                f"rewards have {values:,} values, and {right:,} of {len(labels):,} responses count as correct, which nll_coef "
+                "keeps likely: is --reward_threshold right? --nll_coef 0 goes by rewards alone"
+            ]
+        return []
 
     def evaluation(self, stats, rows, cu_seqlens):
         import torch
@@ -213,6 +230,17 @@ class DQO(ValueOptions, _Options):
         sequence = sequence_index(cu_seqlens, log_ratio.shape[0])
         each = importance_weights(log_ratio, sequence, cu_seqlens, self._level, self.is_cap, self.is_floor)
         return self._units(each, cu_seqlens)
+
+    def _correct(self, rows, cu_seqlens):
+        """(N,) bool: the tokens of nll_on."""
+        import torch
+
+        if "right_length" not in rows:
+            return rows["label"] > 0.5
+        from dqo_kernels.core.packed import sequence_index
+
+        place = torch.arange(len(rows["label"]), device=cu_seqlens.device)
+        return place - cu_seqlens[sequence_index(cu_seqlens, len(place))] < rows["right_length"]
 
     @property
     def _level(self) -> str:

@@ -52,7 +52,7 @@ class KTO(Objective):
             companions[own] = others[np.arange(len(own)) % len(others)]
         return Selection(super().prepare(columns).groups, companions=companions)
 
-    def advice(self, labels: Sequence[bool]) -> list[str]:
+    def advice(self, labels: Sequence[bool], rewards: np.ndarray, steps_marked: bool) -> list[str]:
         """Where the labels weigh far from what the paper advises, good over bad from 1 to 4/3."""
         good = sum(labels)
         bad = len(labels) - good

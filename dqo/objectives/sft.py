@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from dqo.objectives.base import Objective
 
 
@@ -22,7 +24,7 @@ class SFT(Objective):
     def needs_reference(self) -> bool:
         return False
 
-    def advice(self, labels: Sequence[bool]) -> list[str]:
+    def advice(self, labels: Sequence[bool], rewards: np.ndarray, steps_marked: bool) -> list[str]:
         wrong = len(labels) - sum(labels)
         text = (
             f"sft trains on every response, on the {wrong:,} wrong ones of {len(labels):,} too; --method rft trains on the "

@@ -115,7 +115,7 @@ METHODS: dict[str, Method] = {
         {"method": "dqo", "preset": "soft"}, grid(RATES, beta=WIDE) + listed((4e-4, 0.1), (4e-4, 0.3), (8e-4, 0.3))
     ),
     "dqo-steps-nll": Method(
-        DQO | {"process_reward": "additive"},
+        DQO | {"process_reward": "additive", "nll_on": "steps"},
         listed(
             (2e-4, 1.0, 0.2, 0.05), (2e-4, 1.0, 0.2, 0.1), (2e-4, 0.5, 0.1, 0.1), (4e-4, 0.5, 0.1, 0.1),
             (4e-4, 0.5, 0.2, 0.1), (4e-4, 1.0, 0.2, 0.1), (4e-4, 1.0, 0.2, 0.2), (4e-4, 1.0, 0.2, 0.4),
@@ -124,7 +124,7 @@ METHODS: dict[str, Method] = {
         file="steps.jsonl", warm=True, only=LABELLED, added=True,
     ),
     "dqo-noisy-nll": Method(
-        DQO | {"process_reward": "additive"},
+        DQO | {"process_reward": "additive", "nll_on": "steps"},
         listed(
             (1e-4, 0.25, 0.2, 0.05), (2e-4, 0.25, 0.2, 0.02), (2e-4, 0.25, 0.2, 0.05), (2e-4, 0.25, 0.2, 0.1),
             (2e-4, 0.25, 0.1, 0.05), (2e-4, 0.5, 0.2, 0.05), (2e-4, 0.5, 0.2, 0.1), (4e-4, 0.25, 0.2, 0.05),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dqo.data.episode import shaping
+from dqo.data.episode import begin_of, shaping
 from dqo.data.episodes import make_episodes
 from dqo.data.rows import read_rows
 from dqo.data.together import check_process_reward
@@ -155,32 +155,35 @@ def test_rows_of_one_prompt_have_one_potential():
         rows("high")
 
 
-def correct(row, **options):
-    episode = made(row, **{"process_reward": "additive"} | options)
-    return "".join(str(int(flag)) for flag in episode.correct)
+def right_length(row, **options):
+    return made(row, **options).right_length
 
 
-@pytest.mark.parametrize("label", [True, False])
-def test_tokens_before_the_first_wrong_step_are_correct_where_rewards_of_steps_are_added(label):
-    wrong = {"step_rewards": [1.0, -1.0], "label": label}  # two steps of 6 and 2 tokens, and EOS
-    assert correct(wrong) == "111111000"
-    assert correct(wrong | {"step_rewards": [1.0, 0.0]}) == "111111000"  # labels of 1 and 0
-    assert correct(wrong | {"step_rewards": [-1.0, 1.0]}) == "000000000"
-    for untold in ({"step_rewards": [1.0, 1.0]}, {"step_rewards": [0.0, 0.0]}, {"steps": None, "step_rewards": None}):
-        assert correct(wrong | untold) == str(int(label)) * 9
-    assert correct(wrong | {"step_rewards": [0.5, -1.0]}) == str(int(label)) * 9  # pay and penalties are no labels
-    assert correct(wrong | {"step_rewards": [0.5, 0.0]}) == str(int(label)) * 9
-    for other in ("none", "potential"):
-        assert correct(wrong | {"step_rewards": [1.0, 0.0]}, process_reward=other) == str(int(label)) * 9
+@pytest.mark.parametrize("label, whole", [(True, 9), (False, 0)])
+@pytest.mark.parametrize("process_reward", ["none", "additive", "potential"])
+def test_tokens_before_the_first_wrong_step_are_right_whatever_is_paid(label, whole, process_reward):
+    of = {"label": label, "process_reward": process_reward}  # two steps of 6 and 2 tokens, and EOS
+    paid = {"process_reward": of.pop("process_reward")}
+    assert right_length({"step_rewards": [1.0, -1.0]} | of, **paid) == 6
+    assert right_length({"step_rewards": [1.0, 0.0]} | of, **paid) == 6  # labels of 1 and 0, or pass rates
+    assert right_length({"step_rewards": [-1.0, 1.0]} | of, **paid) == 0
+    for untold in ({"step_rewards": [1.0, 1.0]}, {"steps": None, "step_rewards": None}):
+        assert right_length(untold | of, **paid) == whole
 
 
-def test_a_response_that_was_cut_before_its_wrong_step_is_correct_as_far_as_it_goes():
+def test_a_response_that_was_cut_before_its_wrong_step_is_right_as_far_as_it_goes():
     row = {"step_rewards": [1.0, -1.0], "label": False}
-    assert correct(row, max_length=10, allow_truncation=True) == "111111"  # four tokens are the prompt's
-    assert correct(row, max_length=11, allow_truncation=True) == "1111110"
-    assert correct(row, max_length=8, allow_truncation=True) == "1111"
+    assert right_length(row, max_length=10, allow_truncation=True) == 6  # all of it; four tokens are the prompt's
+    assert right_length(row, max_length=11, allow_truncation=True) == 6
+    assert right_length(row, max_length=8, allow_truncation=True) == 4
+
+
+def test_a_token_of_two_steps_is_wrong_where_one_of_them_is():
+    steps = {"steps": [[0, 6], [6, 7], [7, 8]], "step_rewards": [1.0, -1.0, 1.0]}
+    assert right_length(steps) == 6
+    assert begin_of(1, [5, 5, 7], 9) == 5 and begin_of(2, [5, 5, 7], 9) == 6
 
 
 def test_turns_with_a_penalty_say_nothing_of_those_before_them():
     turns = {"steps": None, "step_rewards": None, "turn_spans": [[0, 6], [6, 8]], "turn_rewards": [0.5, -1.0]}
-    assert correct(turns | {"label": False}) == "0" * 9
+    assert right_length(turns | {"label": False}) == 0 and right_length(turns | {"label": True}) == 9

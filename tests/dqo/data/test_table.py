@@ -71,7 +71,7 @@ def same(one, other):
 
 
 COLUMNS = ("prompt", "reward", "label", "truncated", "prompt_length", "length", "tokens", "same_as")
-COLUMNS += ("has_logprobs", "has_step_rewards", "potential", "of_reference", "correct")
+COLUMNS += ("has_logprobs", "has_step_rewards", "potential", "of_reference", "right_length")
 PAYMENTS = [
     {},
     {"process_reward": "additive", "process_coef": 0.5, "reward_scale": 2.0},
@@ -129,19 +129,22 @@ def test_an_episode_of_a_table_is_what_its_row_becomes(options, file):
                     same(one.companion, dataclasses.replace(other.companion, companion=None))
 
 
-@pytest.mark.parametrize("process_reward", ["none", "additive", "potential"])
 @pytest.mark.parametrize("wrong", [-1.0, 0.0])
-def test_which_tokens_are_correct_is_read_without_making_an_episode(process_reward, wrong, file):
+def test_which_tokens_are_right_is_read_without_making_an_episode(wrong, file):
     rows = [{name: value for name, value in row.items() if name != "prompt_value"} for row in mixed_rows()]
     labels = iter([[1.0, wrong], [wrong, 1.0], [1.0, 1.0]])
     rows = [row | {"step_rewards": next(labels)} if "steps" in row else row for row in rows]
+    turns = [row for row in rows if "turn_spans" in row]
+    turns[0]["turn_rewards"] = [1.0, -1.0]  # a penalty of a turn marks no step
     file.write_text("\n".join(map(json.dumps, rows)))
-    for length in (64, 7):
-        found = opened(file, process_reward=process_reward, max_length=length, allow_truncation=True)
-        by_token, of_list = EpisodeColumns(found).correct, EpisodeColumns(list(found)).correct
-        np.testing.assert_array_equal(by_token, of_list)
-        assert (len(by_token) > len(found)) == (process_reward == "additive")
-    assert sum(e.wrong_from is not None for e in found) == 2 * (process_reward == "additive")
+    for length in (64, 12, 9):
+        found = opened(file, max_length=length, allow_truncation=True)
+        expected = np.array([e.right_length for e in found])
+        np.testing.assert_array_equal(EpisodeColumns(found).right_length, expected)
+        np.testing.assert_array_equal(EpisodeColumns(list(found)).right_length, expected)
+        some = np.array([7, 1, 6, 3])  # rows apart from their order
+        np.testing.assert_array_equal(EpisodeColumns(found.take(some)).right_length, expected[some])
+        assert sum(e.wrong_from is not None for e in found) == 2 and len(set(expected.tolist())) > 2
 
 
 def test_columns_companions_and_the_reference_are_on_what_is_read_and_on_parts_of_it(file):

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -242,23 +243,27 @@ def test_the_likelihood_of_correct_responses_is_added_without_a_weight():
     assert torch.allclose(likely.grad - plain.grad, expected, atol=1e-8)
 
 
-def test_of_labelled_steps_the_likelihood_takes_the_correct_tokens_of_any_response():
+def test_on_steps_the_likelihood_takes_the_right_tokens_of_any_response():
     logits, make, rows, cu_seqlens = random_case([3, 2])
-    rows = rows | {"label": torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]), "correct": torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0])}
+    lengths = {"right_length": torch.tensor([1.0, 1.0, 1.0, 2.0, 2.0])}  # of a right response, and of a wrong one
+    rows = rows | {"label": torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0])} | lengths
     without, _ = DQO(nll_coef=0.0)(make(logits), rows, cu_seqlens)
-    loss, metrics = DQO(nll_coef=0.2)(make(logits), rows, cu_seqlens)
+    loss, metrics = DQO(nll_coef=0.2, nll_on="steps")(make(logits), rows, cu_seqlens)
     logprobs = make(logits).logprobs
-    assert torch.allclose(loss - without, -0.2 * (logprobs[0] + logprobs[3])) and metrics["loss/nll"][1] == 2
+    assert torch.allclose(loss - without, -0.2 * logprobs[[0, 3, 4]].sum()) and metrics["loss/nll"][1] == 3
 
 
-def test_which_tokens_are_correct_is_asked_where_the_likelihood_needs_more_than_labels():
+def test_how_many_tokens_are_right_is_asked_where_the_likelihood_is_on_steps():
     members = episodes(4)
-    assert not any(e.columns for (e,) in selected(DQO(), members))
     members[2].wrong_from = 1
-    assert not any(e.columns for (e,) in selected(DQO(nll_coef=0.0), members))
-    found = [e.columns["correct"] for (e,) in selected(DQO(), members)]
-    assert found[2].tolist() == [1.0] + [0.0] * (members[2].action_count - 1)
-    assert all((column == e.label).all() for i, (column, e) in enumerate(zip(found, members)) if i != 2)
+    for other in (DQO(), DQO(nll_coef=0.0, nll_on="steps")):
+        assert not any(e.columns for (e,) in selected(other, members))
+    found = [e.columns["right_length"] for (e,) in selected(DQO(nll_on="steps"), members)]
+    assert found[2].tolist() == [1.0] * members[2].action_count
+    assert all(
+        (column == e.action_count * e.label).all() for i, (column, e) in enumerate(zip(found, members)) if i != 2
+    )
+    assert DQO(nll_coef=0.0).idle() == ("nll_coef is 0", ("nll_on",)) and DQO().idle() == ("", ())
 
 
 def test_the_likelihood_is_a_bonus_of_the_advantage_of_correct_responses():
@@ -272,10 +277,19 @@ def test_the_likelihood_is_a_bonus_of_the_advantage_of_correct_responses():
 
 
 def test_labels_with_which_the_likelihood_makes_no_sense_are_told():
-    likely = DQO(nll_coef=0.1)
-    assert likely.advice([True, False]) == [] == DQO(nll_coef=0.0).advice([True, True])
-    assert "every response counts as correct" in likely.advice([True, True])[0]
-    assert "on paid steps alone" in likely.advice([False, False])[0]
+    zeros_and_ones = np.array([0.0, 1.0, 1.0])
+
+    def said(objective, labels, rewards=zeros_and_ones, steps_marked=False):
+        return objective.advice(labels, rewards, steps_marked)
+
+    likely, mixed = DQO(nll_coef=0.1), [True, False, False]
+    assert said(likely, mixed) == [] == said(DQO(nll_coef=0.0), [True] * 3) == said(likely, [])
+    assert "every response counts as correct" in said(likely, [True] * 3)[0]
+    assert "no effect" in said(likely, [False] * 3)[0]
+    assert "3 values, and 1 of 3 responses count as correct" in said(likely, mixed, np.array([0.1, 2.0, 0.3]))[0]
+    on_steps = DQO(nll_on="steps")
+    assert said(on_steps, [False] * 3, steps_marked=True) == []
+    assert "no step is marked as wrong" in said(on_steps, mixed)[0]
 
 
 def test_a_moving_average_of_the_values_takes_their_place_in_the_targets_alone():

@@ -177,5 +177,5 @@ def test_equal_rewards_are_refused_where_they_leave_nothing_to_learn(method, tmp
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_option_that_keeps_responses_likely_is_one_of_the_method(name):
     option = OBJECTIVES[name].likelihood_option
-    assert option is None or getattr(OBJECTIVES[name](), option) >= 0
+    assert option is None or option in {f.name for f in dataclasses.fields(OBJECTIVES[name])}
     assert (option is not None) or name not in ("dqo", "dpo")

@@ -28,7 +28,11 @@ def test_whatever_fits_a_value_model_has_the_same_options_of_it():
 
 @pytest.mark.parametrize(
     ("cls", "before", "behind"),
-    [(DQO, "policy_scale", ["kl_coef", "target_ema", "nll_coef"]), (DRO, "value_states", []), (OREO, "level", [])],
+    [
+        (DQO, "policy_scale", ["kl_coef", "target_ema", "nll_coef", "nll_on"]),
+        (DRO, "value_states", []),
+        (OREO, "level", []),
+    ],
 )
 def test_stored_options_keep_their_order(cls, before, behind):
     names = names_of(cls)
