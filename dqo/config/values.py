@@ -72,12 +72,16 @@ SYNONYMS = {
     "lam": "gae_lambda lambda lambda_ lmbda",
     "gamma": "discount_factor",
     "nll_coef": "cpo_alpha nll_loss_coef nll_weight rpo_alpha sft_coef sft_loss_coef",
+    "rpo_alpha": "cpo_alpha nll_coef nll_loss_coef nll_weight sft_coef sft_loss_coef",
     "value_coef": "critic_coef value_loss_coef vf_coef vf_loss_coef",
     "target_ema": "ema ema_decay target_tau",
     "is_cap": "clip_is is_clip importance_sampling_cap",
     "config": "config_file yaml",
 }
-_SYNONYM_OF = {word: option for option, words in SYNONYMS.items() for word in words.split()}
+_SYNONYMS_OF: dict[str, list[str]] = {}
+for _option, _words in SYNONYMS.items():
+    for _word in _words.split():
+        _SYNONYMS_OF.setdefault(_word, []).append(_option)
 
 
 class Plain(str):
@@ -99,8 +103,8 @@ def suggestion(
     """What to append to "unknown option": the option of `known` that was probably meant, " Did you mean 'x'?", and the methods
     among `of_methods`, {method: its options}, that have an option of that very name. "" when nothing is near."""
     known, plain = set(known), word.strip().lower().replace("-", "_")
-    meant = plain if plain in known else _SYNONYM_OF.get(plain)
-    meant = meant if meant in known else closest(plain, known)
+    synonyms = [option for option in (plain, *_SYNONYMS_OF.get(plain, ())) if option in known]
+    meant = synonyms[0] if synonyms else closest(plain, known)
     text = f" Did you mean '{prefix}{meant}'?" if meant else ""
     methods = [method for method, names in (of_methods or {}).items() if plain in names]
     return text + (f" {plain} is an option of method {', '.join(methods)}." if methods else "")

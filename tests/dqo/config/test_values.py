@@ -178,11 +178,20 @@ def all_options():
     return {f.name for cls in (TrainConfig, *OBJECTIVES.values()) for f in dataclasses.fields(cls)} | {"config"}
 
 
-def test_synonyms_lead_to_options_and_each_to_one():
+def test_synonyms_lead_to_options_and_each_to_one_of_a_method():
     words = [word for words in SYNONYMS.values() for word in words.split()]
     assert all_options() >= SYNONYMS.keys()
-    assert len(words) == len(set(words))
+    for cls in OBJECTIVES.values():
+        of_method = {f.name for known in (TrainConfig, cls) for f in dataclasses.fields(known)}
+        own = [word for option, words in SYNONYMS.items() if option in of_method for word in words.split()]
+        assert len(own) == len(set(own))
     assert not set(words) & {f.name for f in dataclasses.fields(TrainConfig)}
+
+
+@pytest.mark.parametrize("method, option", [("dqo", "nll_coef"), ("dpo", "rpo_alpha")])
+def test_a_likelihood_is_named_as_the_method_has_it(method, option):
+    known = {f.name for f in dataclasses.fields(OBJECTIVES[method])}
+    assert suggestion("sft_coef", known, prefix="--") == f" Did you mean '--{option}'?"
 
 
 @pytest.mark.parametrize(
