@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.evidence.pieces import head
 from benchmarks.evidence.study.settings import METHODS
-from benchmarks.evidence.study.sizes import PRIMARY, TASKS
+from benchmarks.evidence.study.sizes import PRIMARY, title_of
 from benchmarks.evidence.study.tables import ADDED, ADDED_BY_TASK
 
 Row = dict[str, Any]
@@ -20,7 +20,7 @@ NO_PLACE = "no place"
 def markdown(summary: dict[str, Any]) -> str:
     lines = ["# The study", "", *head(summary), "", "## All tasks", "", *overview(summary["rows"])]
     for task, rows in summary["rows"].items():
-        lines += ["", f"## {task}: {TASKS[task].title}", "", *table_of(task, rows), *_control(rows)]
+        lines += ["", f"## {task}: {title_of(task)}", "", *table_of(task, rows), *_control(rows)]
     lines += ["", "## Chosen in advance", "", *claims_table(summary["claims"])]
     if summary["ablations"]:
         lines += ["", "## Ablations", "", *ablations_table(summary["ablations"])]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence.study.sizes import TASKS
+from benchmarks.evidence.study.sizes import title_of
 
 WIDE = 3  # panels beside one another
 GREY, OURS, OTHERS = "#808080", "#d55e00", "#0072b2"  # grey is readable on white and on black
@@ -50,7 +50,7 @@ def draw_tasks(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
             if "low" in told:
                 panel.plot([max(0, 100 * told["low"]), min(100, 100 * told["high"])], [y, y], lw=1.5, color=colour)
             panel.plot(100 * told["mean"], y, "|", ms=10, color=colour)
-        panel.set_title(f"{task}: {TASKS[task].title}", fontsize=10)
+        panel.set_title(f"{task}: {title_of(task)}", fontsize=10)
         panel.set_xlim(0, 100)
         _finish(panel, [row["method"] for row in found], "accuracy, %")
     figure.tight_layout()
@@ -70,7 +70,7 @@ def draw_ablations(rows: list[dict[str, Any]], path: Path) -> None:
             panel.plot(gaps, np.full(len(gaps), y), "o", ms=4, color=OURS)
             panel.plot(gaps.mean(), y, "|", ms=10, color=OURS)
         panel.axvline(0, color=GREY, lw=1)
-        panel.set_title(f"{task}: {TASKS[task].title}", fontsize=10)
+        panel.set_title(f"{task}: {title_of(task)}", fontsize=10)
         _finish(panel, [row["change"] for row in found], "points of accuracy")
     figure.tight_layout()
     figure.savefig(path, transparent=True, metadata={"Date": None})

@@ -60,7 +60,7 @@ class Task:
 
 BASES = {
     "6-10": Base(6, 10, demonstrations=51_200, learning_rate=5e-3, warmup=50),
-    "12-16": Base(12, 16, demonstrations=12_800, after="6-10", strict=True, prompts=1024),
+    "12-16": Base(12, 16, demonstrations=25_600, learning_rate=5e-3, after="6-10", strict=True, prompts=1024),
     "24-32": Base(
         24, 32, demonstrations=6_400, after="12-16", hard_share=0.2, strict=True, evaluation=300, prompts=512
     ),
@@ -83,4 +83,11 @@ TASKS = {
     "g2": Task("6-10", "two rounds", rounds=2, tuned_on="a"),
     "g4": Task("6-10", "four rounds", rounds=4, tuned_on="a"),
 }  # fmt: skip
+
+
+def title_of(name: str) -> str:
+    """`title` is among what a recorded run depends on, and stays what it was when the demonstration was this task."""
+    return "all samples" if name == "a" else TASKS[name].title
+
+
 PRIMARY = {"a": "dqo", "b14": "dqo", "d": "dqo-steps", "f": "dqo-steps"}  # {task: the contender}
