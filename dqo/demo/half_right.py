@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dqo.data.rows import Row, read_rows, write_rows
 from dqo.demo.recipe import Recipe
@@ -38,6 +40,24 @@ def half_right(rows: Sequence[Row], rng: random.Random, positives: float, most: 
     return [row for found in by_prompt(mixed).values() for row in found]
 
 
-def write_half_right(recipe: Recipe, rollouts: Path, path: Path, seed: int) -> None:
-    """The half-right ones of a file of graded samples, and a few that are right."""
-    write_rows(path, half_right(read_rows(str(rollouts)), rng_of(seed, "half right"), recipe.right_share, recipe.rows))
+def right_prefixes(rows: Sequence[Row]) -> list[Row]:
+    """Each response up to its first wrong step, to be imitated; without the end token, where something is cut off."""
+    kept = []
+    for row in rows:
+        rewards, steps = row.step_rewards or [], row.steps or []
+        first = next((i for i, reward in enumerate(rewards) if reward != RIGHT), None)
+        if first is None:
+            kept.append(replace(row, label=True, reward=1.0))
+        elif first > 0:
+            text = str(row.completion)[: steps[first][0]]
+            cut: dict[str, Any] = {"completion": text, "steps": steps[:first], "step_rewards": rewards[:first]}
+            kept.append(replace(row, label=True, reward=1.0, finish_reason="length", **cut))
+    return kept
+
+
+def write_half_right(recipe: Recipe, rollouts: Path, directory: Path, seed: int) -> None:
+    """half_right.jsonl: the half-right ones of a file of graded samples, and a few that are right; right_steps.jsonl: what is
+    right of each."""
+    rows = half_right(read_rows(str(rollouts)), rng_of(seed, "half right"), recipe.right_share, recipe.rows)
+    write_rows(directory / "half_right.jsonl", rows)
+    write_rows(directory / "right_steps.jsonl", right_prefixes(rows))

@@ -9,18 +9,20 @@ STEPS = "dqo-steps"  # DQO that reads the labels of steps
 
 
 def _methods() -> dict[str, dict[str, Any]]:
-    """{name: options}: the best of nine settings of each on other problems of another base model (docs/evidence.md, task d)."""
-    critic = {"method": "dqo", "learning_rate": 2e-4, "critic_learning_rate": 1e-3}
-    return {
-        "sft-continued": {"method": "sft", "learning_rate": 1e-3},
+    """{name: options and the file of the data}: the best of nine settings on another base model (docs/evidence.md, task `d`), of
+    sft-continued the best of four."""
+    critic = {"method": "dqo", "critic_learning_rate": 1e-3}
+    steps = {"nll_on": "steps", "process_reward": "additive", "process_coef": 0.5}
+    found: dict[str, dict[str, Any]] = {
+        "sft-continued": {"method": "sft", "learning_rate": 1e-3, "file": "more_demonstrations.jsonl"},
         "rft": {"method": "rft", "learning_rate": 6e-5},
         "dpo": {"method": "dpo", "learning_rate": 1e-4, "beta": 2.0},
         "kto": {"method": "kto", "learning_rate": 2e-4, "beta": 3.0, "desirable_weight": 9.0},
-        "dqo": critic | {"beta": 0.1, "nll_coef": 0.02},
-        STEPS: critic
-        | {"learning_rate": 4e-4, "beta": 0.1, "nll_coef": 0.1, "nll_on": "steps"}
-        | {"process_reward": "additive", "process_coef": 0.5},
+        "dqo": critic | {"learning_rate": 2e-4, "beta": 0.1, "nll_coef": 0.02},
+        "rft-steps": {"method": "rft", "learning_rate": 4e-4, "file": "right_steps.jsonl"},
+        STEPS: critic | {"learning_rate": 4e-4, "beta": 0.1, "nll_coef": 0.1} | steps,
     }
+    return {name: {"file": "half_right.jsonl"} | options for name, options in found.items()}
 
 
 @dataclass(frozen=True)

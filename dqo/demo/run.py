@@ -103,8 +103,7 @@ def run_demo(config: DemoConfig, recipe: Recipe | None = None) -> Path:
     stage.begin(f"rollouts: {recipe.samples} samples of the base model for each of {recipe.prompts:,} problems")
     if not rollouts.exists():
         write_rollouts(task, recipe, base, rollouts, config.seed, problems)
-    half_right_rows = data / "half_right.jsonl"
-    write_half_right(recipe, rollouts, half_right_rows, config.seed)
+    write_half_right(recipe, rollouts, data, config.seed)
 
     stage.begin(f"every method from the same base model, {recipe.updates} updates each")
     results = [evaluate_model("base", base, evaluation, recipe, config.seed)]
@@ -115,11 +114,11 @@ def run_demo(config: DemoConfig, recipe: Recipe | None = None) -> Path:
     )  # no method trains on these
     for name, given in recipe.methods.items():
         options = given | {"max_steps": recipe.updates}
+        source = data / options.pop("file")
         if given["method"] == "dqo":
             warmup = recipe.value_warmup_updates
             options |= {"value_warmup_steps": warmup, "max_steps": warmup + recipe.updates}
             options["eval_dataset_name"] = str(held_out)
-        source = data / "more_demonstrations.jsonl" if given["method"] == "sft" else half_right_rows
         run = train(_train_options(recipe, options, source, base, output / name, config.seed), name)
         results.append(evaluate_model(name, run.output_dir, evaluation, recipe, config.seed, run))
 

@@ -13,7 +13,7 @@ from benchmarks.evidence.study.settings import ABLATED, ROWS
 from benchmarks.evidence.study.sizes import BASES, LENGTH, TASKS, Base, Task
 from dqo.config.options import options_of
 from dqo.data.rows import Row, read_rows, write_rows
-from dqo.demo.half_right import by_prompt, half_right
+from dqo.demo.half_right import by_prompt, half_right, right_prefixes
 from dqo.demo.rollouts import distinct_problems, graded_rows, rng_of
 from dqo.grading.arith import VOCABULARY, ArithTask
 
@@ -136,13 +136,13 @@ def files_of(name: str, task: Task, seed: int, root: Path) -> dict[str, list[Row
         noisy = made_of.noisy_steps(rows, rng_of(seed, "noise"), NOISE)
         files = {ROWS: rows, "steps.jsonl": rows, "noisy.jsonl": noisy}
         prefixes = {"prefixes.jsonl": rows, "noisy-prefixes.jsonl": noisy}
-        return files | {name: made_of.right_prefixes(of) for name, of in prefixes.items()}
+        return files | {name: right_prefixes(of) for name, of in prefixes.items()}
     if name == "f":
         rows = made_of.stitching(rows)
         return {
             ROWS: rows,
             "steps.jsonl": made_of.paid_at_steps(rows),
-            "prefixes.jsonl": made_of.right_prefixes(rows),
+            "prefixes.jsonl": right_prefixes(rows),
         }
     if name in ABLATED:
         return {ROWS: rows} | {f"samples-{count}.jsonl": made_of.first_samples(rows, count) for count in (2, 4)}

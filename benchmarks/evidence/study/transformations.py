@@ -66,18 +66,3 @@ def noisy_steps(rows: Sequence[Row], rng: random.Random, share: float) -> list[R
         labels = enumerate(row.step_rewards or ())
         noisy.append(replace(row, step_rewards=[WRONG - r if (i, j) in turned else r for j, r in labels]))
     return noisy
-
-
-def right_prefixes(rows: Sequence[Row]) -> list[Row]:
-    """Each response up to its first wrong step, to be imitated; without the end token, where something is cut off."""
-    kept = []
-    for row in rows:
-        rewards, steps = row.step_rewards or [], row.steps or []
-        first = next((i for i, reward in enumerate(rewards) if reward != RIGHT), None)
-        if first is None:
-            kept.append(replace(row, label=True, reward=1.0))
-        elif first > 0:
-            text = str(row.completion)[: steps[first][0]]
-            cut = {"completion": text, "steps": steps[:first], "step_rewards": rewards[:first]}
-            kept.append(replace(row, label=True, reward=1.0, finish_reason="length", **cut))
-    return kept

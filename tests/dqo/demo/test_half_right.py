@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from dqo.demo.half_right import half_right
+from dqo.data.rows import read_rows, write_rows
+from dqo.demo.half_right import half_right, right_prefixes
 from dqo.demo.rollouts import distinct_problems, graded_rows
 from dqo.grading.arith import ArithTask
 
@@ -13,12 +14,13 @@ TASK = ArithTask(4, 6, hard_share=0.4)
 
 @pytest.fixture(scope="module")
 def samples():
-    """8 responses to each of 120 prompts."""
+    """8 responses to each of 120 prompts; one did not end."""
     rng = random.Random(3)
     rows = []
     for prompt in distinct_problems(TASK, rng, 120, set()):
         rows += graded_rows(TASK, prompt, [(TASK.demonstration(prompt, rng), True) for _ in range(8)])
-    return rows
+    prompt = rows[0].prompt
+    return [*graded_rows(TASK, prompt, [(TASK.solution(prompt)[:-1], False)]), *rows]
 
 
 def test_half_right_responses_are_wrong_with_half_of_the_steps_right_and_a_tenth_is_right(samples):
@@ -40,3 +42,14 @@ def test_where_few_are_right_all_of_them_are_taken(samples):
     few = [row for row in samples if not row.label] + [row for row in samples if row.label][:3]
     rows = half_right(few, random.Random(0), 0.1, 200)
     assert 0 < sum(row.label for row in rows) <= 3 and sum(not row.label for row in rows) == 180
+
+
+def test_right_prefixes_hold_right_steps_alone_and_are_read_again(samples, tmp_path):
+    rows = right_prefixes(samples)
+    assert {row.finish_reason for row in rows} == {"stop", "length"} and all(row.label for row in rows)
+    for row in rows:
+        assert all(TASK.grade(row.prompt, row.completion).step_correct)
+    dropped = [row for row in samples if row.step_rewards[0]]
+    assert dropped and len(rows) == len(samples) - len(dropped)
+    write_rows(tmp_path / "rows.jsonl", rows)  # spans and rewards fit the shorter text
+    assert len(read_rows(str(tmp_path / "rows.jsonl"))) == len(rows)

@@ -83,7 +83,7 @@ def test_the_rollouts_carry_exact_step_marks(finished):
         assert [reward < 0 for reward in row["step_rewards"]] == [not right for right in grade.step_correct]
 
 
-def test_one_method_reads_labels_of_steps_and_all_read_the_same_rows(finished):
+def test_two_methods_read_labels_of_steps_and_all_the_same_responses(finished):
     _, output = finished
     rows = [json.loads(line) for line in (output / "data" / "half_right.jsonl").read_text().splitlines()]
     wrong = [row["step_rewards"].count(-1.0) for row in rows if not row["label"]]
@@ -91,7 +91,10 @@ def test_one_method_reads_labels_of_steps_and_all_read_the_same_rows(finished):
     configured = {name: (output / name / "config.yaml").read_text() for name in TINY.methods}
     used = {name: text.split("process_reward: ")[1].split()[0] for name, text in configured.items()}
     assert used == dict.fromkeys(TINY.methods, "none") | {"dqo-steps": "additive"}
-    assert all("half_right.jsonl" in configured[name] for name in TINY.methods if name != "sft-continued")
+    others = {"sft-continued": "more_demonstrations", "rft-steps": "right_steps"}
+    assert all(f"{others.get(name, 'half_right')}.jsonl" in configured[name] for name in TINY.methods)
+    steps = [json.loads(line) for line in (output / "data" / "right_steps.jsonl").read_text().splitlines()]
+    assert 0 < len(steps) <= len(rows) and not any(-1.0 in row["step_rewards"] for row in steps)
 
 
 def test_the_same_command_goes_on_and_another_seed_is_refused(finished):

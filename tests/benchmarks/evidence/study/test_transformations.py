@@ -5,7 +5,6 @@ import random
 import pytest
 
 from benchmarks.evidence.study import transformations as made_of
-from dqo.data.rows import read_rows, write_rows
 from dqo.demo.half_right import by_prompt
 from dqo.demo.rollouts import distinct_problems, graded_rows
 from dqo.grading.arith import ArithTask, apply
@@ -68,17 +67,6 @@ def test_few_positives_are_one_a_prompt_and_most_prompts_have_none(samples):
     assert set(positives) == {0, 1} and 0.1 < sum(positives) / len(positives) < 0.3
     assert [row for row in rows if not row.label] == [row for row in samples if not row.label]
     assert len(made_of.few_positives(samples, random.Random(0), 0.75, 50)) == 50
-
-
-def test_right_prefixes_hold_right_steps_alone_and_are_read_again(samples, tmp_path):
-    rows = made_of.right_prefixes(samples)
-    assert {row.finish_reason for row in rows} == {"stop", "length"} and all(row.label for row in rows)
-    for row in rows:
-        assert all(TASK.grade(row.prompt, row.completion).step_correct)
-    dropped = [row for row in samples if row.step_rewards[0]]
-    assert dropped and len(rows) == len(samples) - len(dropped)
-    write_rows(tmp_path / "rows.jsonl", rows)  # spans and rewards fit the shorter text
-    assert len(read_rows(str(tmp_path / "rows.jsonl"))) == len(rows)
 
 
 def test_an_answer_by_luck_is_not_strictly_right():
