@@ -131,6 +131,7 @@ class DQO(ValueOptions, _Options):
             moments,
             regression_metrics,
             response_metrics,
+            right_tokens,
         )
         from dqo.objectives.value_outputs import outcome_losses, value_losses
         from dqo_kernels import soft_bellman
@@ -177,7 +178,7 @@ class DQO(ValueOptions, _Options):
             loss = loss + self.kl_coef * stats.kl.sum()
             metrics["loss/kl"] = mean_metric(stats.kl)
         if self.nll_coef > 0:
-            correct = self._correct(rows, cu_seqlens)
+            correct = right_tokens(rows, cu_seqlens)
             likelihood = torch.where(correct, stats.logprobs, 0.0)
             loss = loss - self.nll_coef * likelihood.sum()
             metrics["loss/nll"] = mean_metric(-likelihood, correct)
@@ -230,17 +231,6 @@ class DQO(ValueOptions, _Options):
         sequence = sequence_index(cu_seqlens, log_ratio.shape[0])
         each = importance_weights(log_ratio, sequence, cu_seqlens, self._level, self.is_cap, self.is_floor)
         return self._units(each, cu_seqlens)
-
-    def _correct(self, rows, cu_seqlens):
-        """(N,) bool: the tokens of nll_on."""
-        import torch
-
-        if "right_length" not in rows:
-            return rows["label"] > 0.5
-        from dqo_kernels.core.packed import sequence_index
-
-        place = torch.arange(len(rows["label"]), device=cu_seqlens.device)
-        return place - cu_seqlens[sequence_index(cu_seqlens, len(place))] < rows["right_length"]
 
     @property
     def _level(self) -> str:

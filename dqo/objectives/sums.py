@@ -138,3 +138,11 @@ def regression_metrics(policy_loss: Tensor, value_loss: Tensor, fitted: Regressi
         | moments("advantages", advantages)
         | moments("value_error", returns - values)
     )
+
+
+def right_tokens(rows: dict[str, Tensor], cu_seqlens: Tensor) -> Tensor:
+    """(N,) bool: of each response the first `right_length` tokens, or without that column all tokens of correct responses."""
+    if "right_length" not in rows:
+        return rows["label"] > 0.5
+    place = torch.arange(len(rows["right_length"]), device=cu_seqlens.device)
+    return place - cu_seqlens[sequence_index(cu_seqlens, len(place))] < rows["right_length"]

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,21 @@ def test_rft_keeps_at_most_max_per_prompt_responses():
     for e in members:
         e.prompt_index, e.label = 0, True
     assert [e.source for (e,) in selected(RFT(max_per_prompt=3), members)] == ["row 1", "row 2", "row 3"]
+
+
+def test_rft_on_steps_imitates_what_stands_before_the_first_wrong_one():
+    members = episodes(6)
+    for e, wrong_from in zip(members, (2, 0, None, None, 1, None)):  # rows 2, 4 and 6 are correct
+        e.wrong_from = wrong_from
+    kept = [e for (e,) in selected(RFT(imitate="steps"), members)]
+    assert [e.source for e in kept] == ["row 1", "row 4", "row 5", "row 6"]
+    assert [e.columns["right_length"][0] for e in kept] == [2, members[3].action_count, 1, members[5].action_count]
+    logprobs = torch.tensor([-0.5, -1.0, -0.25])
+    rows = {"label": torch.zeros(3), "right_length": torch.tensor([1.0, 1.0, 1.0])}
+    loss, _ = RFT(imitate="steps")(TokenStats(logprobs, logprobs, logprobs), rows, torch.tensor([0, 2, 3]))
+    assert loss.item() == 0.75  # the first token of each
+    marked, unmarked = (RFT(imitate="steps").advice([True], np.zeros(1), marked) for marked in (True, False))
+    assert marked == [] == RFT().advice([True], np.zeros(1), False) and "no step is marked" in unmarked[0]
 
 
 def test_sft_trains_on_wrong_responses_too():
