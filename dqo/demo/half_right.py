@@ -7,13 +7,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from dqo.data.rows import Row, read_rows, write_rows
-from dqo.demo.recipe import Recipe
+from dqo.demo.recipe import HALF_RIGHT, NOISY, Recipe
 from dqo.demo.rollouts import rng_of
 
-RIGHT = 0.0
+RIGHT, WRONG = 0.0, -1.0
 
 
 def by_prompt(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -40,24 +39,20 @@ def half_right(rows: Sequence[Row], rng: random.Random, positives: float, most: 
     return [row for found in by_prompt(mixed).values() for row in found]
 
 
-def right_prefixes(rows: Sequence[Row]) -> list[Row]:
-    """Each response up to its first wrong step, to be imitated; without the end token, where something is cut off."""
-    kept = []
-    for row in rows:
-        rewards, steps = row.step_rewards or [], row.steps or []
-        first = next((i for i, reward in enumerate(rewards) if reward != RIGHT), None)
-        if first is None:
-            kept.append(replace(row, label=True, reward=1.0))
-        elif first > 0:
-            text = str(row.completion)[: steps[first][0]]
-            cut: dict[str, Any] = {"completion": text, "steps": steps[:first], "step_rewards": rewards[:first]}
-            kept.append(replace(row, label=True, reward=1.0, finish_reason="length", **cut))
-    return kept
+def noisy_steps(rows: Sequence[Row], rng: random.Random, share: float) -> list[Row]:
+    """A share of all labels of steps, drawn, is turned over."""
+    places = [(i, j) for i, row in enumerate(rows) for j in range(len(row.step_rewards or ()))]
+    turned = set(rng.sample(places, round(share * len(places))))
+    noisy = []
+    for i, row in enumerate(rows):
+        labels = enumerate(row.step_rewards or ())
+        noisy.append(replace(row, step_rewards=[WRONG - r if (i, j) in turned else r for j, r in labels]))
+    return noisy
 
 
 def write_half_right(recipe: Recipe, rollouts: Path, directory: Path, seed: int) -> None:
-    """half_right.jsonl: the half-right ones of a file of graded samples, and a few that are right; right_steps.jsonl: what is
-    right of each."""
+    """half_right.jsonl: the half-right ones of a file of graded samples, and a few that are right; noisy_labels.jsonl: the same,
+    with a share of wrong labels."""
     rows = half_right(read_rows(str(rollouts)), rng_of(seed, "half right"), recipe.right_share, recipe.rows)
-    write_rows(directory / "half_right.jsonl", rows)
-    write_rows(directory / "right_steps.jsonl", right_prefixes(rows))
+    write_rows(directory / HALF_RIGHT, rows)
+    write_rows(directory / NOISY, noisy_steps(rows, rng_of(seed, "noise"), recipe.wrong_labels))

@@ -5,29 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-STEPS = "dqo-steps"  # DQO that reads the labels of steps
+HALF_RIGHT, NOISY = "half_right.jsonl", "noisy_labels.jsonl"  # what the methods train on
+SHOWN = ("dqo", "dqo-steps", "dqo-noisy")
 
 
 def _methods() -> dict[str, dict[str, Any]]:
-    """{name: options and the file of the data}: the best of nine settings on another base model (docs/evidence.md, task `d`), of
-    sft-continued the best of four."""
-    critic = {"method": "dqo", "critic_learning_rate": 1e-3}
-    steps = {"nll_on": "steps", "process_reward": "additive", "process_coef": 0.5}
+    """{name: options, and the file of the data}: the best of nine settings on another base model (docs/evidence.md, task `d`)."""
+    critic = {"method": "dqo", "critic_learning_rate": 1e-3, "beta": 0.1}
+    steps = critic | {"nll_on": "steps", "process_reward": "additive"}
+    imitating = {"method": "rft", "imitate": "steps"}
     found: dict[str, dict[str, Any]] = {
-        "sft-continued": {"method": "sft", "learning_rate": 1e-3, "file": "more_demonstrations.jsonl"},
         "rft": {"method": "rft", "learning_rate": 6e-5},
         "dpo": {"method": "dpo", "learning_rate": 1e-4, "beta": 2.0},
         "kto": {"method": "kto", "learning_rate": 2e-4, "beta": 3.0, "desirable_weight": 9.0},
-        "dqo": critic | {"learning_rate": 2e-4, "beta": 0.1, "nll_coef": 0.02},
-        "rft-steps": {"method": "rft", "learning_rate": 4e-4, "file": "right_steps.jsonl"},
-        STEPS: critic | {"learning_rate": 4e-4, "beta": 0.1, "nll_coef": 0.1} | steps,
+        "dqo": critic | {"learning_rate": 2e-4, "nll_coef": 0.02},
+        "rft-steps": imitating | {"learning_rate": 4e-4},
+        "dqo-steps": steps | {"learning_rate": 4e-4, "nll_coef": 0.1, "process_coef": 0.5},
+        "rft-noisy": imitating | {"learning_rate": 4.5e-5, "file": NOISY},
+        "dqo-noisy": steps | {"learning_rate": 2e-4, "nll_coef": 0.05, "process_coef": 0.25, "file": NOISY},
     }
-    return {name: {"file": "half_right.jsonl"} | options for name, options in found.items()}
+    return {name: {"file": HALF_RIGHT} | options for name, options in found.items()}
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Trains a tiny model by SFT, RFT, DPO, KTO and DQO on the built-in arithmetic task and compares them: no network, no GPU."""
+    """Trains a tiny model by RFT, DPO, KTO and DQO on the built-in arithmetic task and compares them: no network, no GPU."""
 
     output_dir: str = "dqo-demo"
     """The directory where data, models and report.html are written. A demonstration that was killed goes on there."""
@@ -61,6 +63,7 @@ class Recipe:
     eval_samples: int = 4
     rows: int = 4096  # half-right responses, on which the methods train
     right_share: float = 0.1  # of them, that are right
+    wrong_labels: float = 0.2  # a share of the labels of steps, in the file with noise
     held_out_problems: int = 250  # whose base samples show what the value model knows
     batch: int = 128
     updates: int = 96  # of the policy, by every method, with batches of `batch` responses

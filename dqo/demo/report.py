@@ -83,12 +83,12 @@ def write_demo_report(
 NOTES = [
     "The task is built so that the base model knows the right step but does not prefer it; gains on it say that the methods "
     "work, not how much they would gain on another task.",
-    "The data are nine tenths wrong responses with at least half of their steps right, and one tenth right ones. rft-steps "
-    "and dqo-steps read labels of their steps, the others outcomes alone: rft-steps imitates the steps before the first wrong "
-    "one. sft-continued reads more of what the base model learnt from.",
+    "The data are nine tenths wrong responses with at least half of their steps right, and one tenth right ones. rft, dpo, kto "
+    "and dqo read outcomes alone. rft-steps and dqo-steps read labels of the steps too, rft-noisy and dqo-noisy labels of which "
+    "a fifth are wrong; rft then imitates what stands before the first step that is labelled as wrong.",
     "One seed. Every method makes the same number of updates of the policy from batches of the same number of responses (pairs "
     "for DPO); DQO also trains a value model, first alone for 32 updates more.",
     "The value model estimates what the trained policy will earn, the held-out responses are the base model's: predictions above "
     "the outcomes are to be expected.",
-    "Options are the best of nine settings of each method on another base model; those of sft-continued the best of four.",
+    "Options are the best of nine settings of each method on another base model.",
 ]

@@ -4,8 +4,8 @@
 
 A small Llama learns from demonstrations that are systematically wrong on a quarter of the table ("hard" entries, right 42 % of
 the time), so it knows the right step but does not prefer it. Of its own graded samples the offline data set keeps those that are
-wrong and half right, and a few that are right; their steps are labelled. Every method then trains on it, from the same base
-model, for the same number of updates.
+wrong and half right, and a few that are right; their steps are labelled, exactly in one file, and in another a fifth of them
+wrongly. Every method then trains on one, from the same base model, for the same number of updates.
 """
 
 from __future__ import annotations
@@ -73,8 +73,6 @@ def run_demo(config: DemoConfig, recipe: Recipe | None = None) -> Path:
     evaluation = distinct_problems(task, rng_of(config.seed, "evaluation"), recipe.eval_problems, taken)
     problems = distinct_problems(task, rng_of(config.seed, "rollouts"), recipe.prompts, taken)
     write_demonstrations(task, recipe, data / "demonstrations.jsonl", config.seed, set(taken))
-    further = dataclasses.replace(recipe, demonstrations=recipe.prompts * recipe.samples)
-    write_demonstrations(task, further, data / "more_demonstrations.jsonl", config.seed + 1, set(taken))
 
     from dqo.demo.report import evaluate_model, write_demo_report  # torch from here on
     from dqo.models.new import character_tokenizer, new_llama, save

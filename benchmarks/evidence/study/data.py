@@ -13,7 +13,7 @@ from benchmarks.evidence.study.settings import ABLATED, ROWS
 from benchmarks.evidence.study.sizes import BASES, LENGTH, TASKS, Base, Task
 from dqo.config.options import options_of
 from dqo.data.rows import Row, read_rows, write_rows
-from dqo.demo.half_right import by_prompt, half_right, right_prefixes
+from dqo.demo.half_right import by_prompt, half_right, noisy_steps
 from dqo.demo.rollouts import distinct_problems, graded_rows, rng_of
 from dqo.grading.arith import VOCABULARY, ArithTask
 
@@ -133,16 +133,16 @@ def files_of(name: str, task: Task, seed: int, root: Path) -> dict[str, list[Row
         rows = made_of.few_positives(rows, rng_of(seed, "few positives"), WITHOUT, task.rows)
     if name == "d":
         rows = half_right(rows, rng_of(seed, "half right"), POSITIVES, task.rows)
-        noisy = made_of.noisy_steps(rows, rng_of(seed, "noise"), NOISE)
+        noisy = noisy_steps(rows, rng_of(seed, "noise"), NOISE)
         files = {ROWS: rows, "steps.jsonl": rows, "noisy.jsonl": noisy}
         prefixes = {"prefixes.jsonl": rows, "noisy-prefixes.jsonl": noisy}
-        return files | {name: right_prefixes(of) for name, of in prefixes.items()}
+        return files | {name: made_of.right_prefixes(of) for name, of in prefixes.items()}
     if name == "f":
         rows = made_of.stitching(rows)
         return {
             ROWS: rows,
             "steps.jsonl": made_of.paid_at_steps(rows),
-            "prefixes.jsonl": right_prefixes(rows),
+            "prefixes.jsonl": made_of.right_prefixes(rows),
         }
     if name in ABLATED:
         return {ROWS: rows} | {f"samples-{count}.jsonl": made_of.first_samples(rows, count) for count in (2, 4)}

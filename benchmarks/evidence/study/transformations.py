@@ -6,11 +6,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from dqo.data.rows import Row
 from dqo.demo.half_right import RIGHT, by_prompt, wrong_steps
-
-WRONG = -1.0
 
 
 def strictly(rows: Sequence[Row]) -> list[Row]:
@@ -57,12 +56,16 @@ def paid_at_steps(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, reward=0.0) for row in rows]
 
 
-def noisy_steps(rows: Sequence[Row], rng: random.Random, share: float) -> list[Row]:
-    """A share of all labels of steps, drawn, is turned over."""
-    places = [(i, j) for i, row in enumerate(rows) for j in range(len(row.step_rewards or ()))]
-    turned = set(rng.sample(places, round(share * len(places))))
-    noisy = []
-    for i, row in enumerate(rows):
-        labels = enumerate(row.step_rewards or ())
-        noisy.append(replace(row, step_rewards=[WRONG - r if (i, j) in turned else r for j, r in labels]))
-    return noisy
+def right_prefixes(rows: Sequence[Row]) -> list[Row]:
+    """Each response up to its first wrong step, to be imitated; without the end token, where something is cut off."""
+    kept = []
+    for row in rows:
+        rewards, steps = row.step_rewards or [], row.steps or []
+        first = next((i for i, reward in enumerate(rewards) if reward != RIGHT), None)
+        if first is None:
+            kept.append(replace(row, label=True, reward=1.0))
+        elif first > 0:
+            text = str(row.completion)[: steps[first][0]]
+            cut: dict[str, Any] = {"completion": text, "steps": steps[:first], "step_rewards": rewards[:first]}
+            kept.append(replace(row, label=True, reward=1.0, finish_reason="length", **cut))
+    return kept

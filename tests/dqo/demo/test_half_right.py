@@ -4,8 +4,7 @@ import random
 
 import pytest
 
-from dqo.data.rows import read_rows, write_rows
-from dqo.demo.half_right import half_right, right_prefixes
+from dqo.demo.half_right import half_right, noisy_steps
 from dqo.demo.rollouts import distinct_problems, graded_rows
 from dqo.grading.arith import ArithTask
 
@@ -44,12 +43,10 @@ def test_where_few_are_right_all_of_them_are_taken(samples):
     assert 0 < sum(row.label for row in rows) <= 3 and sum(not row.label for row in rows) == 180
 
 
-def test_right_prefixes_hold_right_steps_alone_and_are_read_again(samples, tmp_path):
-    rows = right_prefixes(samples)
-    assert {row.finish_reason for row in rows} == {"stop", "length"} and all(row.label for row in rows)
-    for row in rows:
-        assert all(TASK.grade(row.prompt, row.completion).step_correct)
-    dropped = [row for row in samples if row.step_rewards[0]]
-    assert dropped and len(rows) == len(samples) - len(dropped)
-    write_rows(tmp_path / "rows.jsonl", rows)  # spans and rewards fit the shorter text
-    assert len(read_rows(str(tmp_path / "rows.jsonl"))) == len(rows)
+def test_noise_turns_a_fifth_of_the_labels_over_and_nothing_else(samples):
+    noisy = noisy_steps(samples, random.Random(0), 0.2)
+    pairs = [(a, b) for row, other in zip(samples, noisy) for a, b in zip(row.step_rewards, other.step_rewards)]
+    assert {a for a, b in pairs if a != b} == {0.0, -1.0} == {b for _, b in pairs}  # both ways
+    assert sum(a != b for a, b in pairs) == round(0.2 * len(pairs))
+    assert [(r.prompt, r.completion, r.reward) for r in noisy] == [(r.prompt, r.completion, r.reward) for r in samples]
+    assert noisy_steps(samples, random.Random(1), 0.2) != noisy

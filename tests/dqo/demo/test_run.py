@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import yaml
 
-from dqo.demo.recipe import DemoConfig, Recipe
+from dqo.demo.recipe import SHOWN, DemoConfig, Recipe
 from dqo.demo.run import run_demo
 from dqo.errors import UserError
 
@@ -54,7 +55,7 @@ def test_dqo_weighs_the_base_models_samples(finished):
 def test_every_method_makes_the_same_number_of_policy_updates(finished):
     _, output = finished
     steps = {m["name"]: m.get("updates") for m in json.loads((output / "report.json").read_text())["methods"]}
-    two_more = {"dqo": 5, "dqo-steps": 5}  # of the value model alone
+    two_more = dict.fromkeys(SHOWN, 5)  # of the value model alone
     assert steps == {"base": None} | dict.fromkeys(TINY.methods, 3) | two_more
 
 
@@ -62,13 +63,11 @@ def test_problems_of_data_and_evaluation_are_distinct(finished):
     _, output = finished
     prompts = {
         name: {json.loads(line)["prompt"] for line in (output / "data" / f"{name}.jsonl").read_text().splitlines()}
-        for name in ("demonstrations", "more_demonstrations", "rollouts", "half_right", "held_out")
+        for name in ("demonstrations", "rollouts", "half_right", "noisy_labels", "held_out")
     }
     assert prompts["half_right"] <= prompts["rollouts"]
     assert not prompts["rollouts"] & prompts["held_out"]
-    assert not (prompts["demonstrations"] | prompts["more_demonstrations"]) & (
-        prompts["rollouts"] | prompts["held_out"]
-    )
+    assert not prompts["demonstrations"] & (prompts["rollouts"] | prompts["held_out"])
 
 
 def test_the_rollouts_carry_exact_step_marks(finished):
@@ -83,18 +82,23 @@ def test_the_rollouts_carry_exact_step_marks(finished):
         assert [reward < 0 for reward in row["step_rewards"]] == [not right for right in grade.step_correct]
 
 
-def test_two_methods_read_labels_of_steps_and_all_the_same_responses(finished):
+def test_half_of_the_methods_read_labels_of_steps_and_two_of_them_wrong_ones(finished):
     _, output = finished
-    rows = [json.loads(line) for line in (output / "data" / "half_right.jsonl").read_text().splitlines()]
-    wrong = [row["step_rewards"].count(-1.0) for row in rows if not row["label"]]
-    assert 0 < sum(row["label"] for row in rows) < 0.2 * len(rows) and min(wrong) > 0
-    configured = {name: (output / name / "config.yaml").read_text() for name in TINY.methods}
-    used = {name: text.split("process_reward: ")[1].split()[0] for name, text in configured.items()}
-    assert used == dict.fromkeys(TINY.methods, "none") | {"dqo-steps": "additive"}
-    others = {"sft-continued": "more_demonstrations", "rft-steps": "right_steps"}
-    assert all(f"{others.get(name, 'half_right')}.jsonl" in configured[name] for name in TINY.methods)
-    steps = [json.loads(line) for line in (output / "data" / "right_steps.jsonl").read_text().splitlines()]
-    assert 0 < len(steps) <= len(rows) and not any(-1.0 in row["step_rewards"] for row in steps)
+    exact, noisy = (
+        [json.loads(line) for line in (output / "data" / name).read_text().splitlines()]
+        for name in ("half_right.jsonl", "noisy_labels.jsonl")
+    )
+    assert 0 < sum(row["label"] for row in exact) < 0.2 * len(exact)
+    assert min(row["step_rewards"].count(-1.0) for row in exact if not row["label"]) > 0
+    assert [row["completion"] for row in exact] == [row["completion"] for row in noisy]
+    turned = [a != b for row, other in zip(exact, noisy) for a, b in zip(row["step_rewards"], other["step_rewards"])]
+    assert sum(turned) == round(0.2 * len(turned))
+    for name in TINY.methods:
+        options = yaml.safe_load((output / name / "config.yaml").read_text())
+        labelled = name.endswith(("-steps", "-noisy"))
+        assert options["dataset_name"].endswith("noisy_labels.jsonl") == name.endswith("-noisy")
+        assert (options["process_reward"] == "additive") == (labelled and name in SHOWN)
+        assert (options.get("nll_on", options.get("imitate")) == "steps") == labelled
 
 
 def test_the_same_command_goes_on_and_another_seed_is_refused(finished):

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from benchmarks.evidence.study import transformations as made_of
+from dqo.data.rows import read_rows, write_rows
 from dqo.demo.half_right import by_prompt
 from dqo.demo.rollouts import distinct_problems, graded_rows
 from dqo.grading.arith import ArithTask, apply
@@ -52,15 +53,6 @@ def test_returns_at_the_end_and_at_the_steps_are_the_same(samples):
     assert [row.reward for row in at_end] == [row.reward + sum(row.step_rewards) for row in at_steps]
 
 
-def test_noise_turns_a_fifth_of_the_labels_over_and_nothing_else(samples):
-    noisy = made_of.noisy_steps(samples, random.Random(0), 0.2)
-    pairs = [(a, b) for row, other in zip(samples, noisy) for a, b in zip(row.step_rewards, other.step_rewards)]
-    assert {a for a, b in pairs if a != b} == {0.0, -1.0} == {b for _, b in pairs}  # both ways
-    assert sum(a != b for a, b in pairs) == round(0.2 * len(pairs))
-    assert [(r.prompt, r.completion, r.reward) for r in noisy] == [(r.prompt, r.completion, r.reward) for r in samples]
-    assert made_of.noisy_steps(samples, random.Random(1), 0.2) != noisy
-
-
 def test_few_positives_are_one_a_prompt_and_most_prompts_have_none(samples):
     rows = made_of.few_positives(samples, random.Random(0), 0.75, None)
     positives = [sum(row.label for row in found) for found in by_prompt(rows).values()]
@@ -80,3 +72,14 @@ def test_an_answer_by_luck_is_not_strictly_right():
 def test_the_first_samples_of_each_prompt_stay(samples):
     rows = made_of.first_samples(samples, 2)
     assert {len(found) for found in by_prompt(rows).values()} == {2} and rows[:2] == samples[:2]
+
+
+def test_right_prefixes_hold_right_steps_alone_and_are_read_again(samples, tmp_path):
+    rows = made_of.right_prefixes(samples)
+    assert {row.finish_reason for row in rows} == {"stop", "length"} and all(row.label for row in rows)
+    for row in rows:
+        assert all(TASK.grade(row.prompt, row.completion).step_correct)
+    dropped = [row for row in samples if row.step_rewards[0]]
+    assert dropped and len(rows) == len(samples) - len(dropped)
+    write_rows(tmp_path / "rows.jsonl", rows)  # spans and rewards fit the shorter text
+    assert len(read_rows(str(tmp_path / "rows.jsonl"))) == len(rows)
