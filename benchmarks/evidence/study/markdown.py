@@ -132,7 +132,9 @@ def _bold(text: str, best: bool) -> str:
 
 
 def _between(told: dict[str, float], word: str, digits: int = 1) -> str:
-    return f" ({100 * told['low']:.{digits}f}{word}{100 * told['high']:.{digits}f})" if "low" in told else ""
+    if "low" not in told:
+        return ""
+    return f" ({100 * told['low']:.{digits}f}{word}{100 * told['high']:.{digits}f})".replace("-", "−")
 
 
 def _setting(row: Row) -> str:
