@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from dqo.data.appending import appending, begun_under
 from dqo.errors import UserError
 from tests.dqo.together import launched
 
+ROOT = Path(__file__).parents[3]
 ROWS = [{"k": k, "text": "é" * k} for k in range(4)]
 
 
@@ -100,13 +102,13 @@ def test_a_second_process_is_refused_while_the_first_is_there(tmp_path):
         path,
     ]
     with appending(path, {"seed": 0}, number):
-        found = subprocess.run(second, capture_output=True, text=True)
+        found = subprocess.run(second, capture_output=True, text=True, cwd=ROOT)
         assert found.returncode != 0
         assert (
             "rows.jsonl: another process is writing to it; wait for its end, or choose another --output_file"
             in found.stderr
         )
-    assert subprocess.run(second).returncode == 0
+    assert subprocess.run(second, cwd=ROOT).returncode == 0
     assert finish(path) == [0, 1, 2, 3]
 
 

@@ -20,7 +20,8 @@ TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
 def unpacked(name, tmp_path, monkeypatch):
     """The stopped run's folder, which becomes the current one, and how it was made."""
     with tarfile.open(STORED / f"{name}.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from Python 3.10.12 and 3.11.4 on
+        archive.extractall(tmp_path, **safely)
     monkeypatch.chdir(tmp_path / name)
     return tmp_path / name, json.loads((tmp_path / name / "made.json").read_text())
 
