@@ -142,7 +142,7 @@ def run(piece: Piece, root: Path) -> dict[str, Any]:
         assert of_base is not None  # it was needed
         return {name: of_base[name] for name in ("greedy", "sampling", "unread")} | {
             "cpu_seconds": 0.0,
-            "failed": failed,
+            "failed": failed.replace(str(root), "DIRECTORY"),
         }
     found = evaluated(str(trained.output_dir if trained else model["path"]), data, model, piece, root)
     return found | {"cpu_seconds": trained.cpu_seconds if trained else 0.0, "failed": None}

@@ -127,7 +127,7 @@ def test_a_run_that_ended_itself_is_scored_by_what_it_kept(name, tmp_path, monke
     def ended(piece, task, options, root):
         for checkpoint in ("round-0/run/checkpoint-48", f"{name}/checkpoint-8", f"{name}/checkpoint-16"):
             (root / piece.place / checkpoint).mkdir(parents=True, exist_ok=True)
-        raise UserError("collapsed")
+        raise UserError(f"collapsed; {root} is kept")
 
     scored = []
     monkeypatch.setattr(training, "options_of_run", lambda *_: {})
@@ -135,7 +135,7 @@ def test_a_run_that_ended_itself_is_scored_by_what_it_kept(name, tmp_path, monke
     monkeypatch.setattr(training, "trained_in_rounds", ended)
     monkeypatch.setattr(training, "evaluated", lambda task, base, model, seed: scored.append(model) or {})
     piece = Piece("run", "g2" if "round" in name else "a", 0, "dqo")
-    assert training.run(piece, tmp_path)["failed"] == "collapsed"
+    assert training.run(piece, tmp_path)["failed"] == "collapsed; DIRECTORY is kept"
     assert scored == [tmp_path / piece.place / name / "checkpoint-16"]
 
 
