@@ -43,7 +43,7 @@ class _RunOptions:
     method: Annotated[str, tyro.conf.arg(help=methods_help())] = DEFAULT_METHOD
     preset: str | None = None
     """Options that are set together where nothing else sets them: "paper" is the setting of the paper on DQO, "soft" the
-    same without a value model, "reasoning" what did best on graded answers. None takes the defaults."""
+    same without a value model, "reasoning" what did best for DQO on graded answers. None takes the defaults."""
     model_name_or_path: str | None = None
     """The causal language model to train is in this directory, or has this name on the hub."""
     ref_model_name_or_path: str | None = None

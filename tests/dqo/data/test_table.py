@@ -134,8 +134,9 @@ def test_which_tokens_are_right_is_read_without_making_an_episode(wrong, file):
     rows = [{name: value for name, value in row.items() if name != "prompt_value"} for row in mixed_rows()]
     labels = iter([[1.0, wrong], [wrong, 1.0], [1.0, 1.0]])
     rows = [row | {"step_rewards": next(labels)} if "steps" in row else row for row in rows]
-    turns = [row for row in rows if "turn_spans" in row]
-    turns[0]["turn_rewards"] = [1.0, -1.0]  # a penalty of a turn marks no step
+    for row in rows:
+        if "turn_spans" in row:  # of right responses and of wrong ones
+            row["turn_rewards"] = [1.0, -1.0]  # a penalty of a turn marks no step
     file.write_text("\n".join(map(json.dumps, rows)))
     for length in (64, 12, 9):
         found = opened(file, max_length=length, allow_truncation=True)
