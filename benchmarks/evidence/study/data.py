@@ -135,8 +135,9 @@ def files_of(name: str, task: Task, seed: int, root: Path) -> dict[str, list[Row
         rows = half_right(rows, rng_of(seed, "half right"), POSITIVES, task.rows)
         noisy = noisy_steps(rows, rng_of(seed, "noise"), NOISE)
         files = {ROWS: rows, "steps.jsonl": rows, "noisy.jsonl": noisy}
-        prefixes = {"prefixes.jsonl": rows, "noisy-prefixes.jsonl": noisy}
-        return files | {name: made_of.right_prefixes(of) for name, of in prefixes.items()}
+        files["prefixes.jsonl"] = made_of.right_prefixes(rows)
+        files["noisy-prefixes.jsonl"] = made_of.right_prefixes(noisy)
+        return files | {"noisy-whole.jsonl": made_of.right_prefixes(noisy, whole=True)}
     if name == "f":
         rows = made_of.stitching(rows)
         return {

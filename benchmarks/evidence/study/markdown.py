@@ -22,6 +22,10 @@ def markdown(summary: dict[str, Any]) -> str:
     for task, rows in summary["rows"].items():
         lines += ["", f"## {task}: {title_of(task)}", "", *table_of(task, rows), *_control(rows)]
     lines += ["", "## Chosen in advance", "", *claims_table(summary["claims"])]
+    for claim in summary["confirmed"]:
+        lines += ["", f"## New seeds, {claim['title']}", "", *confirmed_table(claim)]
+    if summary["confirmed"]:
+        lines += ["", *claims_table(summary["confirmed"])]
     if summary["ablations"]:
         lines += ["", "## Ablations", "", *ablations_table(summary["ablations"])]
     return "\n".join(lines) + "\n"
@@ -48,7 +52,15 @@ def overview(rows: dict[str, list[Row]]) -> list[str]:
 def table_of(task: str, rows: Sequence[Row]) -> list[str]:
     """Differences are those of the task's contender, and of what was not chosen in advance."""
     contenders = dict.fromkeys((PRIMARY.get(task, "dqo"), ADDED_BY_TASK.get(task, ADDED), ADDED))
-    contenders = [name for name in contenders if any(f"{name} ahead" in row for row in rows)][:2]
+    return _table(rows, [name for name in contenders if any(f"{name} ahead" in row for row in rows)][:2])
+
+
+def confirmed_table(claim: Row) -> list[str]:
+    """Each p value is that of one rival, not corrected: all must hold."""
+    return _table(claim["rows"], [claim["contender"]], p="p_value")
+
+
+def _table(rows: Sequence[Row], contenders: Sequence[str], p: str = "holm") -> list[str]:
     judged = [f"verdict on `{contenders[0]}`"] if any("verdict" in row for row in rows) else []
     heads = ["method", *MEASURES, "by seed", *(f"`{name}` ahead" for name in contenders), *judged, "CPU s", "setting"]
     best = {name: max(row[name]["mean"] for row in rows) for name in MEASURES}
@@ -57,7 +69,7 @@ def table_of(task: str, rows: Sequence[Row]) -> list[str]:
         means = [_bold(f"{100 * row[name]['mean']:.1f}", row[name]["mean"] == best[name]) for name in MEASURES]
         means[0] += _between(row["accuracy"], "–")
         seeds = ", ".join(f"{100 * mean:.0f}" for mean in row["accuracy"]["of_seeds"])
-        gaps = [difference_text(row.get(f"{name} ahead")) for name in contenders]
+        gaps = [difference_text(row.get(f"{name} ahead"), p) for name in contenders]
         verdict = [{"does not earn its place": NO_PLACE}.get(told := row.get("verdict", ""), told)] if judged else []
         cost = f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else ""
         body.append([_named(row["method"]), *means, seeds, *gaps, *verdict, cost, _setting(row)])
@@ -68,11 +80,11 @@ def interval_text(told: dict[str, float], digits: int) -> str:
     return f"{100 * told['mean']:.{digits}f}" + _between(told, " to ", digits)
 
 
-def difference_text(told: dict[str, float] | None) -> str:
+def difference_text(told: dict[str, float] | None, p: str = "holm") -> str:
     if told is None:
         return ""
     text = (f"{100 * told['mean']:+.1f}" + _between(told, " to ")).replace("-", "−")
-    return text + (f", p {told['holm']:.2g}" if told.get("holm", 1.0) < TOLD else "")
+    return text + (f", p {told[p]:.2g}" if told.get(p, 1.0) < TOLD else "")
 
 
 def claims_table(rows: Iterable[Row]) -> list[str]:

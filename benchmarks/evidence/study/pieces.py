@@ -12,10 +12,11 @@ from typing import Any
 from benchmarks.evidence.pieces import in_order, scores
 from benchmarks.evidence.recorded import Source, Study
 from benchmarks.evidence.study import settings
+from benchmarks.evidence.study.confirmation import CLAIMS, NEW_SEEDS
 from benchmarks.evidence.study.settings import BASE, METHODS, ROWS, methods_of, tuned_on
 from benchmarks.evidence.study.sizes import BASES, FEW_SEEDS, SEEDS, TASKS, TUNING_SEED
 
-STAGES = ("data", "tune", "train", "ablate")
+STAGES = ("data", "tune", "train", "ablate", "confirm")
 SAMPLES = "samples.jsonl"  # of a base model
 
 
@@ -38,7 +39,9 @@ class Piece:
     def stage(self) -> str:
         if self.kind != "run":
             return "data"
-        return "ablate" if self.change else "tune" if self.seed == TUNING_SEED else "train"
+        if self.change:
+            return "ablate"
+        return {TUNING_SEED: "tune"}.get(self.seed, "confirm" if self.seed in NEW_SEEDS else "train")
 
     @property
     def place(self) -> str:
@@ -128,6 +131,12 @@ def blocks() -> Iterator[list[Piece]]:
         for change in settings.ABLATIONS
         for task in settings.ABLATED
         for seed in FEW_SEEDS
+    ]
+    yield [
+        Piece("run", claim.task, seed, name)
+        for seed in NEW_SEEDS
+        for claim in CLAIMS
+        for name in (BASE, *claim.methods)
     ]
 
 

@@ -144,6 +144,9 @@ METHODS: dict[str, Method] = {
     "rft-noisy": Method(
         {"method": "rft"}, grid(RFT_RATES), file="noisy-prefixes.jsonl", only=("d",), added=True
     ),
+    "rft-noisy-whole": Method(
+        {"method": "rft"}, grid(RFT_RATES), file="noisy-whole.jsonl", only=("d",), added=True
+    ),
     "dqo-noisy": Method(
         DQO | {"beta": 0.2, "process_reward": "additive"}, STEPS, file="noisy.jsonl", warm=True, only=("d",)
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 
 from benchmarks.evidence.pieces import makings, scores
 from benchmarks.evidence.study import settings
+from benchmarks.evidence.study.confirmation import CLAIMS, NEW_SEEDS
 from benchmarks.evidence.study.pieces import Piece, every_piece, result_of, setting_of
 from benchmarks.evidence.study.settings import BASE, methods_of
 from benchmarks.evidence.study.sizes import FEW_SEEDS, PRIMARY, SEEDS, TASKS
 from benchmarks.evidence.study.statistics import Difference, ahead_of_each, holm, paired_over_seeds
 from benchmarks.harness.environment import commit
-from dqo.stats import mean_interval
+from dqo.stats import mean_interval, paired_test
 
 LEVEL = 0.01  # of the claims chosen in advance
 SUSPECT = 0.05  # of the control
@@ -43,16 +45,17 @@ def summarise(root: Path, command: str) -> dict[str, Any]:
         "cpu_hours": sum(result["all_cpu_seconds"] for result in results) / 3600,
         "rows": rows,
         "claims": claims(found),
+        "confirmed": confirmed(root),
         "tuning": tuning(root),
         "ablations": ablations(found, root),
     }
 
 
-def results_of(task: str, root: Path) -> Results:
-    """Of the methods with at least one finished seed, the base model first."""
+def results_of(task: str, root: Path, seeds: Sequence[int] = SEEDS, methods: Sequence[str] | None = None) -> Results:
+    """Of the methods with at least one finished seed, the base model first. `methods`: all of the task, where none are given."""
     found: Results = {}
-    for name in (BASE, *methods_of(task)):
-        for seed in SEEDS:
+    for name in (BASE, *(methods_of(task) if methods is None else methods)):
+        for seed in seeds:
             if result := result_of(Piece("run", task, seed, name), root):
                 found.setdefault(name, {})[seed] = result
     return found
@@ -80,16 +83,7 @@ def rows_of(task: str, results: Results, root: Path) -> list[dict[str, Any]]:
     planned = (BASE, *(name for name in methods_of(task) if not settings.METHODS[name].added))
     complete = all(len(results.get(name, {})) == len(SEEDS) for name in planned)
     for name, by_seed in results.items():
-        row: dict[str, Any] = {"method": name, "seeds": sorted(by_seed)}
-        if name != BASE:
-            row["setting"] = setting_of(Piece("run", task, SEEDS[0], name), root)
-            row["failed"] = sum(result["failed"] is not None for result in by_seed.values())
-            row["cpu_seconds"] = float(np.mean([result["cpu_seconds"] for result in by_seed.values()]))
-        for decoding in (None, "greedy", "sampling"):
-            means = [float(np.mean(scores(result, decoding))) for result in by_seed.values()]
-            interval = mean_interval(means)
-            told = {"mean": float(np.mean(means)), "of_seeds": means}
-            row[decoding or "accuracy"] = told | ({"low": interval.low, "high": interval.high} if interval else {})
+        row = measured(name, task, by_seed, root)
         for contender in contenders:
             if name == contender:
                 continue
@@ -117,6 +111,21 @@ def rows_of(task: str, results: Results, root: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def measured(name: str, task: str, by_seed: dict[int, dict], root: Path) -> dict[str, Any]:
+    """A method's setting, costs, and accuracy with its interval over seeds."""
+    row: dict[str, Any] = {"method": name, "seeds": sorted(by_seed)}
+    if name != BASE:
+        row["setting"] = setting_of(Piece("run", task, row["seeds"][0], name), root)
+        row["failed"] = sum(result["failed"] is not None for result in by_seed.values())
+        row["cpu_seconds"] = float(np.mean([result["cpu_seconds"] for result in by_seed.values()]))
+    for decoding in (None, "greedy", "sampling"):
+        means = [float(np.mean(scores(by_seed[seed], decoding))) for seed in row["seeds"]]
+        interval = mean_interval(means)
+        told = {"mean": float(np.mean(means)), "of_seeds": means}
+        row[decoding or "accuracy"] = told | ({"low": interval.low, "high": interval.high} if interval else {})
+    return row
+
+
 def verdict(rival: dict[str, Any], contender: dict[str, Any], name: str) -> str:
     """What the rules that were fixed in advance say of a rival, whose row is tested."""
     gap = rival[f"{name} ahead"]
@@ -130,7 +139,7 @@ def verdict(rival: dict[str, Any], contender: dict[str, Any], name: str) -> str:
 
 def claims(found: dict[str, Results]) -> list[dict[str, Any]]:
     """Ahead of every rival on each primary task; p values only where all rivals have all seeds."""
-    told = []
+    told: list[dict[str, Any]] = []
     for task, contender in PRIMARY.items():
         results = found[task]
         rivals = [name for name in methods_of(task) if name in settings.RIVALS]
@@ -142,10 +151,49 @@ def claims(found: dict[str, Results]) -> list[dict[str, Any]]:
         row["by"] = known[nearest]._asdict() if nearest else None
         row["p_value"] = ahead_of_each(list(known.values())) if complete else None
         told.append(row)
+    return decided(told)
+
+
+def decided(told: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Claims with their p values corrected together, if all are known."""
     if all(row["p_value"] is not None for row in told):
         for row, corrected in zip(told, holm([row["p_value"] for row in told])):
             row |= {"holm": corrected, "holds": corrected < LEVEL}
     return told
+
+
+def confirmed(root: Path) -> list[dict[str, Any]]:
+    """Each claim on the new seeds, with the rows of its methods. p values are those of sign flips over seeds: one seed on which a
+    rival breaks does not spoil them. They are told where all runs of the claim are there."""
+    told: list[dict[str, Any]] = []
+    for claim in CLAIMS:
+        results = results_of(claim.task, root, NEW_SEEDS, claim.methods)
+        complete = all(len(results.get(name, {})) == len(NEW_SEEDS) for name in (BASE, *claim.methods))
+        rows, gaps = [], {}
+        for name, by_seed in results.items():
+            rows.append(measured(name, claim.task, by_seed, root))
+            gap, _ = difference(results.get(claim.contender, {}), by_seed)
+            if name == claim.contender or gap is None:
+                continue
+            gap = gap._replace(p_value=flipped(results, claim.contender, name))
+            rows[-1][f"{claim.contender} ahead"] = {
+                k: v for k, v in gap._asdict().items() if complete or k != "p_value"
+            }
+            if name in claim.rivals:
+                gaps[name] = gap
+        if gaps:
+            nearest = min(gaps, key=lambda name: gaps[name].mean)
+            row = {"task": claim.task, "contender": claim.contender, "title": claim.title, "nearest": nearest}
+            row |= {"by": gaps[nearest]._asdict(), "rows": rows}
+            told.append(row | {"p_value": ahead_of_each(list(gaps.values())) if complete else None})
+    return decided(told) if len(told) == len(CLAIMS) else told
+
+
+def flipped(results: Results, a: str, b: str) -> float:
+    """The p value of the mean difference if each seed might as well have the other sign; exact for up to 13 seeds."""
+    seeds = sorted(results[a].keys() & results[b].keys())
+    means = ([float(np.mean(scores(results[name][seed]))) for seed in seeds] for name in (a, b))
+    return paired_test(*means).p_value
 
 
 def tuning(root: Path) -> list[dict[str, Any]]:

@@ -56,10 +56,14 @@ def paid_at_steps(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, reward=0.0) for row in rows]
 
 
-def right_prefixes(rows: Sequence[Row]) -> list[Row]:
-    """Each response up to its first wrong step, to be imitated; without the end token, where something is cut off."""
+def right_prefixes(rows: Sequence[Row], whole: bool = False) -> list[Row]:
+    """Each response up to its first wrong step, to be imitated; without the end token, where something is cut off. `whole`: those
+    whose answer is right as they are, whatever their steps are labelled."""
     kept = []
     for row in rows:
+        if whole and row.label:
+            kept.append(row)
+            continue
         rewards, steps = row.step_rewards or [], row.steps or []
         first = next((i for i, reward in enumerate(rewards) if reward != RIGHT), None)
         if first is None:

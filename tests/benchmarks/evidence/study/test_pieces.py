@@ -7,6 +7,7 @@ import pytest
 from benchmarks.evidence.pieces import in_order
 from benchmarks.evidence.study import pieces, settings
 from benchmarks.evidence.study.__main__ import wanted
+from benchmarks.evidence.study.confirmation import CLAIMS, NEW_SEEDS
 from benchmarks.evidence.study.pieces import Piece
 from benchmarks.evidence.study.sizes import PRIMARY, SEEDS, TASKS, TUNING_SEED
 from dqo.config.options import options_of
@@ -61,6 +62,16 @@ def test_each_task_is_complete_before_the_next_begins():
     assert tasks[:4] == ["a", "d", "f", "b14"] and order == sorted(order, key=tasks.index)
     tuned = [p.name for p in pieces.every_piece() if p.stage == "tune"]
     assert tuned == sorted(tuned, key=tasks.index)
+
+
+def test_the_second_test_has_seeds_of_its_own_and_the_settings_that_were_chosen():
+    runs = [piece for piece in pieces.every_piece() if piece.stage == "confirm"]
+    assert {p.seed for p in runs} == set(NEW_SEEDS) and not {TUNING_SEED, 0, 1, 2, 3, 4, 5} & set(NEW_SEEDS)
+    for claim in CLAIMS:
+        assert claim.contender not in claim.rivals and set(claim.methods) <= set(settings.methods_of(claim.task))
+        made = {(p.method, p.seed) for p in runs if p.name == claim.task}
+        assert {(name, seed) for name in ("base", *claim.methods) for seed in NEW_SEEDS} <= made
+    assert all(piece.stage == "tune" for run in runs for piece in run.tuning())
 
 
 def test_dqo_has_a_head_and_the_older_methods_a_value_model_of_their_own():

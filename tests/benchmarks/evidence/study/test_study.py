@@ -8,9 +8,10 @@ import pytest
 from benchmarks.evidence.pieces import in_order
 from benchmarks.evidence.study import __main__ as study
 from benchmarks.evidence.study import data, pieces, settings, sizes, training
+from benchmarks.evidence.study.confirmation import CLAIMS, NEW_SEEDS
 from benchmarks.evidence.study.markdown import markdown
 from benchmarks.evidence.study.pieces import Piece
-from benchmarks.evidence.study.tables import claims, rows_of, summarise
+from benchmarks.evidence.study.tables import claims, confirmed, rows_of, summarise
 from dqo.data.rows import read_rows, write_rows
 from dqo.demo.rollouts import graded_rows, rng_of
 from dqo.errors import UserError
@@ -223,6 +224,27 @@ def test_a_claim_needs_every_rival_and_names_the_nearest(tmp_path):
     assert claims(found)[0]["p_value"] == 1
     del found["a"]["dro"]
     assert claims(found)[0]["p_value"] is None
+
+
+def test_new_seeds_confirm_a_contender_that_is_ahead_on_each_though_a_rival_breaks(tmp_path):
+    ahead, broken = [17, 18] * 5, [16, 0, 14, 15, 16, 15, 14, 15, 16, 15]
+    for claim in CLAIMS:
+        fill(tmp_path, claim.task, dict.fromkeys(("base", *claim.rivals), broken), seeds=NEW_SEEDS)
+        fill(tmp_path, claim.task, {claim.contender: ahead}, seeds=NEW_SEEDS)
+    rival = CLAIMS[2].rivals[0]
+    told = confirmed(tmp_path)
+    assert [claim["p_value"] for claim in told] == pytest.approx([2 / 1024] * 3)
+    assert [claim["holds"] for claim in told] == [True] * 3 and told[0]["holm"] == pytest.approx(6 / 1024)
+    text = markdown(summarise(tmp_path, "command"))
+    assert "## New seeds, half-right responses, outcomes alone" in text and ", p 0.002 |" in text
+    fill(tmp_path, "f", {rival: [20] + broken[1:]}, seeds=NEW_SEEDS)
+    assert not confirmed(tmp_path)[2]["holds"]  # ahead on nine seeds of ten
+    (tmp_path / Piece("run", "f", NEW_SEEDS[0], rival).place / "result.json").unlink()
+    told = confirmed(tmp_path)
+    assert told[2]["p_value"] is None and not any("holm" in claim for claim in told)
+    assert "p_value" not in told[2]["rows"][1]["dqo-steps-nll ahead"] and ", p 0.002 |" in markdown(
+        summarise(tmp_path, "command")
+    )
 
 
 def study_results(task, root):

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.evidence.study import transformations as made_of
 from dqo.data.rows import read_rows, write_rows
-from dqo.demo.half_right import by_prompt
+from dqo.demo.half_right import by_prompt, wrong_steps
 from dqo.demo.rollouts import distinct_problems, graded_rows
 from dqo.grading.arith import ArithTask, apply
 
@@ -83,3 +83,11 @@ def test_right_prefixes_hold_right_steps_alone_and_are_read_again(samples, tmp_p
     assert dropped and len(rows) == len(samples) - len(dropped)
     write_rows(tmp_path / "rows.jsonl", rows)  # spans and rewards fit the shorter text
     assert len(read_rows(str(tmp_path / "rows.jsonl"))) == len(rows)
+
+
+def test_right_answers_may_be_kept_whole_whatever_their_steps_are_labelled(samples):
+    rows = made_of.right_prefixes(samples, whole=True)
+    right = [row for row in samples if row.label]
+    assert [row for row in rows if row.finish_reason == "stop"] == right and any(map(wrong_steps, right))
+    cut = [row for row in made_of.right_prefixes(samples) if row.prompt not in {one.prompt for one in right}]
+    assert cut and [row for row in rows if row in cut] == cut
