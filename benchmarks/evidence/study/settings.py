@@ -177,7 +177,7 @@ def methods_of(task: str) -> list[str]:
 
 
 # Bad responses over good ones in the files of a task: with this weight of the good ones kto reads as much of both
-BALANCE = {"a": 1.3, "b14": 6.7, "b28": 19.0, "c": 20.0, "d": 9.0, "e1": 1.7, "e3": 1.5, "f": 1.6}
+BALANCE = {"a": 1.3, "b14": 6.7, "b28": 50.0, "c": 20.0, "d": 9.0, "e1": 1.7, "e3": 1.5, "f": 1.6}
 FAR_FROM_0 = ("f", "g2", "g4")  # where a value model would need more than its warm-up to reach the mean return
 
 

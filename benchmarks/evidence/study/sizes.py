@@ -62,10 +62,11 @@ BASES = {
     "6-10": Base(6, 10, demonstrations=51_200, learning_rate=5e-3, warmup=50),
     "12-16": Base(12, 16, demonstrations=25_600, learning_rate=5e-3, after="6-10", strict=True, prompts=1024),
     "24-32": Base(
-        24, 32, demonstrations=6_400, after="12-16", hard_share=0.2, strict=True, evaluation=300, prompts=512
+        24, 32, demonstrations=51_200, learning_rate=5e-3, after="12-16", hard_share=0.2, strict=True, evaluation=300,
+        prompts=512, batch=32,
     ),
     "other": Base(6, 10, demonstrations=6_400, after="6-10", author=1),
-}
+}  # fmt: skip
 LENGTH = 320  # of prompt and response, in tokens, at most
 
 TASKS = {
