@@ -38,7 +38,8 @@ def train_command(arguments: list[str], prog: str = "dqo train") -> None:
     if options.train.dry_run:
         train_rows, held_out = rows
         print(dump_options(options), end="")
-        print(f"# {len(train_rows):,} rows to train on, {len(held_out):,} held out; nothing was loaded or written")
+        print(f"# {len(train_rows):,} rows to train on, {len(held_out):,} held out; nothing was loaded or written.")
+        print(f"# Which of the rows {options.train.method} selects is known when they are on tokens")
         return None
     if FIRST_PROCESS:
         print(

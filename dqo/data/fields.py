@@ -19,15 +19,18 @@ _TRUE, _FALSE = (
 
 def finite_number(value: Any, name: str) -> float:
     """A finite number. Ints are accepted, bools and strings are not."""
+    of_a_list = name.endswith("]")  # such as a step's, while the label is the outcome's
     if isinstance(value, bool):
-        raise UserError(f"{name} is {shown(value)}, a bool; expected a number: {float(value)}, or use the label column")
+        other = "" if of_a_list else ", or use the label column"
+        raise UserError(f"{name} is {shown(value)}, a bool; expected a number: {float(value)}{other}")
     if isinstance(value, str):
         cure = ": cast it with float()"
         try:
             float(value)
         except ValueError:
             truth = truth_of(value)
-            known = f": {float(truth or 0)}, or use the label column with {str(truth).lower()}"
+            other = "" if of_a_list else f", or use the label column with {str(truth).lower()}"
+            known = f": {float(truth or 0)}{other}"
             cure = ", or drop the row" if truth is None else known
         raise UserError(f"{name} is {shown(value)}, a string; expected a number{cure}")
     if not isinstance(value, Real):

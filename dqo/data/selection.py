@@ -210,6 +210,16 @@ def nothing_selected(objective: Objective, episodes: Sequence[Episode]) -> str:
     """What to say when an objective finds no group: what it misses, what is there, and what makes more of it."""
     columns = EpisodeColumns(episodes)
     _, sizes = np.unique(columns.prompt, return_counts=True)
+    if objective.reads_steps and columns.has_step_rewards.any():
+        return (
+            f"{objective.nothing_left}, and none has a right step before its first wrong one: of {len(episodes):,} responses "
+            f"{int(columns.has_step_rewards.sum()):,} have labels of steps; are these turned over?"
+        )
+    if not columns.label.any() and len(np.unique(columns.reward)) > 1:
+        return (
+            f"{objective.nothing_left}. None of {len(episodes):,} responses counts as correct, and their rewards are from "
+            f"{columns.reward.min():.3g} to {columns.reward.max():.3g}: a response is correct from --reward_threshold on"
+        )
     return (
         f"{objective.nothing_left}. There are {len(episodes):,} responses, {int(columns.label.sum()):,} of them correct, to "
         f"{len(sizes):,} prompts, {int((sizes > 1).sum()):,} of them with several; `dqo sample --num_generations 8` gives each "

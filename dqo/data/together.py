@@ -46,7 +46,7 @@ def check_process_reward(rows: Sequence[Row], name: str, process_reward: str | N
         raise UserError(
             f"{name} has {what}_rewards; choose what they do: --process_reward additive (added on the last token of their "
             f"{what}), --process_reward potential (they are pass rates of the prefixes, whose differences are paid and move no "
-            "optimum) or --process_reward none"
+            "optimum) or --process_reward none (they pay nothing, and still mark wrong steps)"
         )
     if not found and process_reward not in (None, "none"):
         raise UserError(

@@ -40,14 +40,16 @@ def half_right(rows: Sequence[Row], rng: random.Random, positives: float, most: 
 
 
 def noisy_steps(rows: Sequence[Row], rng: random.Random, share: float) -> list[Row]:
-    """A share of all labels of steps, drawn, is turned over."""
-    places = [(i, j) for i, row in enumerate(rows) for j in range(len(row.step_rewards or ()))]
+    """A share of all labels of steps, drawn, is turned over; equal responses to a prompt keep equal labels."""
+    known = {(str(row.prompt), str(row.completion)): len(row.step_rewards or ()) for row in rows}
+    places = [(response, step) for response, steps in known.items() for step in range(steps)]
     turned = set(rng.sample(places, round(share * len(places))))
-    noisy = []
-    for i, row in enumerate(rows):
-        labels = enumerate(row.step_rewards or ())
-        noisy.append(replace(row, step_rewards=[WRONG - r if (i, j) in turned else r for j, r in labels]))
-    return noisy
+
+    def labels(row: Row) -> list[float]:
+        response = str(row.prompt), str(row.completion)
+        return [WRONG - r if (response, i) in turned else r for i, r in enumerate(row.step_rewards or ())]
+
+    return [replace(row, step_rewards=labels(row)) for row in rows]
 
 
 def write_half_right(recipe: Recipe, rollouts: Path, directory: Path, seed: int) -> None:

@@ -251,9 +251,13 @@ class Objective:
             return []
         return [("value_model", f"must be {', '.join(kinds)}, or the directory of a value model, got {told!r}")]
 
-    def advice(self, labels: Sequence[bool], rewards: np.ndarray, steps_marked: bool) -> list[str]:
-        """Warnings, a line each, about rows with these labels and outcome rewards. `steps_marked`: whether a step is marked as
-        wrong."""
+    @property
+    def reads_steps(self) -> str:
+        """The option by which marks of wrong steps choose what is trained on, such as "imitate steps"; "" where they do not."""
+        return ""
+
+    def advice(self, labels: Sequence[bool], rewards: np.ndarray) -> list[str]:
+        """Warnings, a line each, about rows with these labels and outcome rewards."""
         return []
 
     def phases(self, value_warmup: float) -> tuple[Phase, ...]:

@@ -187,16 +187,18 @@ class DQO(ValueOptions, _Options):
     def idle(self) -> tuple[str, tuple[str, ...]]:
         return ("nll_coef is 0", ("nll_on",)) if self.nll_coef == 0 else super().idle()
 
+    @property
+    def reads_steps(self) -> str:
+        return "nll_on steps" if self.nll_coef > 0 and self.nll_on == "steps" else ""
+
     def prepare(self, columns: Columns) -> Selection:
         """Every response."""
-        by_steps = self.nll_coef > 0 and self.nll_on == "steps"
-        return Selection(super().prepare(columns).groups, {"right_length": columns.right_length} if by_steps else {})
+        of_steps = {"right_length": columns.right_length} if self.reads_steps else {}
+        return Selection(super().prepare(columns).groups, of_steps)
 
-    def advice(self, labels: Sequence[bool], rewards: np.ndarray, steps_marked: bool) -> list[str]:
-        if self.nll_coef == 0:
+    def advice(self, labels: Sequence[bool], rewards: np.ndarray) -> list[str]:
+        if self.nll_coef == 0 or self.reads_steps:
             return []
-        if self.nll_on == "steps":
-            return [] if steps_marked else ["no step is marked as wrong: nll_on steps takes whole correct responses"]
         right = sum(labels)
         if right in (0, len(labels)):
             what = "no response counts as correct: nll_coef has no effect"

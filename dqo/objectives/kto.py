@@ -52,7 +52,7 @@ class KTO(Objective):
             companions[own] = others[np.arange(len(own)) % len(others)]
         return Selection(super().prepare(columns).groups, companions=companions)
 
-    def advice(self, labels: Sequence[bool], rewards: np.ndarray, steps_marked: bool) -> list[str]:
+    def advice(self, labels: Sequence[bool], rewards: np.ndarray) -> list[str]:
         """Where the labels weigh far from what the paper advises, good over bad from 1 to 4/3."""
         good = sum(labels)
         bad = len(labels) - good
@@ -60,7 +60,9 @@ class KTO(Objective):
             return []
         if not good or not bad:
             kind = "correct" if good else "wrong"
-            return [f"every response is labelled {kind}: kto has nothing to compare them with"]
+            return [
+                f"every response is labelled {kind}: kto has nothing to compare them with; is --reward_threshold right?"
+            ]
         if self.undesirable_weight <= 0 or self.desirable_weight <= 0:
             return []
         weigh = good * self.desirable_weight / (bad * self.undesirable_weight)

@@ -5,7 +5,6 @@ L = - log pi(y_t|s_t)        a token of a response that is kept, or with imitate
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -31,6 +30,10 @@ class RFT(Objective):
     def needs_reference(self) -> bool:
         return False
 
+    @property
+    def reads_steps(self) -> str:
+        return "imitate steps" if self.imitate == "steps" else ""
+
     def problems(self) -> list[tuple[str, str]]:
         return self.below(1, "max_per_prompt")
 
@@ -47,11 +50,6 @@ class RFT(Objective):
                 kept.append(row)
         more = {"right_length": columns.right_length} if self.imitate == "steps" else {}
         return Selection(np.array(kept, dtype=np.int64)[:, None], more)
-
-    def advice(self, labels: Sequence[bool], rewards: np.ndarray, steps_marked: bool) -> list[str]:
-        if self.imitate == "responses" or steps_marked:
-            return []
-        return ["no step is marked as wrong: imitate steps takes whole correct responses"]
 
     def __call__(self, stats, rows, cu_seqlens):
         from dqo.objectives.sums import response_metrics, right_tokens

@@ -24,7 +24,7 @@ class SFT(Objective):
     def needs_reference(self) -> bool:
         return False
 
-    def advice(self, labels: Sequence[bool], rewards: np.ndarray, steps_marked: bool) -> list[str]:
+    def advice(self, labels: Sequence[bool], rewards: np.ndarray) -> list[str]:
         wrong = len(labels) - sum(labels)
         text = (
             f"sft trains on every response, on the {wrong:,} wrong ones of {len(labels):,} too; --method rft trains on the "

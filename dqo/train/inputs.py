@@ -212,9 +212,14 @@ def load_rows(options: Options, given: Given | None = None) -> tuple[Sequence[Ro
     elif config.eval_fraction:
         rows, held_out = split_by_prompt(rows, config.eval_fraction, config.seed)
     if config.shuffle_rewards:
-        rows, said = with_shuffled_rewards(rows, config.seed, config.process_reward not in (None, "none"))
+        rows, said = with_shuffled_rewards(rows, config.seed, step_rewards_used(options))
         logger.warning(said)
     return rows, held_out
+
+
+def step_rewards_used(options: Options) -> bool:
+    """Whether rewards of steps or turns are paid, or say which steps are trained on."""
+    return options.train.process_reward not in (None, "none") or bool(options.objective.reads_steps)
 
 
 def _check_step_rewards(options: Options, rows: Sequence[Row]) -> None:

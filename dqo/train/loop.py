@@ -395,5 +395,5 @@ class Trainer:
             self.output_dir, self.learner, prepared.tokenizer, self.processes, prepared.save_dtype
         )
         self.callbacks.call("on_train_end")
-        self.recorder.close()
+        self.recorder.end()
         self.processes.barrier()

@@ -140,13 +140,28 @@ class Prepared:
         """The distinct episodes that are trained on."""
         return distinct(self.groups)
 
-    def counts(self, eval_fraction: float | None) -> str:
-        """How much is trained on and held out, a line each; `eval_fraction`: the share of the prompts that was asked for."""
+    def counts(self, rows: int, eval_fraction: float | None) -> str:
+        """How much is trained on and held out, a line each.
+
+        Args:
+            rows: to train on, of which the method may have left out some. eval_fraction: the share of the prompts that was asked
+                to be held out.
+        """
         lines = []
-        for name, episodes in (("training on", self.episodes()), ("held out", distinct(self.held_out))):
+        for name, episodes, of in (("training on", self.episodes(), rows), ("held out", distinct(self.held_out), 0)):
             columns = EpisodeColumns(episodes)
             prompts, tokens = len(np.unique(columns.prompt)), int(columns.tokens.sum())
-            lines.append(f"{name}: {len(episodes):,} responses to {prompts:,} prompts, {tokens:,} tokens")
+            count = f"{len(episodes):,}" + (f" of {of:,}" if of > len(episodes) else "")
+            lines.append(f"{name}: {count} responses to {prompts:,} prompts, {tokens:,} tokens")
+        if option := self.objective.reads_steps:
+            columns = EpisodeColumns(self.episodes())
+            right, whole = columns.right_length, columns.length
+            lines.insert(
+                1,
+                f"{option}: {int(right.sum()):,} of their {int(whole.sum()):,} response tokens; {int((right == whole).sum()):,} "
+                f"responses whole, {int(((right > 0) & (right < whole)).sum()):,} up to their first wrong step, "
+                f"{int((right == 0).sum()):,} not at all",
+            )
         lines[:0] = self.order.told(called(self.objective))
         share = "" if eval_fraction is None else f" (eval_fraction {eval_fraction:g} is a share of the prompts)"
         return "\n".join(lines) + share

@@ -70,6 +70,12 @@ class Recorder:
             return {}
         return {"metrics_position": self.file.position(), "metrics_crc32": self.file.crc32}
 
+    def end(self) -> None:
+        """Of a run that is finished."""
+        for warning in self.watch.at_end():
+            self.processes.say(f"WARNING: {warning}")
+        self.close()
+
     def close(self) -> None:
         self.closed = True
         if self.file is not None:

@@ -72,7 +72,7 @@ def begin(
     trainer.train_rows = train_rows
     if announce:
         split = given.eval_dataset is None and options.train.eval_dataset_name is None
-        processes.say(trainer.prepared.counts(options.train.eval_fraction if split else None))
+        processes.say(trainer.prepared.counts(len(train_rows), options.train.eval_fraction if split else None))
         if said := trainer.prepared.weighting.said:
             processes.say(said)
     if processes.main:

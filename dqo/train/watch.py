@@ -6,6 +6,8 @@ from dqo.data.advice import LARGEST_RATIO
 
 BEYOND = 3.0  # times the largest reward
 FALLEN = 0.2  # nats a token that right responses have lost on average
+STILL = 1e-5  # nats a token from the reference: log-probabilities differ by some thousandths
+ENOUGH = 10  # steps after which a policy that learns is farther; a row tells of the policy before its last update
 
 
 class Watch:
@@ -29,6 +31,7 @@ class Watch:
         self.patience, self.beta, self.largest_reward = patience, beta, largest_reward
         self.trains_values, self.likelihood = trains_values, likelihood
         self.first_loss: float | None = None
+        self.newest: dict[str, float] = {}
         self.rows_of: dict[str, int] = {}  # how many rows in a row have shown it
 
     def _seen(self, name: str, shown: bool) -> bool:
@@ -40,6 +43,7 @@ class Watch:
         found = []
         if self.first_loss is None:
             self.first_loss = row["loss"]
+        self.newest = row
         if self._seen("diverging", row["loss"] > 3.0 * abs(self.first_loss) + 1e-3):
             found.append(
                 f"the loss has grown from {self.first_loss:.3g} to {row['loss']:.3g} (step {row['step']}): it diverges. Lower "
@@ -59,6 +63,16 @@ class Watch:
                 f"the policy is {row['kl']:.3g} nats a token away from its reference (step {row['step']}): {self._nearer()}"
             )
         return found + self._of_rewards(row)
+
+    def at_end(self) -> list[str]:
+        """What there is to say of the whole run."""
+        kl = self.newest.get("kl", STILL)
+        if kl >= STILL or self.newest["step"] < ENOUGH:
+            return []
+        return [
+            f"the policy has hardly moved: at the end it was {kl:.1g} nats a token away from its reference. Raise "
+            "--learning_rate, or train longer"
+        ]
 
     def _nearer(self) -> str:
         """What keeps a policy nearer to its reference. Against large rewards over beta the KL has no weight."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.evidence.study import transformations as made_of
 from benchmarks.evidence.study.pieces import SAMPLES, Piece
-from benchmarks.evidence.study.settings import ABLATED, ROWS
+from benchmarks.evidence.study.settings import ABLATED, MISLABELLED, ROWS
 from benchmarks.evidence.study.sizes import BASES, LENGTH, TASKS, Base, Task
 from dqo.config.options import options_of
 from dqo.data.rows import Row, read_rows, write_rows
@@ -134,10 +134,8 @@ def files_of(name: str, task: Task, seed: int, root: Path) -> dict[str, list[Row
     if name == "d":
         rows = half_right(rows, rng_of(seed, "half right"), POSITIVES, task.rows)
         noisy = noisy_steps(rows, rng_of(seed, "noise"), NOISE)
-        files = {ROWS: rows, "steps.jsonl": rows, "noisy.jsonl": noisy}
-        files["prefixes.jsonl"] = made_of.right_prefixes(rows)
-        files["noisy-prefixes.jsonl"] = made_of.right_prefixes(noisy)
-        return files | {"noisy-whole.jsonl": made_of.right_prefixes(noisy, whole=True)}
+        files = {ROWS: rows, "steps.jsonl": rows, MISLABELLED: noisy, "prefixes.jsonl": made_of.right_prefixes(rows)}
+        return files | {"mislabelled-whole.jsonl": made_of.right_answers_and_prefixes(noisy)}
     if name == "f":
         rows = made_of.stitching(rows)
         return {

@@ -16,7 +16,7 @@ COMMON: Settings = {
     "max_length": LENGTH, "lr_scheduler_type": "constant", "adam_beta2": 0.99, "process_reward": "none", "eval_fraction": 0.0,
     "save_steps": 10_000, "save_total_limit": 1,
 }  # fmt: skip
-ROWS = "rows.jsonl"
+ROWS, MISLABELLED = "rows.jsonl", "mislabelled.jsonl"
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ METHODS: dict[str, Method] = {
             (2e-4, 0.25, 0.1, 0.05), (2e-4, 0.5, 0.2, 0.05), (2e-4, 0.5, 0.2, 0.1), (4e-4, 0.25, 0.2, 0.05),
             (4e-4, 0.25, 0.2, 0.1), names=STEPS_NLL,
         ),
-        file="noisy.jsonl", warm=True, only=("d",), added=True,
+        file=MISLABELLED, warm=True, only=("d",), added=True,
     ),
     "dqo-measured-nll": Method(
         DQO | {"process_reward": "potential"},
@@ -142,13 +142,13 @@ METHODS: dict[str, Method] = {
         file="measured.jsonl", warm=True, only=("d",), added=True,
     ),
     "rft-noisy": Method(
-        {"method": "rft"}, grid(RFT_RATES), file="noisy-prefixes.jsonl", only=("d",), added=True
+        {"method": "rft", "imitate": "steps"}, grid(RFT_RATES), file=MISLABELLED, only=("d",), added=True
     ),
     "rft-noisy-whole": Method(
-        {"method": "rft"}, grid(RFT_RATES), file="noisy-whole.jsonl", only=("d",), added=True
+        {"method": "rft"}, grid(RFT_RATES), file="mislabelled-whole.jsonl", only=("d",), added=True
     ),
     "dqo-noisy": Method(
-        DQO | {"beta": 0.2, "process_reward": "additive"}, STEPS, file="noisy.jsonl", warm=True, only=("d",)
+        DQO | {"beta": 0.2, "process_reward": "additive"}, STEPS, file=MISLABELLED, warm=True, only=("d",)
     ),
     "dqo-measured": Method(
         DQO | {"beta": 0.2, "process_reward": "potential"}, STEPS, file="measured.jsonl", warm=True, only=("d",)

@@ -56,14 +56,17 @@ def paid_at_steps(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, reward=0.0) for row in rows]
 
 
-def right_prefixes(rows: Sequence[Row], whole: bool = False) -> list[Row]:
-    """Each response up to its first wrong step, to be imitated; without the end token, where something is cut off. `whole`: those
-    whose answer is right as they are, whatever their steps are labelled."""
+def right_answers_and_prefixes(rows: Sequence[Row]) -> list[Row]:
+    """Responses whose answer is right as they are, whatever their steps are labelled, and of the others what stands before the
+    first step that is labelled wrong. Others without such a step are left out: some label of theirs is wrong."""
+    cut = right_prefixes([row for row in rows if not row.label and wrong_steps(row)])
+    return [*(row for row in rows if row.label), *cut]
+
+
+def right_prefixes(rows: Sequence[Row]) -> list[Row]:
+    """Each response up to its first wrong step, to be imitated; without the end token, where something is cut off."""
     kept = []
     for row in rows:
-        if whole and row.label:
-            kept.append(row)
-            continue
         rewards, steps = row.step_rewards or [], row.steps or []
         first = next((i for i, reward in enumerate(rewards) if reward != RIGHT), None)
         if first is None:

@@ -7,6 +7,7 @@ import pytest
 
 from dqo.commands.base import dqo_command
 from dqo.data.advice import row_warnings
+from dqo.data.mixed import open_data
 from dqo.data.rows import read_rows, write_rows
 from dqo.errors import UserError
 from dqo.objectives import OBJECTIVES
@@ -25,11 +26,12 @@ def settings(**changes):
 
 def warned(rows, **changes):
     method = changes.get("method")
-    objective = OBJECTIVES[method](**changes.pop("options", {})) if method else None
+    objective = OBJECTIVES[method](**changes.get("options", {})) if method else None
     return "\n".join(row_warnings(read_rows(rows), settings(**changes), objective))
 
 
 WRONG = row(completion="d", reward=0.0)
+BY_STEPS = {"method": "rft", "options": {"imitate": "steps"}}
 
 
 @pytest.mark.parametrize(
@@ -72,10 +74,43 @@ WRONG = row(completion="d", reward=0.0)
             "a response is paid up to 1, which with beta 0.001 asks for log(pi/ref) of 1,000 nats, more than a policy can move; "
             "raise --beta",
         ),
+        ([row(label=False), WRONG | {"label": True}], {}, "count as correct have a mean reward of 0, and the others 1"),
+        (
+            [row(**STEPS, step_rewards=[1, 0]), WRONG],
+            {"process_reward": "additive"},
+            "pays every step that is not wrong",
+        ),
+        ([row(), WRONG], BY_STEPS, "no step is marked as wrong: imitate steps takes whole correct responses"),
+        ([row(**STEPS, step_rewards=[0.5, 0.0]), WRONG], BY_STEPS, "step rewards are pass rates: imitate steps takes"),
+        (
+            [row(**STEPS, step_rewards=[0, 1]), row(**STEPS, prompt="q", reward=0.0, step_rewards=[0, 0])],
+            BY_STEPS,
+            "turned over?",
+        ),
+        (
+            [
+                row(**STEPS, step_rewards=[1, 0]),
+                row(**STEPS, step_rewards=[1, 1]),
+                row(**STEPS, step_rewards=[1, 0]),
+                WRONG,
+            ],
+            BY_STEPS,
+            "equal responses have different first wrong steps, 1 in all: labels are not certain",
+        ),
     ],
 )
 def test_warnings(rows, changes, part):
     assert part in warned(rows, **changes)
+
+
+def test_data_sets_that_mark_wrong_steps_in_two_ways_are_named(tmp_path):
+    for name, labels in (("below", [0, -1]), ("zeros", [1, 0])):
+        rows = read_rows([row(**STEPS, prompt=name, step_rewards=labels), row(prompt=name, completion="d", reward=0.0)])
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    together = open_data(f"{tmp_path}/below.jsonl,{tmp_path}/zeros.jsonl")
+    (warning,) = row_warnings(together, settings(), OBJECTIVES["rft"](imitate="steps"))
+    assert "zeros.jsonl marks a wrong step by 0" in warning and "Write -1 and 0" in warning
+    assert row_warnings(together, settings(), OBJECTIVES["rft"]()) == []
 
 
 @pytest.mark.parametrize(
@@ -93,6 +128,9 @@ def test_warnings(rows, changes, part):
         ([row(reward=100), WRONG], {"method": "dqo", "reward_scale": 0.01}),
         ([row(), WRONG], {"method": "dqo", "options": {"beta": 0.01}}),
         ([row(**STEPS, step_rewards=[20, 20]), WRONG], {"method": "dqo", "process_reward": "none"}),
+        ([row(**STEPS, step_rewards=[1, 0]), WRONG], BY_STEPS),
+        ([row(**STEPS, step_rewards=[0.5, 0.0]), WRONG], {"method": "rft"}),
+        ([row(**STEPS, step_rewards=[0, -1]), WRONG], {"process_reward": "additive"}),
     ],
 )
 def test_rows_with_nothing_odd_have_no_warning(rows, changes):

@@ -2,7 +2,9 @@ import math
 
 import pytest
 
+from dqo.data.fields import finite_number
 from dqo.data.rows import read_rows
+from dqo.errors import UserError
 from tests.dqo.row_cases import ASSISTANT, GOOD, IDS, OTHER, USER, refusal, says, write
 
 BAD = {
@@ -73,7 +75,7 @@ BAD = {
         "step_rewards has 1 values but the completion has 3 lines",
     ),
     "step_rewards NaN": ({"step_rewards": [0.0, math.nan, 0.0]}, "step_rewards[1] is NaN ... finite"),
-    "step_rewards bool": ({"step_rewards": [True, 0, 0]}, "step_rewards[0] is true, a bool"),
+    "step_rewards bool": ({"step_rewards": [True, 0, 0]}, "step_rewards[0] is true, a bool; expected a number: 1.0"),
     "step_rewards number": ({"step_rewards": 1.0}, "step_rewards is 1.0; expected a list"),
     "ids without completion": ({"prompt_ids": [1]}, "prompt_ids without completion_ids ... both, or neither"),
     "ids negative": ({"completion_ids": [1, -100]}, "completion_ids[1] is -100 ... integers from 0 up"),
@@ -95,6 +97,14 @@ def test_a_bad_field_is_refused_with_its_line_and_its_cure(name, tmp_path):
     message = refusal(write(tmp_path, GOOD, {**GOOD, **change}, OTHER))
     assert message.startswith("rollouts.jsonl:2: ")
     says(message, parts, "2 rows fit: --skip_bad_rows")
+
+
+def test_the_cure_for_a_bool_in_the_place_of_a_number_is_a_label_for_the_outcome_alone():
+    for name, told in (("reward", True), ("step_rewards[0]", False)):
+        for value in (True, "yes"):
+            with pytest.raises(UserError) as refused:
+                finite_number(value, name)
+            assert ("label column" in str(refused.value)) == told and "1.0" in str(refused.value)
 
 
 BAD_LOGPROBS = {

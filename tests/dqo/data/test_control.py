@@ -93,6 +93,28 @@ def test_rows_that_are_trained_on_change_and_held_out_ones_do_not(files, caplog)
     assert bundles(train) == bundles(plain[0]) and "CONTROL (shuffle_rewards): " in caplog.text
 
 
+@pytest.mark.parametrize("method", [["rft", "--imitate", "steps"], ["dqo", "--nll_on", "steps"], ["rft"]])
+def test_marks_of_steps_move_too_where_a_method_goes_by_them(method, tmp_path):
+    rows = [
+        {
+            "prompt": f"{i}=",
+            "completion": "ab",
+            "reward": float(i % 2),
+            "steps": [[0, 1], [1, 2]],
+            "step_rewards": [0, -(i % 3)],
+        }
+        for i in range(12)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--method", *method, "--dataset_name", str(path), "--model_name_or_path", "m", "--output_dir", "out"]
+    train, _ = load_rows(
+        load_options([*given, "--process_reward", "none", "--eval_fraction", "0", "--shuffle_rewards"])
+    )
+    stayed = [row.step_rewards for row in train] == [[0, -(i % 3)] for i in range(12)]
+    assert stayed == (method == ["rft"])
+
+
 def gain(files, shuffled):
     """How much more likely a policy made the right one of two responses to the prompts that it has seen, in nats."""
     settings = {

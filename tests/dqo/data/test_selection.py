@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from dqo.data.batches import collate
-from dqo.data.selection import EpisodeColumns, selected
+from dqo.data.selection import EpisodeColumns, nothing_selected, selected
 from dqo.errors import UserError
 from dqo.objectives.base import Columns, Objective, Selection
 from dqo.objectives.groups import by_prompt, pairs
+from dqo.objectives.rft import RFT
 from tests.dqo.helpers import episodes
 
 
@@ -170,3 +171,20 @@ def test_pairs_take_the_best_with_the_worst():
         e.prompt_index, e.reward = 0, reward
     assert pairs(EpisodeColumns(members), 9).tolist() == [[1, 4], [3, 2]]
     assert pairs(EpisodeColumns(members), 1).tolist() == [[1, 4]]
+
+
+def test_what_is_missing_is_said_by_what_is_there():
+    members = episodes(6)
+    assert "There are 6 responses, 3 of them correct" in nothing_selected(RFT(), members)
+    for e in members:
+        e.label = False
+    assert "rewards are from 0 to 1: a response is correct from --reward_threshold on" in nothing_selected(
+        RFT(), members
+    )
+    for e in members:
+        e.reward, e.wrong_from = 0.0, 0
+        e.step_ends, e.step_rewards = [e.action_count - 1], [-1.0]
+    assert "There are 6 responses, 0 of them correct" in nothing_selected(RFT(), members)
+    assert "of 6 responses 6 have labels of steps; are these turned over?" in nothing_selected(
+        RFT(imitate="steps"), members
+    )

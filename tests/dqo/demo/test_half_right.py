@@ -47,6 +47,15 @@ def test_noise_turns_a_fifth_of_the_labels_over_and_nothing_else(samples):
     noisy = noisy_steps(samples, random.Random(0), 0.2)
     pairs = [(a, b) for row, other in zip(samples, noisy) for a, b in zip(row.step_rewards, other.step_rewards)]
     assert {a for a, b in pairs if a != b} == {0.0, -1.0} == {b for _, b in pairs}  # both ways
-    assert sum(a != b for a, b in pairs) == round(0.2 * len(pairs))
+    distinct = {(row.prompt, row.completion): len(row.step_rewards) for row in samples}
+    turned = {
+        (row.prompt, row.completion, i)
+        for row, other in zip(samples, noisy)
+        for i, (a, b) in enumerate(zip(row.step_rewards, other.step_rewards))
+        if a != b
+    }
+    assert len(distinct) < len(samples) and len(turned) == round(0.2 * sum(distinct.values()))
+    labels = {(row.prompt, row.completion, *row.step_rewards) for row in noisy}
+    assert len(labels) == len(distinct)  # one annotator's for each response
     assert [(r.prompt, r.completion, r.reward) for r in noisy] == [(r.prompt, r.completion, r.reward) for r in samples]
     assert noisy_steps(samples, random.Random(1), 0.2) != noisy

@@ -279,17 +279,15 @@ def test_the_likelihood_is_a_bonus_of_the_advantage_of_correct_responses():
 def test_labels_with_which_the_likelihood_makes_no_sense_are_told():
     zeros_and_ones = np.array([0.0, 1.0, 1.0])
 
-    def said(objective, labels, rewards=zeros_and_ones, steps_marked=False):
-        return objective.advice(labels, rewards, steps_marked)
+    def said(objective, labels, rewards=zeros_and_ones):
+        return objective.advice(labels, rewards)
 
     likely, mixed = DQO(nll_coef=0.1), [True, False, False]
     assert said(likely, mixed) == [] == said(DQO(nll_coef=0.0), [True] * 3) == said(likely, [])
     assert "every response counts as correct" in said(likely, [True] * 3)[0]
     assert "no effect" in said(likely, [False] * 3)[0]
     assert "3 values, and 1 of 3 responses count as correct" in said(likely, mixed, np.array([0.1, 2.0, 0.3]))[0]
-    on_steps = DQO(nll_on="steps")
-    assert said(on_steps, [False] * 3, steps_marked=True) == []
-    assert "no step is marked as wrong" in said(on_steps, mixed)[0]
+    assert said(DQO(nll_on="steps"), [False] * 3) == []  # it goes by steps
 
 
 def test_a_moving_average_of_the_values_takes_their_place_in_the_targets_alone():

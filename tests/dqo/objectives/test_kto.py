@@ -144,9 +144,9 @@ def test_one_prompt_alone_is_refused():
 
 
 def test_one_label_alone_is_said():
-    assert KTO().advice([True, False], np.zeros(0), False) == KTO().advice([], np.zeros(0), False) == []
-    assert "every response is labelled correct" in KTO().advice([True, True], np.zeros(0), False)[0]
-    assert "every response is labelled wrong" in KTO().advice([False, False], np.zeros(0), False)[0]
+    assert KTO().advice([True, False], np.zeros(0)) == KTO().advice([], np.zeros(0)) == []
+    assert "every response is labelled correct" in KTO().advice([True, True], np.zeros(0))[0]
+    assert "every response is labelled wrong" in KTO().advice([False, False], np.zeros(0))[0]
 
 
 def test_options_out_of_range_are_named():
@@ -165,7 +165,7 @@ def test_options_out_of_range_are_named():
 def test_labels_that_weigh_far_from_equal_are_told_with_the_weight_that_is_advised(weights, told):
     desirable, undesirable = weights
     objective = KTO(desirable_weight=desirable, undesirable_weight=undesirable)
-    said = objective.advice([True] * 4 + [False] * 16, np.zeros(0), False)
+    said = objective.advice([True] * 4 + [False] * 16, np.zeros(0))
     if told is None:
         assert said == []
     else:

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 
@@ -44,8 +43,6 @@ def test_rft_on_steps_imitates_what_stands_before_the_first_wrong_one():
     rows = {"label": torch.zeros(3), "right_length": torch.tensor([1.0, 1.0, 1.0])}
     loss, _ = RFT(imitate="steps")(TokenStats(logprobs, logprobs, logprobs), rows, torch.tensor([0, 2, 3]))
     assert loss.item() == 0.75  # the first token of each
-    marked, unmarked = (RFT(imitate="steps").advice([True], np.zeros(1), marked) for marked in (True, False))
-    assert marked == [] == RFT().advice([True], np.zeros(1), False) and "no step is marked" in unmarked[0]
 
 
 def test_sft_trains_on_wrong_responses_too():

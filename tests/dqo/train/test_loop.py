@@ -374,6 +374,20 @@ def test_how_much_is_trained_on_and_held_out_is_printed(files, capsys):
         assert line.endswith("(eval_fraction 0.2 is a share of the prompts)") == (name == "held out")
 
 
+def test_what_marks_of_steps_leave_of_the_rows_is_printed(files, capsys):
+    rows = [json.loads(line) | {"label": False} for line in (files / "rollouts.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row |= {"steps": [[0, 3], [3, len(row["completion"])]], "step_rewards": [-float(i % 4 == 0), -float(i % 4 < 3)]}
+    (files / "rollouts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run(files, method="rft", imitate="steps", process_reward="none", max_steps=1, eval_fraction=0.0)
+    printed = capsys.readouterr().out
+    kept = len({(r["prompt"], r["completion"]) for r in rows if r["step_rewards"] == [0.0, -1.0]})
+    assert f"training on: {kept} of {len(rows)} responses" in printed
+    assert (
+        f"imitate steps: {3 * kept} of their " in printed and f"0 responses whole, {kept} up to their first" in printed
+    )
+
+
 def test_a_long_evaluation_shows_a_bar_and_a_short_one_none(files, capsys, monkeypatch):
     run(files, max_steps=1)
     assert "held-out loss" not in capsys.readouterr().err

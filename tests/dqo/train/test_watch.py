@@ -62,3 +62,15 @@ def test_right_responses_that_become_unlikely_are_named():
     assert warning.endswith("raise --beta")
     assert said([row] * 5, beta=0.2, likelihood="nll_coef")[0].endswith("or keep them likely by --nll_coef")
     assert said([row | {"completions/mean_length": 500.0}] * 5, beta=0.2) == []
+
+
+def test_a_policy_that_stays_where_it_began_is_told_at_the_end():
+    def ending(*kl):
+        watch = Watch()
+        for step, nats in enumerate(kl, start=1):
+            watch.warnings({"step": step, "loss": 1.0} | ({} if nats is None else {"kl": nats}))
+        return watch.at_end()
+
+    (warning,) = ending(*[0.0] * 10, 2e-7)
+    assert "hardly moved" in warning and "2e-07 nats a token" in warning and "--learning_rate" in warning
+    assert ending(*[0.0] * 10, 1e-4) == ending(*[0.0] * 3) == ending(*[None] * 12) == Watch().at_end() == []

@@ -1,6 +1,7 @@
 """What each task of the study makes of a rollout file, on demonstrations by the fallible author."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -86,8 +87,8 @@ def test_right_prefixes_hold_right_steps_alone_and_are_read_again(samples, tmp_p
 
 
 def test_right_answers_may_be_kept_whole_whatever_their_steps_are_labelled(samples):
-    rows = made_of.right_prefixes(samples, whole=True)
+    unmarked = replace(next(row for row in samples if not row.label), step_rewards=[0.0] * 20)
+    rows = made_of.right_answers_and_prefixes([*samples, unmarked])
     right = [row for row in samples if row.label]
-    assert [row for row in rows if row.finish_reason == "stop"] == right and any(map(wrong_steps, right))
-    cut = [row for row in made_of.right_prefixes(samples) if row.prompt not in {one.prompt for one in right}]
-    assert cut and [row for row in rows if row in cut] == cut
+    assert rows[: len(right)] == right and any(map(wrong_steps, right))
+    assert rows[len(right) :] == made_of.right_prefixes([row for row in samples if not row.label and wrong_steps(row)])
