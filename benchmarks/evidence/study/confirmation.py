@@ -24,6 +24,7 @@ class Claim:
 
 OF_OUTCOMES = ("rft", "dpo", "dpo-nll", "kto", "dro", "oreo", "rebel")
 CLAIMS = (
+    Claim("c", "dqo-nll", tuple(name for name in OF_OUTCOMES if name != "oreo"), "few positives"),
     Claim("d", "dqo-nll", OF_OUTCOMES, "half-right responses, outcomes alone"),
     Claim(
         "d", "dqo-noisy-nll", (*OF_OUTCOMES, "rft-noisy", "rft-noisy-whole"),

@@ -1,4 +1,4 @@
-"""The study's tables as docs/evidence_results.md has them."""
+"""The study's tables as docs/evidence_results.md and docs/evidence_more.md have them."""
 
 from __future__ import annotations
 

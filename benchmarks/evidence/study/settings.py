@@ -213,6 +213,7 @@ ABLATIONS: dict[str, Change] = {
     "2 samples a problem": lambda _: {"file": "samples-2.jsonl"},
     "4 samples a problem": lambda _: {"file": "samples-4.jsonl"},
     "likelihood 0.02": lambda _: {"nll_coef": 0.02},
+    "implicit, likelihood 0.02": lambda _: {"value_model": "implicit", "critic_learning_rate": 3e-4, "nll_coef": 0.02},
 }
 
 

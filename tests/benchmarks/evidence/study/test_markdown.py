@@ -8,6 +8,7 @@ import pytest
 from benchmarks.evidence.study.markdown import (
     ablations_table,
     claims_table,
+    confirmed_table,
     difference_text,
     overview,
     table_of,
@@ -15,7 +16,7 @@ from benchmarks.evidence.study.markdown import (
 
 ROOT = Path(__file__).parents[4]
 RECORDED = json.loads((ROOT / "benchmarks/results/study.json").read_text())
-PAGE = (ROOT / "docs/evidence_results.md").read_text()
+PAGE = "".join((ROOT / f"docs/{name}.md").read_text() for name in ("evidence_results", "evidence_more"))
 
 
 @pytest.mark.parametrize("task", list(RECORDED["rows"]))
@@ -24,7 +25,9 @@ def test_the_page_has_the_recorded_table_of_a_task(task):
 
 
 def test_the_page_has_the_other_recorded_tables():
-    tables = overview(RECORDED["rows"]), claims_table(RECORDED["claims"]), ablations_table(RECORDED["ablations"])
+    tables = [overview(RECORDED["rows"]), claims_table(RECORDED["claims"]), ablations_table(RECORDED["ablations"])]
+    confirmed = RECORDED.get("confirmed", [])
+    tables += [*map(confirmed_table, confirmed), claims_table(confirmed)]
     assert [line for table in tables for line in table if line not in PAGE and len(table) > 2] == []
 
 

@@ -231,18 +231,18 @@ def test_new_seeds_confirm_a_contender_that_is_ahead_on_each_though_a_rival_brea
     for claim in CLAIMS:
         fill(tmp_path, claim.task, dict.fromkeys(("base", *claim.rivals), broken), seeds=NEW_SEEDS)
         fill(tmp_path, claim.task, {claim.contender: ahead}, seeds=NEW_SEEDS)
-    rival = CLAIMS[2].rivals[0]
+    rival = CLAIMS[3].rivals[0]
     told = confirmed(tmp_path)
-    assert [claim["p_value"] for claim in told] == pytest.approx([2 / 1024] * 3)
-    assert [claim["holds"] for claim in told] == [True] * 3 and told[0]["holm"] == pytest.approx(6 / 1024)
+    assert [claim["p_value"] for claim in told] == pytest.approx([2 / 1024] * 4)
+    assert [claim["holds"] for claim in told] == [True] * 4 and told[0]["holm"] == pytest.approx(8 / 1024)
     text = markdown(summarise(tmp_path, "command"))
     assert "## New seeds, half-right responses, outcomes alone" in text and ", p 0.002 |" in text
     fill(tmp_path, "f", {rival: [20] + broken[1:]}, seeds=NEW_SEEDS)
-    assert not confirmed(tmp_path)[2]["holds"]  # ahead on nine seeds of ten
+    assert not confirmed(tmp_path)[3]["holds"]  # ahead on nine seeds of ten
     (tmp_path / Piece("run", "f", NEW_SEEDS[0], rival).place / "result.json").unlink()
     told = confirmed(tmp_path)
-    assert told[2]["p_value"] is None and not any("holm" in claim for claim in told)
-    assert "p_value" not in told[2]["rows"][1]["dqo-steps-nll ahead"] and ", p 0.002 |" in markdown(
+    assert told[3]["p_value"] is None and not any("holm" in claim for claim in told)
+    assert "p_value" not in told[3]["rows"][1]["dqo-steps-nll ahead"] and ", p 0.002 |" in markdown(
         summarise(tmp_path, "command")
     )
 
