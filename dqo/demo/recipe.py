@@ -21,8 +21,9 @@ def _methods() -> dict[str, dict[str, Any]]:
         "dqo": critic | {"learning_rate": 2e-4, "nll_coef": 0.02},
         "rft-steps": imitating | {"learning_rate": 4e-4},
         "dqo-steps": steps | {"learning_rate": 4e-4, "nll_coef": 0.1, "process_coef": 0.5},
-        "rft-noisy": imitating | {"learning_rate": 4.5e-5, "file": NOISY},
-        "dqo-noisy": steps | {"learning_rate": 2e-4, "nll_coef": 0.05, "process_coef": 0.25, "file": NOISY},
+        "rft-noisy": imitating | {"learning_rate": 1e-4, "file": NOISY},
+        "dqo-noisy": steps
+        | {"learning_rate": 4e-4, "nll_coef": 0.05, "process_coef": 0.25, "beta": 0.2, "file": NOISY},
     }
     return {name: {"file": HALF_RIGHT} | options for name, options in found.items()}
 
