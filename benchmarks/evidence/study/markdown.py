@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.evidence.pieces import head
 from benchmarks.evidence.study.settings import METHODS
-from benchmarks.evidence.study.sizes import PRIMARY, title_of
+from benchmarks.evidence.study.sizes import PRIMARY, TASKS, title_of
 from benchmarks.evidence.study.tables import ADDED, ADDED_BY_TASK
 
 Row = dict[str, Any]
@@ -32,7 +32,8 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def overview(rows: dict[str, list[Row]]) -> list[str]:
-    """Accuracy of every method on every task, with half of its interval over seeds; the best of a task is bold."""
+    """Accuracy of every method on every task, with half of its interval over seeds; and of those that were run on all tasks that
+    are tuned, the mean over these tasks and the lowest seed. The best of a column is bold."""
     found = {(row["method"], task): row["accuracy"] for task, of_task in rows.items() for row in of_task}
     best = {task: max(of_task, key=lambda row: row["accuracy"]["mean"])["method"] for task, of_task in rows.items()}
 
@@ -45,8 +46,23 @@ def overview(rows: dict[str, list[Row]]) -> list[str]:
         return (f"**{mean}**" if best[task] == method else mean) + half
 
     names = [name for name in ("base", *METHODS) if any((name, task) in found for task in rows)]
-    body = ([_named(name), *(cell(name, task) for task in rows)] for name in names)
-    return _lines(["method", *(f"`{task}`" for task in rows)], body)
+    own = [task for task in rows if TASKS[task].tuned_on is None]
+    all_tasks = {
+        name: [found[name, task] for task in own] for name in names if all((name, task) in found for task in own)
+    }
+    means = {name: sum(told["mean"] for told in of_tasks) / len(own) for name, of_tasks in all_tasks.items()}
+    lowest = {name: min(seed for told in of_tasks for seed in told["of_seeds"]) for name, of_tasks in all_tasks.items()}
+
+    def summary(name: str) -> list[str]:
+        if name not in means:
+            return ["", ""]
+        return [
+            _bold(f"{100 * of[name]:.{digits}f}", of[name] == max(of.values()))
+            for of, digits in ((means, 1), (lowest, 0))
+        ]
+
+    body = ([_named(name), *(cell(name, task) for task in rows), *summary(name)] for name in names)
+    return _lines(["method", *(f"`{task}`" for task in rows), f"mean of {len(own)}", "lowest seed"], body)
 
 
 def table_of(task: str, rows: Sequence[Row]) -> list[str]:

@@ -49,7 +49,20 @@ def test_the_best_is_bold_and_a_setting_is_told_shortly():
     assert "| +20.0 (−10.0 to 50.0), p 0.0003 |" in base
     assert dpo.endswith("| +20.0 (−10.0 to 50.0) | no place | 10 | 3e-5, 0.8; 1 ended themselves |")
     assert dqo == "| `dqo` | **50.0** (45.0–55.0) | **50.0** | **50.0** | 50, 50 |  |  | 8 | 1e-4, none |"
-    assert overview({"a": rows})[-1] == "| `dqo` | **50.0** ± 5.0 |"
+    assert overview({"a": rows})[-1] == "| `dqo` | **50.0** ± 5.0 | **50.0** | **50** |"
+
+
+def test_the_overview_has_means_of_what_was_run_on_all_tasks_that_are_tuned():
+    rows = {
+        "a": [row("dqo", 0.5), row("kto", 0.4)],
+        "g2": [row("dqo", 0.1)],
+        "c": [row("kto", 0.8)],
+        "d": [row("kto", 0.0)],
+    }
+    heads, _, kto, dqo = overview(rows)
+    assert heads == "| method | `a` | `g2` | `c` | `d` | mean of 3 | lowest seed |"
+    assert kto == "| `kto` | 40.0 ± 5.0 |  | **80.0** ± 5.0 | **0.0** ± 5.0 | **40.0** | **0** |"
+    assert dqo == "| `dqo` | **50.0** ± 5.0 | **10.0** ± 5.0 |  |  |  |  |"
 
 
 def test_differences_have_a_sign_and_p_values_an_exponent():
