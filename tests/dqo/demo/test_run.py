@@ -91,8 +91,12 @@ def test_half_of_the_methods_read_labels_of_steps_and_two_of_them_wrong_ones(fin
     assert 0 < sum(row["label"] for row in exact) < 0.2 * len(exact)
     assert min(row["step_rewards"].count(-1.0) for row in exact if not row["label"]) > 0
     assert [row["completion"] for row in exact] == [row["completion"] for row in noisy]
-    turned = [a != b for row, other in zip(exact, noisy) for a, b in zip(row["step_rewards"], other["step_rewards"])]
-    assert sum(turned) == round(0.2 * len(turned))
+    turned = {
+        (row["prompt"], row["completion"], i): a != b
+        for row, other in zip(exact, noisy)
+        for i, (a, b) in enumerate(zip(row["step_rewards"], other["step_rewards"]))
+    }
+    assert sum(turned.values()) == round(0.2 * len(turned))
     for name in TINY.methods:
         options = yaml.safe_load((output / name / "config.yaml").read_text())
         labelled = name.endswith(("-steps", "-noisy"))
