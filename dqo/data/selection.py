@@ -215,10 +215,10 @@ def nothing_selected(objective: Objective, episodes: Sequence[Episode]) -> str:
             f"{objective.nothing_left}, and none has a right step before its first wrong one: of {len(episodes):,} responses "
             f"{int(columns.has_step_rewards.sum()):,} have labels of steps; are these turned over?"
         )
-    if not columns.label.any() and len(np.unique(columns.reward)) > 1:
+    if objective.reads_rewards == "labels" and not columns.label.any() and len(np.unique(columns.reward)) > 1:
         return (
             f"{objective.nothing_left}. None of {len(episodes):,} responses counts as correct, and their rewards are from "
-            f"{columns.reward.min():.3g} to {columns.reward.max():.3g}: a response is correct from --reward_threshold on"
+            f"{columns.reward.min():.3g} to {columns.reward.max():.3g}: a response is correct above --reward_threshold"
         )
     return (
         f"{objective.nothing_left}. There are {len(episodes):,} responses, {int(columns.label.sum()):,} of them correct, to "

@@ -94,11 +94,10 @@ class Trainer:
         module = prepared.module or wrap(self.learner, self.processes, bf16, some_unused, config.fsdp_cpu_offload)
         self.engine = Engine(module, self.learner, prepared.batching, self.processes)
         self.rates = {"policy": config.learning_rate} | ({} if critic is None else {"critic": critic_rate(options)})
-        norm = config.max_grad_norm
         self.schedules = {
             name: factors(*config.schedule_of(name), self.rates[name], self.warmup, self.steps) for name in self.models
         }
-        self.norms = {"policy": norm, "critic": config.critic_max_grad_norm or norm}
+        self.norms = {"policy": config.max_grad_norm, "critic": config.critic_max_grad_norm or config.max_grad_norm}
         betas = (self.config.adam_beta1, self.config.adam_beta2)
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             name: optim.make_optimizer(
@@ -153,7 +152,8 @@ class Trainer:
         largest = max(map(abs, totals(self.prepared.episodes()))) if self.objective.fits_rewards else None
         option = self.objective.likelihood_option
         unused = option if option is not None and not getattr(self.objective, option) else None
-        return Watch(beta=beta, largest_reward=largest, trains_values=self.options.trains_values, likelihood=unused)
+        begin = phases.last_begin(self.stretches, "policy", self.steps)
+        return Watch(3, beta, largest, self.options.trains_values, unused, policy_from=begin)
 
     @property
     def position(self) -> int:

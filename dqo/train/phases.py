@@ -137,6 +137,11 @@ def stretches(
     return found
 
 
+def last_begin(at: Sequence[Stretch], model: str, steps: int) -> int:
+    """The first step (0-based) of the last stretch, where it trains the model; `steps`, those of the run, where it does not."""
+    return at[-1].begin if model in at[-1].phase.trains else steps
+
+
 def trained(at: Iterable[Stretch], step: int) -> tuple[str, ...]:
     """The models that are trained in a step (0-based)."""
     return [stretch.phase.trains for stretch in at if stretch.begin <= step][-1]

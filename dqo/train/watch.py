@@ -18,6 +18,7 @@ class Watch:
         largest_reward: of a response, as it is trained on; None where the method does not fit beta * log(pi/ref) to rewards.
         trains_values: whether a value model is trained; else V is a frozen one's, or a soft value.
         likelihood: the method's option that keeps right responses likely, if it is 0; None where it has none, or is used.
+        policy_from: the step from which on the policy is trained against the last reference.
     """
 
     def __init__(
@@ -27,9 +28,10 @@ class Watch:
         largest_reward: float | None = None,
         trains_values: bool = True,
         likelihood: str | None = None,
+        policy_from: int = 0,
     ):
         self.patience, self.beta, self.largest_reward = patience, beta, largest_reward
-        self.trains_values, self.likelihood = trains_values, likelihood
+        self.trains_values, self.likelihood, self.policy_from = trains_values, likelihood, policy_from
         self.first_loss: float | None = None
         self.newest: dict[str, float] = {}
         self.rows_of: dict[str, int] = {}  # how many rows in a row have shown it
@@ -67,7 +69,7 @@ class Watch:
     def at_end(self) -> list[str]:
         """What there is to say of the whole run."""
         kl = self.newest.get("kl", STILL)
-        if kl >= STILL or self.newest["step"] < ENOUGH:
+        if kl >= STILL or self.newest["step"] - self.policy_from < ENOUGH:
             return []
         return [
             f"the policy has hardly moved: at the end it was {kl:.1g} nats a token away from its reference. Raise "

@@ -14,6 +14,7 @@ from dqo.data.selection import EpisodeColumns, nothing_selected, selected
 from dqo.errors import UserError
 from dqo.objectives.base import Columns, Objective, Selection
 from dqo.objectives.groups import by_prompt, pairs
+from dqo.objectives.rebel import REBEL
 from dqo.objectives.rft import RFT
 from tests.dqo.helpers import episodes
 
@@ -178,9 +179,8 @@ def test_what_is_missing_is_said_by_what_is_there():
     assert "There are 6 responses, 3 of them correct" in nothing_selected(RFT(), members)
     for e in members:
         e.label = False
-    assert "rewards are from 0 to 1: a response is correct from --reward_threshold on" in nothing_selected(
-        RFT(), members
-    )
+    assert "rewards are from 0 to 1: a response is correct above --reward_threshold" in nothing_selected(RFT(), members)
+    assert "There are 6 responses" in nothing_selected(REBEL(), members)  # it goes by rewards
     for e in members:
         e.reward, e.wrong_from = 0.0, 0
         e.step_ends, e.step_rewards = [e.action_count - 1], [-1.0]

@@ -40,6 +40,7 @@ def test_a_value_warmup_that_leaves_the_policy_no_step_is_said(value, total, war
     found = phases.stretches(DQO(), value, total)
     alone = [step for step in range(total) if "policy" not in phases.trained(found, step)]
     assert alone == list(range(min(total, phases.as_steps(value, total))))
+    assert phases.last_begin(found, "policy", total) == len(alone)
     said = f"value_warmup_steps is {phases.as_steps(value, total)} of {total} steps: .* and the policy stays as it is"
     assert bool(caplog.records) is warned
     if warned:

@@ -1,4 +1,9 @@
+import pytest
+
+from dqo.config.options import load_options
+from dqo.train.run import train
 from dqo.train.watch import Watch
+from tests.dqo.helpers import arguments
 
 
 def said(rows, **known):
@@ -65,12 +70,22 @@ def test_right_responses_that_become_unlikely_are_named():
 
 
 def test_a_policy_that_stays_where_it_began_is_told_at_the_end():
-    def ending(*kl):
-        watch = Watch()
+    def ending(*kl, **known):
+        watch = Watch(**known)
         for step, nats in enumerate(kl, start=1):
             watch.warnings({"step": step, "loss": 1.0} | ({} if nats is None else {"kl": nats}))
         return watch.at_end()
 
     (warning,) = ending(*[0.0] * 10, 2e-7)
     assert "hardly moved" in warning and "2e-07 nats a token" in warning and "--learning_rate" in warning
+    assert (
+        ending(*[0.0] * 12, policy_from=2) and ending(*[0.0] * 12, policy_from=3) == []
+    )  # the value model alone before
     assert ending(*[0.0] * 10, 1e-4) == ending(*[0.0] * 3) == ending(*[None] * 12) == Watch().at_end() == []
+
+
+@pytest.mark.parametrize("rate, warmup, told", [(1e-9, 2, True), (1e-9, 12, False), (1e-2, 2, False)])
+def test_a_run_says_that_its_policy_has_hardly_moved_where_it_was_trained(rate, warmup, told, files, capsys):
+    given = {"learning_rate": rate, "max_steps": 12, "value_warmup_steps": warmup, "eval_fraction": 0.0}
+    train(load_options(arguments(files, **given)))
+    assert ("hardly moved" in capsys.readouterr().out) == told
