@@ -15,20 +15,26 @@ from dqo_kernels.core.row_stats import RowStats
 from dqo_kernels.token_stats_triton_kernels import token_stats_backward, token_stats_forward, token_stats_merge
 
 SPLIT = 32768  # columns of one forward program
-# Columns of a tile, few enough not to spill. V that is no multiple of 16 is read element by element: that takes more registers.
-BLOCKS = {"one row": 8192, "two rows": 4096, "backward": 4096, "backward, unaligned": 2048}
-WARPS = 4
+# (columns, warps) of a tile, few enough columns not to spill. V that is no multiple of 16 is read element by element: that takes
+# more registers.
+TILES = {
+    "one row": (8192, 4),
+    "two rows": (4096, 4),
+    "backward": (4096, 4),
+    "backward of two rows": (4096, 4),
+    "backward, unaligned": (2048, 4),
+}
+MERGE_WARPS = 4
 MERGE_ROWS = 128
 PARTIALS = 6  # m, s, u, m_r, s_r, d
 
 
-def _options(block: int) -> dict:
-    """Fewer warps for a short tile: 16 elements per thread or more. No contraction: see token_stats_triton_kernels.py."""
-    return {"num_warps": max(1, min(WARPS, block // 512)), "enable_fp_fusion": False}
-
-
-def _block(vocab: int, kind: str) -> int:
-    return min(BLOCKS[kind], max(128, triton.next_power_of_2(vocab)))
+def _tile(vocab: int, kind: str) -> tuple[int, dict]:
+    """Columns of a tile and the options of its kernel. A short tile has fewer warps, of 16 elements a thread or more. No
+    contraction: see token_stats_triton_kernels.py."""
+    columns, warps = TILES[kind]
+    block = min(columns, max(128, triton.next_power_of_2(vocab)))
+    return block, {"num_warps": max(1, min(warps, block // 512)), "enable_fp_fusion": False}
 
 
 def _layout(logits: Tensor, ref_logits: Tensor | None) -> tuple[int, dict]:
@@ -64,14 +70,14 @@ def forward_launches(logits, actions, ref_logits, mask, temperatures, temperatur
     outputs = {f"{name}_ptr": x for name, x in stats._asdict().items()}
     if ref_logits is None:
         outputs |= dict.fromkeys(name for name in outputs if name == "kl_ptr" or name.startswith("ref_"))
-    block = _block(vocab, "one row" if ref_logits is None else "two rows")
+    block, options = _tile(vocab, "one row" if ref_logits is None else "two rows")
     tiles = {"SPLIT": SPLIT, "BLOCK": block}
     if splits == 1:
-        return stats, [(token_stats_forward, rows, common | outputs | tiles, _options(block))]
+        return stats, [(token_stats_forward, rows, common | outputs | tiles, options)]
     nothing = dict.fromkeys(outputs)
-    merge_options = {"num_warps": WARPS, "enable_fp_fusion": False}
+    merge_options = {"num_warps": MERGE_WARPS, "enable_fp_fusion": False}
     return stats, [
-        (token_stats_forward, rows * splits, common | nothing | tiles, _options(block)),
+        (token_stats_forward, rows * splits, common | nothing | tiles, options),
         (token_stats_merge, triton.cdiv(rows, MERGE_ROWS), common | outputs | {"ROWS": MERGE_ROWS}, merge_options),
     ]
 
@@ -90,8 +96,10 @@ def backward_launches(
     if c_kl is None:
         ref_logits = ref_peak = ref_log_total = kl = None
     rows, place = _layout(logits, ref_logits)
-    block = _block(logits.shape[-1], "backward" if logits.shape[-1] % 16 == 0 else "backward, unaligned")
-    tiles = triton.cdiv(logits.shape[-1], block)
+    kind = "backward" if ref_logits is None else "backward of two rows"
+    vocab = logits.shape[-1]
+    block, options = _tile(vocab, kind if vocab % 16 == 0 else "backward, unaligned")
+    tiles = triton.cdiv(vocab, block)
     arguments = _inputs(logits, actions, ref_logits, mask, temperatures, temperature, softcap) | place
     arguments |= {
         "tiles": tiles, "peak_ptr": peak, "log_total_ptr": log_total, "ref_peak_ptr": ref_peak,
@@ -99,7 +107,7 @@ def backward_launches(
         "c_logprobs_ptr": c_logprobs, "c_lse_ptr": c_lse, "c_entropy_ptr": c_entropy, "c_kl_ptr": c_kl,
         "grad_ptr": grad, "BLOCK": block,
     }  # fmt: skip
-    return grad, [(token_stats_backward, rows * tiles, arguments, _options(block))]
+    return grad, [(token_stats_backward, rows * tiles, arguments, options)]
 
 
 def _run(launches, device_of: Tensor) -> None:
@@ -117,10 +125,12 @@ def fwd(logits, actions, ref_logits, mask, temperatures, temperature, softcap) -
 
 
 def bwd(logits, *arguments, out: Tensor | None = None) -> Tensor:
-    """The gradient in logits; arguments as in backward_launches."""
+    """The gradient of logits, in their dtype or that of `out`; arguments as in backward_launches."""
     grad, launches = backward_launches(logits, *arguments, out=out)
     _run(launches, logits)
-    return grad.to(logits.dtype) if out is None or out is grad else out.copy_(grad)
+    if out is None:
+        return grad.to(logits.dtype)
+    return grad if grad is out else out.copy_(grad)
 
 
 def specialisations(dtypes, vocabs, everything: bool):

@@ -280,7 +280,8 @@ def token_stats_backward(
 ):  # fmt: skip
     """One tile of one row. A coefficient that is None is 0 and costs nothing; ref_ptr is given with c_kl_ptr only."""
     row = tl.program_id(0) // tiles
-    columns = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0) % tiles * BLOCK
+    columns = first + tl.arange(0, BLOCK)
     inside = columns < vocab
     read = inside
     if mask_ptr is not None:
@@ -291,10 +292,13 @@ def token_stats_backward(
 
     z_offset = _row_offset(row, inner, z_outer, z_inner)
     z, slope = _capped(tl.load(z_ptr + z_offset + columns, mask=read, other=0.0).to(tl.float32), softcap, CAP)
-    u = (z - tl.load(peak_ptr + row)) * inverse - tl.load(log_total_ptr + row)
-    p = tl.exp2(u * _LOG2E)
+    log_total = tl.load(log_total_ptr + row)
+    x = z - tl.load(peak_ptr + row)
+    e = tl.exp2(x * (inverse * _LOG2E))
+    total = (
+        tl.exp2(-log_total * _LOG2E) * inverse
+    )  # p/T = e * total: every coefficient is multiplied by it, no entry is
     constant = tl.full((), 0.0, tl.float32)  # A
-    slope_u = tl.full((), 0.0, tl.float32)  # B
     if c_lse_ptr is not None:
         constant += tl.load(c_lse_ptr + row)
     if c_logprobs_ptr is not None:
@@ -303,28 +307,30 @@ def token_stats_backward(
     if c_entropy_ptr is not None:
         c_entropy = tl.load(c_entropy_ptr + row)
         constant -= c_entropy * tl.load(entropy_ptr + row)
-        slope_u -= c_entropy
     if c_kl_ptr is not None:
         c_kl = tl.load(c_kl_ptr + row)
-        # An infinite KL that nobody differentiates is no reason for a NaN: 0 times a finite number is 0.
+        # An infinite KL that nobody differentiates is no reason for a NaN.
         constant -= tl.where(c_kl == 0.0, 0.0, c_kl * tl.load(kl_ptr + row))
-        slope_u += c_kl
+    factor = constant * total
+    # Where p is 0 its logarithms are no matter, however infinite.
+    if c_kl_ptr is not None:
         ref_offset = _row_offset(row, inner, ref_outer, ref_inner)
         zr, _ = _capped(tl.load(ref_ptr + ref_offset + columns, mask=read, other=0.0).to(tl.float32), softcap, CAP)
-        u_ref = (zr - tl.load(ref_peak_ptr + row)) * inverse - tl.load(ref_log_total_ptr + row)
-        factor = constant + slope_u * u - c_kl * tl.maximum(u_ref, -3.0e38)
-    elif c_entropy_ptr is not None:
-        factor = constant + slope_u * u
-    else:
-        factor = constant
-    grad = tl.where(p == 0.0, 0.0, p * factor)
+        gap = log_total - tl.load(ref_log_total_ptr + row)
+        log_ratio = tl.fma(x - (zr - tl.load(ref_peak_ptr + row)), inverse, -gap)
+        most = tl.where(c_kl == 0.0, float("inf"), 0.0)  # entries of at most this have no part
+        factor = tl.fma(c_kl * total, tl.where(e <= most, 0.0, log_ratio), factor)
+    if c_entropy_ptr is not None:
+        factor = tl.fma(-c_entropy * total, tl.where(e == 0.0, 0.0, tl.fma(x, inverse, -log_total)), factor)
+    grad = e * factor
     if c_logprobs_ptr is not None:
         action = tl.load(action_ptr + row)
         valid = (action >= 0) & (action < vocab)
-        grad += tl.where(columns == tl.where(valid, action, -1).to(tl.int32), c_logprobs, 0.0)
-        grad += tl.where(valid, 0.0, float("nan"))
-    grad = grad * inverse
+        if (valid & (action // BLOCK != first // BLOCK)) == 0:  # one tile in a row looks at every column
+            grad += tl.where(columns == tl.where(valid, action, -1).to(tl.int32), c_logprobs * inverse, 0.0)
+            grad += tl.where(valid, 0.0, float("nan"))
     if CAP:
         grad = grad * slope
-    grad = tl.where(read, grad, 0.0)
+    if mask_ptr is not None:
+        grad = tl.where(read, grad, 0.0)
     tl.store(grad_ptr + row.to(tl.int64) * vocab + columns, grad.to(grad_ptr.dtype.element_ty), mask=inside)

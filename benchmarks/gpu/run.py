@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu import tools
-from benchmarks.harness import environment
+from benchmarks.harness import environment, gpu_clock
 from benchmarks.harness.records import entry, names
 from benchmarks.harness.timing import FAILED, Budget, Case, Operation, measure
 from benchmarks.kernels import (
@@ -49,7 +49,7 @@ OPERATIONS = [
         bench_train_step,
     )
 ]
-BUDGET = Budget(min_rounds=5, max_time=0.25)
+BUDGET = Budget(min_rounds=5, max_time=0.1)
 TESTS, SMALL_CASES = "tests marked gpu", "small cases"
 MUST_PASS = (TESTS, SMALL_CASES)  # else nothing is measured
 NOT_PROFILED = ("train_step",)  # thousands of kernels, few of them ours
@@ -180,6 +180,16 @@ def run_benchmarks(device: torch.device, results: Results, clock: Clock, only: s
                 results.save()
                 sys.exit(f"benchmarks.gpu: {part}: {error}\nThe other parts are kept; run it again to go on after it.")
             results.save()
+            if found := next(
+                (b["extra_info"]["note"] for b in results.all["benchmarks"][before:] if no_graph(b)), None
+            ):
+                sys.exit(
+                    f"benchmarks.gpu: {part}: {found}\nNothing random can be made here after that; run it again to go on."
+                )
+
+
+def no_graph(benchmark: dict) -> bool:
+    return (benchmark["extra_info"]["note"] or "").startswith(gpu_clock.NO_GRAPH)
 
 
 def broken(results: dict) -> list[str]:

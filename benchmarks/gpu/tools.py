@@ -11,6 +11,7 @@ A process that ran into its time limit, or ended before it could say anything, i
 from __future__ import annotations
 
 import csv
+import importlib.util
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MAX_FAILURES = 25  # after an error of the device every later test fails too
+MOST_WORKERS = 12  # each holds a context of the device, half a GB
 KEPT_LINES = 250  # of the output of what failed
 REFUSALS = re.compile(  # in a line of compute-sanitizer or ncu, or in one of torch under them
     r"^=.*(Device not supported|\(error 999\)|Failed to initialize|ERR_NVGPUCTRPERM|No supported GPU|not supported on)"
@@ -116,8 +118,11 @@ def read_pytest(text: str) -> dict:
 
 
 def run_tests(seconds: float) -> dict:
-    """The tests marked gpu, but for those that compile for targets that are not here: these need minutes and no GPU."""
+    """The tests marked gpu, but for those that compile for targets that are not here: these need minutes and no GPU. Compilers
+    take most of their time, so there are several workers where pytest-xdist is installed."""
     command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu and not aot", f"--maxfail={MAX_FAILURES}", "-rfEs"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1))]
     code, text = execute([*command, "--tb=short", "--show-capture=no", "--color=no"], seconds)
     found = read_pytest(text)
     if code not in (0, 1) or not found or not found["passed"] + found["failed"]:

@@ -48,6 +48,7 @@ class Candidate(NamedTuple):
     backend: str | None = None  # of dqo_kernels; None for a peer
     devices: tuple[str, ...] = ("cpu", "cuda")
     profiled: bool = True  # False: its memory is not looked at (a loop makes too many events)
+    captured: bool = True  # False: it waits for the device, which no CUDA graph can
     suits: Callable[[Case], bool] = lambda case: True  # False: the case is not for it, and it is not listed
 
 
@@ -141,7 +142,7 @@ def measure(
     seconds = _interleaved({name: phases for name, (phases, _) in running.items()}, device, budget)
     if case.graph and device.type == "cuda":
         for name, (phases, facts) in running.items():
-            if "memory" in facts:  # not the copy, and no loop: its graph would have a node a step
+            if facts.get("captured"):
                 gpu_clock.add_graph_times(phases, seconds[name], facts)
     for name, (_, facts) in running.items():
         results[name] = {}
@@ -199,6 +200,7 @@ def _prepare(candidate: Candidate, inputs, expected, tolerance: float, device: t
         _check(phases.backward(phases.forward()), expected, tolerance)
     facts = {"computes": candidate.computes, "backend": candidate.backend}
     facts["first_runs_seconds"] = round(time.perf_counter() - start, 3)
+    facts["captured"] = candidate.captured and candidate.profiled  # the graph of a loop would have a node a step
     if candidate.profiled:
         facts["memory"] = _memory(phases, device)
     return phases, facts

@@ -183,6 +183,7 @@ CANDIDATES = [
         "log-probability only; the gradient in place",
         _liger,
         peers.needs("liger_kernel"),
+        captured=False,  # it counts its rows on the host
         devices=("cuda",),
         suits=_policy,
     ),

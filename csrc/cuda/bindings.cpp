@@ -205,6 +205,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("soft_bellman_loss_one_pass", &one_pass);
     m.def("rescale", &rescale_by);
 #ifdef DQO_EMULATION  // the tests' emulated device
+    m.def("end_arrays", &emulation::end_arrays, "Addresses that no 16 bytes of an access may lie across.");
     m.def("configure", &emulation::configure, "Seed of the order of threads, and how many clusters run at a time.");
 #endif
 }

@@ -105,14 +105,16 @@ DQO_DEVICE void load_partly(const T* row, std::int64_t at, std::int64_t size, Ch
 
 // Chunks, `stride` elements (a multiple of a chunk) apart, with `filling` outside of the row. Which thread takes which elements of
 // a row never depends on the address, only how they are fetched does: a row's bits are the same wherever it lies. A row that does
-// not begin at a multiple of 16 bytes is read in aligned words; they reach beyond it only within words that it has a part of. All
-// reads are issued before anything is made of what they bring.
+// not begin at a multiple of 16 bytes is read in aligned words. The first may begin before it, where an allocation has begun too,
+// since that begins at such a multiple; none goes on after its end, where an allocation may end. All reads are issued before
+// anything is made of what they bring.
 template <class T, int kChunks>
 DQO_DEVICE void load_chunks(const T* row, std::int64_t at, std::int64_t stride, std::int64_t size, float filling,
                             Chunk<T> (&chunk)[kChunks]) {
     constexpr int kCount = Chunk<T>::kCount;
-    const auto whole = [=](int j) { return at + j * stride >= 0 && at + j * stride + kCount <= size; };
     const int offset = misalignment(row + at);
+    const int read = kCount + (offset == 0 ? 0 : (16 - offset) / int(sizeof(T)));  // elements from `at` to the end of its words
+    const auto whole = [=](int j) { return at + j * stride >= 0 && at + j * stride + read <= size; };
     const char* const aligned = reinterpret_cast<const char*>(row + at) - offset;
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) chunk[j] = Chunk<T>::all(filling);

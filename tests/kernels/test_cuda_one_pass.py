@@ -251,6 +251,19 @@ def test_a_factor_reaches_every_entry_and_no_other(dtype, count):
     assert torch.equal(got[:count], -0.5 * x[:count]) and torch.equal(got[count:], x[count:])
 
 
+@pytest.mark.skipif(not hasattr(dispatch._cuda, "end_arrays"), reason="of the emulation of CUDA")
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_no_word_lies_across_the_end_of_an_array(dtype):
+    given = batch(dtype=dtype)
+    ends = [given[name].data_ptr() + given[name].nbytes for name in ("logits", "ref_logits")]
+    assert any(end % 16 for end in ends)
+    dispatch._cuda.end_arrays(ends)
+    try:
+        run(given, "cuda_one_pass", kl_coef=0.5, is_level="suffix")
+    finally:
+        dispatch._cuda.end_arrays([])
+
+
 def test_a_second_backward_is_refused():
     given = {name: x.to(DEVICE) for name, x in batch(seed=8).items()}
     given["logits"].requires_grad_()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from dqo_kernels.core import dispatch
 from dqo_kernels.core.row_stats import RowStats
 from tests.kernels.gpu_backends import BACKENDS, DEVICE, launchers, on_device
 from tests.kernels.stats_cases import closed_gradient, make, oracle, torch_gradient
@@ -157,6 +158,37 @@ def test_the_gradient_of_a_transposed_batch_is_laid_out_in_the_order_of_its_rows
     assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
     grad = bwd(turned, actions, z_ref.view(2, 3, 12), got, upstream.float().unbind())
     assert grad.is_contiguous() and torch.equal(grad.view(6, 12), want_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_gradient_is_written_where_it_is_asked_for(dtype):
+    # The linear forms ask for bfloat16 of float32 logits, and go on with what is returned.
+    z, z_ref, actions, upstream = make(4, 3, 200, torch.float32)
+    fields = fwd(z, actions, z_ref)
+    z, room, *given = on_device(z, torch.full(z.shape, torch.nan, dtype=dtype), actions, z_ref, None, None)
+    saved, coefficients = on_device(*RowStats(*fields).saved()), on_device(*upstream.float().unbind())
+    if dtype == torch.float16 and KERNELS.__name__.endswith("cuda"):
+        return  # takes float32 and bfloat16
+    grad = KERNELS.bwd(z, *given, 1.0, 0.0, *saved, *coefficients, out=room)
+    assert grad is room
+    assert torch.equal(grad, KERNELS.bwd(z, *given, 1.0, 0.0, *saved, *coefficients).to(dtype))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="compute-sanitizer sees that there")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [5, 1029, SPLIT + 61])
+def test_no_word_lies_across_the_end_of_an_array(vocab, dtype):
+    emulated = getattr(dispatch._cuda, "end_arrays", None)
+    if KERNELS.__name__.endswith("triton") or emulated is None:
+        pytest.skip("of the emulation of CUDA")
+    z, z_ref, actions, upstream = make(vocab, 3, vocab, dtype)
+    grad = torch.empty_like(z)
+    emulated([x.data_ptr() + x.nbytes for x in (z, z_ref, grad)])
+    try:
+        given = (z, actions, z_ref, None, None, 1.0, 0.0)
+        KERNELS.bwd(*given, *KERNELS.fwd(*given).saved(), *upstream.float().unbind(), out=grad)
+    finally:
+        emulated([])
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="protects pages of the CPU's memory")

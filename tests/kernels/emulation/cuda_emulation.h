@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <vector>
 
 #include "cuda/api.h"
 
@@ -42,6 +43,10 @@ void release_stores();
 void copy_later(void* to, const void* from, std::size_t size);  // at once, or when the thread waits for its copies
 void finish_copies();
 void progress();  // something happened that others may wait for
+
+// A launch fails in which 16 bytes are read or written that lie across one of these addresses: ends of arrays.
+void end_arrays(const std::vector<std::uintptr_t>& addresses);
+void look_at_word(const void* address);
 
 // What runs next is drawn from `seed`; at most `resident` clusters run at a time.
 void configure(std::uint64_t seed, int resident);
@@ -80,13 +85,20 @@ struct Words {
     std::uint32_t word[4];
 };
 DQO_DEVICE Words read_words(const void* address) {
+    emulation::look_at_word(address);
     Words w;
     memcpy(&w, __builtin_assume_aligned(address, 16), sizeof(w));
     return w;
 }
 DQO_DEVICE Words read_words_again(const void* address) { return read_words(address); }
-DQO_DEVICE void write_words(void* address, const Words& w) { memcpy(__builtin_assume_aligned(address, 16), &w, sizeof(w)); }
-DQO_DEVICE void copy_words(void* shared, const void* address) { emulation::copy_later(shared, address, sizeof(Words)); }
+DQO_DEVICE void write_words(void* address, const Words& w) {
+    emulation::look_at_word(address);
+    memcpy(__builtin_assume_aligned(address, 16), &w, sizeof(w));
+}
+DQO_DEVICE void copy_words(void* shared, const void* address) {
+    emulation::look_at_word(address);
+    emulation::copy_later(shared, address, sizeof(Words));
+}
 DQO_DEVICE void wait_for_copies() { emulation::finish_copies(); }
 DQO_DEVICE std::uint32_t funnel_right(std::uint32_t low, std::uint32_t high, int bits) {
     return std::uint32_t(((std::uint64_t(high) << 32) | low) >> bits);
