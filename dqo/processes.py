@@ -70,8 +70,8 @@ class Processes:
 
     def leave(self) -> None:
         """The end of everything that the processes do together."""
-        if self.world > 1:
-            dist.barrier()
+        self.barrier()
+        if dist.is_initialized():  # by a launcher of one process too
             dist.destroy_process_group()
 
     def end(self, status: int = 0) -> None:

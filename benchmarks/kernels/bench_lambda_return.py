@@ -92,6 +92,7 @@ CANDIDATES = [
         "returns; no gradient",
         _forward_only(peers.torchrl_returns, vectorised=True),
         peers.needs("torchrl"),
+        captured=False,  # it makes tensors on the host
     ),
 ]
 

@@ -90,6 +90,7 @@ CANDIDATES = [
         "everything: its vectorised returns, losses in eager torch",
         _with(functools.partial(peers.torchrl_returns, vectorised=True)),
         peers.needs("torchrl"),
+        captured=False,  # it makes tensors on the host
     ),
 ]
 
