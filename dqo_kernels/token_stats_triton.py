@@ -15,8 +15,8 @@ from dqo_kernels.core.row_stats import RowStats
 from dqo_kernels.token_stats_triton_kernels import token_stats_backward, token_stats_forward, token_stats_merge
 
 SPLIT = 32768  # columns of one forward program
-# (columns, warps) of a tile. Of ten sizes these were within 4 % of the fastest on an H200 (docs/gpu.md), and need few registers on
-# every target.
+# (columns, warps) of a tile. Of ten sizes these were within 4 % of the fastest on an H200 (docs/gpu.md). No target needs many
+# registers for them.
 TILES = {"one row": (2048, 2), "two rows": (2048, 2), "backward": (2048, 4)}
 MERGE_WARPS = 4
 MERGE_ROWS = 128
