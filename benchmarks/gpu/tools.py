@@ -10,6 +10,7 @@ A process that ran into its time limit, or ended before it could say anything, i
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import os
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MAX_FAILURES = 25  # after an error of the device every later test fails too
 MOST_WORKERS = 12  # each holds a context of the device, half a GB
+LAST_WORDS = 10  # seconds for what is interrupted
 KEPT_LINES = 250  # of the output of what failed
 REFUSALS = re.compile(  # in a line of compute-sanitizer or ncu, or in one of torch under them
     r"^=.*(Device not supported|\(error 999\)|Failed to initialize|ERR_NVGPUCTRPERM|No supported GPU|not supported on)"
@@ -83,7 +85,12 @@ def execute(command: list[str], seconds: float, environment: dict[str, str] | No
         try:
             code = process.wait(timeout=seconds)
         except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal.SIGINT)  # pytest then counts what has passed and failed
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=LAST_WORDS)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             if isinstance(error, subprocess.TimeoutExpired):
                 raise Unfinished(f"not over after {seconds:.0f} s; its last line: {last_line(text())!r}") from None

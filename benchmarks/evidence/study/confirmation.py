@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-NEW_SEEDS = tuple(range(6, 16))
+NEW_SEEDS = (6, 7, 8, 9, 10, 11, 12, 13, 15, 16)  # the training of 14's base model ends at a loss of 0.125
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What `python -m benchmarks.gpu` reads from pytest, compute-sanitizer and ncu, and that they end in time."""
 
+import sys
 import time
 from pathlib import Path
 
@@ -88,6 +89,17 @@ def test_an_ncu_that_does_not_work_is_refused(monkeypatch, text, detail):
     monkeypatch.setattr(tools, "execute", lambda *arguments: tools.Ended(1, text))
     record = tools.run_ncu("token_stats", "triton", 9.0)
     assert record["outcome"] == "refused" and record["detail"].startswith(detail)
+
+
+@pytest.mark.slow
+def test_tests_past_their_time_say_how_many_have_passed(tmp_path):
+    begun = tmp_path / "begun"
+    slow = f"import time\n\ndef test_a(): pass\n\ndef test_b(): open({str(begun)!r}, 'w'); time.sleep(60)\n"
+    (tmp_path / "test_slow.py").write_text(slow)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", "/dev/null", str(tmp_path)]
+    with pytest.raises(tools.Unfinished, match="not over after 8 s; its last line: '.*1 passed in"):
+        tools.execute(command, 8.0)
+    assert begun.exists()
 
 
 def test_a_process_past_its_time_ends_with_what_it_started(tmp_path):
