@@ -295,9 +295,8 @@ def token_stats_backward(
     log_total = tl.load(log_total_ptr + row)
     x = z - tl.load(peak_ptr + row)
     e = tl.exp2(x * (inverse * _LOG2E))
-    total = (
-        tl.exp2(-log_total * _LOG2E) * inverse
-    )  # p/T = e * total: every coefficient is multiplied by it, no entry is
+    # p/T = e * total: every coefficient is multiplied by it, no entry is.
+    total = tl.exp2(-log_total * _LOG2E) * inverse
     constant = tl.full((), 0.0, tl.float32)  # A
     if c_lse_ptr is not None:
         constant += tl.load(c_lse_ptr + row)

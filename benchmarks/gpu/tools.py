@@ -23,10 +23,13 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MAX_FAILURES = 25  # after an error of the device every later test fails too
-MOST_WORKERS = 12  # each holds a context of the device, half a GB
+MOST_WORKERS = 12
+WORKER_BYTES = 6 * 2**30  # of the device; one test takes 4.3 GB
 LAST_WORDS = 10  # seconds for what is interrupted
 KEPT_LINES = 250  # of the output of what failed
 REFUSALS = re.compile(  # in a line of compute-sanitizer or ncu, or in one of torch under them
@@ -129,7 +132,8 @@ def run_tests(seconds: float) -> dict:
     take most of their time, so there are several workers where pytest-xdist is installed."""
     command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu and not aot", f"--maxfail={MAX_FAILURES}", "-rfEs"]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1))]
+        room = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else 0
+        command += ["-n", str(max(1, min(MOST_WORKERS, os.cpu_count() or 1, room // WORKER_BYTES)))]
     code, text = execute([*command, "--tb=short", "--show-capture=no", "--color=no"], seconds)
     found = read_pytest(text)
     if code not in (0, 1) or not found or not found["passed"] + found["failed"]:
