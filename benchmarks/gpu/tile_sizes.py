@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu.tile_sizes         (a minute; most of it compiles)
 
-Columns and warps of a tile are tried that leave 16 elements a thread or more. A time is that of the launches alone, on 4,096 rows
-of 151,936 logits. A gradient is of the log-probability, or of it and the KL; it is written in bfloat16, as the linear forms want it.
-Registers and spills are those of the first launch.
+Columns and warps of a tile are tried that leave 16 elements a thread or more. A time is that of the launches alone.
+The logits are 4,096 rows of 151,936. A gradient is of the log-probability, or of it and the KL.
+It is written in bfloat16, as the linear forms want it. Registers and spills are those of the first launch.
 """
 
 from __future__ import annotations

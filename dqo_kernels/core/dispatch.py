@@ -22,9 +22,9 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked for here:
 ONE_PASS = "cuda_one_pass"  # a form of soft_bellman_loss alone, which the argument `backend` must ask for
 BACKENDS = ("reference", "cpp", "triton", "cuda", ONE_PASS)
 
-# Per operation and device type, the best first. Triton on the CPU is its interpreter, for tests. On an H200 forward and gradient
-# by Triton's kernels are faster where the device has work for milliseconds; below that the CUDA kernels are, which Python launches
-# sooner.
+# Per operation and device type, the best first. Triton on the CPU is its interpreter, for tests. On an H200 forward and
+# gradient by Triton's kernels are faster where the device has work for milliseconds; below that the CUDA kernels are, which
+# Python launches sooner.
 _NATIVE = {"cpu": ("cpp", "reference", "triton"), "cuda": ("triton", "cuda", "reference")}
 TABLE = {
     "token_stats": _NATIVE,
