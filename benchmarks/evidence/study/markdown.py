@@ -103,16 +103,18 @@ def difference_text(told: dict[str, float] | None, p: str = "holm") -> str:
     return text + (f", p {told[p]:.2g}" if told.get(p, 1.0) < TOLD else "")
 
 
-def claims_table(rows: Iterable[Row]) -> list[str]:
-    body = []
+def claims_table(rows: Sequence[Row]) -> list[str]:
+    """A line for each claim. "decided by" is the rival whose p value the claim has, where that is told."""
+    body, titles = [], ["task", "contender", "nearest rival", "contender ahead by"]
+    titles += ["decided by"] if any("decided_by" in row for row in rows) else []
     for row in rows:
         known = ["" if row.get(key) is None else f"{row[key]:.2g}" for key in ("p_value", "holm")]
         verdict = "" if "holds" not in row else "holds" if row["holds"] else "does not hold"
         nearest = _named(row["nearest"]) if row["nearest"] else ""
-        body.append(
-            [f"`{row['task']}`", _named(row["contender"]), nearest, difference_text(row["by"]), *known, verdict]
-        )
-    return _lines(["task", "contender", "nearest rival", "contender ahead by", "p", "p by Holm", "claim"], body)
+        decided = [_named(row["decided_by"])] if "decided by" in titles else []
+        line = [f"`{row['task']}`", _named(row["contender"]), nearest, difference_text(row["by"]), *decided]
+        body.append([*line, *known, verdict])
+    return _lines([*titles, "p", "p by Holm", "claim"], body)
 
 
 def ablations_table(rows: Sequence[Row]) -> list[str]:
@@ -168,7 +170,8 @@ def _between(told: dict[str, float], word: str, digits: int = 1) -> str:
 def _setting(row: Row) -> str:
     """The values alone: the page's table of settings has their names."""
     told = ", ".join(map(_value, (row.get("setting") or {}).values()))
-    return told + (f"; {row['failed']} ended themselves" if row.get("failed") else "")
+    ended = "1 ended itself" if row.get("failed") == 1 else f"{row.get('failed')} ended themselves"
+    return f"{told}; {ended}" if row.get("failed") else told
 
 
 def _value(value: Any) -> str:

@@ -185,6 +185,7 @@ def confirmed(root: Path) -> list[dict[str, Any]]:
             nearest = min(gaps, key=lambda name: gaps[name].mean)
             row = {"task": claim.task, "contender": claim.contender, "title": claim.title, "nearest": nearest}
             row |= {"by": gaps[nearest]._asdict(), "rows": rows}
+            row["decided_by"] = max(gaps, key=lambda name: (ahead_of_each([gaps[name]]), -gaps[name].mean))
             told.append(row | {"p_value": ahead_of_each(list(gaps.values())) if complete else None})
     return decided(told) if len(told) == len(CLAIMS) else told
 

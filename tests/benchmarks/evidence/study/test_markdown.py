@@ -47,7 +47,7 @@ def test_the_best_is_bold_and_a_setting_is_told_shortly():
     heads, _, base, dpo, dqo = table_of("a", rows)
     assert "| `dqo` ahead | verdict on `dqo` |" in heads and "dqo-nll" not in heads
     assert "| +20.0 (−10.0 to 50.0), p 0.0003 |" in base
-    assert dpo.endswith("| +20.0 (−10.0 to 50.0) | no place | 10 | 3e-5, 0.8; 1 ended themselves |")
+    assert dpo.endswith("| +20.0 (−10.0 to 50.0) | no place | 10 | 3e-5, 0.8; 1 ended itself |")
     assert dqo == "| `dqo` | **50.0** (45.0–55.0) | **50.0** | **50.0** | 50, 50 |  |  | 8 | 1e-4, none |"
     assert overview({"a": rows})[-1] == "| `dqo` | **50.0** ± 5.0 | **50.0** | **50** |"
 

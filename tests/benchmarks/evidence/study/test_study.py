@@ -238,7 +238,9 @@ def test_new_seeds_confirm_a_contender_that_is_ahead_on_each_though_a_rival_brea
     text = markdown(summarise(tmp_path, "command"))
     assert "## New seeds, half-right responses, outcomes alone" in text and ", p 0.002 |" in text
     fill(tmp_path, "f", {rival: [20] + broken[1:]}, seeds=NEW_SEEDS)
-    assert not confirmed(tmp_path)[3]["holds"]  # ahead on nine seeds of ten
+    told = confirmed(tmp_path)
+    assert not told[3]["holds"] and told[3]["decided_by"] == rival  # ahead on nine seeds of ten
+    assert f"| `{rival}` | 0.0039 |" in markdown(summarise(tmp_path, "command"))
     (tmp_path / Piece("run", "f", NEW_SEEDS[0], rival).place / "result.json").unlink()
     told = confirmed(tmp_path)
     assert told[3]["p_value"] is None and not any("holm" in claim for claim in told)
