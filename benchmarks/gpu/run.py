@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu                (under ten minutes a call; --profile for ncu; DQO_BENCH=smoke for a quick look)
 
-Its parts, in this order: the tests marked gpu; every operation on small inputs, plainly and under the tools of
-compute-sanitizer; the benchmarks, case by case; with --profile a look at each operation with ncu. What a part found is written as
+Its parts, in this order: the tests marked gpu; every operation on small inputs; the benchmarks, case by case; the small inputs
+under the tools of compute-sanitizer; with --profile a look at each operation with ncu. What a part found is written as
 soon as it is there. Run again on the same sources it goes on where it stopped: a part that has a result is not repeated, one that
 ran out of time is. A test or a small case that fails stops it; an error that a sanitizer reports does not, but the exit status
 tells. Tools that are missing or do not work on this device are recorded with the reason.
@@ -216,10 +216,12 @@ def main(given: list[str] | None = None) -> None:
     device, clock = the_device(), Clock(arguments.minutes)
     name = re.sub(r"[^a-z0-9]+", "-", environment.device_name(device).lower()).strip("-")
     results = Results(arguments.directory / f"{name}.json", device)
-    for name, check in checks().items():
-        run_check("checks", name, check, results, clock)
+    for name in MUST_PASS:
+        run_check("checks", name, checks()[name], results, clock)
         stop_if_failed(name, results)
     run_benchmarks(device, results, clock, arguments.only)
+    for name, check in checks().items():  # those that are left take minutes, and no figure depends on them
+        run_check("checks", name, check, results, clock)
     for name, profile in profiles(device.type) if arguments.profile else ():
         run_check("profile", name, profile, results, clock)
     print(f"{results.path}: {len(results.all['benchmarks'])} figures; now `python -m benchmarks.report`")
