@@ -306,19 +306,18 @@ def token_stats_backward(
     if c_entropy_ptr is not None:
         c_entropy = tl.load(c_entropy_ptr + row)
         constant -= c_entropy * tl.load(entropy_ptr + row)
-    if c_kl_ptr is not None:
-        c_kl = tl.load(c_kl_ptr + row)
-        # An infinite KL that nobody differentiates is no reason for a NaN.
-        constant -= tl.where(c_kl == 0.0, 0.0, c_kl * tl.load(kl_ptr + row))
     factor = constant * total
     # Where p is 0 its logarithms are no matter, however infinite.
     if c_kl_ptr is not None:
+        c_kl = tl.load(c_kl_ptr + row)
         ref_offset = _row_offset(row, inner, ref_outer, ref_inner)
         zr, _ = _capped(tl.load(ref_ptr + ref_offset + columns, mask=read, other=0.0).to(tl.float32), softcap, CAP)
         gap = log_total - tl.load(ref_log_total_ptr + row)
-        log_ratio = tl.fma(x - (zr - tl.load(ref_peak_ptr + row)), inverse, -gap)
-        most = tl.where(c_kl == 0.0, float("inf"), 0.0)  # entries of at most this have no part
-        factor = tl.fma(c_kl * total, tl.where(e <= most, 0.0, log_ratio), factor)
+        # Rounded as in the forward, so that log(p/p_ref) - KL is exactly 0 where one entry has all of p.
+        log_ratio = (x - (zr - tl.load(ref_peak_ptr + row))) * inverse - gap
+        # Entries of at most this have no part: an infinite KL that nobody differentiates is no reason for a NaN.
+        most = tl.where(c_kl == 0.0, float("inf"), 0.0)
+        factor = tl.fma(c_kl * total, tl.where(e <= most, 0.0, log_ratio - tl.load(kl_ptr + row)), factor)
     if c_entropy_ptr is not None:
         factor = tl.fma(-c_entropy * total, tl.where(e == 0.0, 0.0, tl.fma(x, inverse, -log_total)), factor)
     grad = e * factor

@@ -116,6 +116,17 @@ def test_identical_rows_have_kl_of_exactly_zero(vocab):
         assert all(same_bits(got[i], got[j]) for i, j in ((0, 5), (1, 6), (3, 8), (4, 9)))
 
 
+def test_the_kl_of_a_policy_that_is_sure_has_no_gradient():
+    z, z_ref, actions, upstream = make(12, 5, 200, torch.float32, scale=3.0)
+    z[torch.arange(5), actions] = 40.0
+    got = fwd(z, actions, z_ref, temperature=0.05)
+    grad = bwd(z, actions, z_ref, got, (None, None, None, upstream[3].float()), temperature=0.05)
+    of_kl = (upstream[3].float() * got[7]).abs() / 0.05
+    assert (of_kl > 100).any()
+    # CUDA rounds log(p/p_ref) otherwise than the KL; Triton does not.
+    assert (grad.abs().amax(1) <= (2**-22 * of_kl if KERNELS.__name__.endswith("cuda") else 0.0 * of_kl)).all()
+
+
 @pytest.mark.parametrize("vocab", [1000, SPLIT + 100])
 def test_a_row_has_the_same_bits_alone_and_in_a_batch(vocab):
     z, z_ref, actions, upstream = make(2, 5, vocab, torch.float32)
