@@ -198,8 +198,8 @@ class Collapse:
         return (
             f"the importance weights have collapsed for {self.steps} steps: {self._told(step, weights)}. The loss is small "
             "because the policy has left its data, and nothing is learnt any more. Train into another --output_dir with a lower "
-            f"--learning_rate (now {self.config.learning_rate:g}), a higher --beta, or weights that cannot collapse: --is_level "
-            "none or suffix, or a floor such as --is_floor -1"
+            f"--learning_rate (now {self.config.learning_rate:g}), a higher --beta, or weights that cannot collapse: a floor "
+            "such as --is_floor -1, or --is_level none"
         )
 
     def _told(self, step: int, weights: Weights) -> str:

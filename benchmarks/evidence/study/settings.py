@@ -200,6 +200,7 @@ ABLATIONS: dict[str, Change] = {
     "weights of suffixes": lambda _: {"is_level": "suffix"},
     "no weights": lambda _: {"is_level": "none"},
     "weights of responses, no cap": lambda _: {"is_level": "trajectory", "is_cap": None},
+    "weights of responses, floor -1": lambda _: {"is_level": "trajectory", "is_floor": -1.0},
     "beta halved": lambda chosen: {"beta": chosen["beta"] / 2},
     "beta doubled": lambda chosen: {"beta": chosen["beta"] * 2},
     "beta times 4": lambda chosen: {"beta": chosen["beta"] * 4},

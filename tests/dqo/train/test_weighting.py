@@ -141,7 +141,7 @@ def test_a_run_whose_policy_leaves_its_data_stops_with_the_cure(files, capsys):
         run(files, learning_rate=0.3, nll_coef=0, reward_scale=100, max_steps=60, eval_steps=5)
     message = str(caught.value)
     assert "the importance weights have collapsed for 10 steps: at step " in message and "\n" not in message
-    assert "--learning_rate (now 0.3)" in message and "--is_level none or suffix" in message
+    assert "--learning_rate (now 0.3)" in message and "--is_floor -1, or --is_level none" in message
     (kept,) = (files / "out").glob("checkpoint-*")
     assert message.endswith(f"{kept} is kept") and not (files / "out" / "model.safetensors").exists()
     assert "WARNING: the importance weights collapse: at step" in capsys.readouterr().out
