@@ -11,6 +11,7 @@ import torch
 from benchmarks import report
 from benchmarks.gpu import profile_one, section, tools
 from benchmarks.gpu import run as gpu
+from benchmarks.harness import gpu_clock
 from benchmarks.harness import timing as harness
 from benchmarks.harness.timing import Case, Operation
 from benchmarks.kernels.bench_token_stats import OPERATION
@@ -147,6 +148,17 @@ def test_a_part_that_ran_out_of_time_is_tried_again(machine, tmp_path):
     results = call(tmp_path)
     tried = ORDER.index("racecheck")
     assert machine.ran == [*ORDER[: tried + 1], *ORDER[tried:]] and results["not_finished"] == {}
+
+
+def test_a_graph_that_cannot_be_captured_ends_the_process_and_the_next_goes_on(machine, tmp_path, monkeypatch):
+    record = dict(RECORD)
+    monkeypatch.setattr(gpu, "measure", lambda *_: machine.ran.append("case") or {"cpp": {"both": dict(record)}})
+    record["note"] = f"{gpu_clock.NO_GRAPH}: it waits for the host"
+    with pytest.raises(SystemExit, match="3x32.*: no graph: it waits for the host\n.*run it again to go on"):
+        call(tmp_path)
+    record["note"] = None
+    results = call(tmp_path)
+    assert machine.ran.count("case") == 2 and len(results["parts"]) == len(results["benchmarks"]) == 2
 
 
 def test_no_part_is_started_when_the_time_is_over(machine, tmp_path):
